@@ -1,0 +1,1 @@
+"""Hydra configuration files of the project, found by name as a package."""

@@ -1,0 +1,5 @@
+"""The Mixture of Neuron Experts transformer, on Megatron-Core."""
+
+from mone_model import megatron_cpu
+
+megatron_cpu.install()

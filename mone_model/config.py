@@ -1,0 +1,347 @@
+"""What a model is (`ModelConfig`), how it is spread over ranks (`ParallelConfig`) and computed (`ComputeConfig`).
+
+    model = ModelConfig(hidden_size=256, num_layers=4, num_experts=8, activation_ratio=0.25)
+    megatron = transformer_config(model, ParallelConfig(expert=2), ComputeConfig())
+
+Each class checks its own fields; rules that span classes or need the world size live in `train.config.validate`.
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """ReLU(x)^2, elementwise; Primer, arXiv 2109.08668."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid, "relu_squared": relu_squared}
+NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
+RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
+
+
+def check(condition: bool, option: str, value: Any, right: str) -> None:
+    """Raise a ValueError that names the option as the user typed it, its value, and what would be right."""
+    if not condition:
+        raise ValueError(f"{option}={value}: {right}")
+
+
+@dataclass
+class ModelConfig:
+    """The mathematics of a Mixture of Neuron Experts transformer; nothing here depends on the machine."""
+
+    num_layers: int = 4
+    """Transformer layers; every one has a Mixture of Neuron Experts as its feed-forward part."""
+    hidden_size: int = 256
+    """Width D of the residual stream."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); null: as many as query heads."""
+    kv_channels: int | None = None
+    """Channels of a head; null: hidden_size / num_attention_heads."""
+    qk_layernorm: bool = True
+    """RMSNorm on the queries and keys of each head."""
+    seq_length: int = 256
+    """Tokens in a training sequence, and the longest context the model is trained for."""
+    vocab_size: int | None = None
+    """Rows of the embedding before padding; null: the tokenizer's, as the data's manifest says."""
+    vocab_multiple: int = 64
+    """The embedding is padded to a multiple of this, so that tensor parallelism divides it."""
+    tie_embeddings: bool = False
+    """Use the input embedding as the output projection."""
+    rotary_base: int = 10000
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of initial weights; projections back into the residual stream use init_std / sqrt(2 num_layers)."""
+    hidden_dropout: float = 0.0
+    """Dropout on the residual branches."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention probabilities."""
+
+    num_experts: int = 8
+    """Routed experts E of a layer."""
+    router_topk: int = 2
+    """Routed experts that a token activates."""
+    moe_ffn_hidden_size: int = 512
+    """Neurons H of one routed expert."""
+    shared_expert_ffn_hidden_size: int = 512
+    """Neurons of the shared expert that every token passes; 0: none."""
+    activation: str = "silu"
+    """Gate activation: silu, gelu, relu, sigmoid or relu_squared."""
+    activation_ratio: float = 0.25
+    """Share of a routed expert's neurons that a token keeps: K = max(1, round(activation_ratio * H)). 1 is a plain MoE."""
+    shared_expert_neuron_ratio: float = 1.0
+    """The same share for the shared expert; 1 keeps it dense."""
+
+    router_score_function: str = "softmax"
+    """Router scores: softmax or sigmoid."""
+    router_pre_softmax: bool = False
+    """Softmax over all experts before the top-k (true) or over the chosen ones after it (false)."""
+    router_scaling_factor: float | None = None
+    """Multiplies the routing weights; null: 1."""
+    aux_loss_coeff: float = 0.01
+    """Coefficient of the Switch load-balancing loss over the global micro-batch; 0: off."""
+    seq_aux_loss_coeff: float = 0.0
+    """Coefficient of the load-balancing loss taken per sequence; 0: off."""
+    global_aux_loss_coeff: float = 0.0
+    """Coefficient of the load-balancing loss whose expert counts are accumulated over the global batch; 0: off."""
+    z_loss_coeff: float = 0.0
+    """Coefficient of the router z-loss (ST-MoE, arXiv 2202.08906); 0: off."""
+    expert_bias: bool = False
+    """Loss-free balancing (arXiv 2408.15664): a bias steers the choice of experts; needs router_score_function=sigmoid."""
+    expert_bias_update_rate: float = 1e-3
+    """Step of the expert bias, once per optimizer step."""
+    expert_capacity_factor: float | None = None
+    """Drop the tokens of an expert beyond this multiple of its fair share; null: drop nothing."""
+    neuron_balance_coeff: float = 0.0
+    """Coefficient of the neuron load-balancing loss (NG-LBL) inside each expert; 0: off."""
+    neuron_balance_form: str = "normalised"
+    """What NG-LBL measures of a gate: normalised, unmasked or masked (docs/architecture.md)."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple", "num_experts"):
+            check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("hidden_size", "moe_ffn_hidden_size"):
+            value = getattr(self, name)
+            check(
+                value >= 8 and value % 8 == 0,
+                f"model.{name}",
+                value,
+                f"must be a multiple of 8 (grouped GEMMs need rows of 16 bytes); nearest: {max(8, round(value / 8) * 8)}",
+            )
+        check(
+            1 <= self.router_topk <= self.num_experts,
+            "model.router_topk",
+            self.router_topk,
+            f"must be between 1 and model.num_experts={self.num_experts}",
+        )
+        check(
+            self.kv_channels is not None or self.hidden_size % self.num_attention_heads == 0,
+            "model.num_attention_heads",
+            self.num_attention_heads,
+            f"must divide model.hidden_size={self.hidden_size}, or set model.kv_channels",
+        )
+        check(
+            self.head_size % 2 == 0,
+            "model.kv_channels",
+            self.head_size,
+            "must be even: rotary embeddings turn pairs of channels",
+        )
+        check(
+            self.num_query_groups is None or self.num_attention_heads % self.num_query_groups == 0,
+            "model.num_query_groups",
+            self.num_query_groups,
+            f"must divide model.num_attention_heads={self.num_attention_heads}",
+        )
+        for name in ("activation_ratio", "shared_expert_neuron_ratio"):
+            check(0 < getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "must be in (0, 1]")
+        check(
+            self.shared_expert_ffn_hidden_size >= 0 and self.shared_expert_ffn_hidden_size % 8 == 0,
+            "model.shared_expert_ffn_hidden_size",
+            self.shared_expert_ffn_hidden_size,
+            "must be 0 (no shared expert) or a multiple of 8",
+        )
+        check(self.activation in ACTIVATIONS, "model.activation", self.activation, f"choose from {', '.join(ACTIVATIONS)}")
+        check(
+            self.neuron_balance_form in NEURON_BALANCE_FORMS,
+            "model.neuron_balance_form",
+            self.neuron_balance_form,
+            f"choose from {', '.join(NEURON_BALANCE_FORMS)}",
+        )
+        check(
+            self.router_score_function in ("softmax", "sigmoid"),
+            "model.router_score_function",
+            self.router_score_function,
+            "choose softmax or sigmoid",
+        )
+        check(
+            not self.expert_bias or self.router_score_function == "sigmoid",
+            "model.expert_bias",
+            self.expert_bias,
+            "needs model.router_score_function=sigmoid",
+        )
+        check(
+            self.router_topk > 1 or self.router_pre_softmax or self.router_score_function == "sigmoid",
+            "model.router_topk",
+            self.router_topk,
+            "with one expert a softmax over the chosen is always 1: set model.router_pre_softmax=true",
+        )
+        for name in ("aux_loss_coeff", "seq_aux_loss_coeff", "global_aux_loss_coeff", "z_loss_coeff", "neuron_balance_coeff"):
+            check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must not be negative")
+        for name in ("hidden_dropout", "attention_dropout"):
+            check(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be in [0, 1)")
+
+    @property
+    def head_size(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def active_neurons(self) -> int:
+        """K: neurons that a token keeps in each routed expert."""
+        return neurons_kept(self.activation_ratio, self.moe_ffn_hidden_size)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding."""
+        if self.vocab_size is None:
+            raise ValueError("model.vocab_size=null: give it, or a data source whose manifest knows it")
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+
+def neurons_kept(ratio: float, num_neurons: int) -> int:
+    """K = max(1, round(ratio * H)), halves rounded up."""
+    return max(1, int(ratio * num_neurons + 0.5))
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is spread over ranks. Data parallelism is what remains of the world."""
+
+    tensor: int = 1
+    """Ranks that share each attention and shared-expert weight; above 1 the sequence is split among them as well."""
+    pipeline: int = 1
+    """Pipeline stages."""
+    virtual_pipeline: int | None = None
+    """Model chunks per pipeline stage (interleaved schedule); null: one."""
+    context: int = 1
+    """Ranks that share a sequence; needs GPUs and Transformer Engine."""
+    expert: int = 1
+    """Ranks that share a layer's experts."""
+    expert_tensor: int = 1
+    """Ranks that share the neurons of one expert."""
+    distributed_optimizer: bool = True
+    """Shard optimizer state over the data-parallel ranks."""
+    overlap_communication: bool = False
+    """Overlap gradient reduction and parameter gathering with computation."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "context", "expert", "expert_tensor"):
+            check(getattr(self, name) >= 1, f"parallel.{name}", getattr(self, name), "must be at least 1")
+        check(
+            self.virtual_pipeline is None or self.virtual_pipeline >= 2,
+            "parallel.virtual_pipeline",
+            self.virtual_pipeline,
+            "must be null or at least 2",
+        )
+
+
+@dataclass
+class ComputeConfig:
+    """How the model is computed; nothing here changes what it computes."""
+
+    precision: str = "fp32"
+    """fp32, or bf16 with fp32 master weights and gradients."""
+    transformer_impl: str = "auto"
+    """local (Megatron-Core's own layers), transformer_engine, or auto: Transformer Engine where it is installed."""
+    experts: str = "grouped"
+    """grouped: one grouped GEMM for all local experts; loop: one GEMM for each, its reference."""
+    token_dispatcher: str = "alltoall"
+    """How tokens travel to their experts: alltoall or allgather."""
+    recompute: str = "none"
+    """Activation recomputation: none, selective (recompute_modules) or full (whole layers)."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Modules that selective recomputation recomputes: core_attn, layernorm, moe, shared_experts."""
+
+    def __post_init__(self) -> None:
+        for name, choices in {
+            "precision": ("fp32", "bf16"),
+            "transformer_impl": ("auto", "local", "transformer_engine"),
+            "experts": ("grouped", "loop"),
+            "token_dispatcher": ("alltoall", "allgather"),
+            "recompute": ("none", "selective", "full"),
+        }.items():
+            check(getattr(self, name) in choices, f"compute.{name}", getattr(self, name), f"choose from {', '.join(choices)}")
+        check(
+            set(self.recompute_modules) <= set(RECOMPUTE_MODULES),
+            "compute.recompute_modules",
+            self.recompute_modules,
+            f"choose from {', '.join(RECOMPUTE_MODULES)}",
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> "TransformerConfig":
+    """Say in Megatron-Core's words what the three configurations say."""
+    from megatron.core.transformer import TransformerConfig
+
+    losses = {
+        "aux_loss": model.aux_loss_coeff,
+        "seq_aux_loss": model.seq_aux_loss_coeff,
+        "global_aux_loss": model.global_aux_loss_coeff,
+    }
+    balancing = {name: coeff for name, coeff in losses.items() if coeff > 0}
+    recompute: dict[str, Any] = {}
+    if compute.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": list(compute.recompute_modules)}
+    elif compute.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.head_size,
+        ffn_hidden_size=model.moe_ffn_hidden_size,
+        qk_layernorm=model.qk_layernorm,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        layernorm_epsilon=model.norm_epsilon,
+        init_method_std=model.init_std,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=ACTIVATIONS[model.activation],
+        add_bias_linear=False,
+        num_moe_experts=model.num_experts,
+        moe_router_topk=model.router_topk,
+        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
+        moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size or None,
+        moe_router_score_function=model.router_score_function,
+        moe_router_pre_softmax=model.router_pre_softmax,
+        moe_router_topk_scaling_factor=model.router_scaling_factor,
+        moe_router_load_balancing_type=list(balancing) or "none",
+        moe_aux_loss_coeff=list(balancing.values()) or 0.0,
+        moe_z_loss_coeff=model.z_loss_coeff or None,
+        moe_router_enable_expert_bias=model.expert_bias,
+        moe_router_bias_update_rate=model.expert_bias_update_rate,
+        moe_expert_capacity_factor=model.expert_capacity_factor,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type=compute.token_dispatcher,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+        sequence_parallel=parallel.tensor > 1,
+        # The default trains silently wrong with virtual stages (Megatron-Core 0.16.1 and 0.19.2).
+        batch_p2p_comm=False,
+        params_dtype=compute.dtype,
+        bf16=compute.precision == "bf16",
+        pipeline_dtype=compute.dtype,
+        attention_softmax_in_fp32=True,
+        # Fused forms need compiled extensions; Transformer Engine brings its own.
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        moe_permute_fusion=False,
+        persist_layer_norm=False,
+        # True gives every expert-parallel rank the same experts.
+        use_cpu_initialization=False,
+        **recompute,
+    )

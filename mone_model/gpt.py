@@ -1,0 +1,58 @@
+"""Build the model of one pipeline stage.
+
+    model = build_gpt(ModelConfig(...), ParallelConfig(expert=2), ComputeConfig(), seed=1)   # after process groups
+    logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
+"""
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.experts import NeuronExperts
+from mone_model.layer_spec import block_spec
+from mone_model.router import Router
+
+
+def build_gpt(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    *,
+    seed: int,
+    vp_stage: int | None = None,
+    meta: bool = False,
+) -> GPTModel:
+    """The GPTModel of this rank's pipeline stage (and virtual stage), in compute.dtype.
+
+    seed: of the experts' initial weights; all others come from Megatron-Core's random state.
+    meta: build without memory, on the meta device, for counting.
+    """
+    config = transformer_config(model, parallel, compute)
+    config.init_model_with_meta_device = meta
+    with torch.device("meta" if meta else torch.cuda.current_device()):
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(model, compute, config, vp_stage),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            vp_stage=vp_stage,
+        )
+    if not meta:
+        for layer, experts, _ in moe_layers(gpt):
+            experts.reset_parameters(seed * 10_007 + layer)
+    return gpt
+
+
+def moe_layers(model: torch.nn.Module) -> Iterator[tuple[int, NeuronExperts, Router]]:
+    """The layer index (from 0, over all stages), experts and router of each layer that this rank holds."""
+    for module in model.modules():
+        if isinstance(getattr(module, "experts", None), NeuronExperts):
+            yield module.layer_number - 1, module.experts, module.router

@@ -1,0 +1,74 @@
+"""Module specs: Megatron-Core's transformer with our experts and router, by local or Transformer Engine layers."""
+
+import importlib.util
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from mone_model import megatron_versions
+from mone_model.config import ComputeConfig, ModelConfig, neurons_kept
+from mone_model.experts import NeuronExperts, SharedNeuronExpert
+from mone_model.router import Router
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, told of sequence parallelism: Megatron-Core's own wrapper refuses it."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        device = "meta" if config.init_model_with_meta_device else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def uses_transformer_engine(compute: ComputeConfig) -> bool:
+    """Whether `compute.transformer_impl` means Transformer Engine here; ValueError if it is asked for and missing."""
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if compute.transformer_impl == "transformer_engine" and not installed:
+        raise ValueError(
+            "compute.transformer_impl=transformer_engine: Transformer Engine is not installed; "
+            "pip install 'mone[gpu]', or take compute.transformer_impl=local"
+        )
+    return installed and compute.transformer_impl != "local" and torch.cuda.is_available()
+
+
+def block_spec(
+    model: ModelConfig, compute: ComputeConfig, config: TransformerConfig, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The transformer layers of this pipeline stage and their final norm."""
+    if uses_transformer_engine(compute):
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, qk_layernorm=model.qk_layernorm)
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+    else:
+        layer = get_gpt_layer_local_spec(
+            num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
+        )
+        final_norm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if model.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        # Checkpoint names as Transformer Engine's layers give them, where the norm before the experts stands alone.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    moe: MoESubmodules = megatron_versions.moe_submodules(layer)
+    moe.router = Router
+    moe.experts = megatron_versions.experts_builder(
+        NeuronExperts,
+        active_neurons=model.active_neurons,
+        balance_coeff=model.neuron_balance_coeff,
+        balance_form=model.neuron_balance_form,
+        gemm=compute.experts,
+    )
+    if model.shared_expert_neuron_ratio < 1:
+        kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)
+        shared: ModuleSpec = moe.shared_experts
+        moe.shared_experts = ModuleSpec(
+            module=SharedNeuronExpert, submodules=shared.submodules, params={"active_neurons": kept}
+        )
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)

@@ -1,0 +1,1 @@
+"""The run: data, engine, loop, checkpoints, metrics."""
