@@ -11,8 +11,10 @@ It is the only file that knows. Processes started by `spawn` install it when the
 
 import contextlib
 import functools
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +37,10 @@ def install() -> None:
     _replace_streams()
     _redirect_random_state()
     _complete_gloo()
-    _patch_megatron()
+    with warnings.catch_warnings():
+        # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
+        warnings.simplefilter("ignore", UserWarning)
+        _patch_megatron()
 
 
 class _Stream:
@@ -186,6 +191,7 @@ def _complete_gloo() -> None:
 
 def _patch_megatron() -> None:
     """Replace the four functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
+    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  warns of Apex at import
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -193,6 +199,9 @@ def _patch_megatron() -> None:
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+    # It warns whenever a fork of the "CUDA" generator changes the CPU's: here they are one.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
 
     def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

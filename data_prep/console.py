@@ -1,0 +1,91 @@
+"""What the command lines share: help made of the options' docstrings, typed options, errors without a traceback.
+
+    @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="verify")
+    @reporting_errors
+    def main(config: DictConfig) -> None:
+        options = typed(config, VerifyConfig)
+
+A configuration file shows its options in --help with ${data_prep_options:data_prep.verify.VerifyConfig}.
+"""
+
+import ast
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import fields, is_dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.shards import DataError
+
+Options = TypeVar("Options")
+
+EXAMPLES = {
+    "corpus.path": "'corpus.path=data/demo/text/*.jsonl'",
+    "tokenizer": "tokenizer=data/demo/tokenizer",
+    "path": "path=data/demo/shards/wikipedia",
+    "output": "output=data/demo/out",
+}
+
+
+def typed(config: DictConfig, kind: type[Options]) -> Options:
+    """`config` as an instance of the dataclass that describes it.
+
+    Raises DataError that names every mandatory option left out and shows how to give it.
+    """
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        how = " ".join(EXAMPLES.get(option, f"{option}=VALUE") for option in missing)
+        raise DataError(f"missing {', '.join(missing)}: give it on the command line, like {how} (see --help)")
+    options = OmegaConf.to_object(config)
+    assert isinstance(options, kind)
+    return options
+
+
+def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Turn a DataError into `error: <message>` on stderr and exit code 2; any other exception is our own mistake."""
+
+    @functools.wraps(main)
+    def run(config: DictConfig) -> None:
+        try:
+            main(config)
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            print("interrupted; run the same command again to continue", file=sys.stderr)
+            sys.exit(130)
+
+    return run
+
+
+def options_help(name: str) -> str:
+    """One paragraph per option of the dataclass with the full dotted `name`: option=default and its docstring."""
+    module, _, kind = name.rpartition(".")
+    return "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), ""))
+
+
+def _paragraphs(kind: type[Any], prefix: str) -> list[str]:
+    body = ast.parse(inspect.getsource(kind)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {
+        node.target.id: ast.literal_eval(text.value)
+        for node, text in zip(body.body, body.body[1:], strict=False)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
+    }
+    paragraphs = []
+    for field in fields(kind):
+        if is_dataclass(field.type):
+            paragraphs += _paragraphs(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            continue
+        default = "" if field.default is NO_DEFAULT else "null" if field.default is None else str(field.default)
+        text = "\n".join(f"      {line.strip()}" for line in docs[field.name].splitlines())
+        required = "  (required)" if default == "???" else ""
+        paragraphs.append(f"  {prefix}{field.name}{required or '=' + default}\n{text}")
+    return paragraphs
+
+
+OmegaConf.register_new_resolver("data_prep_options", options_help, replace=True)

@@ -1,0 +1,138 @@
+"""Worker processes that turn texts into tokens, results in the order of the input.
+
+    with EncoderPool("data/demo/tokenizer", validation_fraction=0.01, workers=2) as pool:
+        for records, encoded in pool.encode(corpus.records()):
+            for record, document in zip(records, encoded.documents()): ...
+
+A worker knows the tokenizer and nothing else; it ends with its parent, however that ends.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_prep.corpora import Record
+from data_prep.shards import DataError
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+
+BATCH_CHARACTERS = 1 << 18
+BATCH_RECORDS = 4096
+BATCHES_PER_WORKER = 4
+"""Batches under way per worker: enough to keep it busy while the parent writes, few enough to bound memory."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a batch of N texts, packed so that they cross the process boundary as two arrays."""
+
+    tokens: np.ndarray
+    """[sum of lengths] int32, every document with its end-of-document."""
+    lengths: np.ndarray
+    """[N] tokens of each text; 0 for an empty text, which is no document."""
+    validation: list[bool]
+    """[N] whether the text belongs to the validation split."""
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """The tokens of each text [length], in order."""
+        return iter(np.split(self.tokens, np.cumsum(self.lengths)[:-1]))
+
+
+def is_validation(text: str, fraction: float) -> bool:
+    """Whether the first 64 bits of the text's blake2b, as a number in [0, 1), are below `fraction`.
+
+    It depends on the text alone: not on order, number of workers or other documents, and equal texts are never on
+    both sides.
+    """
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < fraction * 2**64
+
+
+def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: float) -> Encoded:
+    """Encode texts [N]; an end-of-document behind each that is not empty."""
+    ids = tokenizer.encode(texts)
+    for text, document in zip(texts, ids, strict=True):
+        if text:
+            document.append(tokenizer.eod_id)
+        else:
+            document.clear()
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+    tokens = np.fromiter((token for document in ids for token in document), np.int32, int(lengths.sum()))
+    return Encoded(tokens, lengths, [is_validation(text, validation_fraction) for text in texts])
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start_worker(tokenizer: str, validation_fraction: float) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:  # a killed parent cannot tell its workers, which would wait for work for ever
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    _worker.update(tokenizer=load_tokenizer(tokenizer), validation_fraction=validation_fraction)
+
+
+def _encode_in_worker(texts: list[str]) -> Encoded:
+    return encode_batch(_worker["tokenizer"], texts, _worker["validation_fraction"])
+
+
+def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """Group records until a batch has BATCH_CHARACTERS of text or BATCH_RECORDS records."""
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += len(record.text)
+        if characters >= BATCH_CHARACTERS or len(batch) >= BATCH_RECORDS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class EncoderPool:
+    """`workers` processes, each with its own tokenizer; started by spawn, since `datasets` runs threads."""
+
+    def __init__(self, tokenizer: str, validation_fraction: float, workers: int) -> None:
+        self._under_way = BATCHES_PER_WORKER * workers
+        self._pool = ProcessPoolExecutor(
+            workers,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_start_worker,
+            initargs=(tokenizer, validation_fraction),
+        )
+
+    def __enter__(self) -> "EncoderPool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def encode(self, records: Iterable[Record]) -> Iterator[tuple[list[Record], Encoded]]:
+        """Each batch of records with its tokens, in order; DataError if a worker dies."""
+        waiting: deque[tuple[list[Record], Future[Encoded]]] = deque()
+        try:
+            for batch in batches(records):
+                waiting.append((batch, self._pool.submit(_encode_in_worker, [record.text for record in batch])))
+                if len(waiting) >= self._under_way:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            for done, future in waiting:
+                yield done, future.result()
+        except BrokenProcessPool as error:
+            raise DataError(
+                "a worker process died, killed perhaps for want of memory. Finished shards are kept: run the same "
+                "command again to continue, with fewer workers if memory is short"
+            ) from error

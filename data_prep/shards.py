@@ -1,0 +1,213 @@
+"""What a folder of token shards holds, and how it is written and read.
+
+    manifest = load_manifest("data/demo/shards/wikipedia")
+    manifest.check_sizes()
+    manifest.prefixes("train")           # ["data/demo/shards/wikipedia/train-00000", ...], for IndexedDataset
+    manifest.tokens("train"), manifest.vocab_size, manifest.eod_id
+    load_tokenizer(manifest.tokenizer_path)
+
+A shard is Megatron-Core's indexed dataset: `<split>-<number>.bin` holds the tokens, `.idx` the documents' lengths.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from data_prep.files import publish, sha256_of, temporary, writing
+
+FORMAT = "mone-token-shards-1"
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer"
+
+Split = Literal["train", "validation"]
+
+
+class DataError(ValueError):
+    """The user's data, option or folder is at fault; the message says which one and what would be right."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.bin`/`.idx` pair of the manifest."""
+
+    name: str
+    """File name without its suffix: train-00000."""
+    split: str
+    """train or validation."""
+    documents: int
+    """Documents, each one sequence of the indexed dataset."""
+    tokens: int
+    """Tokens, the end-of-document of each document included."""
+    bin_bytes: int
+    """Size of the .bin file."""
+    idx_bytes: int
+    """Size of the .idx file."""
+    bin_sha256: str
+    """Checksum of the .bin file."""
+    idx_sha256: str
+    """Checksum of the .idx file."""
+    source: str
+    """Where the documents came from: first record .. last record, each as file:record (records from 1)."""
+
+    def files(self) -> Iterable[tuple[str, int, str]]:
+        """Name, size in bytes and sha256 of each of the two files."""
+        yield f"{self.name}.bin", self.bin_bytes, self.bin_sha256
+        yield f"{self.name}.idx", self.idx_bytes, self.idx_sha256
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `mone-tokenize` made of one corpus: the manifest.json of an output folder."""
+
+    folder: Path
+    """The folder as it was given to `load_manifest`; not stored."""
+    name: str
+    """Name of the corpus, by which a training blend reports it."""
+    vocab_size: int
+    """Token ids are 0 .. vocab_size - 1."""
+    eod_id: int
+    """Token that ends every document."""
+    dtype: str
+    """numpy type of the tokens on disk: uint16 or int32."""
+    tokenizer_sha256: str
+    """Checksum of the tokenizer, see `Tokenizer.sha256`."""
+    round_trip: bool
+    """Whether decoding gave the first documents back exactly; false for a tokenizer that normalises its text."""
+    unigram_entropy: float
+    """Entropy of the training tokens' unigram distribution in nats per token: the loss of a model that knows
+    only how frequent each token is."""
+    records: dict[str, int]
+    """Records of the corpus by what became of them: see `corpora.Record.fate`."""
+    settings: dict[str, Any]
+    """Options and fingerprint of the corpus that made the folder."""
+    shards: tuple[Shard, ...]
+    """All shards, in corpus order."""
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's copy in this folder, for `load_tokenizer`."""
+        return self.folder / TOKENIZER_NAME
+
+    def of_split(self, split: Split) -> list[Shard]:
+        """The shards of one split, in order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def prefixes(self, split: Split) -> list[str]:
+        """Path prefixes of the split's shards for `IndexedDataset`, in order."""
+        return [str(self.folder / shard.name) for shard in self.of_split(split)]
+
+    def tokens(self, split: Split) -> int:
+        """Tokens of the split, ends of document included."""
+        return sum(shard.tokens for shard in self.of_split(split))
+
+    def documents(self, split: Split) -> int:
+        """Documents of the split."""
+        return sum(shard.documents for shard in self.of_split(split))
+
+    def check_sizes(self) -> None:
+        """Compare the size of every shard file with the manifest: cheap, reads no content.
+
+        Raises DataError that names the shard which is missing, truncated or grown.
+        """
+        problems = size_problems(self.folder, self.shards)
+        if problems:
+            raise DataError(
+                f"{self.folder}: {'; '.join(problems)}. Run mone-verify path={self.folder} for a full list, "
+                "then remove the folder and run mone-tokenize again"
+            )
+
+    def save(self) -> None:
+        """Publish manifest.json in the folder; deterministic, so equal runs write equal bytes."""
+        content = {k: v for k, v in asdict(self).items() if k != "folder"}
+        publish_json(self.folder / MANIFEST_NAME, {"format": FORMAT, **content})
+
+
+def load_manifest(folder: str | Path) -> Manifest:
+    """Read `<folder>/manifest.json`.
+
+    Raises DataError if the folder or the manifest is missing, unreadable or of another format.
+    """
+    folder = Path(folder)
+    how = f"Make it with: mone-tokenize corpus.path=TEXT tokenizer=TOKENIZER output={folder}"
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of token shards. {how}")
+    if not path.is_file():
+        raise DataError(f"{folder}: no {MANIFEST_NAME}, so tokenization never finished here. {how}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.pop("format", None)
+        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+        missing = {f.name for f in fields(Manifest)} - {"folder", "shards"} - set(content)
+        if found != FORMAT or missing:
+            raise DataError(f"{path}: format {found!r}, this version reads {FORMAT!r}. {how}")
+        return Manifest(folder=folder, shards=shards, **content)
+    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}). {how}") from error
+
+
+def size_problems(folder: Path, shards: Iterable[Shard]) -> list[str]:
+    """What is missing or of another size, one sentence per file."""
+    problems = []
+    for shard in shards:
+        for file, size, _ in shard.files():
+            path = folder / file
+            if not path.is_file():
+                problems.append(f"shard {file} is missing")
+            elif path.stat().st_size != size:
+                problems.append(f"shard {file} has {path.stat().st_size} bytes, the manifest says {size}")
+    return problems
+
+
+def publish_json(path: Path, content: dict[str, Any]) -> None:
+    """Write indented JSON under its final name, or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with writing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def entropy(counts: np.ndarray) -> float:
+    """-sum p ln p of the distribution that `counts` [vocab_size] is proportional to, in nats; 0 if all are 0."""
+    p = counts[counts > 0] / max(counts.sum(), 1)
+    return abs(float(-(p * np.log(p)).sum()))
+
+
+class ShardWriter:
+    """Collects the documents of one shard; nothing carries the shard's final name before `finish`."""
+
+    def __init__(self, folder: Path, name: str, split: Split, dtype: str) -> None:
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+        self.folder, self.name, self.split = folder, name, split
+        self.documents = self.tokens = 0
+        self._first = self._last = ""
+        self._builder = IndexedDatasetBuilder(str(temporary(folder / f"{name}.bin")), np.dtype(dtype).type)
+
+    def add(self, tokens: np.ndarray, source: str) -> None:
+        """Append one document: `tokens` [length] with its end-of-document, `source` as file:record."""
+        self._builder.add_document(tokens, [len(tokens)])
+        self._first, self._last = self._first or source, source
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def finish(self) -> Shard:
+        """Write the index and publish both files."""
+        bin_path, idx_path = (self.folder / f"{self.name}{suffix}" for suffix in (".bin", ".idx"))
+        self._builder.finalize(str(temporary(idx_path)))
+        for path in (bin_path, idx_path):
+            publish(path)
+        return Shard(
+            name=self.name,
+            split=self.split,
+            documents=self.documents,
+            tokens=self.tokens,
+            bin_bytes=bin_path.stat().st_size,
+            idx_bytes=idx_path.stat().st_size,
+            bin_sha256=sha256_of(bin_path),
+            idx_sha256=sha256_of(idx_path),
+            source=f"{self._first} .. {self._last}",
+        )

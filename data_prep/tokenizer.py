@@ -1,0 +1,172 @@
+"""Tokenizers: train a sentencepiece model, load that one or any other.
+
+    mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
+    tokenizer = load_tokenizer("data/demo/tokenizer")     # or a .model file, or a Hugging Face tokenizer folder
+    tokens = tokenizer.encode(["Hello, world."])          # [[271, 119, ...]], no special tokens added
+    tokenizer.decode(tokens[0])                           # "Hello, world."
+"""
+
+import hashlib
+import os
+import shutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from data_prep.console import reporting_errors, typed
+from data_prep.corpora import CorpusConfig
+from data_prep.files import sha256_of
+from data_prep.shards import DataError
+
+MODEL_NAME = "tokenizer.model"
+HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+class Tokenizer(ABC):
+    """Text to token ids and back."""
+
+    vocab_size: int
+    """Ids are 0 .. vocab_size - 1."""
+    eod_id: int
+    """Token that ends a document: the model's end-of-sentence."""
+    sha256: str
+    """Checksum of the files that define it; equal checksums encode equally."""
+
+    @abstractmethod
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, in one thread; special tokens are neither added nor recognised in the text."""
+
+    @abstractmethod
+    def decode(self, tokens: list[int]) -> str:
+        """The text of token ids; special tokens leave nothing."""
+
+    @abstractmethod
+    def copy_to(self, folder: Path) -> None:
+        """Write what `load_tokenizer` needs into an existing folder."""
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    def __init__(self, path: Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._path = path
+        try:
+            self._model = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{path}: not a sentencepiece model ({error})") from error
+        self.vocab_size = self._model.vocab_size()
+        self.eod_id = self._model.eos_id()
+        if self.eod_id < 0:
+            raise DataError(f"{path}: has no end-of-sentence piece to end documents with; train it with an eos_id")
+        self.sha256 = sha256_of(path)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._model.encode(texts, num_threads=1)
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._model.decode(tokens)
+
+    def copy_to(self, folder: Path) -> None:
+        shutil.copyfile(self._path, folder / MODEL_NAME)
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A folder that `transformers.AutoTokenizer` loads."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel are the worker processes
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({error})") from error
+        self.vocab_size = len(self._tokenizer)
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(f"{folder}: has no eos_token to end documents with; name it in tokenizer_config.json")
+        self.eod_id = self._tokenizer.eos_token_id
+        self._folder = folder
+        self.sha256 = hashlib.sha256("".join(map(sha256_of, self._files())).encode()).hexdigest()
+
+    def _files(self) -> list[Path]:
+        """Files of the tokenizer; a folder of a whole model may hold weights beside them."""
+        own = {*self._tokenizer.vocab_files_names.values(), *HUGGING_FACE_FILES}
+        own |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", MODEL_NAME}
+        return [path for path in sorted(self._folder.iterdir()) if path.name in own]
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self._tokenizer(
+            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+        )["input_ids"]
+
+    def decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def copy_to(self, folder: Path) -> None:
+        for path in self._files():
+            shutil.copyfile(path, folder / path.name)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, or a Hugging Face tokenizer folder.
+
+    Raises DataError if there is nothing of the kind, or it has no end-of-sentence token.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise DataError(f"tokenizer={path}: no such file or folder. Train one with mone-tokenizer output={path}")
+    if path.is_file():
+        return SentencePieceTokenizer(path)
+    if any((path / name).is_file() for name in HUGGING_FACE_FILES):
+        return HuggingFaceTokenizer(path)
+    if (path / MODEL_NAME).is_file():
+        return SentencePieceTokenizer(path / MODEL_NAME)
+    raise DataError(f"tokenizer={path}: holds neither {MODEL_NAME} nor {' nor '.join(HUGGING_FACE_FILES)}")
+
+
+@dataclass
+class TrainTokenizerConfig:
+    """Options of `mone-tokenizer`."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    output: str = MISSING
+    """Folder for tokenizer.model and tokenizer_training.json, which tells how it was made."""
+    vocab_size: int = 32000
+    """Pieces, the 256 byte pieces and the 3 special ones included."""
+    model_type: str = "bpe"
+    """bpe or unigram."""
+    sample_bytes: int = 100_000_000
+    """Bytes of text to train on, drawn evenly from the whole corpus; training takes some 10 times as much memory."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that get pieces of their own; the others are spelt in bytes."""
+    split_digits: bool = True
+    """Make every digit a piece of its own."""
+    seed: int = 0
+    """Chooses the sample."""
+
+
+ConfigStore.instance().store(name="train_tokenizer_schema", node=TrainTokenizerConfig)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train_tokenizer")
+@reporting_errors
+def main(config: DictConfig) -> None:
+    """Train a tokenizer; exit code 2 with a message on stderr if it cannot be done."""
+    from data_prep.tokenizer_training import train_tokenizer
+
+    options = typed(config, TrainTokenizerConfig)
+    report = train_tokenizer(options)
+    print(
+        f"{options.output}: {report['vocab_size']} pieces from {report['sample']['bytes'] / 1e6:.1f} MB "
+        f"of {report['sample']['documents']} documents, sha256 {report['sha256']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

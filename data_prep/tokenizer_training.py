@@ -1,0 +1,123 @@
+"""Training a sentencepiece model on a sample of a corpus, the same bytes on every run.
+
+    report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
+    # tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
+"""
+
+import hashlib
+import heapq
+import io
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data_prep.corpora import Corpus
+from data_prep.files import writing
+from data_prep.shards import DataError, publish_json
+
+if TYPE_CHECKING:
+    from data_prep.tokenizer import TrainTokenizerConfig
+
+REPORT_NAME = "tokenizer_training.json"
+LINE_CHARACTERS = 4000
+"""Longest line given to sentencepiece, which drops longer ones in silence (max_sentence_length)."""
+
+
+def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
+    """The texts with the smallest keyed hashes that fit into `sample_bytes` of UTF-8, by hash.
+
+    Every text has the same chance wherever it stands, one that occurs twice is drawn once, the order of the corpus
+    does not matter, and no more than the sample is held in memory.
+    """
+    key = seed.to_bytes(8, "little", signed=True)
+    heap: list[tuple[int, str]] = []  # the largest hash on top, hence negative
+    drawn: set[int] = set()
+    size = 0
+    for text in texts:
+        content = text.encode()
+        rank = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest())
+        if rank in drawn or len(content) > sample_bytes:
+            continue
+        heapq.heappush(heap, (-rank, text))
+        drawn.add(rank)
+        size += len(content)
+        while size > sample_bytes:
+            rank, text = heapq.heappop(heap)
+            drawn.remove(-rank)
+            size -= len(text.encode())
+    return [text for _, text in sorted(heap, reverse=True)]
+
+
+def training_lines(texts: Iterable[str]) -> Iterator[str]:
+    """Lines of the texts, long ones cut; sentencepiece learns from single lines and knows no line break."""
+    for text in texts:
+        for line in text.splitlines():
+            for start in range(0, len(line), LINE_CHARACTERS):
+                yield line[start : start + LINE_CHARACTERS].replace("\0", "")
+
+
+def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
+    """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the latter.
+
+    The text is taken as it is (no normalisation, all spaces kept), unknown characters are spelt in bytes, so that
+    decoding gives back what was encoded. Raises DataError for an empty corpus and a vocabulary too large for it.
+    """
+    import sentencepiece
+
+    from data_prep.tokenizer import MODEL_NAME, SentencePieceTokenizer
+
+    if config.model_type not in ("bpe", "unigram"):
+        raise DataError(f"model_type={config.model_type}: must be bpe or unigram")
+    corpus = Corpus(config.corpus)
+    texts = (record.text for record in corpus.records() if record.text)
+    sample = draw_sample(texts, config.sample_bytes, config.seed)
+    if not sample:
+        raise DataError(
+            f"{corpus.name}: no document to train on. Either the corpus is empty or every document is longer "
+            f"than sample_bytes={config.sample_bytes}"
+        )
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=training_lines(sample),
+            model_writer=model,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            character_coverage=config.character_coverage,
+            split_digits=config.split_digits,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=4 * LINE_CHARACTERS,
+            train_extremely_large_corpus=config.sample_bytes > 1 << 30,
+            num_threads=1,  # the sum of floating-point counts depends on how they are divided
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DataError(_explanation(str(error), config)) from error
+    output = Path(config.output)
+    with writing(output / MODEL_NAME) as unfinished:
+        unfinished.write_bytes(model.getvalue())
+    trained = SentencePieceTokenizer(output / MODEL_NAME)
+    report = {
+        "sha256": trained.sha256,
+        "vocab_size": trained.vocab_size,
+        "eod_id": trained.eod_id,
+        "sample": {"documents": len(sample), "bytes": sum(len(text.encode()) for text in sample)},
+        "settings": {k: v for k, v in asdict(config).items() if k != "output"},
+        "sentencepiece": sentencepiece.__version__,
+    }
+    publish_json(output / REPORT_NAME, report)
+    return report
+
+
+def _explanation(message: str, config: "TrainTokenizerConfig") -> str:
+    if largest := re.search(r"set it to a value <= (\d+)", message):
+        return (
+            f"vocab_size={config.vocab_size}: too large for this corpus, {largest[1]} is the most that the sample "
+            f"of sample_bytes={config.sample_bytes} allows. Lower it or give more text"
+        )
+    return f"vocab_size={config.vocab_size}, model_type={config.model_type}: sentencepiece says: {message.strip()}"

@@ -1,0 +1,38 @@
+"""Small token datasets for tests: written by data_prep's own writer, without text or tokenizer."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.shards import Manifest, ShardWriter, entropy
+
+
+def make_shards(folder: Path, *, name: str = "synthetic", vocab_size: int = 64, documents: int = 200, seed: int = 0) -> Path:
+    """Write a dataset whose documents count upwards in steps of 1 or 2, so that a model can learn to predict them."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    shards, counts = [], np.zeros(vocab_size)
+    for split, number in (("train", documents), ("validation", documents // 5)):
+        writer = ShardWriter(folder, f"{split}-00000", split, "uint16")  # type: ignore[arg-type]
+        for document in range(number):
+            length, start, step = random.integers(20, 80), random.integers(1, vocab_size), random.integers(1, 3)
+            tokens = 1 + (start + step * np.arange(length)) % (vocab_size - 1)
+            tokens[-1] = 0
+            writer.add(tokens.astype(np.uint16), f"synthetic:{document + 1}")
+            if split == "train":
+                counts += np.bincount(tokens, minlength=vocab_size)
+        shards.append(writer.finish())
+    Manifest(
+        folder=folder,
+        name=name,
+        vocab_size=vocab_size,
+        eod_id=0,
+        dtype="uint16",
+        tokenizer_sha256="none",
+        round_trip=False,
+        unigram_entropy=entropy(counts),
+        records={},
+        settings={},
+        shards=tuple(shards),
+    ).save()
+    return folder

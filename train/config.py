@@ -1,0 +1,302 @@
+"""The configuration of a run: one dataclass a section, and `validate`, where every rule that spans sections lives.
+
+    config = load_config(hydra_config)        # typed, each field checked
+    validate(config, world_size)              # before anything is built
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
+
+
+@dataclass
+class RunSection:
+    """Where the run lives."""
+
+    name: str = "mone"
+    """Name of the run, also in W&B."""
+    dir: str = "runs/${run.name}"
+    """Folder of the run: composed config, environment, metrics, checkpoints, figures."""
+    seed: int = 1234
+    """Of initial weights, data order and dropout."""
+    stop_at_step: int | None = None
+    """Save and stop after this step, as a signal would; the same command without it continues."""
+    timeout_minutes: int = 30
+    """How long a collective waits for a silent rank before the run fails."""
+
+
+@dataclass
+class TrainingConfig:
+    """How long and in what batches."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    micro_batch_size: int = 4
+    """Sequences that one data-parallel rank computes at a time."""
+    global_batch_size: int = 32
+    """Sequences of one optimizer step over all ranks."""
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    min_lr: float = 1e-4
+    """Learning rate at the end of the decay."""
+    schedule: str = "cosine"
+    """cosine, linear, wsd (warm up, stay, decay) or constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    decay_steps: int | None = None
+    """Step at which min_lr is reached; null: training.steps."""
+    wsd_decay_steps: int | None = None
+    """Steps of the final decay of wsd; null: a tenth of decay_steps."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms are exempt."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+
+    def __post_init__(self) -> None:
+        choices = ("cosine", "linear", "wsd", "constant")
+        check(self.schedule in choices, "optimizer.schedule", self.schedule, f"choose from {', '.join(choices)}")
+        check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
+        check(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must be between 0 and optimizer.lr={self.lr}")
+        check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        check(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "must not be negative")
+
+
+@dataclass
+class SourceConfig:
+    """One source of the blend: a folder that mone-tokenize wrote."""
+
+    path: str = MISSING
+    """The folder with manifest.json."""
+    weight: float | None = None
+    """Share in the blend, relative to the others'; null on all: in proportion to their tokens."""
+
+
+@dataclass
+class DataConfig:
+    """What is read."""
+
+    blend: list[SourceConfig] = field(default_factory=list)
+    """Sources and weights, e.g. 'data.blend=[{path: data/a, weight: 0.7}, {path: data/b, weight: 0.3}]'."""
+    index_cache: str = "${run.dir}/index_cache"
+    """Where the sample order is kept between runs; safe to delete."""
+    num_workers: int = 0
+    """Reader processes of each rank; 0 reads in the training process."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation, on each source on its own."""
+
+    interval: int = 100
+    """Steps between validations; 0: only at the end."""
+    sequences: int = 64
+    """Validation sequences of each source, at most."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When the run is saved."""
+
+    interval: int = 200
+    """Steps between checkpoints; one more is written at the end. 0: only at the end."""
+    keep_last: int = 2
+    """Checkpoints that stay; older ones are deleted after a new one is complete."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is recorded, and where to. docs/metrics.md explains every name."""
+
+    interval: int = 10
+    """Steps between records of loss, auxiliary losses, learning rate, speed."""
+    neuron_interval: int = 50
+    """Steps between records of expert load and neuron statistics, which count all tokens in between; 0: never."""
+    figure_interval: int = 200
+    """Steps between heatmaps and histograms; 0: only at the end. A multiple of neuron_interval."""
+    wandb_mode: str = "offline"
+    """offline (upload later with `wandb sync`), online, or disabled."""
+    wandb_project: str = "mone"
+    """W&B project."""
+    wandb_entity: str | None = None
+    """W&B team or user; null: the default of the login."""
+
+    def __post_init__(self) -> None:
+        modes = ("offline", "online", "disabled")
+        check(self.wandb_mode in modes, "logging.wandb_mode", self.wandb_mode, f"choose from {', '.join(modes)}")
+        check(self.interval >= 1, "logging.interval", self.interval, "must be at least 1")
+
+
+@dataclass
+class RunConfig:
+    """Everything that a run needs to know."""
+
+    run: RunSection = field(default_factory=RunSection)
+    resume: str = "auto"
+    """auto: continue from the newest complete checkpoint of run.dir, if there is one; never: refuse to run over one."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    def __post_init__(self) -> None:
+        check(self.resume in ("auto", "never"), "resume", self.resume, "choose auto or never")
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Ranks that see different sequences."""
+        return world_size // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches of one optimizer step on each rank."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
+
+
+ConfigStore.instance().store(name="run_config", node=RunConfig)
+
+
+def load_config(config: DictConfig) -> RunConfig:
+    """Hydra's config as typed objects; ValueError from the field that is wrong."""
+    loaded = OmegaConf.to_object(config)
+    assert isinstance(loaded, RunConfig)
+    return loaded
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Check every rule that spans sections or needs the world size; ValueError names options, values and a way out."""
+    model, parallel, training = config.model, config.parallel, config.training
+    _validate_layout(model, parallel, config.compute, world_size)
+
+    data_parallel = config.data_parallel_size(world_size)
+    per_pass = training.micro_batch_size * data_parallel
+    check(
+        training.global_batch_size >= per_pass and training.global_batch_size % per_pass == 0,
+        "training.global_batch_size",
+        training.global_batch_size,
+        f"must be a multiple of training.micro_batch_size={training.micro_batch_size} x data-parallel size={data_parallel} "
+        f"= {per_pass}; nearest: {max(1, round(training.global_batch_size / per_pass)) * per_pass}",
+    )
+    micro_batches = config.micro_batches(world_size)
+    check(
+        parallel.virtual_pipeline is None or micro_batches % parallel.pipeline == 0,
+        "parallel.virtual_pipeline",
+        parallel.virtual_pipeline,
+        f"the interleaved schedule needs micro-batches ({micro_batches}) divisible by parallel.pipeline={parallel.pipeline}",
+    )
+    for option, value in {"training.steps": training.steps, "training.micro_batch_size": training.micro_batch_size}.items():
+        check(value >= 1, option, value, "must be at least 1")
+    last = config.optimizer.decay_steps or training.steps
+    check(
+        config.optimizer.warmup_steps < last,
+        "optimizer.warmup_steps",
+        config.optimizer.warmup_steps,
+        f"must be below the end of the decay, step {last}",
+    )
+    check(bool(config.data.blend), "data.blend", "[]", "give at least one source, or choose a data group, e.g. data=demo")
+    weighted = [source.weight is not None for source in config.data.blend]
+    check(all(weighted) or not any(weighted), "data.blend", config.data.blend, "give every source a weight, or none")
+    for source in config.data.blend:
+        check(source.weight is None or source.weight > 0, f"weight of {source.path}", source.weight, "must be positive")
+    logging = config.logging
+    check(
+        logging.figure_interval == 0 or (logging.neuron_interval > 0 and logging.figure_interval % logging.neuron_interval == 0),
+        "logging.figure_interval",
+        logging.figure_interval,
+        f"must be a multiple of logging.neuron_interval={logging.neuron_interval}, or 0",
+    )
+
+
+def _divides(divisor: int, number: int, option: str, of: str) -> None:
+    nearest = [n for n in range(1, number + 1) if number % n == 0]
+    best = sorted(nearest, key=lambda n: abs(n - divisor))[:3]
+    check(number % divisor == 0, option, divisor, f"must divide {of}={number}; nearest: {', '.join(map(str, sorted(best)))}")
+
+
+def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int) -> None:
+    import torch
+
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    check(
+        world_size % dense == 0,
+        "parallel",
+        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}",
+        f"must divide the number of processes, {world_size}",
+    )
+    sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    check(
+        world_size % sparse == 0,
+        "parallel",
+        f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline {parallel.pipeline} = {sparse}",
+        f"must divide the number of processes, {world_size} (torchrun --nproc-per-node {sparse})",
+    )
+    _divides(parallel.expert, model.num_experts, "parallel.expert", "model.num_experts")
+    _divides(parallel.expert_tensor, model.moe_ffn_hidden_size, "parallel.expert_tensor", "model.moe_ffn_hidden_size")
+    check(
+        model.moe_ffn_hidden_size // parallel.expert_tensor % 8 == 0,
+        "parallel.expert_tensor",
+        parallel.expert_tensor,
+        f"leaves {model.moe_ffn_hidden_size // parallel.expert_tensor} neurons a rank; grouped GEMMs need a multiple of 8",
+    )
+    _divides(parallel.tensor, model.num_attention_heads, "parallel.tensor", "model.num_attention_heads")
+    _divides(parallel.tensor, model.num_query_groups or model.num_attention_heads, "parallel.tensor", "model.num_query_groups")
+    _divides(parallel.tensor, model.seq_length, "parallel.tensor", "model.seq_length")
+    _divides(parallel.tensor, model.vocab_multiple, "parallel.tensor", "model.vocab_multiple")
+    if model.shared_expert_ffn_hidden_size:
+        _divides(parallel.tensor, model.shared_expert_ffn_hidden_size, "parallel.tensor", "model.shared_expert_ffn_hidden_size")
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    check(
+        model.num_layers % chunks == 0,
+        "parallel.pipeline",
+        parallel.pipeline,
+        f"pipeline x virtual_pipeline = {chunks} must divide model.num_layers={model.num_layers}",
+    )
+    check(
+        parallel.virtual_pipeline is None or parallel.pipeline > 1,
+        "parallel.virtual_pipeline",
+        parallel.virtual_pipeline,
+        "needs parallel.pipeline of at least 2",
+    )
+    check(
+        parallel.context == 1 or torch.cuda.is_available(),
+        "parallel.context",
+        parallel.context,
+        "context parallelism needs GPUs and Transformer Engine",
+    )
+    check(
+        parallel.context == 1 or model.seq_length % (2 * parallel.context) == 0,
+        "parallel.context",
+        parallel.context,
+        f"model.seq_length={model.seq_length} must be a multiple of 2 x parallel.context",
+    )
+    check(
+        compute.token_dispatcher == "alltoall" or model.expert_capacity_factor is None,
+        "compute.token_dispatcher",
+        compute.token_dispatcher,
+        "model.expert_capacity_factor needs alltoall",
+    )
+
+
+def describe(config: RunConfig) -> dict[str, Any]:
+    """The run's config as plain containers, for files and W&B."""
+    container = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(container, dict)
+    return {str(key): value for key, value in container.items()}

@@ -1,0 +1,219 @@
+"""The Megatron-Core engine: its DDP, (distributed) optimizer, pipeline schedules and learning-rate schedule.
+
+    engine = MegatronEngine(config, runtime)
+    result = engine.train_step(batches, micro_batches=8)
+    loss = engine.evaluate(batches, micro_batches=4)
+    engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), folder))
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+from megatron.core.utils import get_model_config
+
+from mone_model.gpt import build_gpt
+from train.config import OptimizerSection, RunConfig
+from train.data import Batch
+from train.runtime import Runtime
+
+# The form in which optimizer state moves between layouts.
+_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the global batch, in nats per token."""
+    grad_norm: float
+    """L2 norm of the gradient over all parameters, before clipping."""
+    learning_rate: float
+    """The rate that this step used."""
+
+
+class MegatronEngine:
+    """The model of this rank, its optimizer and its schedule.
+
+    `modules` are the bare model chunks of this rank, one for each virtual pipeline stage.
+    """
+
+    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+        self.device = runtime.device
+        self.sequence = (config.model.seq_length, config.training.micro_batch_size)
+        stages = [None] if config.parallel.virtual_pipeline is None else range(config.parallel.virtual_pipeline)
+        self.modules = [
+            build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed, vp_stage=stage)
+            for stage in stages
+        ]
+        self.model = [
+            DistributedDataParallel(
+                config=module.config,
+                ddp_config=_ddp_config(config),
+                module=Float16Module(module.config, module) if module.config.bf16 else module,
+                # Later chunks of an interleaved pipeline are reduced while earlier ones still compute.
+                disable_bucketing=index > 0,
+            )
+            for index, module in enumerate(self.modules)
+        ]
+        self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.model)
+        self.scheduler = _scheduler(config.optimizer, config.training.steps, self.optimizer)
+        megatron = get_model_config(self.model[0])
+        megatron.grad_scale_func = self.optimizer.scale_loss
+        megatron.finalize_model_grads_func = finalize_model_grads
+        if config.parallel.overlap_communication:
+            megatron.no_sync_func = [chunk.no_sync for chunk in self.model]
+            megatron.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
+            megatron.param_sync_func = [chunk.start_param_sync for chunk in self.model]
+            if len(self.model) == 1:
+                megatron.no_sync_func, megatron.grad_sync_func, megatron.param_sync_func = (
+                    megatron.no_sync_func[0],
+                    megatron.grad_sync_func[0],
+                    megatron.param_sync_func[0],
+                )
+
+    def train_step(self, batches: Iterator[Batch], *, micro_batches: int) -> StepResult:
+        """One optimizer step over the next micro_batches; a collective on every rank."""
+        for chunk in self.model:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._run(batches, micro_batches, forward_only=False)
+        self.scheduler.step(increment=1)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        _, grad_norm, _ = self.optimizer.step()
+        return StepResult(loss, float(grad_norm or 0.0), learning_rate)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[Batch], *, micro_batches: int) -> float:
+        """Mean cross-entropy of the next micro_batches, without training; a collective on every rank."""
+        for chunk in self.model:
+            chunk.eval()
+        return self._run(batches, micro_batches, forward_only=True)
+
+    def _run(self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool) -> float:
+        seq_length, micro_batch_size = self.sequence
+        # Each model chunk of an interleaved pipeline walks through the same micro-batches.
+        read = [next(batches) for _ in range(micro_batches)]
+        iterators: Any = [iter(read) for _ in self.model]
+        parts = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=self.model if len(self.model) > 1 else self.model[0],
+            num_microbatches=micro_batches,
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # Only the last pipeline stage has losses, and its tensor-parallel ranks all have the same.
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for part in parts:
+                total += part["loss_and_tokens"]
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def _forward(self, batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in next(batches).items()}
+        batch = _context_slice(batch)
+        losses_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        return losses_BS, functools.partial(_loss, batch["loss_mask"])
+
+    def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
+        """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled."""
+        state: dict[str, Any] = {
+            f"model{index}": module.sharded_state_dict(metadata=_SHARDING) for index, module in enumerate(self.modules)
+        }
+        if loading:
+            # torch's AdamW has no state before its first step, and there would be nothing to load into.
+            for optimizer in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                if isinstance(optimizer, DistributedOptimizer):
+                    optimizer._init_optimizer_states_with_dummy_values()
+        weights = state if len(self.modules) > 1 else state["model0"]
+        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_SHARDING)
+        state["scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
+        for index, module in enumerate(self.modules):
+            module.load_state_dict(state[f"model{index}"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _loss(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    total, tokens = (losses_BS.float() * mask_BS).sum(), mask_BS.sum()
+    # The schedule divides the loss in place.
+    return total, tokens.int(), {"loss_and_tokens": torch.stack([total.detach(), tokens]).double()}
+
+
+def _context_slice(batch: Batch) -> Batch:
+    """This context-parallel rank's part of each sequence: two of 2 x size pieces, so that causal work is balanced."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return batch
+    from megatron.core.utils import get_batch_on_this_cp_rank
+
+    return get_batch_on_this_cp_rank(batch)
+
+
+def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
+    overlap = config.parallel.overlap_communication
+    return DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap and config.parallel.distributed_optimizer,
+    )
+
+
+def _optimizer_config(config: RunConfig) -> OptimizerConfig:
+    section = config.optimizer
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.beta1,
+        adam_beta2=section.beta2,
+        adam_eps=section.eps,
+        clip_grad=section.clip_grad,
+        bf16=config.compute.precision == "bf16",
+        params_dtype=config.compute.dtype,
+        use_distributed_optimizer=config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_communication and config.parallel.distributed_optimizer,
+    )
+
+
+def _scheduler(section: OptimizerSection, steps: int, optimizer: Any) -> OptimizerParamScheduler:
+    last = section.decay_steps or steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.warmup_steps,
+        lr_decay_steps=last,
+        lr_decay_style="WSD" if section.schedule == "wsd" else section.schedule,
+        wsd_decay_steps=section.wsd_decay_steps or max(1, last // 10),
+        lr_wsd_decay_style="linear",
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # The config rules: a resumed run may stretch its schedule.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

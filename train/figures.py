@@ -1,0 +1,81 @@
+"""Pictures of a run, as PNG files in its folder: loss curve, expert load, neuron use."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mone_model.neuron_stats import NeuronUsage
+
+
+def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: float | None = None) -> None:
+    """Training and validation loss over steps, with the unigram entropy of the corpus as the line to beat."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    train = [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training")
+    names = sorted({name for record in records for name in record if name.startswith("validation/loss/")})
+    for name in names:
+        points = [(record["step"], record[name]) for record in records if name in record]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name.replace("validation/loss/", "validation: "))
+    if unigram_entropy is not None:
+        axes.axhline(unigram_entropy, color="grey", linestyle="--", label="unigram entropy")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def draw_expert_load(path: Path, usage: NeuronUsage, step: int) -> None:
+    """Load of each expert in each layer, relative to an even share."""
+    share_LE = usage.tokens_LE / usage.tokens_LE.mean(-1, keepdim=True).clamp_min(1e-12)
+    layers, experts = share_LE.shape
+    figure, axes = plt.subplots(figsize=(1.5 + max(4.0, 0.35 * experts), 1.4 + 0.35 * layers), layout="constrained")
+    image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
+    axes.set_xlabel("expert")
+    axes.set_ylabel("layer")
+    axes.set_yticks(range(layers))
+    axes.set_title(f"expert load relative to an even share, step {step}", fontsize=10)
+    figure.colorbar(image)
+    _save(figure, path)
+
+
+def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: int) -> None:
+    """How often each neuron was kept: a row an expert, its neurons sorted by use, a panel a layer."""
+    tokens_LE1 = usage.tokens_LE[..., None].clamp_min(1)
+    kept_LEH = (usage.selected_LEH / tokens_LE1).sort(dim=-1, descending=True).values.numpy()
+    layers, experts, neurons = kept_LEH.shape
+    columns = min(4, layers)
+    rows = -(-layers // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(3 * columns + 1, 0.9 + (0.6 + 0.12 * experts) * rows), squeeze=False, layout="constrained"
+    )
+    image = None
+    for layer, axes in enumerate(panels.flat):
+        if layer >= layers:
+            axes.axis("off")
+            continue
+        image = axes.imshow(kept_LEH[layer], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+        axes.axvline(active_neurons - 0.5, color="white", linewidth=0.8, linestyle=":")
+        axes.set_title(f"layer {layer}", fontsize=9)
+        axes.set_yticks(np.arange(experts) if experts <= 8 else [])
+        axes.tick_params(labelsize=7)
+    figure.supxlabel(f"neurons of an expert, most used first (dotted: K = {active_neurons} of {neurons})", fontsize=9)
+    figure.supylabel("expert", fontsize=9)
+    figure.suptitle(f"share of its expert's tokens that keep a neuron, step {step}", fontsize=10)
+    if image is not None:
+        figure.colorbar(image, ax=panels, shrink=0.8)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished.png")
+    figure.savefig(unfinished, dpi=130)
+    plt.close(figure)
+    unfinished.replace(path)

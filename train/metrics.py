@@ -1,0 +1,135 @@
+"""Where numbers go: a JSONL file, W&B, and one line on the console. Names: docs/metrics.md.
+
+    writer = MetricsWriter(config, folder, resume_step=200, wandb_id=None)     # on rank 0
+    writer.write(step, {"train/loss": 3.2, ...})
+    writer.write_figure(step, "neuron_use", path)
+    writer.close()
+
+A missing W&B server or login never stops a run: it goes on offline, and the JSONL file has everything.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from train.config import RunConfig, describe
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Writes records of named numbers, one a step; after a resume it drops records of later steps first."""
+
+    def __init__(self, config: RunConfig, folder: Path, *, resume_step: int, wandb_id: str | None) -> None:
+        self.path = folder / METRICS_FILE
+        kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(unfinished, self.path)
+        self.file = open(self.path, "a")  # noqa: SIM115  held open for the run
+        self.wandb = _start_wandb(config, folder, wandb_id)
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Id of the W&B run, to continue it after a resume."""
+        return self.wandb.id if self.wandb is not None else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Append one record."""
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self.file.flush()
+        self._to_wandb(values, step)
+
+    def write_figure(self, step: int, name: str, path: Path) -> None:
+        """Show an image file in W&B; it already lies in the run folder."""
+        if self.wandb is not None:
+            import wandb
+
+            self._to_wandb({f"figure/{name}": wandb.Image(str(path))}, step)
+
+    def write_histograms(self, step: int, values: dict[str, torch.Tensor]) -> None:
+        """Show distributions in W&B."""
+        if self.wandb is not None:
+            import wandb
+
+            self._to_wandb({name: wandb.Histogram(tensor.flatten().numpy()) for name, tensor in values.items()}, step)
+
+    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log(values, step=step)
+        except Exception as error:  # whatever W&B raises, training is worth more
+            print(f"W&B stopped taking records ({error}); the run goes on with {self.path}", flush=True)
+            self.wandb = None
+
+    def close(self) -> None:
+        """Finish the files."""
+        self.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run so far; a last line cut short by a kill is left out."""
+    path = folder / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
+    mode = config.logging.wandb_mode
+    if mode == "disabled":
+        return None
+    import wandb
+
+    def start(mode: str) -> Any:
+        return wandb.init(
+            project=config.logging.wandb_project,
+            entity=config.logging.wandb_entity,
+            name=config.run.name,
+            dir=str(folder),
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=describe(config),
+            mode=mode,  # type: ignore[arg-type]
+            settings=wandb.Settings(silent=True, init_timeout=60),
+        )
+
+    for attempt in dict.fromkeys([mode, "offline"]):
+        try:
+            return start(attempt)
+        except Exception as error:  # no network, no login, no server: the run goes on
+            print(f"W&B could not start {attempt} ({error})", flush=True)
+    return None
+
+
+def format_line(step: int, steps: int, values: dict[str, float], eta_seconds: float) -> str:
+    """The console line of one record."""
+    auxiliary = " ".join(
+        f"{name.removeprefix('aux/').removesuffix('_loss')} {value:.3f}"
+        for name, value in values.items()
+        if name.startswith("aux/")
+    )
+    hours, rest = divmod(int(eta_seconds), 3600)
+    parts = [
+        f"step {step:>{len(str(steps))}}/{steps}",
+        f"loss {values['train/loss']:.4f}",
+        auxiliary,
+        f"grad {values['train/grad_norm']:.2f}",
+        f"lr {values['train/learning_rate']:.2e}",
+        f"{values['speed/tokens_per_second']:,.0f} tok/s",
+        f"{values['speed/flops_per_second'] / 1e9:,.1f} GFLOP/s",
+        f"{values['memory/peak_gib']:.2f} GiB",
+        f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}",
+    ]
+    return " | ".join(part for part in parts if part)

@@ -1,0 +1,135 @@
+"""Pretrain a Mixture of Neuron Experts language model.
+
+    torchrun --nproc-per-node 2 -m train.pretrain data=demo model=mone_tiny parallel.expert=2
+    python -m train.pretrain --help
+
+Compose, validate, build, run, report.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import RunConfig, load_config, validate
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="pretrain")
+def main(hydra_config: DictConfig) -> None:
+    """Run the composed configuration."""
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    try:
+        config = load_config(hydra_config)
+        validate(config, world_size)
+        run(config, rank)
+    except ValueError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(config: RunConfig, rank: int) -> None:
+    """Build and train; everything that can be refused is refused before a process group exists."""
+    from train.data import load_data, load_manifests
+
+    manifests = load_manifests(config.data)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = manifests[0].vocab_size
+    elif config.model.vocab_size < manifests[0].vocab_size:
+        raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
+    folder = Path(config.run.dir)
+    refuse_to_overwrite(config, folder)
+    if rank == 0:
+        write_run_folder(config, folder)
+
+    from train.engines.megatron import MegatronEngine
+    from train.loop import Trainer
+    from train.runtime import distributed
+
+    timeout = config.run.timeout_minutes
+    with distributed(config.parallel, seed=config.run.seed, timeout_minutes=timeout) as runtime:
+        if runtime.is_main:
+            print(describe_run(config, runtime.world_size), flush=True)
+        trainer = Trainer(config, runtime, MegatronEngine(config, runtime), load_data(config, manifests))
+        trainer.resume()
+        complete = trainer.train()
+        if runtime.is_main:
+            what = "complete" if complete else f"stopped at step {trainer.step}; the same command continues it"
+            print(f"{what}: {folder}/ holds config.yaml, metrics.jsonl, checkpoints/, figures/", flush=True)
+
+
+def refuse_to_overwrite(config: RunConfig, folder: Path) -> None:
+    """With resume=never, ValueError if the run folder has been trained in."""
+    if config.resume == "never" and (folder / "metrics.jsonl").exists():
+        raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
+
+
+def write_run_folder(config: RunConfig, folder: Path) -> None:
+    """Note what runs and where: config.yaml and environment.json; ValueError if the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in {
+            "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
+            "environment.json": json.dumps(environment(), indent=1) + "\n",
+        }.items():
+            unfinished = folder / f".unfinished-{name}"
+            unfinished.write_text(text)
+            unfinished.replace(folder / name)
+    except OSError as error:
+        raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command of this process."""
+    packages = ("mone", "torch", "megatron-core", "deepspeed", "transformer-engine", "triton", "numpy")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return {
+        "command": sys.orig_argv,
+        "commit": git.stdout.strip() or None,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "packages": versions,
+    }
+
+
+def describe_run(config: RunConfig, world_size: int) -> str:
+    """What is about to run, in four lines."""
+    from mone_model.accounting import count_flops, count_parameters
+
+    model, parallel, training = config.model, config.parallel, config.training
+    parameters, flops = count_parameters(model), count_flops(model)
+    tokens = training.steps * training.global_batch_size * model.seq_length
+    return "\n".join(
+        [
+            f"model     {parameters.total / 1e6:.1f}M parameters, {parameters.active / 1e6:.1f}M active; "
+            f"{model.num_experts} experts of {model.moe_ffn_hidden_size} neurons, top {model.router_topk}",
+            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.active_neurons}), "
+            f"active_expert_params {parameters.active_expert_params:.1%}",
+            f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
+            f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
+            f"{config.micro_batches(world_size)} micro-batches a step",
+            f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens = {tokens / 1e6:.2f}M "
+            f"tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Process groups, device, seeds, teardown.
+
+    with distributed(config) as runtime:          # torchrun, or one process without it
+        engine = MegatronEngine(config, ...)
+"""
+
+import contextlib
+import datetime
+import os
+import random
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from mone_model.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process among the others."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.rank == 0
+
+
+def world_size_from_environment() -> int:
+    """Processes of the job, as torchrun or Slurm's launcher says; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def distributed(parallel: ParallelConfig, *, seed: int, timeout_minutes: int) -> Iterator[Runtime]:
+    """Join the job's processes (NCCL on GPUs, else gloo), build the parallel groups, seed, and leave at the end.
+
+    After an exception no collective is called: the others may not be there any more.
+    """
+    # Notes of Megatron-Core to its own developers, on every rank.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    backend = "nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    build_groups(parallel)
+    set_seeds(seed)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    yield Runtime(dist.get_rank(), dist.get_world_size(), device)
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def build_groups(parallel: ParallelConfig) -> None:
+    """Build Megatron-Core's process groups for this layout."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=parallel.expert_tensor,
+    )
+
+
+def set_seeds(seed: int) -> None:
+    """Seed Python, numpy and torch: alike on data-parallel ranks, different on tensor- and pipeline-parallel ones."""
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
