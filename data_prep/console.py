@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.shards import DataError
+from data_prep.errors import DataError
 
 Options = TypeVar("Options")
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from data_prep.shards import DataError
+from data_prep.errors import DataError
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("text", {}),
@@ -130,7 +130,7 @@ class Corpus:
             values = itertools.islice(self._values(file), done, None)
             number = done
             try:
-                for number, value in enumerate(values, done + 1):  # noqa: B007
+                for number, value in enumerate(values, done + 1):
                     yield self._record(value, Position(file, number))
             except (DataError, GeneratorExit):
                 raise

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.corpora import Record
-from data_prep.shards import DataError
+from data_prep.errors import DataError
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 18

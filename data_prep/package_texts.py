@@ -26,8 +26,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from data_prep.console import reporting_errors, typed
+from data_prep.errors import DataError
 from data_prep.files import sha256_of, writing
-from data_prep.shards import DataError
 
 
 @dataclass

@@ -42,11 +42,12 @@ class Progress:
         """
         if not sum(self._sizes):
             return 0.0
-        here = min(self._file_text / self._text_per_byte, self._sizes[self._file])
+        here = min(self._file_text / self._text_per_byte, sum(self._sizes[self._file : self._file + 1]))
         return (sum(self._sizes[: self._file]) + here) / sum(self._sizes)
 
     def close(self) -> None:
         """Print the last line."""
+        self._file_text, self._file = 0, len(self._sizes)
         self._print()
 
     def _print(self) -> None:

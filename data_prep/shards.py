@@ -10,6 +10,7 @@ A shard is Megatron-Core's indexed dataset: `<split>-<number>.bin` holds the tok
 """
 
 import json
+import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data_prep.errors import DataError as DataError
 from data_prep.files import publish, sha256_of, temporary, writing
 
 FORMAT = "mone-token-shards-1"
@@ -24,10 +26,6 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 
 Split = Literal["train", "validation"]
-
-
-class DataError(ValueError):
-    """The user's data, option or folder is at fault; the message says which one and what would be right."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +174,34 @@ def entropy(counts: np.ndarray) -> float:
     return abs(float(-(p * np.log(p)).sum()))
 
 
+def megatron_indexed_dataset() -> Any:
+    """Megatron-Core's module of the format, imported late since that takes seconds, and without its advice to
+    install GPU libraries."""
+    with warnings.catch_warnings(action="ignore"):
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
+def count_tokens(bin_path: Path, dtype: str, vocab_size: int) -> np.ndarray:
+    """Occurrences [vocab_size or more, if there are larger ids] int64 of each token id in a .bin file."""
+    counts = np.zeros(vocab_size, np.int64)
+    with open(bin_path, "rb") as file:
+        while len(tokens := np.fromfile(file, dtype, 1 << 20)):
+            part = np.bincount(tokens, minlength=len(counts))
+            part[: len(counts)] += counts
+            counts = part
+    return counts
+
+
 class ShardWriter:
     """Collects the documents of one shard; nothing carries the shard's final name before `finish`."""
 
     def __init__(self, folder: Path, name: str, split: Split, dtype: str) -> None:
-        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
         self.folder, self.name, self.split = folder, name, split
         self.documents = self.tokens = 0
         self._first = self._last = ""
-        self._builder = IndexedDatasetBuilder(str(temporary(folder / f"{name}.bin")), np.dtype(dtype).type)
+        bin_path = str(temporary(folder / f"{name}.bin"))
+        self._builder = megatron_indexed_dataset().IndexedDatasetBuilder(bin_path, np.dtype(dtype).type)
 
     def add(self, tokens: np.ndarray, source: str) -> None:
         """Append one document: `tokens` [length] with its end-of-document, `source` as file:record."""

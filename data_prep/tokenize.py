@@ -9,15 +9,14 @@ Documents keep the corpus's order. They are collected until a group has `shard_t
 train shard and one validation shard, whatever the number of workers, and then is on record in progress.json.
 """
 
-import errno
 import fcntl
 import os
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import get_args
 
 import hydra
 import numpy as np
@@ -25,12 +24,23 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from data_prep.console import reporting_errors, typed
-from data_prep.corpora import Corpus, CorpusConfig, Record
+from data_prep.corpora import Corpus, CorpusConfig
 from data_prep.encoding import EncoderPool
-from data_prep.files import TEMPORARY_PREFIX
-from data_prep.journal import Journal
+from data_prep.errors import DataError, naming_folder
+from data_prep.journal import Journal, refuse_other_settings
 from data_prep.progress import Progress
-from data_prep.shards import MANIFEST_NAME, TOKENIZER_NAME, DataError, Manifest, Shard, ShardWriter, entropy
+from data_prep.shards import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    Manifest,
+    Shard,
+    ShardWriter,
+    Split,
+    count_tokens,
+    entropy,
+    load_manifest,
+    megatron_indexed_dataset,
+)
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 ROUND_TRIP_DOCUMENTS = 32
@@ -65,6 +75,105 @@ class TokenizeConfig:
 ConfigStore.instance().store(name="tokenize_schema", node=TokenizeConfig)
 
 
+class Group:
+    """The documents of one train and one validation shard."""
+
+    def __init__(self, folder: Path, number: int, dtype: str) -> None:
+        self._folder, self._number, self._dtype = folder, number, dtype
+        self._writers: dict[Split, ShardWriter] = {}
+        self.fates: Counter[str] = Counter()
+        self.documents = self.tokens = 0
+
+    def add(self, tokens: np.ndarray, split: Split, source: str) -> None:
+        """Append a document: tokens [length], end-of-document included; `source` as file:record."""
+        if split not in self._writers:
+            self._writers[split] = ShardWriter(self._folder, f"{split}-{self._number:05}", split, self._dtype)
+        self._writers[split].add(tokens, source)
+        self.documents += 1
+        self.tokens += len(tokens)
+
+    def finish(self) -> list[Shard]:
+        """Publish the shards, the training one first."""
+        return [self._writers[split].finish() for split in sorted(self._writers)]
+
+
+def write_groups(
+    config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, pool: EncoderPool, journal: Journal
+) -> None:
+    """Write every group from the journal's position to the end of the corpus."""
+    dtype = dtype_of(tokenizer.vocab_size)
+    group = Group(journal.folder, journal.groups, dtype)
+    position = journal.position
+    progress = Progress(corpus, config.progress_seconds, position)
+
+    def finish() -> None:
+        shards = group.finish()
+        unigrams = np.zeros(tokenizer.vocab_size, np.int64)
+        for shard in shards:
+            if shard.split == "train":
+                unigrams += count_tokens(journal.folder / f"{shard.name}.bin", dtype, tokenizer.vocab_size)
+        journal.add_group(shards, position, group.fates, unigrams)
+
+    for records, encoded in pool.encode(corpus.records(position)):
+        for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
+            position = record.next
+            group.fates[record.fate] += 1
+            if not len(tokens):
+                continue
+            if journal.groups == 0 and group.documents < ROUND_TRIP_DOCUMENTS:
+                journal.round_trip &= tokenizer.decode(tokens[:-1].tolist()) == record.text
+            group.add(tokens, "validation" if validation else "train", corpus.where(record))
+            if group.tokens >= config.shard_tokens:
+                finish()
+                group = Group(journal.folder, journal.groups, dtype)
+        progress.add(records, len(encoded.tokens))
+    if group.fates:
+        finish()
+    progress.close()
+
+
+def dtype_of(vocab_size: int) -> str:
+    """numpy type of the tokens on disk, by Megatron-Core's rule: uint16 if they fit, else int32."""
+    return megatron_indexed_dataset().DType.optimal_dtype(vocab_size).__name__
+
+
+def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manifest:
+    """Publish manifest.json for the finished journal and remove the latter; DataError if nothing is to train on."""
+    if not journal.unigrams.any():
+        fates = ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items())) or "no record at all"
+        raise DataError(f"{name}: no document for training (records: {fates}). The corpus is empty or too small")
+    manifest = Manifest(
+        folder=journal.folder,
+        name=name,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        dtype=dtype_of(tokenizer.vocab_size),
+        tokenizer_sha256=tokenizer.sha256,
+        round_trip=journal.round_trip,
+        unigram_entropy=entropy(journal.unigrams),
+        records=dict(sorted(journal.records.items())),
+        settings=journal.settings,
+        shards=tuple(journal.shards),
+    )
+    manifest.save()
+    journal.close()
+    return manifest
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process alone; the kernel lets go of it when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise DataError(f"output={folder}: another mone-tokenize is writing there") from error
+    finally:
+        os.close(descriptor)
+
+
 def tokenize(config: TokenizeConfig) -> Manifest:
     """Tokenize the corpus into `config.output`, or continue there; return the manifest.
 
@@ -77,14 +186,35 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         "validation_fraction": config.validation_fraction,
         "shard_tokens": config.shard_tokens,
     }
-    with explaining_os_errors(output), locked(output):
-        if (manifest := finished(output, settings)) is not None:
+    with naming_folder("output", output), locked(output):
+        if (output / MANIFEST_NAME).is_file():
+            manifest = load_manifest(output)
+            refuse_other_settings(output, manifest.settings, settings)
+            manifest.check_sizes()
             return manifest
         journal = Journal.open(output, settings, tokenizer.vocab_size)
-        for leftover in output.glob(f"{TEMPORARY_PREFIX}*"):
-            leftover.unlink()
         (output / TOKENIZER_NAME).mkdir(exist_ok=True)
         tokenizer.copy_to(output / TOKENIZER_NAME)
-        with EncoderPool(str(output / TOKENIZER_NAME), config.validation_fraction, config.workers) as pool:
+        with EncoderPool(config.tokenizer, config.validation_fraction, config.workers) as pool:
             write_groups(config, corpus, tokenizer, pool, journal)
-        return publish_manifest(corpus, tokenizer, journal)
+        return publish_manifest(corpus.name, tokenizer, journal)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="tokenize")
+@reporting_errors
+def main(config: DictConfig) -> None:
+    """Tokenize; exit code 2 with a message on stderr if the input, an option or the folder is at fault."""
+    manifest = tokenize(typed(config, TokenizeConfig))
+    for split in get_args(Split):
+        print(
+            f"{manifest.folder}: {split} {manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens "
+            f"in {len(manifest.prefixes(split))} shards"
+        )
+    for fate, count in manifest.records.items():
+        print(f"{manifest.folder}: {count:,} records {fate}")
+    if not manifest.round_trip:
+        print(f"{manifest.folder}: this tokenizer does not give back its text exactly (it normalises)")
+
+
+if __name__ == "__main__":
+    main()

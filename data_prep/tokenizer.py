@@ -19,8 +19,8 @@ from omegaconf import MISSING, DictConfig
 
 from data_prep.console import reporting_errors, typed
 from data_prep.corpora import CorpusConfig
+from data_prep.errors import DataError
 from data_prep.files import sha256_of
-from data_prep.shards import DataError
 
 MODEL_NAME = "tokenizer.model"
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.corpora import Corpus
+from data_prep.errors import DataError
 from data_prep.files import writing
-from data_prep.shards import DataError, publish_json
+from data_prep.shards import publish_json
 
 if TYPE_CHECKING:
     from data_prep.tokenizer import TrainTokenizerConfig

@@ -1,0 +1,33 @@
+"""What is the user's to mend, told so that they can.
+
+    with naming_folder("output", folder):
+        ...                                  # a full disk becomes a DataError that says which folder and option
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+
+
+class DataError(ValueError):
+    """The user's data, option or folder is at fault; the message says which one and what would be right."""
+
+
+@contextmanager
+def naming_folder(option: str, folder: Path) -> Iterator[None]:
+    """Turn an OSError that comes of a full or forbidden `folder`, given as `option`, into a DataError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise DataError(
+                f"{option}={folder}: no space left in this folder ({error.strerror}). What was finished is kept: "
+                "make room and run the same command again to continue, or choose a folder on another disk"
+            ) from error
+        if error.errno in REFUSED:
+            raise DataError(f"{option}={folder}: cannot write there ({error.strerror}: {error.filename})") from error
+        raise

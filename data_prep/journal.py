@@ -1,0 +1,126 @@
+"""What a tokenization has finished so far: progress.json in its output folder, until manifest.json replaces it.
+
+    journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
+    corpus.records(journal.position)
+    journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
+    journal.close()
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.corpora import Position
+from data_prep.errors import DataError
+from data_prep.files import TEMPORARY_PREFIX
+from data_prep.shards import Shard, publish_json, size_problems
+
+JOURNAL_NAME = "progress.json"
+
+
+@dataclass
+class Journal:
+    """Finished groups of documents and the place behind them."""
+
+    folder: Path
+    """Output folder of the tokenization."""
+    settings: dict[str, Any]
+    """What the output depends on: a run with other settings must not continue it."""
+    unigrams: np.ndarray
+    """[vocab_size] int64, occurrences of each token in the finished training shards."""
+    position: Position = Position(0, 0)
+    """Place in the corpus behind the finished groups."""
+    groups: int = 0
+    """Finished groups; also the number in the next shards' names."""
+    round_trip: bool = True
+    """See `Manifest.round_trip`."""
+    records: Counter[str] = field(default_factory=Counter)
+    """Records by fate."""
+    shards: list[Shard] = field(default_factory=list)
+    """Finished shards."""
+
+    @classmethod
+    def open(cls, folder: Path, settings: dict[str, Any], vocab_size: int) -> "Journal":
+        """The journal in `folder`, or a new one; files of unfinished groups are removed.
+
+        Raises DataError if the folder holds shards of other settings, shards without a journal, or damaged ones.
+        """
+        journal = cls(folder, settings, np.zeros(vocab_size, np.int64))
+        files = {path for pattern in ("*.bin", "*.idx") for path in folder.glob(pattern)}
+        if (folder / JOURNAL_NAME).is_file():
+            earlier = cls._load(folder)
+            if earlier.shards:
+                refuse_other_settings(folder, earlier.settings, settings)
+                journal = earlier
+        elif files:
+            raise DataError(
+                f"output={folder}: holds {len(files)} shard files but neither {JOURNAL_NAME} nor a manifest, "
+                "so they are not of an unfinished run. Choose another folder"
+            )
+        if problems := size_problems(folder, journal.shards):
+            raise DataError(f"output={folder}: {'; '.join(problems)}. Remove the folder and start again")
+        finished = {folder / file for shard in journal.shards for file, _, _ in shard.files()}
+        for path in {*files, *folder.glob(f"{TEMPORARY_PREFIX}*")} - finished:
+            path.unlink()
+        journal._save()
+        return journal
+
+    def add_group(
+        self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray
+    ) -> None:
+        """Record a finished group: its published shards, the place behind it, its records by fate, its tokens."""
+        self.shards += shards
+        self.position = position
+        self.records += fates
+        self.unigrams = self.unigrams + unigrams
+        self.groups += 1
+        self._save()
+
+    def close(self) -> None:
+        """Remove the journal, once the manifest is published."""
+        (self.folder / JOURNAL_NAME).unlink()
+
+    def _save(self) -> None:
+        content = {k: v for k, v in vars(self).items() if k != "folder"}
+        content |= {"unigrams": self.unigrams.tolist(), "shards": [asdict(shard) for shard in self.shards]}
+        publish_json(self.folder / JOURNAL_NAME, content)
+
+    @classmethod
+    def _load(cls, folder: Path) -> "Journal":
+        path = folder / JOURNAL_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["unigrams"] = np.array(content["unigrams"], np.int64)
+            content["position"] = Position(*content["position"])
+            content["records"] = Counter(content["records"])
+            content["shards"] = [Shard(**shard) for shard in content["shards"]]
+            return cls(folder=folder, **content)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: damaged ({error}). Remove the folder and start again") from error
+
+
+def refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise DataError that names each setting in which the shards in `folder` differ from this run."""
+    was, is_now = dict(_flat(there)), dict(_flat(now))
+    different = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
+    if different:
+        changes = "; ".join(f"{key} was {was.get(key)!r}, is now {is_now.get(key)!r}" for key in different[:5])
+        raise DataError(
+            f"output={folder}: holds shards of another corpus, tokenizer or setting ({changes}). "
+            "Choose another folder, or remove this one"
+        )
+
+
+def _flat(settings: Any, name: str = "") -> Iterable[tuple[str, Any]]:
+    """Leaves of nested settings by dotted name."""
+    if isinstance(settings, dict | list):
+        pairs = settings.items() if isinstance(settings, dict) else enumerate(settings)
+        for key, value in pairs:
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, settings

@@ -1,0 +1,128 @@
+"""Is a folder of token shards what mone-tokenize wrote?
+
+    mone-verify path=data/demo/shards/wikipedia
+    for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
+"""
+
+import glob
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from data_prep.console import reporting_errors, typed
+from data_prep.errors import DataError
+from data_prep.files import sha256_of
+from data_prep.shards import Manifest, Shard, count_tokens, entropy, load_manifest, megatron_indexed_dataset
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclass
+class VerifyConfig:
+    """Options of `mone-verify`."""
+
+    path: Any = MISSING
+    """Folder of token shards, a glob of such folders, or a list of these."""
+    decode_documents: int = 100
+    """Documents per shard, spread evenly, to decode and encode again."""
+
+
+ConfigStore.instance().store(name="verify_schema", node=VerifyConfig)
+
+
+def damages(manifest: Manifest, decode_documents: int = 100) -> Iterator[str]:
+    """One sentence for everything in the folder that is not as the manifest says; none if all is well."""
+    tokenizer: Tokenizer | None = None
+    try:
+        tokenizer = load_tokenizer(manifest.tokenizer_path)
+        if tokenizer.sha256 != manifest.tokenizer_sha256:
+            yield (
+                f"{manifest.tokenizer_path}: another tokenizer than the manifest's (sha256 {tokenizer.sha256}, "
+                f"manifest {manifest.tokenizer_sha256})"
+            )
+    except DataError as error:
+        yield str(error)
+    unigrams = np.zeros(manifest.vocab_size, np.int64)
+    for shard in manifest.shards:
+        damaged = list(file_damages(manifest, shard))
+        yield from damaged
+        if damaged:
+            continue
+        counts = count_tokens(manifest.folder / f"{shard.name}.bin", manifest.dtype, manifest.vocab_size)
+        if len(counts) > manifest.vocab_size:
+            yield f"{shard.name}.bin: token {len(counts) - 1} outside the vocabulary of {manifest.vocab_size}"
+            continue
+        if shard.split == "train":
+            unigrams += counts
+        yield from content_damages(manifest, shard, tokenizer, decode_documents)
+    if unigrams.sum() == manifest.tokens("train") and entropy(unigrams) != manifest.unigram_entropy:
+        yield f"manifest.json: unigram_entropy {manifest.unigram_entropy}, the shards have {entropy(unigrams)}"
+
+
+def file_damages(manifest: Manifest, shard: Shard) -> Iterator[str]:
+    """Files of a shard that are missing, of another size or of another checksum."""
+    for file, size, sha256 in shard.files():
+        path = manifest.folder / file
+        if not path.is_file():
+            yield f"{file}: missing"
+        elif path.stat().st_size != size:
+            yield f"{file}: {path.stat().st_size} bytes, the manifest says {size}"
+        elif sha256_of(path) != sha256:
+            yield f"{file}: altered (sha256 {sha256_of(path)}, the manifest says {sha256})"
+
+
+def content_damages(
+    manifest: Manifest, shard: Shard, tokenizer: Tokenizer | None, decode_documents: int
+) -> Iterator[str]:
+    """Counts, ends of document and decoded text of a shard whose files are intact."""
+    dataset = megatron_indexed_dataset().IndexedDataset(str(manifest.folder / shard.name))
+    lengths = np.asarray(dataset.sequence_lengths, np.int64)
+    if len(dataset) != shard.documents or len(dataset.document_indices) != shard.documents + 1:
+        yield f"{shard.name}.idx: {len(dataset)} documents, the manifest says {shard.documents}"
+    if lengths.sum() != shard.tokens:
+        yield f"{shard.name}.idx: {lengths.sum()} tokens, the manifest says {shard.tokens}"
+    tokens = np.memmap(manifest.folder / f"{shard.name}.bin", manifest.dtype, "r")
+    unended = np.flatnonzero(tokens[np.cumsum(lengths) - 1] != manifest.eod_id)
+    for document in unended[:10]:
+        yield f"{shard.name}: document {document} does not end with the end-of-document token {manifest.eod_id}"
+    if tokenizer is None or not manifest.round_trip:
+        return
+    chosen = np.linspace(0, len(dataset) - 1, min(decode_documents, len(dataset)), dtype=int)
+    for document in chosen:
+        ids = dataset[int(document)][:-1].tolist()
+        if tokenizer.encode([tokenizer.decode(ids)])[0] != ids:
+            yield f"{shard.name}: document {document} decodes to text that encodes to other tokens"
+
+
+def folders(path: Any) -> list[Path]:
+    """The folders that the option names: entries of a list, globs expanded and sorted."""
+    entries = path if isinstance(path, list) else [path]
+    return [Path(p) for entry in map(str, entries) for p in sorted(glob.glob(entry)) or [entry]]
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="verify")
+@reporting_errors
+def main(config: DictConfig) -> None:
+    """List every damage on stdout; exit code 1 if there is any, 2 if there is nothing to verify."""
+    options = typed(config, VerifyConfig)
+    damaged = False
+    for folder in folders(options.path):
+        manifest = load_manifest(folder)
+        found = list(damages(manifest, options.decode_documents))
+        for damage in found:
+            print(f"{folder}: {damage}")
+        if not found:
+            tokens = sum(shard.tokens for shard in manifest.shards)
+            print(f"{folder}: {len(manifest.shards)} shards with {tokens:,} tokens are intact")
+        damaged |= bool(found)
+    sys.exit(1 if damaged else 0)
+
+
+if __name__ == "__main__":
+    main()
