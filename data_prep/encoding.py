@@ -8,6 +8,7 @@ A worker knows the tokenizer and nothing else; it ends with its parent, however 
 """
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import threading
@@ -43,7 +44,8 @@ class Encoded:
 
     def documents(self) -> Iterator[np.ndarray]:
         """The tokens of each text [length], in order."""
-        return iter(np.split(self.tokens, np.cumsum(self.lengths)[:-1]))
+        ends = np.cumsum(self.lengths).tolist()
+        return (self.tokens[start:end] for start, end in itertools.pairwise([0, *ends]))
 
 
 def is_validation(text: str, fraction: float) -> bool:
@@ -58,14 +60,10 @@ def is_validation(text: str, fraction: float) -> bool:
 
 def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: float) -> Encoded:
     """Encode texts [N]; an end-of-document behind each that is not empty."""
-    ids = tokenizer.encode(texts)
-    for text, document in zip(texts, ids, strict=True):
-        if text:
-            document.append(tokenizer.eod_id)
-        else:
-            document.clear()
-    lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-    tokens = np.fromiter((token for document in ids for token in document), np.int32, int(lengths.sum()))
+    documents = tokenizer.encode_documents([text for text in texts if text])
+    lengths = np.zeros(len(texts), np.int64)
+    lengths[[bool(text) for text in texts]] = [len(document) for document in documents]
+    tokens = np.concatenate([np.empty(0, np.int32), *documents])
     return Encoded(tokens, lengths, [is_validation(text, validation_fraction) for text in texts])
 
 

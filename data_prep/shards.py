@@ -49,7 +49,7 @@ class Shard:
     idx_sha256: str
     """Checksum of the .idx file."""
     source: str
-    """Where the documents came from: first record .. last record, each as file:record (records from 1)."""
+    """Where its documents stand: behind record `file:number` - up to record `file:number`, numbers from 1."""
 
     def files(self) -> Iterable[tuple[str, int, str]]:
         """Name, size in bytes and sha256 of each of the two files."""
@@ -199,19 +199,17 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str, split: Split, dtype: str) -> None:
         self.folder, self.name, self.split = folder, name, split
         self.documents = self.tokens = 0
-        self._first = self._last = ""
         bin_path = str(temporary(folder / f"{name}.bin"))
         self._builder = megatron_indexed_dataset().IndexedDatasetBuilder(bin_path, np.dtype(dtype).type)
 
-    def add(self, tokens: np.ndarray, source: str) -> None:
-        """Append one document: `tokens` [length] with its end-of-document, `source` as file:record."""
+    def add(self, tokens: np.ndarray) -> None:
+        """Append one document: `tokens` [length] with its end-of-document."""
         self._builder.add_document(tokens, [len(tokens)])
-        self._first, self._last = self._first or source, source
         self.documents += 1
         self.tokens += len(tokens)
 
-    def finish(self) -> Shard:
-        """Write the index and publish both files."""
+    def finish(self, source: str) -> Shard:
+        """Write the index and publish both files; `source` is for the manifest."""
         bin_path, idx_path = (self.folder / f"{self.name}{suffix}" for suffix in (".bin", ".idx"))
         self._builder.finalize(str(temporary(idx_path)))
         for path in (bin_path, idx_path):
@@ -225,5 +223,5 @@ class ShardWriter:
             idx_bytes=idx_path.stat().st_size,
             bin_sha256=sha256_of(bin_path),
             idx_sha256=sha256_of(idx_path),
-            source=f"{self._first} .. {self._last}",
+            source=source,
         )

@@ -43,7 +43,7 @@ from data_prep.shards import (
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-ROUND_TRIP_DOCUMENTS = 32
+ROUND_TRIP_RECORDS = 32
 
 
 @dataclass
@@ -76,25 +76,24 @@ ConfigStore.instance().store(name="tokenize_schema", node=TokenizeConfig)
 
 
 class Group:
-    """The documents of one train and one validation shard."""
+    """The documents of one train and one validation shard, and all records among them."""
 
     def __init__(self, folder: Path, number: int, dtype: str) -> None:
         self._folder, self._number, self._dtype = folder, number, dtype
         self._writers: dict[Split, ShardWriter] = {}
         self.fates: Counter[str] = Counter()
-        self.documents = self.tokens = 0
+        self.tokens = 0
 
-    def add(self, tokens: np.ndarray, split: Split, source: str) -> None:
-        """Append a document: tokens [length], end-of-document included; `source` as file:record."""
+    def add(self, tokens: np.ndarray, split: Split) -> None:
+        """Append a document: tokens [length], end-of-document included."""
         if split not in self._writers:
             self._writers[split] = ShardWriter(self._folder, f"{split}-{self._number:05}", split, self._dtype)
-        self._writers[split].add(tokens, source)
-        self.documents += 1
+        self._writers[split].add(tokens)
         self.tokens += len(tokens)
 
-    def finish(self) -> list[Shard]:
+    def finish(self, source: str) -> list[Shard]:
         """Publish the shards, the training one first."""
-        return [self._writers[split].finish() for split in sorted(self._writers)]
+        return [self._writers[split].finish(source) for split in sorted(self._writers)]
 
 
 def write_groups(
@@ -102,12 +101,12 @@ def write_groups(
 ) -> None:
     """Write every group from the journal's position to the end of the corpus."""
     dtype = dtype_of(tokenizer.vocab_size)
-    group = Group(journal.folder, journal.groups, dtype)
     position = journal.position
+    group = Group(journal.folder, journal.groups, dtype)
     progress = Progress(corpus, config.progress_seconds, position)
 
-    def finish() -> None:
-        shards = group.finish()
+    def finish_group() -> None:
+        shards = group.finish(f"{corpus.where(journal.position)} - {corpus.where(position)}")
         unigrams = np.zeros(tokenizer.vocab_size, np.int64)
         for shard in shards:
             if shard.split == "train":
@@ -118,17 +117,16 @@ def write_groups(
         for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
             position = record.next
             group.fates[record.fate] += 1
-            if not len(tokens):
-                continue
-            if journal.groups == 0 and group.documents < ROUND_TRIP_DOCUMENTS:
-                journal.round_trip &= tokenizer.decode(tokens[:-1].tolist()) == record.text
-            group.add(tokens, "validation" if validation else "train", corpus.where(record))
-            if group.tokens >= config.shard_tokens:
-                finish()
-                group = Group(journal.folder, journal.groups, dtype)
+            if record.text:
+                if journal.groups == 0 and group.fates.total() <= ROUND_TRIP_RECORDS:
+                    journal.round_trip &= tokenizer.decode(tokens[:-1].tolist()) == record.text
+                group.add(tokens, "validation" if validation else "train")
+                if group.tokens >= config.shard_tokens:
+                    finish_group()
+                    group = Group(journal.folder, journal.groups, dtype)
         progress.add(records, len(encoded.tokens))
     if group.fates:
-        finish()
+        finish_group()
     progress.close()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import hydra
+import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
@@ -39,6 +40,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, in one thread; special tokens are neither added nor recognised in the text."""
+
+    @abstractmethod
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """As `encode`, each text as an array [length] that ends with `eod_id`."""
 
     @abstractmethod
     def decode(self, tokens: list[int]) -> str:
@@ -68,6 +73,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self._model.encode(texts, num_threads=1)
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        return self._model.encode(texts, num_threads=1, return_type="numpy", add_eos=True)
 
     def decode(self, tokens: list[int]) -> str:
         return self._model.decode(tokens)
@@ -104,6 +112,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array([*ids, self.eod_id], np.int32) for ids in self.encode(texts)]
 
     def decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

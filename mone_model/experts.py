@@ -28,6 +28,9 @@ from mone_model.neuron_stats import NeuronCounters
 
 def expert_gemm(x_NK: torch.Tensor, weight_EMK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
     """One grouped GEMM: rows of expert e times weight[e] transposed. [N, K], [E, M, K], [E] -> [N, M]."""
+    if len(x_NK) == 0:
+        # The grouped GEMM's backward refuses an empty batch; this keeps the weights in the graph.
+        return x_NK @ weight_EMK[0].T
     offsets_E = tokens_E.cumsum(0).to(device=x_NK.device, dtype=torch.int32)
     return F.grouped_mm(x_NK, weight_EMK.transpose(1, 2), offs=offsets_E)
 

@@ -1,10 +1,10 @@
 """Make Megatron-Core run on CPU and gloo. Does nothing where CUDA exists.
 
 Megatron-Core assumes CUDA in places: device strings, streams, the CUDA random generator, collectives that only
-NCCL has. This module redirects them, once, before Megatron-Core is imported:
+NCCL has. This module redirects them, once, before anything of Megatron-Core runs:
 
     import mone_model                  # its __init__ calls install()
-    from megatron.core import ...      # now works on CPU
+    from megatron.core import ...      # works on CPU; an earlier import does no harm
 
 It is the only file that knows. Processes started by `spawn` install it when they import `mone_model`.
 """
@@ -28,11 +28,12 @@ def install() -> None:
     """Redirect what Megatron-Core takes from CUDA to the CPU; idempotent, and nothing where CUDA is available."""
     if torch.cuda.is_available() or getattr(torch.cuda, "_mone_on_cpu", False):
         return
-    if any(name.startswith("megatron.core") for name in sys.modules):
-        raise ImportError("megatron.core was imported before mone_model; on CPU, import mone_model first")
     torch.cuda._mone_on_cpu = True  # type: ignore[attr-defined]
-    # Megatron-Core's jit_fuser is torch.compile at import: it would compile dozens of tiny functions on first use.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Megatron-Core's jit_fuser is torch.compile: it would compile dozens of tiny functions on first use.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.config.disable = True
+    else:
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _redirect_devices()
     _replace_streams()
     _redirect_random_state()

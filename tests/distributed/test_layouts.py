@@ -1,0 +1,156 @@
+"""The same weights and data on every layout: losses, gradients, auxiliary losses, statistics."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+
+# Every auxiliary loss, so large that a wrong scale shows.
+LOSSES = {
+    "aux_loss_coeff": 1.0,
+    "seq_aux_loss_coeff": 1.0,
+    "global_aux_loss_coeff": 1.0,
+    "z_loss_coeff": 0.3,
+    "neuron_balance_coeff": 3.0,
+}
+# Without a discrete choice: every token takes all experts and all neurons.
+SMOOTH = {"router_topk": 4, "activation_ratio": 1.0}
+SPARSE = {"router_topk": 2, "activation_ratio": 0.25}
+ETP = {"expert_tensor": 2, "distributed_optimizer": False}
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "dp2": {"parallel": {"distributed_optimizer": False}},
+        "ep2": {"parallel": {"expert": 2, "distributed_optimizer": False}},
+        "ep2_allgather": {
+            "parallel": {"expert": 2, "distributed_optimizer": False},
+            "compute": {"token_dispatcher": "allgather"},
+        },
+        "etp2": {"parallel": ETP},
+    },
+    4: {
+        "ep4": {"parallel": {"expert": 4, "distributed_optimizer": False}},
+        "ep2_dp2": {"parallel": {"expert": 2, "distributed_optimizer": False}},
+        "ep2_etp2": {"parallel": ETP | {"expert": 2}},
+    },
+}
+
+
+def cases_of(processes: int) -> dict[str, dict[str, Any]]:
+    """Gradients of one step and losses of several, on each layout, in the smooth and the sparse configuration."""
+    cases: dict[str, dict[str, Any]] = {}
+    for layout, options in LAYOUTS[processes].items():
+        training = {"micro_batch_size": 4 // processes, "global_batch_size": 4}
+        for kind, model in (("smooth", SMOOTH), ("sparse", SPARSE)):
+            # With all neurons kept, the normalised loss is constant: its gradient is rounding, and nothing to compare.
+            for form in ("normalised", "unmasked", "masked") if kind == "sparse" else ("unmasked",):
+                cases[f"{layout}/{kind}/{form}"] = {
+                    **options,
+                    "model": model | LOSSES | {"neuron_balance_form": form},
+                    "training": training,
+                    "optimizer": {"clip_grad": 0.0},
+                    "gradients": True,
+                }
+            distributed_optimizer = {"parallel": options.get("parallel", {}) | {"distributed_optimizer": True}}
+            cases[f"{layout}/{kind}/steps"] = {
+                **options,
+                **distributed_optimizer,
+                "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001},
+                "training": training | {"global_batch_size": 8},
+                "run_steps": 10 if kind == "smooth" else 3,
+            }
+    if processes == 2:
+        for micro_batches in (1, 4):
+            cases[f"repeat/{micro_batches}"] = {
+                "parallel": {"expert": 2, "distributed_optimizer": False},
+                "model": SPARSE | LOSSES,
+                "training": {"micro_batch_size": 2, "global_batch_size": 4 * micro_batches},
+                "optimizer": {"clip_grad": 0.0},
+                "repeat": True,
+                "gradients": True,
+            }
+    return cases
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What every case computed, by real processes over gloo."""
+    folder = tmp_path_factory.mktemp("layouts")
+    collected: dict[str, dict[str, Any]] = {}
+    for processes in LAYOUTS:
+        cases, out = folder / f"{processes}.json", folder / f"{processes}.pt"
+        cases.write_text(json.dumps(cases_of(processes)))
+        run = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+            + ["-m", "tests.distributed.worker", str(cases), str(out)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert run.returncode == 0, run.stderr[-5000:]
+        collected |= torch.load(out)
+    return collected
+
+
+NAMES = [layout for layouts in LAYOUTS.values() for layout in layouts if layout != "one"]
+
+
+def assert_gradients_equal(actual: dict[str, Any], expected: dict[str, Any], relative: float) -> None:
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        difference = (actual["gradients"][name] - gradient).norm() / gradient.norm()
+        assert difference < relative, f"{name}: {difference:.2e}"
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("case", ["smooth/unmasked", "sparse/normalised", "sparse/unmasked", "sparse/masked"])
+def test_losses_and_gradients_do_not_depend_on_the_layout(results: dict[str, Any], layout: str, case: str) -> None:
+    actual, expected = results[f"{layout}/{case}"], results[f"one/{case}"]
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert actual["auxiliary"].keys() == expected["auxiliary"].keys()
+    assert len(expected["auxiliary"]) == len(LOSSES)
+    for name, value in expected["auxiliary"].items():
+        torch.testing.assert_close(actual["auxiliary"][name], value, rtol=1e-6, atol=0)
+    assert_gradients_equal(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+def test_neuron_statistics_do_not_depend_on_the_layout(results: dict[str, Any], layout: str) -> None:
+    actual, expected = results[f"{layout}/sparse/normalised"]["usage"], results["one/sparse/normalised"]["usage"]
+    assert expected["tokens_LE"].sum() == 2 * 4 * 16 * 2
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("kind", ["smooth", "sparse"])
+def test_training_is_the_same_with_the_distributed_optimizer_and_clipping(
+    results: dict[str, Any], layout: str, kind: str
+) -> None:
+    actual, expected = results[f"{layout}/{kind}/steps"], results[f"one/{kind}/steps"]
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert min(expected["norms"]) > 0.5, "clipping must be at work"
+
+
+def test_the_losses_are_not_trivially_zero(results: dict[str, Any]) -> None:
+    for name, value in results["one/sparse/normalised"]["auxiliary"].items():
+        assert (value > 0).all(), name
+
+
+def test_scale_does_not_grow_with_the_number_of_micro_batches(results: dict[str, Any]) -> None:
+    one, four = results["repeat/1"], results["repeat/4"]
+    assert one["losses"] == pytest.approx(four["losses"], rel=1e-6)
+    for name, value in one["auxiliary"].items():
+        torch.testing.assert_close(four["auxiliary"][name], value, rtol=1e-6, atol=0)
+    assert_gradients_equal(four, one, 1e-5)

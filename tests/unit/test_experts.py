@@ -1,0 +1,170 @@
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+
+from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.experts import NeuronExperts
+from mone_model.gpt import build_gpt, moe_layers
+
+pytestmark = pytest.mark.usefixtures("one_process")
+TOKENS = torch.tensor([5, 0, 9, 2])
+WIDTH, NEURONS = 16, 24
+
+
+def make_experts(*, kept: int, activation: str = "silu", gemm: str = "grouped", balance: float = 0.0) -> NeuronExperts:
+    model = ModelConfig(
+        hidden_size=WIDTH, moe_ffn_hidden_size=NEURONS, num_experts=len(TOKENS), activation=activation, vocab_size=8
+    )
+    config = transformer_config(model, ParallelConfig(), ComputeConfig())
+    groups: ProcessGroupCollection = get_default_pg_collection()
+    experts = NeuronExperts(len(TOKENS), config, groups, active_neurons=kept, gemm=gemm, balance_coeff=balance)
+    experts.reset_parameters(seed=3)
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.mul_(20)
+    return experts
+
+
+def rows() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    count = int(TOKENS.sum())
+    return torch.randn(count, WIDTH, generator=generator), torch.rand(count, generator=generator)
+
+
+def outputs_and_gradients(module: torch.nn.Module, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    x_ND, probs_N = rows()
+    x_ND.requires_grad_()
+    probs_N.requires_grad_()
+    out_ND, _ = module(x_ND, TOKENS, probs_N)
+    target = torch.randn(out_ND.shape, generator=torch.Generator().manual_seed(6))
+    gradients = torch.autograd.grad((out_ND * target).sum(), [x_ND, probs_N, *weights])
+    return [out_ND.detach(), *gradients]
+
+
+def assert_relative(actual: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
+    assert (actual - expected).norm() <= relative * expected.norm()
+
+
+def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
+    """Token by token and neuron by neuron, in float64: the definition."""
+    gate_up = experts.gate_up_weight.detach().double().requires_grad_()
+    down = experts.down_weight.detach().double().requires_grad_()
+    x_ND, probs_N = (tensor.double().requires_grad_() for tensor in rows())
+    expert_of = torch.arange(len(TOKENS)).repeat_interleave(TOKENS).tolist()
+    outs = []
+    for x, prob, e in zip(x_ND, probs_N, expert_of, strict=True):
+        gates = [experts.config.activation_func(gate_up[e, 0, j] @ x) for j in range(NEURONS)]
+        best = sorted(range(NEURONS), key=lambda j: (-abs(float(gates[j])), j))[:kept]
+        outs.append(prob * sum((gates[j] * (gate_up[e, 1, j] @ x) * down[e, :, j] for j in best), torch.zeros(WIDTH)))
+    out_ND = torch.stack(outs)
+    target = torch.randn(out_ND.shape, generator=torch.Generator().manual_seed(6)).double()
+    gradients = torch.autograd.grad((out_ND * target).sum(), [x_ND, probs_N, gate_up, down])
+    return [tensor.float() for tensor in (out_ND.detach(), *gradients)]
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str) -> None:
+    experts = make_experts(kept=NEURONS // 4, activation=activation)
+    ours = outputs_and_gradients(experts, list(experts.parameters()))
+    for actual, expected in zip(ours, per_token(experts, NEURONS // 4), strict=True):
+        assert_relative(actual, expected, 1e-6)
+
+
+@pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4])
+def test_grouped_gemm_equals_the_loop_over_experts(kept: int) -> None:
+    results = []
+    for gemm in ("grouped", "loop"):
+        experts = make_experts(kept=kept, gemm=gemm)
+        results.append(outputs_and_gradients(experts, list(experts.parameters())))
+    for grouped, loop in zip(*results, strict=True):
+        assert_relative(grouped, loop, 1e-6)
+
+
+def test_ratio_one_equals_megatron_cores_own_experts() -> None:
+    experts = make_experts(kept=NEURONS)
+    module, submodules = LocalSpecProvider().grouped_mlp_modules(False, False)
+    assert module is SequentialMLP
+    theirs = SequentialMLP(len(TOKENS), experts.config, submodules, get_default_pg_collection())
+    with torch.no_grad():
+        for index, mlp in enumerate(theirs.local_experts):
+            mlp.linear_fc1.weight.copy_(experts.gate_up_weight[index].flatten(0, 1))
+            mlp.linear_fc2.weight.copy_(experts.down_weight[index])
+    fc1 = [mlp.linear_fc1.weight for mlp in theirs.local_experts]
+    fc2 = [mlp.linear_fc2.weight for mlp in theirs.local_experts]
+    expected = outputs_and_gradients(theirs, fc1 + fc2)
+    actual = outputs_and_gradients(experts, list(experts.parameters()))
+    for ours, other in zip(actual[:3], expected[:3], strict=True):
+        assert_relative(ours, other, 1e-6)
+    count = len(TOKENS)
+    assert_relative(actual[3].flatten(1, 2), torch.stack(expected[3 : 3 + count]), 1e-6)
+    assert_relative(actual[4], torch.stack(expected[3 + count :]), 1e-6)
+
+
+def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
+    plain, selecting = make_experts(kept=NEURONS), make_experts(kept=NEURONS)
+    selecting.num_neurons += 1  # as if one more neuron lived elsewhere: now the top-K code runs, and keeps all that are here
+    for ours, other in zip(
+        outputs_and_gradients(plain, list(plain.parameters())),
+        outputs_and_gradients(selecting, list(selecting.parameters())),
+        strict=True,
+    ):
+        assert torch.equal(ours, other)
+
+
+def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph() -> None:
+    experts = make_experts(kept=6, balance=0.1)
+    experts.counting_neurons = True
+    x_ND = torch.empty(0, WIDTH, requires_grad=True)
+    out_ND, _ = experts(x_ND, torch.zeros(len(TOKENS), dtype=torch.long), torch.empty(0))
+    out_ND.sum().backward()
+    for weight in experts.parameters():
+        assert weight.grad is not None
+        assert weight.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_recomputation_counts_each_token_once_and_changes_no_gradient(recompute: str) -> None:
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=2,
+        seq_length=16,
+        vocab_size=64,
+        num_experts=4,
+        moe_ffn_hidden_size=32,
+        shared_expert_ffn_hidden_size=32,
+        neuron_balance_coeff=0.1,
+        z_loss_coeff=0.01,
+    )
+
+    def train_once(compute: ComputeConfig) -> tuple[list[Any], list[torch.Tensor]]:
+        torch.manual_seed(0)
+        gpt = build_gpt(model, ParallelConfig(), compute, seed=1)
+        for index, weight in enumerate(gpt.parameters()):
+            with torch.no_grad():
+                weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(index)) * 0.05)
+        for _, experts, _ in moe_layers(gpt):
+            experts.counting_neurons = True
+        tokens_BS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+        gpt(tokens_BS, torch.arange(16).expand(2, -1), None, labels=tokens_BS).mean().backward()
+        noted = []
+        for _, experts, router in moe_layers(gpt):
+            assert experts.counters is not None
+            noted.append(
+                [experts.counters.tokens_E.tolist(), experts.counters.selected_EH.tolist(), experts.record.counts]
+                + [router.record.counts, router.record.sums["z_loss"].item(), experts.record.sums["neuron_balance_loss"].item()]
+            )
+        return noted, [weight.grad for weight in gpt.parameters() if weight.grad is not None]
+
+    compute = ComputeConfig(recompute=recompute, recompute_modules=["core_attn", "moe"])
+    expected_notes, expected_gradients = train_once(ComputeConfig())
+    notes, gradients = train_once(compute)
+    assert notes == expected_notes
+    assert sum(notes[0][0]) == 2 * 16 * model.router_topk
+    for actual, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)

@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from mone_model.neuron_balance import neuron_balance_loss
+from mone_model.neuron_selection import select_neurons
+
+K, H = 3, 8
+FORMS = ["normalised", "unmasked", "masked"]
+
+
+def by_the_formula(gate_NH: torch.Tensor, mask_NH: torch.Tensor, tokens: list[int], form: str) -> torch.Tensor:
+    """Token by token and neuron by neuron, as the formula is written."""
+    losses, start = [], 0
+    for count in tokens:
+        rows = range(start, start + count)
+        start += count
+        if count == 0:
+            continue
+        loss = torch.zeros((), dtype=gate_NH.dtype)
+        for j in range(H):
+            f = H / (K * count) * sum(float(mask_NH[x, j]) for x in rows)
+            p = torch.zeros((), dtype=gate_NH.dtype)
+            for x in rows:
+                size = gate_NH[x, j].abs()
+                if form == "normalised":
+                    size = size / gate_NH[x].abs().sum()
+                elif form == "masked":
+                    size = size * mask_NH[x, j]
+                p = p + size / count
+            loss = loss + f * p
+        losses.append(loss)
+    return torch.stack(losses).mean()
+
+
+def loss_of(gate_NH: torch.Tensor, tokens: list[int], form: str) -> torch.Tensor:
+    mask_NH = select_neurons(gate_NH, K).mask_NH
+    return neuron_balance_loss(
+        gate_NH=gate_NH, mask_NH=mask_NH, tokens_per_expert_E=torch.tensor(tokens), k=K, form=form
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tokens", [[5, 7], [0, 12], [4, 0, 8]])
+def test_value_and_gradient_equal_the_formula(form: str, tokens: list[int]) -> None:
+    gate = torch.randn(12, H, generator=torch.Generator().manual_seed(0))
+    ours, theirs = gate.clone().requires_grad_(), gate.clone().requires_grad_()
+    loss = loss_of(ours, tokens, form)
+    expected = by_the_formula(theirs, select_neurons(gate, K).mask_NH, tokens, form)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_without_any_token_the_loss_is_zero_and_finite() -> None:
+    gate_NH = torch.empty(0, H, requires_grad=True)
+    loss = loss_of(gate_NH, [0, 0], "normalised")
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_balanced_neurons_give_one() -> None:
+    # Each neuron leads in three of eight tokens, and all gates are of one size up to what breaks the tie.
+    gate_NH = torch.stack([torch.ones(H).index_add(0, torch.arange(x, x + K) % H, torch.full((K,), 1e-4)) for x in range(H)])
+    assert loss_of(gate_NH, [H], "normalised").item() == pytest.approx(1, abs=1e-5)
+
+
+def test_only_the_normalised_form_survives_a_smaller_gate() -> None:
+    gate_NH = torch.randn(64, H, generator=torch.Generator().manual_seed(1))
+    ratio = {form: (loss_of(0.1 * gate_NH, [64], form) / loss_of(gate_NH, [64], form)).item() for form in FORMS}
+    assert ratio["normalised"] == pytest.approx(1, abs=1e-5)
+    assert ratio["unmasked"] == pytest.approx(0.1, abs=1e-5)
+    assert ratio["masked"] == pytest.approx(0.1, abs=1e-5)

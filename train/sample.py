@@ -1,0 +1,119 @@
+"""Let a trained model continue texts.
+
+    python -m train.sample run=runs/demo 'prompts=["The capital of France", "In the beginning"]'
+
+One process, whatever layout the run had; the newest checkpoint, unless `step` names another.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from configs.console import reporting_errors, typed
+from data_prep.shards import load_manifest
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from train.config import RunConfig
+
+
+@dataclass
+class SampleConfig:
+    """What to continue, and how."""
+
+    run: str = MISSING
+    """Folder of the run."""
+    step: int | None = None
+    """Checkpoint to take; null: the newest."""
+    prompts: list[str] = field(default_factory=lambda: ["The city of", "In the beginning", "The population of", "Mix the flour"])
+    """Texts to continue."""
+    max_new_tokens: int = 48
+    """Tokens to add to each; a continuation ends earlier at the end of a document."""
+    temperature: float = 0.8
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = 40
+    """Choose among this many likeliest tokens; 0: among all."""
+    seed: int = 0
+    """Of the choice."""
+
+
+ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="sample")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Print a continuation of each prompt."""
+    options = typed(hydra_config, SampleConfig)
+    run = load_run_config(Path(options.run))
+    tokenizer = load_tokenizer(load_manifest(run.data.blend[0].path).tokenizer_path)
+    generator = torch.Generator().manual_seed(options.seed)
+    from train.runtime import distributed
+
+    with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
+        model = load_model(run, Path(options.run) / "checkpoints", options.step)
+        for prompt in options.prompts:
+            text = continue_text(model, tokenizer, prompt, options, generator)
+            print(f"{prompt} ...\n    {text}\n", flush=True)
+
+
+def load_run_config(folder: Path) -> RunConfig:
+    """The configuration that a run noted in its folder, laid out for one process; ValueError if there is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ValueError(f"run={folder}: no config.yaml there; give the folder of a run, e.g. run=runs/demo")
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
+    assert isinstance(config, RunConfig)
+    config.parallel = type(config.parallel)()
+    return config
+
+
+def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> torch.nn.Module:
+    """The whole model on this one process with the weights of a checkpoint; ValueError if there is no such."""
+    from megatron.core import dist_checkpointing
+
+    from mone_model.gpt import build_gpt
+    from train.checkpoint import list_checkpoints
+
+    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(checkpoints)}
+    if not found or (step is not None and step not in found):
+        raise ValueError(f"step={step}: {checkpoints} holds checkpoints of steps {sorted(found) or 'none'}")
+    checkpoint = found[max(found) if step is None else step]
+    model = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
+    state = {"model0": model.sharded_state_dict()}
+    model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model0"])
+    return model.eval()
+
+
+@torch.no_grad()
+def continue_text(
+    model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, options: SampleConfig, generator: torch.Generator
+) -> str:
+    """What the model writes after `prompt`."""
+    device = next(model.parameters()).device
+    tokens: list[int] = tokenizer.encode([prompt])[0]
+    start = len(tokens)
+    if start == 0:
+        raise ValueError("prompts: one is empty")
+    window = model.max_sequence_length
+    while len(tokens) - start < options.max_new_tokens:
+        context_BS = torch.tensor([tokens[-window:]], device=device)
+        positions_BS = torch.arange(context_BS.size(1), device=device)[None]
+        logits_V = model(context_BS, positions_BS, None)[0, -1, : tokenizer.vocab_size].float().cpu()
+        if options.temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            if options.top_k > 0:
+                weakest = logits_V.topk(min(options.top_k, len(logits_V))).values[-1]
+                logits_V[logits_V < weakest] = float("-inf")
+            token = int(torch.multinomial((logits_V / options.temperature).softmax(-1), 1, generator=generator))
+        if token == tokenizer.eod_id:
+            break
+        tokens.append(token)
+    return tokenizer.decode(tokens[start:])
+
+
+if __name__ == "__main__":
+    main()
