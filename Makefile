@@ -9,7 +9,11 @@ TRAIN := $(BIN)/torchrun --standalone --nproc-per-node 2 -m train.pretrain exper
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
 	@echo; echo "== What it writes after reading 1.6 million tokens"
 	$(BIN)/python -m train.sample run=$(RUN)
-	@$(BIN)/python -m train.summary run=$(RUN)
+	@echo "== Figures: $(RUN)/figures/*.png. Next, try"
+	@echo "  $(TRAIN) run.name=plain_moe model.activation_ratio=1        # the plain MoE twin"
+	@echo "  $(TRAIN) run.name=eighth model.activation_ratio=0.125       # keep fewer neurons"
+	@echo "  $(BIN)/python -m train.sample run=$(RUN) 'prompts=[\"The river\"]' temperature=0.5"
+	@echo "  $(BIN)/python -m train.pretrain --help"
 
 train: $(DATA)/shards/recipes/manifest.json
 	@echo; echo "== Train with expert parallelism on two processes; stop half way, as a signal would"

@@ -40,6 +40,7 @@ class Trainer:
         self.writer: MetricsWriter | None = None
         self.timed_from = (0, time.monotonic())
         self.samples_counted_from = 0
+        self.validation_loss: float | None = None
 
     def resume(self) -> None:
         """Continue from the newest complete checkpoint, if there is one, and open the records."""
@@ -146,7 +147,7 @@ class Trainer:
         losses = {name: self._validation_loss(source) for name, source in self.data.validation.items()}
         if self.writer is None or not losses:
             return
-        mean = sum(losses.values()) / len(losses)
+        self.validation_loss = mean = sum(losses.values()) / len(losses)
         self.writer.write(
             self.step, {"validation/loss": mean} | {f"validation/loss/{name}": loss for name, loss in losses.items()}
         )

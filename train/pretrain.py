@@ -13,12 +13,15 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from train.config import RunConfig, load_config, validate
+
+if TYPE_CHECKING:
+    from train.loop import Trainer
 
 
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="pretrain")
@@ -61,8 +64,7 @@ def run(config: RunConfig, rank: int) -> None:
         trainer.resume()
         complete = trainer.train()
         if runtime.is_main:
-            what = "complete" if complete else f"stopped at step {trainer.step}; the same command continues it"
-            print(f"{what}: {folder}/ holds config.yaml, metrics.jsonl, checkpoints/, figures/", flush=True)
+            print(describe_end(trainer, complete), flush=True)
 
 
 def refuse_to_overwrite(config: RunConfig, folder: Path) -> None:
@@ -129,6 +131,25 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
         ]
     )
+
+
+def describe_end(trainer: "Trainer", complete: bool) -> str:
+    """What came of it, and where it lies."""
+    lines = []
+    if trainer.validation_loss is not None:
+        lines.append(
+            f"validation loss {trainer.validation_loss:.3f} nats per token; "
+            f"knowing only how frequent each token is would give {trainer.data.unigram_entropy:.3f}"
+        )
+    folder = trainer.folder
+    lines += [
+        "complete" if complete else f"stopped at step {trainer.step}; the same command continues",
+        f"  {folder}/figures/        loss.png, expert_load.png, neuron_use.png",
+        f"  {folder}/metrics.jsonl   every record; {folder}/wandb/ the same for W&B (`wandb sync` uploads it)",
+        f"  {folder}/checkpoints/    {', '.join(path.name for path in sorted(trainer.checkpoints.glob('step-*')))}",
+        f"  {folder}/config.yaml     the composed configuration; environment.json versions and machine",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

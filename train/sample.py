@@ -13,7 +13,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from configs.console import reporting_errors, typed
+from data_prep.console import reporting_errors, typed
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from train.config import RunConfig
