@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/demo
 RUN := runs/demo
-TRAIN := $(BIN)/torchrun --standalone --nproc-per-node 2 -m train.pretrain experiment=demo
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m train.pretrain experiment=demo
 
 .PHONY: demo data train test lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples

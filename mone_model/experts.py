@@ -71,8 +71,7 @@ class NeuronExperts(MegatronModule):
         self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.num_neurons: int = config.moe_ffn_hidden_size
         width, neurons = config.hidden_size, self.num_neurons // self.etp_group.size()
-        device = "meta" if config.init_model_with_meta_device else torch.cuda.current_device()
-        options: dict[str, Any] = {"dtype": config.params_dtype, "device": device}
+        options: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
         # Neuron-major, gate and up in one tensor: one GEMM for both, and the rows of a neuron lie together.
         self.gate_up_weight = torch.nn.Parameter(torch.empty(num_local_experts, 2, neurons, width, **options))
         self.down_weight = torch.nn.Parameter(torch.empty(num_local_experts, width, neurons, **options))

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state
@@ -31,8 +32,9 @@ def build_gpt(
     meta: build without memory, on the meta device, for counting.
     """
     config = transformer_config(model, parallel, compute)
-    config.init_model_with_meta_device = meta
-    with torch.device("meta" if meta else torch.cuda.current_device()):
+    # Megatron-Core's layers ask for the current device by name, whatever torch.device says.
+    device = torch.device("meta") if meta else torch.device(torch.cuda.current_device())
+    with device, mock.patch.object(torch.cuda, "current_device", return_value=device):
         gpt = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(model, compute, config, vp_stage),

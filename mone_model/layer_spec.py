@@ -21,8 +21,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm, told of sequence parallelism: Megatron-Core's own wrapper refuses it."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        device = "meta" if config.init_model_with_meta_device else torch.cuda.current_device()
-        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._device
 
 _CPU = torch.device("cpu")
 
@@ -97,6 +98,8 @@ def _redirect_devices() -> None:
 
         return create
 
+    # `with torch.device(...)` knows the factories by identity and looks them up once: before they are replaced.
+    torch.utils._device._device_constructors()
     for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "zeros_like", "empty_like"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

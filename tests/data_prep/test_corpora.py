@@ -1,0 +1,220 @@
+"""What `corpora` reads, in which order, and what it says about input that it cannot read."""
+
+import bz2
+import gzip
+import json
+import lzma
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from data_prep.corpora import Corpus, CorpusConfig
+from data_prep.errors import DataError
+from data_prep.readers import INVALID
+from tests.data_prep.conftest import write_jsonl
+
+TEXTS = ["One, two.\nThree", 'quoted "four"', "NA", "007", "Ünïcödé ▁ 漢字 🙂", "last"]
+
+
+def kept(path: Any, **options: Any) -> list[str]:
+    """Texts of the records that are kept."""
+    return [r.text for r in Corpus(CorpusConfig(path=path, **options)).records() if r.text]
+
+
+def write(folder: Path, suffix: str) -> Path:
+    """TEXTS in the format of `suffix`."""
+    path = folder / f"corpus{suffix}"
+    table = pa.table({"id": list(range(len(TEXTS))), "text": TEXTS})
+    format, _, compression = suffix[1:].partition(".")
+    if format == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    elif format == "arrow":
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    else:
+        if format in ("csv", "tsv"):
+            text = table.to_pandas().to_csv(index=False, sep="," if format == "csv" else "\t")
+        elif format == "json":
+            text = json.dumps(table.to_pylist(), indent=1)
+        elif format == "jsonl":
+            text = "".join(json.dumps(row) + "\n" for row in table.to_pylist())
+        else:
+            text = "\n\n".join(TEXTS)
+        compress: dict[str, Callable[[bytes], bytes]]
+        compress = {"": bytes, "gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
+        path.write_bytes(compress[compression](text.encode()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "suffix", [".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"]
+    + [".txt.gz", ".jsonl.gz", ".jsonl.bz2", ".jsonl.xz", ".csv.gz"],
+)  # fmt: skip
+def test_every_format_gives_the_same_texts(tmp_path: Path, suffix: str) -> None:
+    assert kept(str(write(tmp_path, suffix))) == TEXTS
+
+
+def test_zstandard_is_read_or_its_package_named(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl.zst"
+    content = b'{"text": "packed"}\n'
+    try:
+        import zstandard  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="pip install zstandard"):
+            kept(str(path))
+    else:
+        path.write_bytes(zstandard.compress(content))
+        assert kept(str(path)) == ["packed"]
+
+
+@pytest.mark.parametrize(("sample_by", "count"), [("line", 4), ("paragraph", 2), ("document", 1)])
+def test_plain_text_is_cut_as_asked(tmp_path: Path, sample_by: str, count: int) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\nfour\n")
+    assert len(kept(str(tmp_path), sample_by=sample_by)) == count
+
+
+def test_records_of_a_file_may_have_different_fields(tmp_path: Path) -> None:
+    lines = [{"text": "a", "meta": {"x": 1}}, {"text": "b", "meta": "none"}, {"url": 3, "text": "c"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert kept(str(tmp_path)) == ["a", "b", "c"]
+
+
+def test_order_is_that_of_the_entries_and_sorted_within(tmp_path: Path) -> None:
+    for name in ("b", "a", "sub/c", "[d]"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_jsonl(tmp_path / f"{name}.jsonl", [name])
+    (tmp_path / "ignored.bin").write_text("no text")
+    assert kept(str(tmp_path)) == ["[d]", "a", "b", "sub/c"]
+    assert kept(str(tmp_path / "?.jsonl")) == ["a", "b"]
+    assert kept(str(tmp_path / "**" / "*.jsonl")) == ["[d]", "a", "b", "sub/c"]
+    assert kept([str(tmp_path / "b.jsonl"), str(tmp_path)]) == ["b", "[d]", "a", "sub/c"]
+    assert kept(str(tmp_path / "[d].jsonl")) == ["[d]"]
+
+
+def test_a_dataset_that_load_dataset_finds_by_itself(tmp_path: Path) -> None:
+    write(tmp_path, ".parquet")  # a local folder goes the way of a hub id
+    corpus = Corpus(CorpusConfig(hub=str(tmp_path)))
+    assert [record.text for record in corpus.records()] == TEXTS
+    assert corpus.files == []
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=30), st.data())
+@settings(max_examples=25, deadline=None)
+def test_reading_can_start_behind_any_record(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], data: SearchStrategy[Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    cut = data.draw(st.integers(0, len(texts)))  # type: ignore[attr-defined]
+    write_jsonl(folder / "a.jsonl", texts[:cut])
+    write_jsonl(folder / "b.jsonl", texts[cut:])
+    corpus = Corpus(CorpusConfig(path=str(folder), on_invalid_utf8="skip"))
+    records = list(corpus.records())
+    assert len(records) == len(texts)
+    assert [r.text for r in records] == [t if t and not t.isspace() and INVALID not in t else "" for t in texts]
+    for index, record in enumerate(records):
+        assert list(corpus.records(start=record.next)) == records[index + 1 :]
+
+
+def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    before = Corpus(CorpusConfig(path=str(path))).fingerprint()
+    assert Corpus(CorpusConfig(path=str(path))).fingerprint() == before
+    assert Corpus(CorpusConfig(path=str(path), on_invalid_utf8="skip")).fingerprint() != before
+    write_jsonl(path, [*TEXTS[:-1], "LAST"])  # same path and size
+    assert Corpus(CorpusConfig(path=str(path))).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "corpus.path="),
+        ({"path": "a", "hub": "b"}, "not both"),
+        ({"path": "does/not/exist.jsonl"}, r"corpus\.path=does/not/exist\.jsonl: no such file"),
+        ({"path": "nothing/*.jsonl"}, r"corpus\.path=nothing/\*\.jsonl: no such file, folder or glob match"),
+        ({"path": __file__}, r"test_corpora\.py: its suffix tells no format; set corpus\.format"),
+        ({"path": __file__, "format": "pdf"}, r"corpus\.format=pdf: must be one of text, jsonl"),
+        ({"path": __file__, "format": "text", "sample_by": "word"}, r"corpus\.sample_by=word: must be one of line"),
+        ({"path": __file__, "on_invalid_utf8": "x"}, r"corpus\.on_invalid_utf8=x: must be one of error, replace"),
+    ],
+)
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Corpus(CorpusConfig(**options))
+
+
+def test_a_folder_without_text(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"")
+    with pytest.raises(DataError, match="no file in this folder has a suffix of text, jsonl"):
+        Corpus(CorpusConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv", ".parquet"])
+def test_a_missing_text_field_lists_those_that_exist(tmp_path: Path, suffix: str) -> None:
+    path = write(tmp_path, suffix)
+    exist = "text" if suffix == ".txt" else "id, text"
+    message = rf"corpus{suffix}, record 1: no field 'body' \(corpus.text_field\); fields that exist: {exist}$"
+    with pytest.raises(DataError, match=message):
+        kept(str(path), text_field="body")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "a.jsonl, record 2: not a line of JSON"),
+        ('["a"]', "a.jsonl, record 2: a JSON list, not an object"),
+        ('{"text": 7}', "a.jsonl, record 2: field 'text' is a int, not text"),
+        ('{"txt": "a"}', "a.jsonl, record 2: no field 'text' .* fields that exist: txt"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
+    with pytest.raises(DataError, match=message):
+        kept(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".parquet", ".arrow", ".jsonl.gz", ".txt.xz"])
+def test_a_file_of_another_format_is_named(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"bad{suffix}"
+    path.write_bytes(b'{"text": "neither this format nor this compression')
+    with pytest.raises(DataError, match=rf"bad{suffix}, behind record 0: cannot be read as"):
+        kept(str(path))
+
+
+def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(9999)))
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz, behind record [1-9]\d*: cannot be read"):
+        kept(str(tmp_path))
+
+
+def write_invalid(folder: Path, suffix: str) -> None:
+    """Three records, the second of which is not UTF-8."""
+    texts = [b"first", b"sec\xff\xfeond", b"third"]
+    path = folder / f"bad{suffix}"
+    if suffix == ".parquet":
+        array = pa.array(texts, pa.binary())
+        column = pa.Array.from_buffers(pa.string(), len(array), array.buffers())
+        pyarrow.parquet.write_table(pa.table({"text": column}), path)
+    elif suffix == ".csv":
+        path.write_bytes(b"text\n" + b"\n".join(texts))
+    elif suffix == ".txt":
+        path.write_bytes(b"\n\n".join(texts))
+    else:
+        path.write_bytes(b"".join(b'{"text": "%s"}\n' % text for text in texts))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
+def test_invalid_utf8_stops_is_replaced_or_skipped(tmp_path: Path, suffix: str) -> None:
+    write_invalid(tmp_path, suffix)
+    with pytest.raises(DataError, match=rf"bad{suffix}, record 2: not valid UTF-8.*corpus.on_invalid_utf8"):
+        kept(str(tmp_path))
+    assert kept(str(tmp_path), on_invalid_utf8="replace") == ["first", "sec\ufffd\ufffdond", "third"]
+    assert kept(str(tmp_path), on_invalid_utf8="skip") == ["first", "third"]

@@ -1,0 +1,139 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
+
+import configs
+from mone_model.accounting import count_flops, count_parameters, estimate_memory
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.gpt import build_gpt
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+SMALL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 16,
+    "vocab_size": 50,
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 24,
+    "shared_expert_ffn_hidden_size": 40,
+}
+VARIANTS: list[dict[str, Any]] = [
+    {},
+    {"activation_ratio": 1.0, "tie_embeddings": True},
+    {"num_query_groups": 2, "kv_channels": 16, "qk_layernorm": False, "router_topk": 3},
+    {"shared_expert_ffn_hidden_size": 0},
+]
+
+
+def model_config(name: str) -> ModelConfig:
+    path = Path(configs.__file__).parent / "model" / f"{name}.yaml"
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(path)))
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_equal_those_of_the_built_model(variant: dict[str, Any]) -> None:
+    model = ModelConfig(**SMALL | variant)
+    built = build_gpt(model, ParallelConfig(), ComputeConfig(), seed=0)
+    counted = count_parameters(model)
+    assert counted.total == sum(weight.numel() for weight in built.parameters())
+    assert counted.experts == sum(weight.numel() for name, weight in built.named_parameters() if ".experts." in name)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[str, Any]) -> None:
+    model = ModelConfig(**SMALL | variant)
+    built = build_gpt(model, ParallelConfig(), ComputeConfig(), seed=0)
+    # One token alone: what its loss depends on, it is touched by; the gate's dropped rows are read but have no gradient.
+    token = torch.tensor([[7]])
+    built(token, torch.zeros_like(token), None, labels=token + 1).sum().backward()
+    touched = 0
+    for name, weight in built.named_parameters():
+        if name.endswith("gate_up_weight"):
+            assert weight.grad is not None
+            up_rows = int((weight.grad[:, 1] != 0).any(-1).sum())
+            assert up_rows == model.router_topk * model.active_neurons
+            touched += up_rows * model.hidden_size + model.router_topk * model.moe_ffn_hidden_size * model.hidden_size
+        elif name.endswith("down_weight"):
+            assert weight.grad is not None
+            touched += int((weight.grad != 0).any(1).sum()) * model.hidden_size
+    counted = count_parameters(model)
+    assert counted.active_experts == touched
+    per_layer = touched / model.num_layers / (3 * model.hidden_size * model.moe_ffn_hidden_size * model.router_topk)
+    assert counted.active_expert_params == pytest.approx(per_layer)
+    assert counted.total - counted.active == counted.experts - counted.active_experts
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flops_equal_the_flop_counter(variant: dict[str, Any]) -> None:
+    model = ModelConfig(**SMALL | variant)
+    built = build_gpt(model, ParallelConfig(), ComputeConfig(experts="loop"), seed=0)
+    tokens = torch.randint(0, 50, (3, model.seq_length))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        loss = built(tokens, torch.arange(model.seq_length).expand(3, -1), None, labels=tokens)
+    forward = counter.get_total_flops()
+    assert forward == count_flops(model).dense * tokens.numel()
+    with counter:
+        loss.sum().backward()
+    # The input of the first layer needs no gradient of its own only where nothing below has weights: there is none.
+    assert counter.get_total_flops() == 2 * forward
+
+
+def test_sparse_flops_leave_out_up_and_down_of_dropped_neurons() -> None:
+    model, twin = ModelConfig(**SMALL), ModelConfig(**SMALL | {"activation_ratio": 1.0})
+    dropped = model.moe_ffn_hidden_size - model.active_neurons
+    saved = 2 * 2 * model.hidden_size * dropped * model.router_topk * model.num_layers
+    assert count_flops(twin).sparse == count_flops(twin).dense == count_flops(model).dense
+    assert count_flops(model).dense - count_flops(model).sparse == saved
+
+
+@pytest.mark.parametrize(
+    ("name", "total"), [("mone_tiny", None), ("mone_small", None), ("mone_925m", 925e6), ("mone_2p8b", 2.81e9)]
+)
+@pytest.mark.parametrize("ratio", [None, 1.0])
+def test_model_configs_build_at_their_size(name: str, total: float | None, ratio: float | None) -> None:
+    model = model_config(name)
+    model.vocab_size = model.vocab_size or 32000
+    model.activation_ratio = ratio or model.activation_ratio
+    built = build_gpt(model, ParallelConfig(), ComputeConfig(), seed=0, meta=True)
+    assert all(weight.is_meta for weight in built.parameters())
+    counted = count_parameters(model)
+    assert counted.total == sum(weight.numel() for weight in built.parameters())
+    assert counted.active_expert_params == (1.0 if ratio else pytest.approx(0.5))
+    if total is not None:
+        assert counted.total == pytest.approx(total, rel=0.005)
+        assert model.shared_expert_ffn_hidden_size > 0
+
+
+def test_memory_of_weights_and_optimizer_is_counted_on_a_real_rank() -> None:
+    model = ModelConfig(**SMALL)
+    built = build_gpt(model, ParallelConfig(), ComputeConfig(), seed=0)
+    weights = sum(weight.numel() * weight.element_size() for weight in built.parameters())
+    memory = estimate_memory(model, ParallelConfig(), ComputeConfig(), micro_batch_size=2, data_parallel_size=1)
+    assert memory.weights == weights
+    assert memory.gradients == weights
+    assert memory.optimizer == 2 * weights
+    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+
+
+def test_memory_falls_with_every_kind_of_sharding_and_with_recomputation() -> None:
+    model = model_config("mone_2p8b")
+
+    def total(parallel: ParallelConfig, compute: ComputeConfig, data_parallel_size: int) -> int:
+        return estimate_memory(
+            model, parallel, compute, micro_batch_size=1, data_parallel_size=data_parallel_size
+        ).total
+
+    plain = total(ParallelConfig(distributed_optimizer=False), ComputeConfig(), 8)
+    assert total(ParallelConfig(), ComputeConfig(), 8) < plain
+    assert total(ParallelConfig(expert=8), ComputeConfig(), 8) < total(ParallelConfig(), ComputeConfig(), 8)
+    assert total(ParallelConfig(tensor=2), ComputeConfig(), 4) < plain
+    assert total(ParallelConfig(distributed_optimizer=False), ComputeConfig(recompute="full"), 8) < plain
