@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.files import TEMPORARY_PREFIX
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
@@ -24,6 +26,8 @@ def naming_folder(option: str, folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in FULL:
+            for unfinished in folder.glob(f"{TEMPORARY_PREFIX}*"):
+                unfinished.unlink()
             raise DataError(
                 f"{option}={folder}: no space left in this folder ({error.strerror}). What was finished is kept: "
                 "make room and run the same command again to continue, or choose a folder on another disk"

@@ -109,6 +109,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return [path for path in sorted(self._folder.iterdir()) if path.name in own]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        if not texts:  # which transformers cannot encode
+            return []
         return self._tokenizer(
             texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
         )["input_ids"]

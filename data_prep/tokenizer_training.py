@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.corpora import Corpus
-from data_prep.errors import DataError
+from data_prep.errors import DataError, naming_folder
 from data_prep.files import writing
 from data_prep.shards import publish_json
 
@@ -27,27 +27,29 @@ LINE_CHARACTERS = 4000
 
 
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
-    """The texts with the smallest keyed hashes that fit into `sample_bytes` of UTF-8, by hash.
+    """As many texts, in the order of their keyed hashes, as fit into `sample_bytes` of UTF-8.
 
     Every text has the same chance wherever it stands, one that occurs twice is drawn once, the order of the corpus
-    does not matter, and no more than the sample is held in memory.
+    does not matter, and little more than the sample is held in memory. A text longer than the sample is left out.
     """
     key = seed.to_bytes(8, "little", signed=True)
     heap: list[tuple[int, str]] = []  # the largest hash on top, hence negative
     drawn: set[int] = set()
     size = 0
+    limit = 1 << 64
     for text in texts:
         content = text.encode()
         rank = int.from_bytes(hashlib.blake2b(content, digest_size=8, key=key).digest())
-        if rank in drawn or len(content) > sample_bytes:
+        if rank >= limit or rank in drawn or len(content) > sample_bytes:
             continue
         heapq.heappush(heap, (-rank, text))
         drawn.add(rank)
         size += len(content)
-        while size > sample_bytes:
-            rank, text = heapq.heappop(heap)
-            drawn.remove(-rank)
-            size -= len(text.encode())
+        while size > sample_bytes:  # from here on nothing as large may enter, or order would matter
+            negative, last = heapq.heappop(heap)
+            limit = -negative
+            drawn.remove(limit)
+            size -= len(last.encode())
     return [text for _, text in sorted(heap, reverse=True)]
 
 
@@ -100,7 +102,7 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
     except (RuntimeError, ValueError) as error:
         raise DataError(_explanation(str(error), config)) from error
     output = Path(config.output)
-    with writing(output / MODEL_NAME) as unfinished:
+    with naming_folder("output", output), writing(output / MODEL_NAME) as unfinished:
         unfinished.write_bytes(model.getvalue())
     trained = SentencePieceTokenizer(output / MODEL_NAME)
     report = {

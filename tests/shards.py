@@ -14,14 +14,14 @@ def make_shards(folder: Path, *, name: str = "synthetic", vocab_size: int = 64, 
     shards, counts = [], np.zeros(vocab_size)
     for split, number in (("train", documents), ("validation", documents // 5)):
         writer = ShardWriter(folder, f"{split}-00000", split, "uint16")  # type: ignore[arg-type]
-        for document in range(number):
+        for _ in range(number):
             length, start, step = random.integers(20, 80), random.integers(1, vocab_size), random.integers(1, 3)
             tokens = 1 + (start + step * np.arange(length)) % (vocab_size - 1)
             tokens[-1] = 0
-            writer.add(tokens.astype(np.uint16), f"synthetic:{document + 1}")
+            writer.add(tokens.astype(np.uint16))
             if split == "train":
                 counts += np.bincount(tokens, minlength=vocab_size)
-        shards.append(writer.finish())
+        shards.append(writer.finish("synthetic"))
     Manifest(
         folder=folder,
         name=name,

@@ -1,0 +1,307 @@
+"""Shards hold what the corpus holds, in any circumstances the same bytes, and nothing is continued that should not be."""
+
+import errno
+import fcntl
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_prep import files, journal
+from data_prep.encoding import is_validation
+from data_prep.errors import DataError
+from data_prep.shards import Manifest, Split, load_manifest, megatron_indexed_dataset
+from data_prep.tokenize import TokenizeConfig, tokenize
+from data_prep.tokenizer import load_tokenizer
+from tests.data_prep.conftest import contents, made_up_documents, write_jsonl
+
+Options = Callable[..., TokenizeConfig]
+
+
+def texts_in(manifest: Manifest, split: Split) -> list[str]:
+    """The documents of a split, decoded; asserts that each ends with the end-of-document token and has no other."""
+    tokenizer = load_tokenizer(manifest.tokenizer_path)
+    texts = []
+    for prefix in manifest.prefixes(split):
+        for tokens in megatron_indexed_dataset().IndexedDataset(prefix):
+            assert np.flatnonzero(tokens == manifest.eod_id).tolist() == [len(tokens) - 1]
+            texts.append(tokenizer.decode(tokens[:-1].tolist()))
+    return texts
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_shards_hold_the_corpus_in_order(options: Options, documents: list[str]) -> None:
+    tokenize(options())
+    manifest = load_manifest(options().output)
+    train, validation = texts_in(manifest, "train"), texts_in(manifest, "validation")
+    assert train == [text for text in documents if not is_validation(text, 0.1)]
+    assert validation == [text for text in documents if is_validation(text, 0.1)]
+    assert validation
+    assert (manifest.documents("train"), manifest.documents("validation")) == (len(train), len(validation))
+    assert manifest.records == {"kept": len(documents)}
+    assert manifest.name == "made_up"
+    assert manifest.dtype == "uint16"
+    assert manifest.round_trip
+    manifest.check_sizes()
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_shards_are_of_bounded_size(options: Options) -> None:
+    manifest = tokenize(options())
+    groups = Counter[str]()
+    longest = max(
+        len(tokens)
+        for prefix in manifest.prefixes("train") + manifest.prefixes("validation")
+        for tokens in megatron_indexed_dataset().IndexedDataset(prefix)
+    )
+    for shard in manifest.shards:
+        groups[shard.name[-5:]] += shard.tokens
+    sizes = [groups[number] for number in sorted(groups)]
+    assert len(sizes) > 5
+    assert all(2000 <= size < 2000 + longest for size in sizes[:-1])
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_unigram_entropy_is_that_of_the_training_tokens(options: Options) -> None:
+    manifest = tokenize(options())
+    counts = Counter[int]()
+    for prefix in manifest.prefixes("train"):
+        for tokens in megatron_indexed_dataset().IndexedDataset(prefix):
+            counts.update(tokens.tolist())
+    total = counts.total()
+    assert total == manifest.tokens("train")
+    expected = -sum(count / total * math.log(count / total) for count in counts.values())
+    assert manifest.unigram_entropy == pytest.approx(expected, rel=1e-9)
+
+
+@given(st.text(), st.floats(0, 1), st.floats(0, 1))
+def test_a_larger_validation_fraction_holds_out_a_superset(text: str, one: float, other: float) -> None:
+    text = text.encode("utf-8", "replace").decode()
+    assert is_validation(text, min(one, other)) <= is_validation(text, max(one, other))
+    assert not is_validation(text, 0)
+    assert is_validation(text, 1)
+
+
+def test_the_split_has_the_share_asked_for() -> None:
+    held_out = sum(is_validation(text, 0.1) for text in made_up_documents(5000))
+    assert 400 < held_out < 600
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_the_split_does_not_depend_on_order(options: Options, documents: list[str], tmp_path: Path) -> None:
+    reverse = write_jsonl(tmp_path / "reverse.jsonl", reversed(documents))
+    manifests = [tokenize(options()), tokenize(options({"path": str(reverse)}, output=str(tmp_path / "reverse")))]
+    held_out = [sorted(texts_in(manifest, "validation")) for manifest in manifests]
+    assert held_out[0] == held_out[1]
+
+
+def test_any_number_of_workers_writes_the_same_bytes(options: Options, tmp_path: Path) -> None:
+    folders = {workers: tmp_path / str(workers) for workers in (1, 3)}
+    for workers, folder in folders.items():
+        tokenize(options(output=str(folder), workers=workers))
+    assert contents(folders[1]) == contents(folders[3])
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_a_finished_folder_is_left_alone(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenize(options())
+    before = {path: path.stat().st_mtime_ns for path in Path(options().output).rglob("*")}
+    assert tokenize(options()) == first
+    assert {path: path.stat().st_mtime_ns for path in Path(options().output).rglob("*")} == before
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize(
+    ("changes", "corpus", "named"),
+    [
+        ({"validation_fraction": 0.2}, {}, "validation_fraction was 0.1, is now 0.2"),
+        ({"shard_tokens": 3000}, {}, "shard_tokens was 2000, is now 3000"),
+        ({}, {"on_invalid_utf8": "skip"}, "corpus.on_invalid_utf8 was 'error', is now 'skip'"),
+        ({}, {"path": "other"}, "corpus.files.0.path was"),
+        ({"tokenizer": "other"}, {}, "tokenizer_sha256 was"),
+    ],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_of_another_corpus_is_refused(
+    options: Options,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    finished: bool,
+    changes: dict[str, Any],
+    corpus: dict[str, Any],
+    named: str,
+) -> None:
+    if finished:
+        tokenize(options())
+    else:
+        stop_after_groups(options(), 2)
+    if "path" in corpus:
+        corpus = {"path": str(write_jsonl(tmp_path / "made_up.jsonl", ["Other text."])), "name": "made_up"}
+    if "tokenizer" in changes:
+        model = (tokenizer_folder / "tokenizer.model").read_bytes()
+        (tmp_path / "other.model").write_bytes(model + b"\x0a\x05\x0a\x03abc")  # one more piece
+        changes = {"tokenizer": str(tmp_path / "other.model")}
+    before = contents(Path(options().output))
+    with pytest.raises(DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"):
+        tokenize(options(corpus, **changes))
+    assert contents(Path(options().output)) == before
+
+
+class Stop(Exception):
+    """Ends a run at a chosen moment."""
+
+
+def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
+    """Run until so many groups are on record, then stop without cleaning up."""
+    with pytest.MonkeyPatch.context() as patch:
+        save = journal.Journal._save
+
+        def save_or_stop(self: journal.Journal) -> None:
+            save(self)
+            if self.groups == groups:
+                raise Stop
+
+        patch.setattr(journal.Journal, "_save", save_or_stop)
+        with pytest.raises(Stop):
+            tokenize(config)
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("call", range(1, 12))
+def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    """Stop at the call-th rename, before it: the shards' files and the records of them become final by renames."""
+    tokenize(options(output=str(tmp_path / "undisturbed")))
+    renames = 0
+    replace = os.replace
+
+    def replace_or_stop(source: Path, target: Path) -> None:
+        nonlocal renames
+        renames += 1
+        if renames == call:
+            raise Stop
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", replace_or_stop)
+    with pytest.raises(Stop):
+        tokenize(options())
+    assert not (tmp_path / "shards" / "manifest.json").exists()
+    tokenize(options())
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_continuing_encodes_only_what_is_missing(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop_after_groups(options(), 3)
+    finished = {name: data for name, data in contents(Path(options().output)).items() if name.endswith(".bin")}
+    assert sum(name.startswith("train") for name in finished) == 3
+    times = {name: (Path(options().output) / name).stat().st_mtime_ns for name in finished}
+    tokenize(options())
+    assert {name: (Path(options().output) / name).stat().st_mtime_ns for name in finished} == times
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_a_damaged_shard_is_not_continued(options: Options) -> None:
+    stop_after_groups(options(), 2)
+    os.truncate(Path(options().output) / "train-00001.bin", 10)
+    with pytest.raises(DataError, match=r"output=.*shard train-00001\.bin has 10 bytes, the manifest says"):
+        tokenize(options())
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_a_full_disk_keeps_finished_shards(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenize(options(output=str(tmp_path / "undisturbed")))
+    fsync = os.fsync
+    calls = 0
+
+    def fsync_or_full(descriptor: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 25:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", fsync_or_full)
+        with pytest.raises(DataError, match=r"output=.*shards: no space left in this folder"):
+            tokenize(options())
+    assert (tmp_path / "shards" / "train-00000.bin").exists()
+    assert not list((tmp_path / "shards").glob(".unfinished-*"))  # what is of no use gives its room back
+    tokenize(options())
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_shards_of_unknown_origin_are_left_alone(options: Options) -> None:
+    folder = Path(options().output)
+    folder.mkdir()
+    (folder / "other.bin").write_bytes(b"precious")
+    with pytest.raises(DataError, match="holds 1 shard files but neither progress.json nor a manifest"):
+        tokenize(options())
+    assert contents(folder) == {"other.bin": b"precious"}
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_only_one_run_writes_to_a_folder(options: Options) -> None:
+    folder = Path(options().output)
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with pytest.raises(DataError, match="another mone-tokenize is writing there"):
+        tokenize(options())
+    os.close(descriptor)
+    tokenize(options())
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("texts", [[], ["", "  \n"]])
+def test_an_empty_corpus(options: Options, tmp_path: Path, documents: list[str], texts: list[str]) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", texts)
+    with pytest.raises(DataError, match=r"empty: no document for training \(records: (no record at all|2 empty)\)"):
+        tokenize(options({"path": str(empty)}))
+    tokenize(options())  # nothing stands in the way of the right corpus
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_records_are_counted_by_what_became_of_them(options: Options, tmp_path: Path) -> None:
+    lines = [b"Good.", b"", b"Bad \xff.", b" ", b"Worse \xfe\xff."]
+    (tmp_path / "mixed.jsonl").write_bytes(b"".join(b'{"text": "%s"}\n' % line for line in lines))
+    for policy, fate in (("replace", "invalid_utf8_replaced"), ("skip", "invalid_utf8_skipped")):
+        corpus = {"path": str(tmp_path / "mixed.jsonl"), "on_invalid_utf8": policy}
+        manifest = tokenize(options(corpus, output=str(tmp_path / policy), validation_fraction=0))
+        assert manifest.records == {"empty": 2, fate: 2, "kept": 1}
+        assert manifest.documents("train") == (3 if policy == "replace" else 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_fraction": 1.0}, r"validation_fraction=1\.0: must be at least 0 and below 1"),
+        ({"workers": 0}, "workers=0: must be at least 1"),
+        ({"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
+    ],
+)
+def test_options_that_cannot_be(options: Options, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        options(**changes)
+
+
+def test_folders_that_are_no_shards(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"):
+        load_manifest("nowhere")
+    with pytest.raises(DataError, match="no manifest.json, so tokenization never finished here"):
+        load_manifest(tmp_path)
+    for content in ("{", "[]", '{"format": "other", "shards": []}', '{"shards": [{"a": 1}]}'):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match=r"manifest\.json: (damaged|format 'other')"):
+            load_manifest(tmp_path)

@@ -1,0 +1,153 @@
+"""Training gives the same bytes, encoding loses nothing, other people's tokenizers are accepted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_prep.corpora import CorpusConfig
+from data_prep.encoding import encode_batch
+from data_prep.errors import DataError
+from data_prep.tokenizer import HuggingFaceTokenizer, Tokenizer, TrainTokenizerConfig, load_tokenizer
+from data_prep.tokenizer_training import draw_sample, train_tokenizer
+from tests.data_prep.conftest import made_up_documents
+
+
+def train(corpus_file: Path, output: Path, **options: Any) -> dict[str, Any]:
+    """Train on the made-up corpus."""
+    return train_tokenizer(TrainTokenizerConfig(CorpusConfig(path=str(corpus_file)), str(output), **options))
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_training_twice_gives_the_same_bytes(corpus_file: Path, tmp_path: Path, model_type: str) -> None:
+    options: dict[str, Any] = {"vocab_size": 500, "model_type": model_type, "sample_bytes": 20_000}
+    reports = [train(corpus_file, tmp_path / name, **options) for name in ("a", "b")]
+    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
+    assert reports[0] == reports[1]
+    assert train(corpus_file, tmp_path / "c", **options, seed=1)["sha256"] != reports[0]["sha256"]
+
+
+def test_the_settings_stand_beside_the_model(corpus_file: Path, tmp_path: Path) -> None:
+    report = train(corpus_file, tmp_path, vocab_size=400, sample_bytes=10_000)
+    assert json.loads((tmp_path / "tokenizer_training.json").read_text()) == report
+    assert report["settings"]["vocab_size"] == report["vocab_size"] == 400
+    assert report["sha256"] == load_tokenizer(tmp_path).sha256
+    assert 9_000 < report["sample"]["bytes"] <= 10_000
+
+
+@given(st.integers(1, 3000), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_a_sample_is_bounded_and_does_not_depend_on_order(size: int, random: Any) -> None:
+    texts = made_up_documents(30) * 2
+    sample = draw_sample(texts, size, seed=3)
+    assert sum(len(text.encode()) for text in sample) <= size
+    assert len(set(sample)) == len(sample)
+    random.shuffle(texts)
+    assert draw_sample(texts, size, seed=3) == sample
+
+
+def test_a_sample_is_spread_over_the_corpus() -> None:
+    texts = made_up_documents(3000)
+    numbers = sorted(int(text.split(".")[0].split()[1]) for text in draw_sample(texts, 100_000, seed=0))
+    assert 300 < len(numbers) < 1000
+    tenths = [sum(number // 300 == tenth for number in numbers) for tenth in range(10)]
+    assert min(tenths) > len(numbers) / 20
+
+
+def test_a_vocabulary_too_large_for_the_corpus(corpus_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"vocab_size=50000: too large for this corpus, \d+ is the most"):
+        train(corpus_file, tmp_path, vocab_size=50_000)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 100}, "vocab_size=100, model_type=bpe: sentencepiece says: .*smaller than required"),
+        ({"model_type": "words"}, "model_type=words: must be bpe or unigram"),
+        ({"sample_bytes": 5}, "no document to train on.*sample_bytes=5"),
+    ],
+)
+def test_training_options_that_cannot_be(
+    corpus_file: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        train(corpus_file, tmp_path, **options)
+
+
+@pytest.fixture(scope="module")
+def hugging_face_folder(documents: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer as Hugging Face stores it."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    model = ByteLevelBPETokenizer()
+    model.train_from_iterator(documents, vocab_size=500, special_tokens=["<|end|>"], show_progress=False)
+    folder = tmp_path_factory.mktemp("hugging_face")
+    PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "hugging_face"])
+def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path, hugging_face_folder: Path) -> Tokenizer:
+    """One tokenizer of either kind."""
+    return load_tokenizer(tokenizer_folder if request.param == "sentencepiece" else hugging_face_folder)
+
+
+# U+2581 is how sentencepiece writes a space, so it comes back as one
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
+    encoded = tokenizer.encode(texts)
+    assert [tokenizer.decode(ids) for ids in encoded] == texts
+    assert all(0 <= token < tokenizer.vocab_size for ids in encoded for token in ids)
+    assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == [[*ids, tokenizer.eod_id] for ids in encoded]
+    assert [ids.tolist() for ids in encode_batch(tokenizer, texts, 0.5).documents()] == [
+        [*ids, tokenizer.eod_id] if text else [] for text, ids in zip(texts, encoded, strict=True)
+    ]
+
+
+def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
+    text = "a</s>b<|end|>c<s>d<unk>"
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.eod_id not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_a_copy_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.copy_to(tmp_path)
+    copy = load_tokenizer(tmp_path)
+    assert (copy.sha256, copy.vocab_size, copy.eod_id) == (tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)
+    assert copy.encode(["The same."]) == tokenizer.encode(["The same."])
+
+
+def test_a_model_file_by_itself(tokenizer_folder: Path) -> None:
+    assert load_tokenizer(tokenizer_folder / "tokenizer.model").sha256 == load_tokenizer(tokenizer_folder).sha256
+
+
+def test_weights_beside_a_tokenizer_are_no_part_of_it(hugging_face_folder: Path, tmp_path: Path) -> None:
+    for path in hugging_face_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert load_tokenizer(tmp_path).sha256 == load_tokenizer(hugging_face_folder).sha256
+    assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+def test_what_is_no_tokenizer(tmp_path: Path, hugging_face_folder: Path) -> None:
+    with pytest.raises(DataError, match="tokenizer=nowhere: no such file or folder"):
+        load_tokenizer("nowhere")
+    with pytest.raises(DataError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "bad.model").write_text("not a model")
+    with pytest.raises(DataError, match=r"bad\.model: not a sentencepiece model"):
+        load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="not a Hugging Face tokenizer folder"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((hugging_face_folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(DataError, match="has no eos_token"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,160 @@
+"""The main job as a user runs it: real processes, real files, real signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.shards import make_shards
+from train.metrics import read_metrics
+
+STEPS = 8
+OPTIONS = [
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_attention_heads=2",
+    "model.seq_length=32",
+    "model.num_experts=4",
+    "model.moe_ffn_hidden_size=32",
+    "model.shared_expert_ffn_hidden_size=32",
+    "model.hidden_dropout=0.1",
+    "model.neuron_balance_coeff=0.01",
+    "model.z_loss_coeff=0.001",
+    f"training.steps={STEPS}",
+    "training.micro_batch_size=2",
+    "training.global_batch_size=8",
+    "optimizer.warmup_steps=2",
+    "evaluation.interval=4",
+    "evaluation.sequences=6",
+    "checkpoint.interval=4",
+    "logging.interval=1",
+    "logging.neuron_interval=4",
+    "logging.figure_interval=4",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    make_shards(folder / "a", name="a")
+    make_shards(folder / "b", name="b", seed=1)
+    return folder
+
+
+def start(folder: Path, name: str, *options: str, processes: int = 1) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    data = "data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]"
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "train.pretrain", data, f"run.name={name}", *OPTIONS, *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def values(folder: Path, name: str, metric: str) -> dict[int, float]:
+    return {record["step"]: record[metric] for record in read_metrics(folder / "runs" / name) if metric in record}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> str:
+    return finish(start(folder, "undisturbed"))
+
+
+def test_a_run_learns_and_leaves_everything_in_its_folder(folder: Path, undisturbed: str) -> None:
+    run = folder / "runs/undisturbed"
+    losses = values(folder, "undisturbed", "train/loss")
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert losses[STEPS] < losses[1] - 0.05
+    for name in ("loss", "expert_load", "neuron_use"):
+        assert (run / f"figures/{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"]
+    assert "vocab_size: 64" in (run / "config.yaml").read_text()
+    assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    assert f"step {STEPS}/{STEPS}" in undisturbed
+    assert re.search(r"ETA \d+:\d\d:\d\d", undisturbed)
+
+
+def test_every_recorded_name_is_documented(folder: Path, undisturbed: str) -> None:
+    text = (ROOT / "docs/metrics.md").read_text()
+    names = {name for record in read_metrics(folder / "runs/undisturbed") for name in record} - {"step", "time"}
+    general = {re.sub(r"/layer_\d+$", "/layer_NN", name) for name in names}
+    general = {re.sub(r"^validation/loss/.*", "validation/loss/SOURCE", name) for name in general}
+    assert len(general) > 25
+    assert [name for name in sorted(general) if f"`{name}`" not in text] == []
+
+
+def test_the_same_command_gives_the_same_losses_and_a_signal_costs_nothing(folder: Path, undisturbed: str) -> None:
+    process = start(folder, "interrupted")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(f"step 2/{STEPS}"):
+            process.send_signal(signal.SIGTERM)
+            break
+    assert "the same command continues" in finish(process)
+    resumed = finish(start(folder, "interrupted"))
+    assert "resumed from" in resumed
+    for metric in ("train/loss", "train/grad_norm", "validation/loss", "aux/neuron_balance_loss", "train/tokens"):
+        assert values(folder, "interrupted", metric) == values(folder, "undisturbed", metric), metric
+    assert len(list((folder / "runs/interrupted/wandb").glob("offline-run-*"))) == 2
+    ids = {path.name.split("-")[-1] for path in (folder / "runs/interrupted/wandb").glob("offline-run-*")}
+    assert len(ids) == 1, "a resumed run continues its W&B run"
+
+
+def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undisturbed: str) -> None:
+    # Without dropout, whose random numbers belong to a rank; the blend, the order and the initial weights are the same.
+    options = ["model.hidden_dropout=0", "model.router_topk=4", "model.activation_ratio=1"]
+    finish(start(folder, "one", *options))
+    finish(start(folder, "two", *options, "training.micro_batch_size=1", "parallel.expert=2", processes=2))
+    for metric in ("train/loss", "train/grad_norm", "validation/loss"):
+        one, two = values(folder, "one", metric), values(folder, "two", metric)
+        assert one.keys() == two.keys()
+        for step in one:
+            assert two[step] == pytest.approx(one[step], rel=1e-5), (metric, step)
+
+
+def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, undisturbed: str) -> None:
+    assert "resume=never" in finish(start(folder, "undisturbed", "resume=never"), code=2)
+    output = finish(start(folder, "undisturbed", "model.activation_ratio=0.5", f"training.steps={STEPS + 1}"), code=2)
+    assert "model.activation_ratio=0.5" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["model.hiden_size=64"], "hiden_size"),
+        (["data.blend=[{path: nowhere}]"], "nowhere"),
+        (["parallel.expert=3"], "parallel"),
+    ],
+)
+def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, options: list[str], expected: str) -> None:
+    process = start(folder, "refused", *options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert expected in output
+    assert "Traceback" not in output
+    assert not (folder / "runs/refused").exists()
+
+
+def test_wandb_without_a_server_goes_on_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    output = finish(start(folder, "online", "logging.wandb_mode=online", "training.steps=3"))
+    assert "W&B could not start online" in output
+    assert list(values(folder, "online", "train/loss")) == [1, 2, 3]
