@@ -43,8 +43,10 @@ class BenchmarkConfig:
     """Encoding processes on either side."""
     rounds: int = 3
     """Turns of either side; the median counts."""
-    copies: int = 2
+    copies: int = 4
     """How often a turn tokenizes the corpus."""
+    shard_tokens: int = 5_000_000
+    """As for mone-tokenize."""
     memory_copies: int = 8
     """Memory is measured on the corpus and on so many copies of it."""
 
@@ -78,7 +80,9 @@ def pipeline_rate(config: BenchmarkConfig, corpus: Corpus, pool: EncoderPool) ->
     """Tokens per second of one pass through the pipeline with a warm pool, shards and checksums included."""
     tokenizer = load_tokenizer(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
-        options = TokenizeConfig(tokenizer=config.tokenizer, output=folder, progress_seconds=1e9)
+        options = TokenizeConfig(
+            tokenizer=config.tokenizer, output=folder, shard_tokens=config.shard_tokens, progress_seconds=1e9
+        )
         journal = Journal.open(Path(folder), {}, tokenizer.vocab_size)
         start = time.perf_counter()
         write_groups(options, corpus, tokenizer, pool, journal)
@@ -103,10 +107,14 @@ def peak_memory(config: BenchmarkConfig, paths: list[str]) -> tuple[float, float
 
 
 def _tokenize(config: BenchmarkConfig, paths: list[str], folder: str) -> None:
-    corpus = CorpusConfig(path=paths)
     tokenize(
         TokenizeConfig(
-            corpus, config.tokenizer, folder, shard_tokens=2_000_000, workers=config.workers, progress_seconds=1e9
+            CorpusConfig(path=paths),
+            config.tokenizer,
+            folder,
+            shard_tokens=config.shard_tokens,
+            workers=config.workers,
+            progress_seconds=1e9,
         )
     )
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from data_prep.corpora import Record
 from data_prep.errors import DataError
+from data_prep.shards import dtype_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 18
@@ -36,7 +37,7 @@ class Encoded:
     """The tokens of a batch of N texts, packed so that they cross the process boundary as two arrays."""
 
     tokens: np.ndarray
-    """[sum of lengths] int32, every document with its end-of-document."""
+    """[sum of lengths] of the type on disk, every document with its end-of-document."""
     lengths: np.ndarray
     """[N] tokens of each text; 0 for an empty text, which is no document."""
     validation: list[bool]
@@ -63,7 +64,8 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: fl
     documents = tokenizer.encode_documents([text for text in texts if text])
     lengths = np.zeros(len(texts), np.int64)
     lengths[[bool(text) for text in texts]] = [len(document) for document in documents]
-    tokens = np.concatenate([np.empty(0, np.int32), *documents])
+    dtype = dtype_of(tokenizer.vocab_size)
+    tokens = np.concatenate([np.empty(0, dtype), *documents], dtype=dtype, casting="unsafe")
     return Encoded(tokens, lengths, [is_validation(text, validation_fraction) for text in texts])
 
 

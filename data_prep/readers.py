@@ -42,7 +42,7 @@ def format_of(path: Path) -> str:
 
 def check_compression(path: Path) -> None:
     """Raise DataError if `path` is compressed in a way that needs a package which is not installed."""
-    from fsspec.utils import compressions
+    from fsspec.utils import compressions  # type: ignore[import-untyped]
 
     suffix = path.suffix[1:]
     if suffix in COMPRESSIONS and suffix not in compressions:
@@ -75,7 +75,7 @@ def read_hub(id: str, subset: str | None, split: str, revision: str | None, fiel
 
 
 def _read_lines(path: Path, field: str) -> Iterator[Any]:
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     with fsspec.open(str(path), "rb", compression="infer") as lines:
         for line in lines:

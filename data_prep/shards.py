@@ -174,6 +174,11 @@ def entropy(counts: np.ndarray) -> float:
     return abs(float(-(p * np.log(p)).sum()))
 
 
+def dtype_of(vocab_size: int) -> str:
+    """numpy type of the tokens on disk: uint16 if every id fits, else int32."""
+    return "uint16" if vocab_size <= 1 << 16 else "int32"
+
+
 def megatron_indexed_dataset() -> Any:
     """Megatron-Core's module of the format, imported late since that takes seconds, and without its advice to
     install GPU libraries."""

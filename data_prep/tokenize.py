@@ -13,6 +13,7 @@ import fcntl
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from data_prep.console import reporting_errors, typed
-from data_prep.corpora import Corpus, CorpusConfig
+from data_prep.corpora import Corpus, CorpusConfig, Position
 from data_prep.encoding import EncoderPool
 from data_prep.errors import DataError, naming_folder
 from data_prep.journal import Journal, refuse_other_settings
@@ -33,13 +34,12 @@ from data_prep.shards import (
     MANIFEST_NAME,
     TOKENIZER_NAME,
     Manifest,
-    Shard,
     ShardWriter,
     Split,
     count_tokens,
+    dtype_of,
     entropy,
     load_manifest,
-    megatron_indexed_dataset,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
@@ -82,7 +82,7 @@ class Group:
         self._folder, self._number, self._dtype = folder, number, dtype
         self._writers: dict[Split, ShardWriter] = {}
         self.fates: Counter[str] = Counter()
-        self.tokens = 0
+        self.records = self.tokens = 0
 
     def add(self, tokens: np.ndarray, split: Split) -> None:
         """Append a document: tokens [length], end-of-document included."""
@@ -91,48 +91,52 @@ class Group:
         self._writers[split].add(tokens)
         self.tokens += len(tokens)
 
-    def finish(self, source: str) -> list[Shard]:
-        """Publish the shards, the training one first."""
-        return [self._writers[split].finish(source) for split in sorted(self._writers)]
+    def finish(self, journal: Journal, corpus: Corpus, position: Position) -> None:
+        """Publish the shards, then record the group, which ends at `position`, in the journal."""
+        source = f"{corpus.where(journal.position)} - {corpus.where(position)}"
+        shards = [self._writers[split].finish(source) for split in sorted(self._writers)]
+        unigrams = np.zeros_like(journal.unigrams)
+        for shard in shards:
+            if shard.split == "train":
+                unigrams += count_tokens(self._folder / f"{shard.name}.bin", self._dtype, len(unigrams))
+        journal.add_group(shards, position, self.fates, unigrams)
 
 
 def write_groups(
     config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, pool: EncoderPool, journal: Journal
 ) -> None:
-    """Write every group from the journal's position to the end of the corpus."""
+    """Write every group from the journal's position to the end of the corpus.
+
+    A thread makes a full group durable while the next one fills, so that the workers need not wait for the disk.
+    """
     dtype = dtype_of(tokenizer.vocab_size)
-    position = journal.position
-    group = Group(journal.folder, journal.groups, dtype)
+    number, position = journal.groups, journal.position
+    group = Group(journal.folder, number, dtype)
     progress = Progress(corpus, config.progress_seconds, position)
-
-    def finish_group() -> None:
-        shards = group.finish(f"{corpus.where(journal.position)} - {corpus.where(position)}")
-        unigrams = np.zeros(tokenizer.vocab_size, np.int64)
-        for shard in shards:
-            if shard.split == "train":
-                unigrams += count_tokens(journal.folder / f"{shard.name}.bin", dtype, tokenizer.vocab_size)
-        journal.add_group(shards, position, group.fates, unigrams)
-
-    for records, encoded in pool.encode(corpus.records(position)):
-        for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
-            position = record.next
-            group.fates[record.fate] += 1
-            if record.text:
-                if journal.groups == 0 and group.fates.total() <= ROUND_TRIP_RECORDS:
+    with ThreadPoolExecutor(1) as thread:
+        finishing: Future[None] | None = None
+        for records, encoded in pool.encode(corpus.records(position)):
+            for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
+                position = record.next
+                group.fates[record.fate] += 1
+                group.records += 1
+                if not record.text:
+                    continue
+                if number == 0 and group.records <= ROUND_TRIP_RECORDS:
                     journal.round_trip &= tokenizer.decode(tokens[:-1].tolist()) == record.text
                 group.add(tokens, "validation" if validation else "train")
                 if group.tokens >= config.shard_tokens:
-                    finish_group()
-                    group = Group(journal.folder, journal.groups, dtype)
-        progress.add(records, len(encoded.tokens))
-    if group.fates:
-        finish_group()
+                    if finishing:
+                        finishing.result()
+                    finishing = thread.submit(group.finish, journal, corpus, position)
+                    number += 1
+                    group = Group(journal.folder, number, dtype)
+            progress.add(records, len(encoded.tokens))
+        if finishing:
+            finishing.result()
+        if group.records:
+            group.finish(journal, corpus, position)
     progress.close()
-
-
-def dtype_of(vocab_size: int) -> str:
-    """numpy type of the tokens on disk, by Megatron-Core's rule: uint16 if they fit, else int32."""
-    return megatron_indexed_dataset().DType.optimal_dtype(vocab_size).__name__
 
 
 def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manifest:

@@ -169,7 +169,11 @@ def micro_batches(
     rows = range(data_rank * micro_batch_size, (data_rank + 1) * micro_batch_size)
     batches = [[first + row for row in rows] for first in range(start, stop, width)]
     loader: DataLoader[Batch] = DataLoader(
-        _Padded(dataset, start, stop), batch_sampler=batches, num_workers=num_workers, persistent_workers=False
+        _Padded(dataset, start, stop),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        # Of its own: a loader draws a seed when it starts, and a resumed run starts one more.
+        generator=torch.Generator(),
     )
     yield from loader
 

@@ -102,7 +102,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             resume="allow" if run_id else None,
             config=describe(config),
             mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, init_timeout=60),
+            settings=wandb.Settings(silent=True, init_timeout=20),
         )
 
     for attempt in dict.fromkeys([mode, "offline"]):
