@@ -26,9 +26,9 @@ from data_prep.errors import DataError
 from data_prep.shards import dtype_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-BATCH_CHARACTERS = 1 << 18
-BATCH_RECORDS = 4096
-BATCHES_PER_WORKER = 4
+BATCH_CHARACTERS = 1 << 20
+BATCH_RECORDS = 1 << 14
+BATCHES_PER_WORKER = 3
 """Batches under way per worker: enough to keep it busy while the parent writes, few enough to bound memory."""
 
 

@@ -22,7 +22,7 @@ class Parameters:
     experts: int
     """Those of routed experts: 3 D H E L."""
     active: int
-    """Weights that one token touches: all but the experts not chosen and, in those chosen, up and down of dropped neurons."""
+    """Weights that one token touches: all but experts not chosen and, in the chosen, up and down of dropped neurons."""
     active_experts: int
     """Those of routed experts among them: r L (D H + 2 D K), the gate being always dense."""
     active_expert_params: float
@@ -52,7 +52,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations per token of a forward pass; a multiply-add is two. Training does three times as many."""
+    """Floating-point operations per token of a forward pass; a multiply-add is two. Training takes three times these."""
 
     dense: int
     """As computed by dense kernels, which multiply dropped neurons by zero; attention over the full s x s square."""

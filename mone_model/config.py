@@ -175,7 +175,13 @@ class ModelConfig:
             self.router_topk,
             "with one expert a softmax over the chosen is always 1: set model.router_pre_softmax=true",
         )
-        for name in ("aux_loss_coeff", "seq_aux_loss_coeff", "global_aux_loss_coeff", "z_loss_coeff", "neuron_balance_coeff"):
+        for name in (
+            "aux_loss_coeff",
+            "seq_aux_loss_coeff",
+            "global_aux_loss_coeff",
+            "z_loss_coeff",
+            "neuron_balance_coeff",
+        ):
             check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "must not be negative")
         for name in ("hidden_dropout", "attention_dropout"):
             check(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be in [0, 1)")
@@ -260,7 +266,12 @@ class ComputeConfig:
             "token_dispatcher": ("alltoall", "allgather"),
             "recompute": ("none", "selective", "full"),
         }.items():
-            check(getattr(self, name) in choices, f"compute.{name}", getattr(self, name), f"choose from {', '.join(choices)}")
+            check(
+                getattr(self, name) in choices,
+                f"compute.{name}",
+                getattr(self, name),
+                f"choose from {', '.join(choices)}",
+            )
         check(
             set(self.recompute_modules) <= set(RECOMPUTE_MODULES),
             "compute.recompute_modules",

@@ -15,7 +15,6 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -139,7 +138,10 @@ class NeuronExperts(MegatronModule):
             if self.counters is None:
                 self.counters = NeuronCounters(self.num_local_experts, gate_NH.size(1), gate_NH.device)
             self.counters.add(
-                gate_NH=gate_NH.detach(), mask_NH=kept.mask_NH, threshold_N=kept.threshold_N, tokens_per_expert_E=tokens_E
+                gate_NH=gate_NH.detach(),
+                mask_NH=kept.mask_NH,
+                threshold_N=kept.threshold_N,
+                tokens_per_expert_E=tokens_E,
             )
         if balance:
             share = neuron_balance_loss(

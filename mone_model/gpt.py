@@ -1,7 +1,7 @@
 """Build the model of one pipeline stage.
 
-    model = build_gpt(ModelConfig(...), ParallelConfig(expert=2), ComputeConfig(), seed=1)   # after process groups
-    logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
+model = build_gpt(ModelConfig(...), ParallelConfig(expert=2), ComputeConfig(), seed=1)   # after process groups
+logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
 """
 
 from collections.abc import Iterator
@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
 from mone_model.experts import NeuronExperts
@@ -56,5 +57,5 @@ def build_gpt(
 def moe_layers(model: torch.nn.Module) -> Iterator[tuple[int, NeuronExperts, Router]]:
     """The layer index (from 0, over all stages), experts and router of each layer that this rank holds."""
     for module in model.modules():
-        if isinstance(getattr(module, "experts", None), NeuronExperts):
+        if isinstance(module, MoELayer) and isinstance(module.experts, NeuronExperts):
             yield module.layer_number - 1, module.experts, module.router

@@ -77,7 +77,10 @@ def _replace_streams() -> None:
     cuda.stream = lambda stream=None: contextlib.nullcontext()
     cuda.current_device = lambda: _CPU
     # One function each: torch._dynamo refuses two names for one object.
-    for owner, names in ((cuda, ("synchronize", "empty_cache", "set_device")), (cuda.nvtx, ("range_push", "range_pop"))):
+    for owner, names in (
+        (cuda, ("synchronize", "empty_cache", "set_device")),
+        (cuda.nvtx, ("range_push", "range_pop")),
+    ):
         for name in names:
             setattr(owner, name, lambda *args, **kwargs: None)
 

@@ -92,9 +92,7 @@ def reduce_counters(
         dist.all_reduce(whole_LEC)
     tokens_LE, threshold_LE, selected_LEH, magnitude_LEH = whole_LEC.cpu().split([1, 1, num_neurons, num_neurons], dim=-1)
     counted_LE1 = tokens_LE.clamp_min(1)
-    return NeuronUsage(
-        tokens_LE[..., 0], (threshold_LE / counted_LE1)[..., 0], selected_LEH, magnitude_LEH / counted_LE1
-    )
+    return NeuronUsage(tokens_LE[..., 0], (threshold_LE / counted_LE1)[..., 0], selected_LEH, magnitude_LEH / counted_LE1)
 
 
 def _entropy(share: torch.Tensor) -> torch.Tensor:

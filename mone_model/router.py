@@ -21,6 +21,8 @@ class Router(TopKRouter):
     `record` holds the losses since they were last read, without coefficients.
     """
 
+    tp_cp_group: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.record = LossRecord()

@@ -1,7 +1,7 @@
 """The configuration of a run: one dataclass a section, and `validate`, where every rule that spans sections lives.
 
-    config = load_config(hydra_config)        # typed, each field checked
-    validate(config, world_size)              # before anything is built
+config = load_config(hydra_config)        # typed, each field checked
+validate(config, world_size)              # before anything is built
 """
 
 from dataclasses import dataclass, field
@@ -72,7 +72,12 @@ class OptimizerSection:
         choices = ("cosine", "linear", "wsd", "constant")
         check(self.schedule in choices, "optimizer.schedule", self.schedule, f"choose from {', '.join(choices)}")
         check(self.lr > 0, "optimizer.lr", self.lr, "must be positive")
-        check(0 <= self.min_lr <= self.lr, "optimizer.min_lr", self.min_lr, f"must be between 0 and optimizer.lr={self.lr}")
+        check(
+            0 <= self.min_lr <= self.lr,
+            "optimizer.min_lr",
+            self.min_lr,
+            f"must be between 0 and optimizer.lr={self.lr}",
+        )
         check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
         check(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "must not be negative")
 
@@ -202,7 +207,10 @@ def validate(config: RunConfig, world_size: int) -> None:
         parallel.virtual_pipeline,
         f"the interleaved schedule needs micro-batches ({micro_batches}) divisible by parallel.pipeline={parallel.pipeline}",
     )
-    for option, value in {"training.steps": training.steps, "training.micro_batch_size": training.micro_batch_size}.items():
+    for option, value in {
+        "training.steps": training.steps,
+        "training.micro_batch_size": training.micro_batch_size,
+    }.items():
         check(value >= 1, option, value, "must be at least 1")
     last = config.optimizer.decay_steps or training.steps
     check(
@@ -218,7 +226,8 @@ def validate(config: RunConfig, world_size: int) -> None:
         check(source.weight is None or source.weight > 0, f"weight of {source.path}", source.weight, "must be positive")
     logging = config.logging
     check(
-        logging.figure_interval == 0 or (logging.neuron_interval > 0 and logging.figure_interval % logging.neuron_interval == 0),
+        logging.figure_interval == 0
+        or (logging.neuron_interval > 0 and logging.figure_interval % logging.neuron_interval == 0),
         "logging.figure_interval",
         logging.figure_interval,
         f"must be a multiple of logging.neuron_interval={logging.neuron_interval}, or 0",
@@ -228,7 +237,12 @@ def validate(config: RunConfig, world_size: int) -> None:
 def _divides(divisor: int, number: int, option: str, of: str) -> None:
     nearest = [n for n in range(1, number + 1) if number % n == 0]
     best = sorted(nearest, key=lambda n: abs(n - divisor))[:3]
-    check(number % divisor == 0, option, divisor, f"must divide {of}={number}; nearest: {', '.join(map(str, sorted(best)))}")
+    check(
+        number % divisor == 0,
+        option,
+        divisor,
+        f"must divide {of}={number}; nearest: {', '.join(map(str, sorted(best)))}",
+    )
 
 
 def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int) -> None:
@@ -257,11 +271,21 @@ def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         f"leaves {model.moe_ffn_hidden_size // parallel.expert_tensor} neurons a rank; grouped GEMMs need a multiple of 8",
     )
     _divides(parallel.tensor, model.num_attention_heads, "parallel.tensor", "model.num_attention_heads")
-    _divides(parallel.tensor, model.num_query_groups or model.num_attention_heads, "parallel.tensor", "model.num_query_groups")
+    _divides(
+        parallel.tensor,
+        model.num_query_groups or model.num_attention_heads,
+        "parallel.tensor",
+        "model.num_query_groups",
+    )
     _divides(parallel.tensor, model.seq_length, "parallel.tensor", "model.seq_length")
     _divides(parallel.tensor, model.vocab_multiple, "parallel.tensor", "model.vocab_multiple")
     if model.shared_expert_ffn_hidden_size:
-        _divides(parallel.tensor, model.shared_expert_ffn_hidden_size, "parallel.tensor", "model.shared_expert_ffn_hidden_size")
+        _divides(
+            parallel.tensor,
+            model.shared_expert_ffn_hidden_size,
+            "parallel.tensor",
+            "model.shared_expert_ffn_hidden_size",
+        )
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     check(
         model.num_layers % chunks == 0,

@@ -21,7 +21,9 @@ def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: floa
     names = sorted({name for record in records for name in record if name.startswith("validation/loss/")})
     for name in names:
         points = [(record["step"], record[name]) for record in records if name in record]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name.replace("validation/loss/", "validation: "))
+        axes.plot(
+            *zip(*points, strict=True), marker="o", markersize=3, label=name.replace("validation/loss/", "validation: ")
+        )
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="grey", linestyle="--", label="unigram entropy")
     axes.set_xlabel("step")
@@ -53,7 +55,11 @@ def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: i
     columns = min(4, layers)
     rows = -(-layers // columns)
     figure, panels = plt.subplots(
-        rows, columns, figsize=(3 * columns + 1, 0.9 + (0.6 + 0.12 * experts) * rows), squeeze=False, layout="constrained"
+        rows,
+        columns,
+        figsize=(3 * columns + 1, 0.9 + (0.6 + 0.12 * experts) * rows),
+        squeeze=False,
+        layout="constrained",
     )
     image = None
     for layer, axes in enumerate(panels.flat):

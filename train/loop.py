@@ -1,8 +1,8 @@
 """The training loop: a list of verbs, the same on every rank.
 
-    trainer = Trainer(config, runtime, engine, data)
-    trainer.resume()
-    trainer.train()
+trainer = Trainer(config, runtime, engine, data)
+trainer.resume()
+trainer.train()
 """
 
 import time
@@ -184,10 +184,13 @@ class Trainer:
     def _check_continues(self, checkpoint: Checkpoint) -> None:
         ours = describe(self.config)["model"]
         theirs = checkpoint.facts["model"]
-        changed = [f"model.{name}={value} (saved: {theirs.get(name)})" for name, value in ours.items() if theirs.get(name) != value]
+        changed = [
+            f"model.{name}={value} (saved: {theirs.get(name)})" for name, value in ours.items() if theirs.get(name) != value
+        ]
         if changed:
             raise ValueError(
-                f"{checkpoint.path} holds another model: {', '.join(changed)}; restore these options, or give another run.dir"
+                f"{checkpoint.path} holds another model: {', '.join(changed)}; "
+                "restore these options, or give another run.dir"
             )
         if checkpoint.step > self.config.training.steps:
             raise ValueError(

@@ -91,7 +91,7 @@ def write_run_folder(config: RunConfig, folder: Path) -> None:
 def environment() -> dict[str, Any]:
     """Versions, machine and command of this process."""
     packages = ("mone", "torch", "megatron-core", "deepspeed", "transformer-engine", "triton", "numpy")
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -127,8 +127,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
             f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
             f"{config.micro_batches(world_size)} micro-batches a step",
-            f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens = {tokens / 1e6:.2f}M "
-            f"tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
+            f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens "
+            f"= {tokens / 1e6:.2f}M tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
         ]
     )
 

@@ -7,6 +7,7 @@ One process, whatever layout the run had; the newest checkpoint, unless `step` n
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 import torch
@@ -18,6 +19,9 @@ from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from train.config import RunConfig
 
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
 
 @dataclass
 class SampleConfig:
@@ -27,7 +31,9 @@ class SampleConfig:
     """Folder of the run."""
     step: int | None = None
     """Checkpoint to take; null: the newest."""
-    prompts: list[str] = field(default_factory=lambda: ["The city of", "In the beginning", "The population of", "Mix the flour"])
+    prompts: list[str] = field(
+        default_factory=lambda: ["The city of", "In the beginning", "The population of", "Mix the flour"]
+    )
     """Texts to continue."""
     max_new_tokens: int = 48
     """Tokens to add to each; a continuation ends earlier at the end of a document."""
@@ -70,7 +76,7 @@ def load_run_config(folder: Path) -> RunConfig:
     return config
 
 
-def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> torch.nn.Module:
+def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> "GPTModel":
     """The whole model on this one process with the weights of a checkpoint; ValueError if there is no such."""
     from megatron.core import dist_checkpointing
 
@@ -89,7 +95,7 @@ def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> torch.
 
 @torch.no_grad()
 def continue_text(
-    model: torch.nn.Module, tokenizer: Tokenizer, prompt: str, options: SampleConfig, generator: torch.Generator
+    model: "GPTModel", tokenizer: Tokenizer, prompt: str, options: SampleConfig, generator: torch.Generator
 ) -> str:
     """What the model writes after `prompt`."""
     device = next(model.parameters()).device

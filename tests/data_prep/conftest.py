@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from data_prep import encoding
 from data_prep import tokenize as tokenize_module
 from data_prep.corpora import CorpusConfig, Record
 from data_prep.encoding import Encoded, batches, encode_batch
@@ -54,6 +55,12 @@ class InlinePool:
         """As `EncoderPool.encode`."""
         for batch in batches(records):
             yield batch, encode_batch(self._tokenizer, [record.text for record in batch], self._fraction)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many batches out of a small corpus."""
+    monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 3000)
 
 
 @pytest.fixture

@@ -85,8 +85,8 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(
     tmp_path: Path, tokenizer_folder: Path, command: Callable[..., Any]
 ) -> None:
     """kill -9 of the real command once a few groups are on record; its workers end too."""
-    corpus = write_jsonl(tmp_path / "corpus.jsonl", made_up_documents(6000))
-    arguments = [f"corpus.path={corpus}", f"tokenizer={tokenizer_folder}", "shard_tokens=3000", "workers=2"]
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", made_up_documents(20_000))
+    arguments = [f"corpus.path={corpus}", f"tokenizer={tokenizer_folder}", "shard_tokens=10000", "workers=2"]
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     run = [sys.executable, "-m", "data_prep.tokenize", f"output={killed}", *arguments]
     process = subprocess.Popen(run, stderr=subprocess.DEVNULL, start_new_session=True)

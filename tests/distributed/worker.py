@@ -1,6 +1,6 @@
 """Runs many layouts in one set of processes and writes what each computed; started by test_layouts.py under torchrun.
 
-    torchrun --nproc-per-node 2 -m tests.distributed.worker cases.json results.pt
+torchrun --nproc-per-node 2 -m tests.distributed.worker cases.json results.pt
 """
 
 import json
@@ -106,7 +106,7 @@ def whole_gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
     """The gradients of all weights, experts put together from their expert- and expert-tensor-parallel ranks."""
     whole = {}
     for name, weight in engine.modules[0].named_parameters():
-        gradient = weight.main_grad.clone()  # type: ignore[attr-defined]
+        gradient = weight.main_grad.clone()
         if not getattr(weight, "allreduce", True):
             axis = 2  # of neurons, in both expert weights
             gradient = gather(gradient, parallel_state.get_expert_tensor_parallel_group(), axis)

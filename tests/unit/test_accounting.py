@@ -128,9 +128,7 @@ def test_memory_falls_with_every_kind_of_sharding_and_with_recomputation() -> No
     model = model_config("mone_2p8b")
 
     def total(parallel: ParallelConfig, compute: ComputeConfig, data_parallel_size: int) -> int:
-        return estimate_memory(
-            model, parallel, compute, micro_batch_size=1, data_parallel_size=data_parallel_size
-        ).total
+        return estimate_memory(model, parallel, compute, micro_batch_size=1, data_parallel_size=data_parallel_size).total
 
     plain = total(ParallelConfig(distributed_optimizer=False), ComputeConfig(), 8)
     assert total(ParallelConfig(), ComputeConfig(), 8) < plain

@@ -152,13 +152,12 @@ def test_recomputation_counts_each_token_once_and_changes_no_gradient(recompute:
             experts.counting_neurons = True
         tokens_BS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
         gpt(tokens_BS, torch.arange(16).expand(2, -1), None, labels=tokens_BS).mean().backward()
-        noted = []
+        noted: list[Any] = []
         for _, experts, router in moe_layers(gpt):
             assert experts.counters is not None
-            noted.append(
-                [experts.counters.tokens_E.tolist(), experts.counters.selected_EH.tolist(), experts.record.counts]
-                + [router.record.counts, router.record.sums["z_loss"].item(), experts.record.sums["neuron_balance_loss"].item()]
-            )
+            sums = (router.record.sums["z_loss"].item(), experts.record.sums["neuron_balance_loss"].item())
+            counts = (experts.record.counts, router.record.counts)
+            noted.append((experts.counters.tokens_E.tolist(), experts.counters.selected_EH.tolist(), sums, counts))
         return noted, [weight.grad for weight in gpt.parameters() if weight.grad is not None]
 
     compute = ComputeConfig(recompute=recompute, recompute_modules=["core_attn", "moe"])

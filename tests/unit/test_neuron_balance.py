@@ -34,9 +34,7 @@ def by_the_formula(gate_NH: torch.Tensor, mask_NH: torch.Tensor, tokens: list[in
 
 def loss_of(gate_NH: torch.Tensor, tokens: list[int], form: str) -> torch.Tensor:
     mask_NH = select_neurons(gate_NH, K).mask_NH
-    return neuron_balance_loss(
-        gate_NH=gate_NH, mask_NH=mask_NH, tokens_per_expert_E=torch.tensor(tokens), k=K, form=form
-    )
+    return neuron_balance_loss(gate_NH=gate_NH, mask_NH=mask_NH, tokens_per_expert_E=torch.tensor(tokens), k=K, form=form)
 
 
 @pytest.mark.parametrize("form", FORMS)

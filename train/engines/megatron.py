@@ -1,9 +1,9 @@
 """The Megatron-Core engine: its DDP, (distributed) optimizer, pipeline schedules and learning-rate schedule.
 
-    engine = MegatronEngine(config, runtime)
-    result = engine.train_step(batches, micro_batches=8)
-    loss = engine.evaluate(batches, micro_batches=4)
-    engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), folder))
+engine = MegatronEngine(config, runtime)
+result = engine.train_step(batches, micro_batches=8)
+loss = engine.evaluate(batches, micro_batches=4)
+engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), folder))
 """
 
 import functools
