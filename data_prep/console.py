@@ -1,4 +1,4 @@
-"""What the command lines share: help made of the options' docstrings, typed options, errors without a traceback.
+"""What the command lines share: help out of the options' docstrings, typed options, errors that read well.
 
     @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="verify")
     @reporting_errors
@@ -46,7 +46,7 @@ def typed(config: DictConfig, kind: type[Options]) -> Options:
 
 
 def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Turn a DataError into `error: <message>` on stderr and exit code 2; any other exception is our own mistake."""
+    """Turn a DataError into `error: <message>` on stderr and exit code 2; other exceptions are our mistakes."""
 
     @functools.wraps(main)
     def run(config: DictConfig) -> None:
@@ -63,7 +63,7 @@ def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig
 
 
 def options_help(name: str) -> str:
-    """One paragraph per option of the dataclass with the full dotted `name`: option=default and its docstring."""
+    """One paragraph per option of the dataclass with the dotted `name`: option=default and its docstring."""
     module, _, kind = name.rpartition(".")
     return "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), ""))
 
@@ -74,14 +74,18 @@ def _paragraphs(kind: type[Any], prefix: str) -> list[str]:
     docs = {
         node.target.id: ast.literal_eval(text.value)
         for node, text in zip(body.body, body.body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(text, ast.Expr)
     }
     paragraphs = []
     for field in fields(kind):
         if is_dataclass(field.type):
             paragraphs += _paragraphs(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
             continue
-        default = "" if field.default is NO_DEFAULT else "null" if field.default is None else str(field.default)
+        default = (
+            "" if field.default is NO_DEFAULT else "null" if field.default is None else str(field.default)
+        )
         text = "\n".join(f"      {line.strip()}" for line in docs[field.name].splitlines())
         required = "  (required)" if default == "???" else ""
         paragraphs.append(f"  {prefix}{field.name}{required or '=' + default}\n{text}")

@@ -2,9 +2,9 @@
 
     corpus = Corpus(CorpusConfig(path="data/demo/text/*.jsonl"))
     for record in corpus.records():
-        record.text, record.fate, corpus.where(record.next)     # "...", "kept", "data/demo/text/bible.jsonl:1"
-    corpus.records(start=record.next)                           # continues behind that record
-    corpus.fingerprint()                                        # tells this corpus from another
+        record.text, record.fate, corpus.where(record.next)   # "...", "kept", "data/demo/text/bible.jsonl:1"
+    corpus.records(start=record.next)                         # continues behind that record
+    corpus.fingerprint()                                      # tells this corpus from another
 
 Files are read one after the other and streaming, so neither memory nor a cache on disk bounds the corpus.
 """
@@ -26,8 +26,8 @@ class CorpusConfig:
     """One source of text: local files, or a dataset of the Hugging Face hub."""
 
     path: Any = None
-    """Local text: a file, a folder, a glob, or a list of these as 'corpus.path=[a.jsonl,b/*.parquet]'. Read are
-    txt, md, jsonl, json, csv, tsv, parquet and arrow files, also compressed (gz, bz2, xz, zst, lz4)."""
+    """Local text: a file, a folder, a glob, or a list of these as 'corpus.path=[a.jsonl,b/*.parquet]'. Read
+    are txt, md, jsonl, json, csv, tsv, parquet and arrow files, also compressed (gz, bz2, xz, zst, lz4)."""
     hub: str | None = None
     """Instead of corpus.path: id of a dataset on the Hugging Face hub, streamed."""
     subset: str | None = None
@@ -43,9 +43,11 @@ class CorpusConfig:
     format: str | None = None
     """text, jsonl, json, csv, tsv, parquet or arrow; null: by the file's suffix."""
     sample_by: str = "paragraph"
-    """What a document is in a plain text file: line, paragraph (until an empty line) or document (whole file)."""
+    """What a document is in a plain text file: line, paragraph (until an empty line) or document (whole
+    file)."""
     on_invalid_utf8: str = "error"
-    """A record with bytes that are not UTF-8: error stops, replace puts U+FFFD for each byte, skip drops it."""
+    """A record with bytes that are not UTF-8: error stops, replace puts U+FFFD for each byte, skip drops
+    it."""
 
 
 class Position(NamedTuple):
@@ -74,9 +76,8 @@ class Record(NamedTuple):
 class Corpus:
     """A checked `CorpusConfig` and its files.
 
-    Raises DataError, naming the option, if a path does not exist, holds no files that can be read, or an option
-    has no such value.
-    """
+    Raises DataError, naming the option, if a path does not exist, holds no files that can be read, or an
+    option has no such value."""
 
     def __init__(self, config: CorpusConfig) -> None:
         for option, value, allowed in (
@@ -98,9 +99,8 @@ class Corpus:
     def records(self, start: Position = START) -> Iterator[Record]:
         """Every record from `start` on, in the one order this corpus has.
 
-        Raises DataError that names file and record for unreadable files, missing text fields, texts that are no
-        strings and, if `on_invalid_utf8` says so, invalid UTF-8.
-        """
+        Raises DataError that names file and record for unreadable files, missing text fields, texts that are
+        no strings and, if `on_invalid_utf8` says so, invalid UTF-8."""
         for file in range(start.file, len(self.files) or 1):
             number = start.record if file == start.file else 0
             try:
@@ -122,7 +122,8 @@ class Corpus:
         return f"{self._title(position.file)}:{position.record}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this corpus from another: options that change the text, each file's path, size and ends."""
+        """What tells this corpus from another: options that change the text, each file's path, size and
+        ends."""
         options = {key: value for key, value in vars(self.config).items() if key not in ("path", "name")}
         return options | {"files": [_file_fingerprint(path) for path in self.files]}
 
@@ -148,7 +149,8 @@ class Corpus:
             case "skip":
                 return Record("", position, "invalid_utf8_skipped")
         raise DataError(
-            "not valid UTF-8. To go on, set corpus.on_invalid_utf8=replace or skip; the manifest counts such records"
+            "not valid UTF-8. To go on, set corpus.on_invalid_utf8=replace or skip; "
+            "the manifest counts such records"
         )
 
     def _title(self, file: int) -> str:
@@ -177,7 +179,9 @@ def _expand(config: CorpusConfig) -> list[Path]:
         files |= dict.fromkeys(found)
     for file in files:
         if not (config.format or format_of(file)):
-            raise DataError(f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}")
+            raise DataError(
+                f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}"
+            )
         check_compression(file)
     return list(files)
 
@@ -191,7 +195,8 @@ def _plain_name(path: Any) -> str:
 
 
 def _file_fingerprint(path: Path) -> dict[str, Any]:
-    """Path, size, and sha256 of the first and the last MiB; hashing all of a large corpus would take too long."""
+    """Path, size, and sha256 of the first and the last MiB; hashing all of a large corpus would take too
+    long."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         ends = file.read(1 << 20)

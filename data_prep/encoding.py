@@ -29,7 +29,8 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 BATCH_CHARACTERS = 1 << 20
 BATCH_RECORDS = 1 << 14
 BATCHES_PER_WORKER = 3
-"""Batches under way per worker: enough to keep it busy while the parent writes, few enough to bound memory."""
+"""Batches under way per worker: enough to keep it busy while the parent writes, few enough to bound
+memory."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,8 @@ class Encoded:
 def is_validation(text: str, fraction: float) -> bool:
     """Whether the first 64 bits of the text's blake2b, as a number in [0, 1), are below `fraction`.
 
-    It depends on the text alone: not on order, number of workers or other documents, and equal texts are never on
-    both sides.
-    """
+    It depends on the text alone: not on order, number of workers or other documents, and equal texts are
+    never on both sides."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
@@ -76,7 +76,9 @@ def _start_worker(tokenizer: str, validation_fraction: float) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> None:  # a killed parent cannot tell its workers, which would wait for work for ever
+    def end_with_parent() -> (
+        None
+    ):  # a killed parent cannot tell its workers, which would wait for work for ever
         parent.join()
         os._exit(1)
 
@@ -125,7 +127,9 @@ class EncoderPool:
         waiting: deque[tuple[list[Record], Future[Encoded]]] = deque()
         try:
             for batch in batches(records):
-                waiting.append((batch, self._pool.submit(_encode_in_worker, [record.text for record in batch])))
+                waiting.append(
+                    (batch, self._pool.submit(_encode_in_worker, [record.text for record in batch]))
+                )
                 if len(waiting) >= self._under_way:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -133,6 +137,6 @@ class EncoderPool:
                 yield done, future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process died, killed perhaps for want of memory. Finished shards are kept: run the same "
-                "command again to continue, with fewer workers if memory is short"
+                "a worker process died, killed perhaps for want of memory. Finished shards are kept: "
+                "run the same command again to continue, with fewer workers if memory is short"
             ) from error

@@ -1,7 +1,7 @@
 """What is the user's to mend, told so that they can.
 
-    with naming_folder("output", folder):
-        ...                                  # a full disk becomes a DataError that says which folder and option
+with naming_folder("output", folder):
+    ...                                  # a full disk becomes a DataError that says which folder and option
 """
 
 import errno
@@ -29,9 +29,11 @@ def naming_folder(option: str, folder: Path) -> Iterator[None]:
             for unfinished in folder.glob(f"{TEMPORARY_PREFIX}*"):
                 unfinished.unlink()
             raise DataError(
-                f"{option}={folder}: no space left in this folder ({error.strerror}). What was finished is kept: "
-                "make room and run the same command again to continue, or choose a folder on another disk"
+                f"{option}={folder}: no space left in this folder ({error.strerror}). "
+                "What was finished is kept: make room and run the same command again to continue, or choose a folder on another disk"
             ) from error
         if error.errno in REFUSED:
-            raise DataError(f"{option}={folder}: cannot write there ({error.strerror}: {error.filename})") from error
+            raise DataError(
+                f"{option}={folder}: cannot write there ({error.strerror}: {error.filename})"
+            ) from error
         raise

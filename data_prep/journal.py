@@ -1,9 +1,10 @@
-"""What a tokenization has finished so far: progress.json in its output folder, until manifest.json replaces it.
+"""What a tokenization has finished so far: progress.json in its output folder, until manifest.json replaces
+it.
 
-    journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
-    corpus.records(journal.position)
-    journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
-    journal.close()
+journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
+corpus.records(journal.position)
+journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
+journal.close()
 """
 
 import json
@@ -48,8 +49,8 @@ class Journal:
     def open(cls, folder: Path, settings: dict[str, Any], vocab_size: int) -> "Journal":
         """The journal in `folder`, or a new one; files of unfinished groups are removed.
 
-        Raises DataError if the folder holds shards of other settings, shards without a journal, or damaged ones.
-        """
+        Raises DataError if the folder holds shards of other settings, shards without a journal, or damaged
+        ones."""
         journal = cls(folder, settings, np.zeros(vocab_size, np.int64))
         files = {path for pattern in ("*.bin", "*.idx") for path in folder.glob(pattern)}
         if (folder / JOURNAL_NAME).is_file():
@@ -73,7 +74,8 @@ class Journal:
     def add_group(
         self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray
     ) -> None:
-        """Record a finished group: its published shards, the place behind it, its records by fate, its tokens."""
+        """Record a finished group: its published shards, the place behind it, its records by fate, its
+        tokens."""
         self.shards += shards
         self.position = position
         self.records += fates
@@ -109,7 +111,9 @@ def refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, An
     was, is_now = dict(_flat(there)), dict(_flat(now))
     different = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
     if different:
-        changes = "; ".join(f"{key} was {was.get(key)!r}, is now {is_now.get(key)!r}" for key in different[:5])
+        changes = "; ".join(
+            f"{key} was {was.get(key)!r}, is now {is_now.get(key)!r}" for key in different[:5]
+        )
         raise DataError(
             f"output={folder}: holds shards of another corpus, tokenizer or setting ({changes}). "
             "Choose another folder, or remove this one"

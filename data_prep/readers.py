@@ -4,8 +4,8 @@
         value        # str, None, whatever else the record holds there; INVALID where bytes were not UTF-8
 
 `datasets` reads every format but JSON lines, streaming. Those are plain lines to `fsspec`, which is under
-`datasets` too: its json reader wants one schema for all records, which the metadata of real corpora seldom has.
-"""
+`datasets` too: its json reader wants one schema for all records, which the metadata of real corpora seldom
+has."""
 
 import codecs
 import glob
@@ -20,8 +20,8 @@ FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
 SUFFIXES = {".txt": "text", ".md": "text", ".ndjson": "jsonl"} | {f".{name}": name for name in FORMATS}
 COMPRESSIONS = ("gz", "bz2", "xz", "zst", "lz4")
 
-# Each undecodable byte becomes this pair of noncharacters, which no valid text interchanges, so that the record
-# that holds it can be found whichever reader decoded the file.
+# Each undecodable byte becomes this pair of noncharacters, which no valid text interchanges, so that the
+# record that holds it can be found whichever reader decoded the file.
 INVALID = "\ufdd0\ufdef"
 MARK_INVALID = "data_prep_mark_invalid"
 
@@ -47,22 +47,27 @@ def check_compression(path: Path) -> None:
     suffix = path.suffix[1:]
     if suffix in COMPRESSIONS and suffix not in compressions:
         package = {"zst": "zstandard", "lz4": "lz4"}[suffix]
-        raise DataError(f"{path}: reading .{suffix} files needs the Python package {package}: pip install {package}")
+        raise DataError(
+            f"{path}: reading .{suffix} files needs the Python package {package}: pip install {package}"
+        )
 
 
 def read_file(path: Path, format: str, field: str, sample_by: str = "paragraph") -> Iterator[Any]:
     """The values of `field` in a file of one of the `FORMATS`; `sample_by` cuts plain text into documents.
 
-    Raises DataError for a record or table without the field, and whatever the format's reader raises for a file
-    that is not of the format.
-    """
+    Raises DataError for a record or table without the field, and whatever the format's reader raises for a
+    file that is not of the format."""
     if format == "jsonl":
         return _read_lines(path, field)
     options: dict[str, Any] = {}
     if format == "text":
         options = {"sample_by": sample_by}
     if format in ("csv", "tsv"):  # otherwise a text "NA" would be missing and a text "007" the number 7
-        options = {"keep_default_na": False, "converters": {field: str}, "sep": "\t" if format == "tsv" else ","}
+        options = {
+            "keep_default_na": False,
+            "converters": {field: str},
+            "sep": "\t" if format == "tsv" else ",",
+        }
     if format in ("text", "csv", "tsv", "json"):  # "utf-8" would make the json reader ignore encoding_errors
         options |= {"encoding": "utf8", "encoding_errors": MARK_INVALID}
     builder = "csv" if format == "tsv" else format

@@ -6,8 +6,8 @@
     manifest.tokens("train"), manifest.vocab_size, manifest.eod_id
     load_tokenizer(manifest.tokenizer_path)
 
-A shard is Megatron-Core's indexed dataset: `<split>-<number>.bin` holds the tokens, `.idx` the documents' lengths.
-"""
+A shard is Megatron-Core's indexed dataset: `<split>-<number>.bin` holds the tokens, `.idx` the documents'
+lengths."""
 
 import json
 import warnings
@@ -74,7 +74,8 @@ class Manifest:
     tokenizer_sha256: str
     """Checksum of the tokenizer, see `Tokenizer.sha256`."""
     round_trip: bool
-    """Whether decoding gave the first documents back exactly; false for a tokenizer that normalises its text."""
+    """Whether decoding gave the first documents back exactly; false for a tokenizer that normalises its
+    text."""
     unigram_entropy: float
     """Entropy of the training tokens' unigram distribution in nats per token: the loss of a model that knows
     only how frequent each token is."""
@@ -169,7 +170,8 @@ def publish_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """-sum p ln p of the distribution that `counts` [vocab_size] is proportional to, in nats; 0 if all are 0."""
+    """-sum p ln p of the distribution that `counts` [vocab_size] is proportional to, in nats; 0 if all are
+    0."""
     p = counts[counts > 0] / max(counts.sum(), 1)
     return abs(float(-(p * np.log(p)).sum()))
 

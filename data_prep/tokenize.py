@@ -1,13 +1,13 @@
 """From text to token shards, with several processes, continuing where an earlier run ended.
 
-    mone-tokenize corpus.path=data/demo/text/wikipedia.jsonl tokenizer=data/demo/tokenizer output=data/wikipedia
-    -> train-00000.bin/.idx, validation-00000.bin/.idx, ..., tokenizer/, manifest.json
+    mone-tokenize corpus.path=data/demo/text/wikipedia.jsonl tokenizer=data/demo/tokenizer
+    output=data/wikipedia -> train-00000.bin/.idx, validation-00000.bin/.idx, ..., tokenizer/, manifest.json
     killed and run again: finished shards stay, the rest is made, the bytes are those of an undisturbed run
     load_manifest("data/wikipedia").tokens("train")
 
-Documents keep the corpus's order. They are collected until a group has `shard_tokens` tokens; a group becomes one
-train shard and one validation shard, whatever the number of workers, and then is on record in progress.json.
-"""
+Documents keep the corpus's order. They are collected until a group has `shard_tokens` tokens; a group becomes
+one train shard and one validation shard, whatever the number of workers, and then is on record in
+progress.json."""
 
 import fcntl
 import os
@@ -107,8 +107,8 @@ def write_groups(
 ) -> None:
     """Write every group from the journal's position to the end of the corpus.
 
-    A thread makes a full group durable while the next one fills, so that the workers need not wait for the disk.
-    """
+    A thread makes a full group durable while the next one fills, so that the workers need not wait for the
+    disk."""
     dtype = dtype_of(tokenizer.vocab_size)
     number, position = journal.groups, journal.position
     group = Group(journal.folder, number, dtype)
@@ -116,7 +116,9 @@ def write_groups(
     with ThreadPoolExecutor(1) as thread:
         finishing: Future[None] | None = None
         for records, encoded in pool.encode(corpus.records(position)):
-            for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
+            for record, tokens, validation in zip(
+                records, encoded.documents(), encoded.validation, strict=True
+            ):
                 position = record.next
                 group.fates[record.fate] += 1
                 group.records += 1
@@ -140,10 +142,16 @@ def write_groups(
 
 
 def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manifest:
-    """Publish manifest.json for the finished journal and remove the latter; DataError if nothing is to train on."""
+    """Publish manifest.json for the finished journal and remove the latter; DataError if nothing is to train
+    on."""
     if not journal.unigrams.any():
-        fates = ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items())) or "no record at all"
-        raise DataError(f"{name}: no document for training (records: {fates}). The corpus is empty or too small")
+        fates = (
+            ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items()))
+            or "no record at all"
+        )
+        raise DataError(
+            f"{name}: no document for training (records: {fates}). The corpus is empty or too small"
+        )
     manifest = Manifest(
         folder=journal.folder,
         name=name,
@@ -164,7 +172,8 @@ def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manif
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the kernel lets go of it when the process ends, however it ends."""
+    """Hold `folder` for this process alone; the kernel lets go of it when the process ends, however it
+    ends."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -209,8 +218,8 @@ def main(config: DictConfig) -> None:
     manifest = tokenize(typed(config, TokenizeConfig))
     for split in get_args(Split):
         print(
-            f"{manifest.folder}: {split} {manifest.documents(split):,} documents, {manifest.tokens(split):,} tokens "
-            f"in {len(manifest.prefixes(split))} shards"
+            f"{manifest.folder}: {split} {manifest.documents(split):,} documents, "
+            f"{manifest.tokens(split):,} tokens in {len(manifest.prefixes(split))} shards"
         )
     for fate, count in manifest.records.items():
         print(f"{manifest.folder}: {count:,} records {fate}")

@@ -1,9 +1,9 @@
 """Tokenizers: train a sentencepiece model, load that one or any other.
 
-    mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
-    tokenizer = load_tokenizer("data/demo/tokenizer")     # or a .model file, or a Hugging Face tokenizer folder
-    tokens = tokenizer.encode(["Hello, world."])          # [[271, 119, ...]], no special tokens added
-    tokenizer.decode(tokens[0])                           # "Hello, world."
+mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
+tokenizer = load_tokenizer("data/demo/tokenizer")     # or a .model file, or a Hugging Face tokenizer folder
+tokens = tokenizer.encode(["Hello, world."])          # [[271, 119, ...]], no special tokens added
+tokenizer.decode(tokens[0])                           # "Hello, world."
 """
 
 import hashlib
@@ -39,7 +39,8 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, in one thread; special tokens are neither added nor recognised in the text."""
+        """Token ids of each text, in one thread; special tokens are neither added nor recognised in the
+        text."""
 
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
@@ -68,7 +69,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._model.eos_id()
         if self.eod_id < 0:
-            raise DataError(f"{path}: has no end-of-sentence piece to end documents with; train it with an eos_id")
+            raise DataError(
+                f"{path}: has no end-of-sentence piece to end documents with; train it with an eos_id"
+            )
         self.sha256 = sha256_of(path)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -97,7 +100,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({error})") from error
         self.vocab_size = len(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
-            raise DataError(f"{folder}: has no eos_token to end documents with; name it in tokenizer_config.json")
+            raise DataError(
+                f"{folder}: has no eos_token to end documents with; name it in tokenizer_config.json"
+            )
         self.eod_id = self._tokenizer.eos_token_id
         self._folder = folder
         self.sha256 = hashlib.sha256("".join(map(sha256_of, self._files())).encode()).hexdigest()
@@ -105,14 +110,25 @@ class HuggingFaceTokenizer(Tokenizer):
     def _files(self) -> list[Path]:
         """Files of the tokenizer; a folder of a whole model may hold weights beside them."""
         own = {*self._tokenizer.vocab_files_names.values(), *HUGGING_FACE_FILES}
-        own |= {"special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", MODEL_NAME}
+        own |= {
+            "special_tokens_map.json",
+            "added_tokens.json",
+            "vocab.json",
+            "merges.txt",
+            "vocab.txt",
+            MODEL_NAME,
+        }
         return [path for path in sorted(self._folder.iterdir()) if path.name in own]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:  # which transformers cannot encode
             return []
         return self._tokenizer(
-            texts, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
         )["input_ids"]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
@@ -127,13 +143,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, or a Hugging Face tokenizer folder.
+    """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, or a Hugging Face tokenizer
+    folder.
 
     Raises DataError if there is nothing of the kind, or it has no end-of-sentence token.
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(f"tokenizer={path}: no such file or folder. Train one with mone-tokenizer output={path}")
+        raise DataError(
+            f"tokenizer={path}: no such file or folder. Train one with mone-tokenizer output={path}"
+        )
     if path.is_file():
         return SentencePieceTokenizer(path)
     if any((path / name).is_file() for name in HUGGING_FACE_FILES):
@@ -155,7 +174,8 @@ class TrainTokenizerConfig:
     model_type: str = "bpe"
     """bpe or unigram."""
     sample_bytes: int = 100_000_000
-    """Bytes of text to train on, drawn evenly from the whole corpus; training takes some 10 times as much memory."""
+    """Bytes of text to train on, drawn evenly from the whole corpus; training takes some 10 times as much
+    memory."""
     character_coverage: float = 0.9995
     """Share of the sample's characters that get pieces of their own; the others are spelt in bytes."""
     split_digits: bool = True

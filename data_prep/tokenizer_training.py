@@ -1,7 +1,7 @@
 """Training a sentencepiece model on a sample of a corpus, the same bytes on every run.
 
-    report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
-    # tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
+report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
+# tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
 """
 
 import hashlib
@@ -29,9 +29,9 @@ LINE_CHARACTERS = 4000
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
     """As many texts, in the order of their keyed hashes, as fit into `sample_bytes` of UTF-8.
 
-    Every text has the same chance wherever it stands, one that occurs twice is drawn once, the order of the corpus
-    does not matter, and little more than the sample is held in memory. A text longer than the sample is left out.
-    """
+    Every text has the same chance wherever it stands, one that occurs twice is drawn once, the order of the
+    corpus does not matter, and little more than the sample is held in memory. A text longer than the sample
+    is left out."""
     key = seed.to_bytes(8, "little", signed=True)
     heap: list[tuple[int, str]] = []  # the largest hash on top, hence negative
     drawn: set[int] = set()
@@ -62,11 +62,12 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
-    """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the latter.
+    """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the
+    latter.
 
-    The text is taken as it is (no normalisation, all spaces kept), unknown characters are spelt in bytes, so that
-    decoding gives back what was encoded. Raises DataError for an empty corpus and a vocabulary too large for it.
-    """
+    The text is taken as it is (no normalisation, all spaces kept), unknown characters are spelt in bytes, so
+    that decoding gives back what was encoded. Raises DataError for an empty corpus and a vocabulary too large
+    for it."""
     import sentencepiece
 
     from data_prep.tokenizer import MODEL_NAME, SentencePieceTokenizer
@@ -120,7 +121,8 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
 def _explanation(message: str, config: "TrainTokenizerConfig") -> str:
     if largest := re.search(r"set it to a value <= (\d+)", message):
         return (
-            f"vocab_size={config.vocab_size}: too large for this corpus, {largest[1]} is the most that the sample "
-            f"of sample_bytes={config.sample_bytes} allows. Lower it or give more text"
+            f"vocab_size={config.vocab_size}: too large for this corpus, {largest[1]} is the most that "
+            f"the sample of sample_bytes={config.sample_bytes} allows. Lower it or give more text"
         )
-    return f"vocab_size={config.vocab_size}, model_type={config.model_type}: sentencepiece says: {message.strip()}"
+    options = f"vocab_size={config.vocab_size}, model_type={config.model_type}"
+    return f"{options}: sentencepiece says: {message.strip()}"

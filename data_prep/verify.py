@@ -1,7 +1,7 @@
 """Is a folder of token shards what mone-tokenize wrote?
 
-    mone-verify path=data/demo/shards/wikipedia
-    for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
+mone-verify path=data/demo/shards/wikipedia
+for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
 """
 
 import glob
@@ -43,8 +43,8 @@ def damages(manifest: Manifest, decode_documents: int = 100) -> Iterator[str]:
         tokenizer = load_tokenizer(manifest.tokenizer_path)
         if tokenizer.sha256 != manifest.tokenizer_sha256:
             yield (
-                f"{manifest.tokenizer_path}: another tokenizer than the manifest's (sha256 {tokenizer.sha256}, "
-                f"manifest {manifest.tokenizer_sha256})"
+                f"{manifest.tokenizer_path}: another tokenizer than the manifest's "
+                f"(sha256 {tokenizer.sha256}, manifest {manifest.tokenizer_sha256})"
             )
     except DataError as error:
         yield str(error)
@@ -62,7 +62,8 @@ def damages(manifest: Manifest, decode_documents: int = 100) -> Iterator[str]:
             unigrams += counts
         yield from content_damages(manifest, shard, tokenizer, decode_documents)
     if unigrams.sum() == manifest.tokens("train") and entropy(unigrams) != manifest.unigram_entropy:
-        yield f"manifest.json: unigram_entropy {manifest.unigram_entropy}, the shards have {entropy(unigrams)}"
+        found = entropy(unigrams)
+        yield f"manifest.json: unigram_entropy {manifest.unigram_entropy}, the shards have {found}"
 
 
 def file_damages(manifest: Manifest, shard: Shard) -> Iterator[str]:
@@ -90,7 +91,8 @@ def content_damages(
     tokens = np.memmap(manifest.folder / f"{shard.name}.bin", manifest.dtype, "r")
     unended = np.flatnonzero(tokens[np.cumsum(lengths) - 1] != manifest.eod_id)
     for document in unended[:10]:
-        yield f"{shard.name}: document {document} does not end with the end-of-document token {manifest.eod_id}"
+        end = f"the end-of-document token {manifest.eod_id}"
+        yield f"{shard.name}: document {document} does not end with {end}"
     if tokenizer is None or not manifest.round_trip:
         return
     chosen = np.linspace(0, len(dataset) - 1, min(decode_documents, len(dataset)), dtype=int)

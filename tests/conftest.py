@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -18,6 +19,7 @@ def one_process() -> Iterator[None]:
     from train.runtime import distributed
 
     with distributed(ParallelConfig(), seed=1, timeout_minutes=1):
+        torch.set_num_threads(1)  # the models are tiny
         yield
 
 

@@ -212,6 +212,8 @@ def validate(config: RunConfig, world_size: int) -> None:
         "training.micro_batch_size": training.micro_batch_size,
     }.items():
         check(value >= 1, option, value, "must be at least 1")
+    sequences = config.evaluation.sequences
+    check(sequences >= 1, "evaluation.sequences", sequences, "must be at least 1")
     last = config.optimizer.decay_steps or training.steps
     check(
         config.optimizer.warmup_steps < last,
@@ -236,7 +238,7 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 def _divides(divisor: int, number: int, option: str, of: str) -> None:
     nearest = [n for n in range(1, number + 1) if number % n == 0]
-    best = sorted(nearest, key=lambda n: abs(n - divisor))[:3]
+    best = sorted(nearest, key=lambda n: abs(n - divisor))[:2]
     check(
         number % divisor == 0,
         option,

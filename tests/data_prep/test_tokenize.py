@@ -1,4 +1,5 @@
-"""Shards hold what the corpus holds, in any circumstances the same bytes, and nothing is continued that should not be."""
+"""Shards hold what the corpus holds, in any circumstances the same bytes, and nothing is continued that
+should not be."""
 
 import errno
 import fcntl
@@ -26,7 +27,8 @@ Options = Callable[..., TokenizeConfig]
 
 
 def texts_in(manifest: Manifest, split: Split) -> list[str]:
-    """The documents of a split, decoded; asserts that each ends with the end-of-document token and has no other."""
+    """The documents of a split, decoded; asserts that each ends with the end-of-document token and has no
+    other."""
     tokenizer = load_tokenizer(manifest.tokenizer_path)
     texts = []
     for prefix in manifest.prefixes(split):
@@ -97,7 +99,10 @@ def test_the_split_has_the_share_asked_for() -> None:
 @pytest.mark.usefixtures("inline_pool")
 def test_the_split_does_not_depend_on_order(options: Options, documents: list[str], tmp_path: Path) -> None:
     reverse = write_jsonl(tmp_path / "reverse.jsonl", reversed(documents))
-    manifests = [tokenize(options()), tokenize(options({"path": str(reverse)}, output=str(tmp_path / "reverse")))]
+    manifests = [
+        tokenize(options()),
+        tokenize(options({"path": str(reverse)}, output=str(tmp_path / "reverse"))),
+    ]
     held_out = [sorted(texts_in(manifest, "validation")) for manifest in manifests]
     assert held_out[0] == held_out[1]
 
@@ -149,7 +154,9 @@ def test_a_folder_of_another_corpus_is_refused(
         (tmp_path / "other.model").write_bytes(model + b"\x0a\x05\x0a\x03abc")  # one more piece
         changes = {"tokenizer": str(tmp_path / "other.model")}
     before = contents(Path(options().output))
-    with pytest.raises(DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"):
+    with pytest.raises(
+        DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"
+    ):
         tokenize(options(corpus, **changes))
     assert contents(Path(options().output)) == before
 
@@ -178,7 +185,8 @@ def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
 def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """Stop at the call-th rename, before it: the shards' files and the records of them become final by renames."""
+    """Stop at the call-th rename, before it: the shards' files and the records of them become final by
+    renames."""
     tokenize(options(output=str(tmp_path / "undisturbed")))
     renames = 0
     replace = os.replace
@@ -267,7 +275,9 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
 @pytest.mark.parametrize("texts", [[], ["", "  \n"]])
 def test_an_empty_corpus(options: Options, tmp_path: Path, documents: list[str], texts: list[str]) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", texts)
-    with pytest.raises(DataError, match=r"empty: no document for training \(records: (no record at all|2 empty)\)"):
+    with pytest.raises(
+        DataError, match=r"empty: no document for training \(records: (no record at all|2 empty)\)"
+    ):
         tokenize(options({"path": str(empty)}))
     tokenize(options())  # nothing stands in the way of the right corpus
 
@@ -297,7 +307,9 @@ def test_options_that_cannot_be(options: Options, changes: dict[str, Any], messa
 
 
 def test_folders_that_are_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"):
+    with pytest.raises(
+        DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"
+    ):
         load_manifest("nowhere")
     with pytest.raises(DataError, match="no manifest.json, so tokenization never finished here"):
         load_manifest(tmp_path)

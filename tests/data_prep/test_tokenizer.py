@@ -25,7 +25,9 @@ def train(corpus_file: Path, output: Path, **options: Any) -> dict[str, Any]:
 def test_training_twice_gives_the_same_bytes(corpus_file: Path, tmp_path: Path, model_type: str) -> None:
     options: dict[str, Any] = {"vocab_size": 500, "model_type": model_type, "sample_bytes": 20_000}
     reports = [train(corpus_file, tmp_path / name, **options) for name in ("a", "b")]
-    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
+    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (
+        tmp_path / "b" / "tokenizer.model"
+    ).read_bytes()
     assert reports[0] == reports[1]
     assert train(corpus_file, tmp_path / "c", **options, seed=1)["sha256"] != reports[0]["sha256"]
 
@@ -98,13 +100,17 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path, hugging_fa
 
 
 # U+2581 is how sentencepiece writes a space, so it comes back as one
-@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5))
+@given(
+    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5)
+)
 @settings(max_examples=100, deadline=None)
 def test_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
     encoded = tokenizer.encode(texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert all(0 <= token < tokenizer.vocab_size for ids in encoded for token in ids)
-    assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == [[*ids, tokenizer.eod_id] for ids in encoded]
+    assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == [
+        [*ids, tokenizer.eod_id] for ids in encoded
+    ]
     assert [ids.tolist() for ids in encode_batch(tokenizer, texts, 0.5).documents()] == [
         [*ids, tokenizer.eod_id] if text else [] for text, ids in zip(texts, encoded, strict=True)
     ]
@@ -120,12 +126,18 @@ def test_special_tokens_in_a_text_are_text(tokenizer: Tokenizer) -> None:
 def test_a_copy_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.copy_to(tmp_path)
     copy = load_tokenizer(tmp_path)
-    assert (copy.sha256, copy.vocab_size, copy.eod_id) == (tokenizer.sha256, tokenizer.vocab_size, tokenizer.eod_id)
+    assert (copy.sha256, copy.vocab_size, copy.eod_id) == (
+        tokenizer.sha256,
+        tokenizer.vocab_size,
+        tokenizer.eod_id,
+    )
     assert copy.encode(["The same."]) == tokenizer.encode(["The same."])
 
 
 def test_a_model_file_by_itself(tokenizer_folder: Path) -> None:
-    assert load_tokenizer(tokenizer_folder / "tokenizer.model").sha256 == load_tokenizer(tokenizer_folder).sha256
+    assert (
+        load_tokenizer(tokenizer_folder / "tokenizer.model").sha256 == load_tokenizer(tokenizer_folder).sha256
+    )
 
 
 def test_weights_beside_a_tokenizer_are_no_part_of_it(hugging_face_folder: Path, tmp_path: Path) -> None:

@@ -62,18 +62,31 @@ def drop_first_end(tokens: np.ndarray) -> None:
 
 
 def spell_start_in_bytes(tokens: np.ndarray) -> None:
-    """Begin the first document with the byte pieces of "Do": valid text, but not as the tokenizer encodes it."""
+    """Begin the first document with the byte pieces of "Do": valid text, but not as the tokenizer encodes
+    it."""
     tokens[:2] = [3 + ord("D"), 3 + ord("o")]
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda f: (f / "train-00001.bin").unlink(), r"train-00001\.bin: missing"),
-    "truncated": (lambda f: os.truncate(f / "train-00001.idx", 40), r"train-00001\.idx: 40 bytes, the manifest"),
+    "truncated": (
+        lambda f: os.truncate(f / "train-00001.idx", 40),
+        r"train-00001\.idx: 40 bytes, the manifest",
+    ),
     "altered tokens": (lambda f: flip_byte(f / "train-00002.bin", 100), r"train-00002\.bin: altered"),
     "altered index": (lambda f: flip_byte(f / "validation-00000.idx", 40), r"validation-00000\.idx: altered"),
-    "out of range": (lambda f: forge(f, set_first(600)), r"train-00000\.bin: token 600 outside the vocabulary of 600"),
-    "no end": (lambda f: forge(f, drop_first_end), "train-00000: document 0 does not end with the end-of-document"),
-    "other tokens": (lambda f: forge(f, spell_start_in_bytes), "train-00000: document 0 decodes to text that encodes"),
+    "out of range": (
+        lambda f: forge(f, set_first(600)),
+        r"train-00000\.bin: token 600 outside the vocabulary of 600",
+    ),
+    "no end": (
+        lambda f: forge(f, drop_first_end),
+        "train-00000: document 0 does not end with the end-of-document",
+    ),
+    "other tokens": (
+        lambda f: forge(f, spell_start_in_bytes),
+        "train-00000: document 0 decodes to text that encodes",
+    ),
     "document count": (
         lambda f: edit_manifest(f, lambda m: m["shards"][0].update(documents=1)),
         r"train-00000\.idx: \d+ documents, the manifest says 1$",
@@ -82,7 +95,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_manifest(f, lambda m: m["shards"][0].update(tokens=1)),
         r"train-00000\.idx: \d+ tokens, the manifest says 1$",
     ),
-    "entropy": (lambda f: edit_manifest(f, lambda m: m.update(unigram_entropy=1.0)), r"unigram_entropy 1\.0, the"),
+    "entropy": (
+        lambda f: edit_manifest(f, lambda m: m.update(unigram_entropy=1.0)),
+        r"unigram_entropy 1\.0, the",
+    ),
     "tokenizer altered": (
         lambda f: (f / "tokenizer" / "tokenizer.model").open("ab").write(b"\x0a\x05\x0a\x03abc"),
         "tokenizer: another tokenizer than the manifest's",
@@ -116,7 +132,9 @@ def test_intact_folders_are_reported(
     assert all(line.endswith("are intact") for line in out.splitlines())
 
 
-def test_one_damaged_folder_of_two_is_enough(folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_damaged_folder_of_two_is_enough(
+    folder: Path, command: Callable[..., Any], tmp_path: Path
+) -> None:
     (tmp_path / "copy").symlink_to(folder)
     flip_byte(folder / "train-00000.bin", 0)
     code, out, _ = command(verify.main, f"path=[{folder},{tmp_path / 'copy'}]")

@@ -1,0 +1,120 @@
+"""Bad options are refused by name, with their value and a way out."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
+from train.config import (
+    EvaluationConfig,
+    LoggingConfig,
+    OptimizerSection,
+    RunConfig,
+    SourceConfig,
+    TrainingConfig,
+    describe,
+    load_config,
+    validate,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelConfig(hidden_size=100), ["model.hidden_size=100", "multiple of 8", "96"]),
+        (lambda: ModelConfig(router_topk=9), ["model.router_topk=9", "num_experts=8"]),
+        (lambda: ModelConfig(num_attention_heads=5), ["model.num_attention_heads=5", "hidden_size=256"]),
+        (lambda: ModelConfig(num_query_groups=3), ["model.num_query_groups=3"]),
+        (lambda: ModelConfig(activation_ratio=0), ["model.activation_ratio=0", "(0, 1]"]),
+        (lambda: ModelConfig(activation_ratio=1.5), ["model.activation_ratio=1.5"]),
+        (lambda: ModelConfig(activation="swish"), ["model.activation=swish", "silu"]),
+        (lambda: ModelConfig(neuron_balance_form="none"), ["model.neuron_balance_form=none", "normalised"]),
+        (lambda: ModelConfig(expert_bias=True), ["model.expert_bias=True", "router_score_function=sigmoid"]),
+        (lambda: ModelConfig(router_topk=1), ["model.router_topk=1", "router_pre_softmax=true"]),
+        (lambda: ModelConfig(z_loss_coeff=-1), ["model.z_loss_coeff=-1"]),
+        (lambda: ModelConfig().padded_vocab_size, ["model.vocab_size=null"]),
+        (lambda: ComputeConfig(precision="fp16"), ["compute.precision=fp16", "bf16"]),
+        (lambda: ComputeConfig(recompute_modules=["mlp"]), ["compute.recompute_modules=", "core_attn"]),
+        (lambda: ParallelConfig(expert=0), ["parallel.expert=0"]),
+        (lambda: OptimizerSection(schedule="cos"), ["optimizer.schedule=cos", "wsd"]),
+        (lambda: OptimizerSection(lr=1e-4, min_lr=1e-3), ["optimizer.min_lr=0.001", "optimizer.lr=0.0001"]),
+        (lambda: LoggingConfig(wandb_mode="off"), ["logging.wandb_mode=off", "offline"]),
+        (lambda: RunConfig(resume="yes"), ["resume=yes", "auto"]),
+    ],
+)
+def test_a_field_checks_itself(make: Callable[[], Any], words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        make()
+    for word in words:
+        assert word in str(error.value)
+
+
+def run_config(**sections: Any) -> RunConfig:
+    config = RunConfig(**sections)
+    config.model.vocab_size = 64
+    config.data.blend = config.data.blend or [SourceConfig(path="x")]
+    return config
+
+
+@pytest.mark.parametrize(
+    ("sections", "world_size", "words"),
+    [
+        ({"parallel": ParallelConfig(expert=2)}, 1, ["expert 2", "number of processes, 1", "--nproc-per-node 2"]),
+        ({"parallel": ParallelConfig(tensor=2)}, 3, ["tensor 2 x pipeline 1 x context 1 = 2", "3"]),
+        ({"parallel": ParallelConfig(expert=3)}, 3, ["parallel.expert=3", "model.num_experts=8", "nearest: 2, 4"]),
+        ({"parallel": ParallelConfig(expert_tensor=3)}, 3, ["parallel.expert_tensor=3", "moe_ffn_hidden_size=512"]),
+        ({"parallel": ParallelConfig(expert_tensor=128)}, 128, ["parallel.expert_tensor=128", "4 neurons a rank"]),
+        ({"parallel": ParallelConfig(tensor=8)}, 8, ["parallel.tensor=8", "num_attention_heads=4"]),
+        ({"parallel": ParallelConfig(pipeline=3)}, 3, ["parallel.pipeline=3", "num_layers=4"]),
+        ({"parallel": ParallelConfig(virtual_pipeline=2)}, 1, ["parallel.virtual_pipeline=2", "at least 2"]),
+        ({"parallel": ParallelConfig(context=2)}, 2, ["parallel.context=2", "GPUs"]),
+        ({"training": TrainingConfig(global_batch_size=6)}, 1, ["global_batch_size=6", "micro_batch_size=4", "= 4"]),
+        ({"training": TrainingConfig(global_batch_size=4)}, 2, ["global_batch_size=4", "data-parallel size=2", "8"]),
+        ({"training": TrainingConfig(steps=50)}, 1, ["optimizer.warmup_steps=100", "50"]),
+        ({"training": TrainingConfig(steps=0)}, 1, ["training.steps=0"]),
+        ({"logging": LoggingConfig(neuron_interval=30)}, 1, ["logging.figure_interval=200", "neuron_interval=30"]),
+        ({"evaluation": EvaluationConfig(sequences=0)}, 1, ["evaluation.sequences=0"]),
+    ],
+)
+def test_rules_that_span_sections(sections: dict[str, Any], world_size: int, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r".") as error:
+        validate(run_config(**sections), world_size)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_the_blend_needs_all_weights_or_none() -> None:
+    config = run_config()
+    config.data.blend = []
+    with pytest.raises(ValueError, match=r"data.blend"):
+        validate(config, 1)
+    config.data.blend = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b")]
+    with pytest.raises(ValueError, match="every source a weight, or none"):
+        validate(config, 1)
+    config.data.blend = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b", weight=-1.0)]
+    with pytest.raises(ValueError, match=r"weight of b=-1.0"):
+        validate(config, 1)
+
+
+def test_layouts_that_are_right_pass() -> None:
+    for parallel, world_size in [
+        (ParallelConfig(), 1),
+        (ParallelConfig(expert=2), 2),
+        (ParallelConfig(expert=4, expert_tensor=2, tensor=2), 8),
+        (ParallelConfig(pipeline=2, virtual_pipeline=2, tensor=2), 4),
+    ]:
+        validate(run_config(parallel=parallel), world_size)
+
+
+def test_a_described_config_loads_again() -> None:
+    from omegaconf import OmegaConf
+
+    config = run_config(parallel=ParallelConfig(expert=2))
+    again = load_config(OmegaConf.merge(OmegaConf.structured(RunConfig), describe(config)))  # type: ignore[arg-type]
+    assert describe(again) == describe(config)
+
+
+@pytest.mark.parametrize(("ratio", "neurons", "kept"), [(1, 512, 512), (0.25, 512, 128), (0.5, 5, 3), (0.001, 8, 1)])
+def test_neurons_kept(ratio: float, neurons: int, kept: int) -> None:
+    assert neurons_kept(ratio, neurons) == kept

@@ -1,0 +1,132 @@
+"""The order of samples is a function of the seed and the sample's number alone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.shards import make_shards
+from train.config import RunConfig, SourceConfig
+from train.data import RunData, load_data, load_manifests, micro_batches
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    make_shards(folder / "a", name="a")
+    make_shards(folder / "b", name="b", seed=1, documents=50)
+    return folder
+
+
+def load(folder: Path, *, steps: int = 20, seed: int = 1, weights: tuple[float | None, float | None] = (0.75, 0.25)) -> RunData:
+    config = RunConfig()
+    config.run.seed, config.training.steps, config.training.global_batch_size = seed, steps, 8
+    config.model.seq_length = 32
+    config.data.blend = [
+        SourceConfig(path=str(folder / name), weight=weight) for name, weight in zip("ab", weights, strict=True)
+    ]
+    config.data.index_cache = str(folder / "cache")
+    return load_data(config, load_manifests(config.data))
+
+
+def samples(data: RunData, start: int, stop: int, *, data_size: int, micro_batch_size: int) -> list[list[int]]:
+    """All ranks' samples in the order of the global batch."""
+    ranks = [
+        list(
+            micro_batches(
+                data.train,
+                start=start,
+                stop=stop,
+                micro_batch_size=micro_batch_size,
+                data_rank=rank,
+                data_size=data_size,
+            )
+        )
+        for rank in range(data_size)
+    ]
+    return [row.tolist() for pieces in zip(*ranks, strict=True) for piece in pieces for row in piece["tokens"]]
+
+
+def test_every_world_size_and_micro_batch_size_sees_the_same_order(folder: Path) -> None:
+    data = load(folder)
+    expected = samples(data, 0, 64, data_size=1, micro_batch_size=1)
+    assert len({tuple(row) for row in expected}) > 50
+    assert samples(data, 0, 64, data_size=4, micro_batch_size=2) == expected
+    assert samples(data, 24, 64, data_size=2, micro_batch_size=4) == expected[24:]
+
+
+def test_neither_a_longer_run_nor_a_cached_index_changes_the_order(folder: Path) -> None:
+    first = samples(load(folder, steps=10), 0, 80, data_size=1, micro_batch_size=8)
+    # 100 steps read the smaller source more than once.
+    longer = load(folder, steps=100)
+    assert len(longer.train.sources[1].epochs) > 1
+    assert samples(longer, 0, 80, data_size=1, micro_batch_size=8) == first
+
+
+def test_another_seed_and_another_epoch_give_another_order(folder: Path) -> None:
+    first = samples(load(folder, seed=1), 0, 64, data_size=1, micro_batch_size=8)
+    assert samples(load(folder, seed=2), 0, 64, data_size=1, micro_batch_size=8) != first
+    source = load(folder, steps=100).train.sources[1]
+    epochs = [[source[i]["tokens"].tolist() for i in range(e * source.size, (e + 1) * source.size)] for e in (0, 1)]
+    assert epochs[0] != epochs[1]
+
+
+def test_weights_are_kept_all_along_the_run(folder: Path) -> None:
+    blend = load(folder, steps=50).train
+    for count in (40, 200, 400):
+        assert (blend.source_of[:count] == 0).mean() == pytest.approx(0.75, abs=0.03)
+    by_tokens = load(folder, weights=(None, None)).train
+    manifests = load_manifests(config_of(folder).data)
+    share = manifests[0].tokens("train") / sum(manifest.tokens("train") for manifest in manifests)
+    assert (by_tokens.source_of == 0).mean() == pytest.approx(share, abs=0.01)
+
+
+def config_of(folder: Path) -> RunConfig:
+    config = RunConfig()
+    config.data.blend = [SourceConfig(path=str(folder / name)) for name in "ab"]
+    return config
+
+
+def test_labels_are_the_next_tokens(folder: Path) -> None:
+    sample = load(folder).train[3]
+    assert sample["tokens"].shape == (32,)
+    assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    assert torch.equal(sample["position_ids"], torch.arange(32))
+    assert sample["loss_mask"].tolist() == [1.0] * 32
+
+
+def test_a_partial_last_batch_is_filled_with_masked_samples(folder: Path) -> None:
+    data = load(folder)
+    batches = [
+        list(micro_batches(data.train, start=0, stop=5, micro_batch_size=2, data_rank=rank, data_size=2)) for rank in (0, 1)
+    ]
+    assert [len(of_rank) for of_rank in batches] == [2, 2]
+    counted = sum(batch["loss_mask"].sum().item() for of_rank in batches for batch in of_rank)
+    assert counted == 5 * 32
+
+
+def test_bad_sources_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+    config = config_of(folder)
+    config.data.blend[1].path = str(folder / "missing")
+    with pytest.raises(ValueError, match="missing"):
+        load_manifests(config.data)
+
+    twin = make_shards(tmp_path / "twin", name="a")
+    config.data.blend[1].path = str(twin)
+    with pytest.raises(ValueError, match="same name"):
+        load_manifests(config.data)
+
+    damaged = make_shards(tmp_path / "damaged", name="c")
+    with open(damaged / "train-00000.bin", "r+b") as file:
+        file.truncate(100)
+    config.data.blend[1].path = str(damaged)
+    with pytest.raises(ValueError, match=r"train-00000.bin"):
+        load_manifests(config.data)
+
+    manifest = make_shards(tmp_path / "other", name="d") / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "none"', '"tokenizer_sha256": "other"'))
+    config.data.blend[1].path = str(manifest.parent)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        load_manifests(config.data)

@@ -1,0 +1,165 @@
+"""The engine in one process: schedules, precision, routing options."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from mone_model.config import ComputeConfig, ModelConfig
+from mone_model.experts import SharedNeuronExpert
+from mone_model.gpt import moe_layers
+from mone_model.neuron_selection import select_neurons_reference
+from mone_model.neuron_stats import reduce_counters
+from train.config import OptimizerSection, RunConfig, TrainingConfig
+from train.data import Batch
+from train.engines.megatron import MegatronEngine
+from train.runtime import Runtime, set_seeds
+
+pytestmark = pytest.mark.usefixtures("one_process")
+
+MODEL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "seq_length": 16,
+    "vocab_size": 64,
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 32,
+    "shared_expert_ffn_hidden_size": 32,
+}
+
+
+def make_engine(
+    model: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **compute: Any
+) -> MegatronEngine:
+    config = RunConfig(
+        model=ModelConfig(**MODEL | (model or {})),
+        compute=ComputeConfig(**compute),
+        training=TrainingConfig(steps=20, micro_batch_size=4, global_batch_size=4),
+        optimizer=OptimizerSection(**{"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4} | (optimizer or {})),
+    )
+    set_seeds(1)
+    return MegatronEngine(config, Runtime(0, 1, torch.device("cpu")))
+
+
+def counting_batches() -> Iterator[Batch]:
+    """Sequences that count upwards: easy to learn."""
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        first = torch.randint(0, 64, (4, 1), generator=generator)
+        counted = (first + torch.arange(17)) % 64
+        yield {
+            "tokens": counted[:, :-1].contiguous(),
+            "labels": counted[:, 1:].contiguous(),
+            "loss_mask": torch.ones(4, 16),
+            "position_ids": torch.arange(16).expand(4, -1),
+        }
+
+
+def train(engine: MegatronEngine, steps: int) -> list[Any]:
+    batches = counting_batches()
+    return [engine.train_step(batches, micro_batches=1) for _ in range(steps)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_learns_in_either_precision(precision: str) -> None:
+    engine = make_engine(precision=precision)
+    losses = [result.loss for result in train(engine, 20)]
+    assert losses[0] == pytest.approx(4.16, abs=0.1)
+    assert losses[-1] < 3.0
+    weight = next(engine.modules[0].parameters())
+    assert weight.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+def test_a_token_does_not_see_the_future() -> None:
+    gpt = make_engine().modules[0].eval()
+    tokens_BS = torch.arange(16)[None]
+    changed_BS = tokens_BS.clone()
+    changed_BS[0, 10] = 50
+    positions_BS = torch.arange(16)[None]
+    with torch.no_grad():
+        before, after = (gpt(tokens, positions_BS, None)[0] for tokens in (tokens_BS, changed_BS))
+    assert torch.equal(before[:10], after[:10])
+    assert not torch.equal(before[10:], after[10:])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", {2: 5e-3, 4: 1e-2, 12: 5.5e-3, 20: 1e-3}),
+        ("linear", {2: 5e-3, 4: 1e-2, 12: 5.5e-3, 20: 1e-3}),
+        ("wsd", {2: 5e-3, 4: 1e-2, 12: 1e-2, 18: 5.5e-3, 20: 1e-3}),
+        ("constant", {2: 5e-3, 4: 1e-2, 12: 1e-2, 20: 1e-2}),
+    ],
+)
+def test_learning_rate_follows_its_schedule(schedule: str, expected: dict[int, float]) -> None:
+    rates = [result.learning_rate for result in train(make_engine(optimizer={"schedule": schedule, "wsd_decay_steps": 4}), 20)]
+    assert {step: rates[step - 1] for step in expected} == pytest.approx(expected)
+
+
+def test_clipping_bounds_the_update_but_not_the_reported_norm() -> None:
+    norms = {clip: train(make_engine(optimizer={"clip_grad": clip}), 1)[0].grad_norm for clip in (0.0, 0.1)}
+    assert norms[0.1] > 0.5
+    # Without clipping the optimizer does not compute a norm on the way: it must be reported all the same.
+    assert norms[0.0] == pytest.approx(norms[0.1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"router_score_function": "sigmoid"},
+        {"router_score_function": "sigmoid", "router_scaling_factor": 2.5, "router_topk": 1},
+        {"router_pre_softmax": True, "router_topk": 1},
+        {"seq_aux_loss_coeff": 0.01, "aux_loss_coeff": 0.0},
+        {"global_aux_loss_coeff": 0.01, "z_loss_coeff": 0.001},
+        {"aux_loss_coeff": 0.0},
+        {"shared_expert_ffn_hidden_size": 0},
+        {"activation": "relu_squared", "neuron_balance_coeff": 0.01, "neuron_balance_form": "masked"},
+    ],
+)
+def test_learns_with_every_kind_of_routing(options: dict[str, Any]) -> None:
+    assert train(make_engine(options), 15)[-1].loss < 3.6
+
+
+def test_expert_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
+    engine = make_engine(
+        {"router_score_function": "sigmoid", "expert_bias": True, "expert_bias_update_rate": 0.01, "aux_loss_coeff": 0.0}
+    )
+    layers = list(moe_layers(engine.modules[0]))
+    for _, experts, _ in layers:
+        experts.counting_neurons = True
+    train(engine, 1)
+    for _, experts, router in layers:
+        assert experts.counters is not None
+        fair = experts.counters.tokens_E.mean()
+        expected = 0.01 * torch.sign(fair - experts.counters.tokens_E)
+        torch.testing.assert_close(router.expert_bias.double(), expected, check_dtype=False)
+
+
+def test_capacity_drops_tokens_of_busy_experts() -> None:
+    engine = make_engine({"expert_capacity_factor": 0.5})
+    layers = list(moe_layers(engine.modules[0]))
+    for _, experts, _ in layers:
+        experts.counting_neurons = True
+    train(engine, 1)
+    usage = reduce_counters(
+        {layer: experts.counters for layer, experts, _ in layers if experts.counters}, num_layers=2, num_experts=4, num_neurons=32
+    )
+    fair = 4 * 16 * 2 / 4
+    assert usage.tokens_LE.max() == fair / 2
+
+
+def test_the_shared_expert_selects_its_own_neurons() -> None:
+    dense, sparse = make_engine().modules[0], make_engine({"shared_expert_neuron_ratio": 0.25}).modules[0]
+    layer, twin = sparse.decoder.layers[0].mlp.shared_experts, dense.decoder.layers[0].mlp.shared_experts
+    assert isinstance(layer, SharedNeuronExpert)
+    assert not isinstance(twin, SharedNeuronExpert)
+    x_SBD = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(0))
+    gate_up = x_SBD.flatten(0, 1) @ layer.linear_fc1.weight.T
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate = torch.nn.functional.silu(gate)
+    kept = select_neurons_reference(gate, 8).mask_NH
+    expected = (gate * kept * up) @ layer.linear_fc2.weight.T
+    torch.testing.assert_close(layer(x_SBD).flatten(0, 1), expected)
+    assert not torch.allclose(twin(x_SBD).flatten(0, 1), expected)
