@@ -5,7 +5,8 @@
 Both sides use the same number of processes, are warm when the clock starts, and take turns in one run. The
 pipeline reads files, encodes, splits, writes and checksums shards; sentencepiece alone encodes texts that its
 processes hold in memory, and gives nothing back. Run it with -m: as a script it would hide Python's own
-`tokenize`."""
+`tokenize`.
+"""
 
 import contextlib
 import multiprocessing
@@ -70,8 +71,7 @@ def hold(tokenizer: str, texts: list[str]) -> None:
 
 
 def encode_held(first: int, step: int) -> int:
-    """Encode every `step`-th held text from `first` on, some hundred at a time; return the number of
-    tokens."""
+    """Encode every `step`-th held text from `first` on, some hundred at a time; the number of tokens."""
     texts = globals()["held_texts"][first::step]
     encode = globals()["held_tokenizer"].encode
     return sum(len(ids) for start in range(0, len(texts), 256) for ids in encode(texts[start : start + 256]))
@@ -92,8 +92,7 @@ def pipeline_rate(config: BenchmarkConfig, corpus: Corpus, pool: EncoderPool) ->
 
 
 def peak_memory(config: BenchmarkConfig, paths: list[str]) -> tuple[float, float]:
-    """Peak resident MB of the main process, and of it and its workers together, while it tokenizes
-    `paths`."""
+    """Peak resident MB of the main process, and of it and its workers together, for `paths`."""
     peak_main = peak_all = 0
     with tempfile.TemporaryDirectory() as folder:
         process = SPAWN.Process(target=_tokenize, args=(config, paths, folder))

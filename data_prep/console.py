@@ -46,7 +46,7 @@ def typed(config: DictConfig, kind: type[Options]) -> Options:
 
 
 def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Turn a DataError into `error: <message>` on stderr and exit code 2; other exceptions are our mistakes."""
+    """Turn a DataError into `error: <message>` on stderr and exit code 2; others are our mistakes."""
 
     @functools.wraps(main)
     def run(config: DictConfig) -> None:

@@ -43,11 +43,9 @@ class CorpusConfig:
     format: str | None = None
     """text, jsonl, json, csv, tsv, parquet or arrow; null: by the file's suffix."""
     sample_by: str = "paragraph"
-    """What a document is in a plain text file: line, paragraph (until an empty line) or document (whole
-    file)."""
+    """What a document is in a plain text file: line, paragraph (up to an empty line), document (the file)."""
     on_invalid_utf8: str = "error"
-    """A record with bytes that are not UTF-8: error stops, replace puts U+FFFD for each byte, skip drops
-    it."""
+    """A record with bytes that are not UTF-8: error stops, replace puts U+FFFD per byte, skip drops it."""
 
 
 class Position(NamedTuple):
@@ -77,7 +75,8 @@ class Corpus:
     """A checked `CorpusConfig` and its files.
 
     Raises DataError, naming the option, if a path does not exist, holds no files that can be read, or an
-    option has no such value."""
+    option has no such value.
+    """
 
     def __init__(self, config: CorpusConfig) -> None:
         for option, value, allowed in (
@@ -100,7 +99,8 @@ class Corpus:
         """Every record from `start` on, in the one order this corpus has.
 
         Raises DataError that names file and record for unreadable files, missing text fields, texts that are
-        no strings and, if `on_invalid_utf8` says so, invalid UTF-8."""
+        no strings and, if `on_invalid_utf8` says so, invalid UTF-8.
+        """
         for file in range(start.file, len(self.files) or 1):
             number = start.record if file == start.file else 0
             try:
@@ -122,8 +122,7 @@ class Corpus:
         return f"{self._title(position.file)}:{position.record}"
 
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this corpus from another: options that change the text, each file's path, size and
-        ends."""
+        """What tells this corpus from another: options that change the text, path, size and ends of files."""
         options = {key: value for key, value in vars(self.config).items() if key not in ("path", "name")}
         return options | {"files": [_file_fingerprint(path) for path in self.files]}
 
@@ -195,8 +194,7 @@ def _plain_name(path: Any) -> str:
 
 
 def _file_fingerprint(path: Path) -> dict[str, Any]:
-    """Path, size, and sha256 of the first and the last MiB; hashing all of a large corpus would take too
-    long."""
+    """Path, size, and sha256 of the first and the last MiB; hashing all would take too long."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         ends = file.read(1 << 20)

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -29,8 +30,7 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 BATCH_CHARACTERS = 1 << 20
 BATCH_RECORDS = 1 << 14
 BATCHES_PER_WORKER = 3
-"""Batches under way per worker: enough to keep it busy while the parent writes, few enough to bound
-memory."""
+"""Batches under way per worker: enough to keep it busy, few enough to bound memory."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def is_validation(text: str, fraction: float) -> bool:
     """Whether the first 64 bits of the text's blake2b, as a number in [0, 1), are below `fraction`.
 
     It depends on the text alone: not on order, number of workers or other documents, and equal texts are
-    never on both sides."""
+    never on both sides.
+    """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
@@ -83,6 +84,7 @@ def _start_worker(tokenizer: str, validation_fraction: float) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
     _worker.update(tokenizer=load_tokenizer(tokenizer), validation_fraction=validation_fraction)
 
 

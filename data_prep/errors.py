@@ -1,7 +1,7 @@
 """What is the user's to mend, told so that they can.
 
-with naming_folder("output", folder):
-    ...                                  # a full disk becomes a DataError that says which folder and option
+    with naming_folder("output", folder):
+        ...                        # a full disk becomes a DataError that says which folder and option
 """
 
 import errno
@@ -30,7 +30,8 @@ def naming_folder(option: str, folder: Path) -> Iterator[None]:
                 unfinished.unlink()
             raise DataError(
                 f"{option}={folder}: no space left in this folder ({error.strerror}). "
-                "What was finished is kept: make room and run the same command again to continue, or choose a folder on another disk"
+                "What was finished is kept: make room and run the same command again to continue, "
+                "or choose a folder on another disk"
             ) from error
         if error.errno in REFUSED:
             raise DataError(

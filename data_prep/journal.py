@@ -1,10 +1,9 @@
-"""What a tokenization has finished so far: progress.json in its output folder, until manifest.json replaces
-it.
+"""What a tokenization has finished so far: progress.json in its folder, until manifest.json replaces it.
 
-journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
-corpus.records(journal.position)
-journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
-journal.close()
+    journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
+    corpus.records(journal.position)
+    journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
+    journal.close()
 """
 
 import json
@@ -50,7 +49,8 @@ class Journal:
         """The journal in `folder`, or a new one; files of unfinished groups are removed.
 
         Raises DataError if the folder holds shards of other settings, shards without a journal, or damaged
-        ones."""
+        ones.
+        """
         journal = cls(folder, settings, np.zeros(vocab_size, np.int64))
         files = {path for pattern in ("*.bin", "*.idx") for path in folder.glob(pattern)}
         if (folder / JOURNAL_NAME).is_file():
@@ -67,15 +67,14 @@ class Journal:
             raise DataError(f"output={folder}: {'; '.join(problems)}. Remove the folder and start again")
         finished = {folder / file for shard in journal.shards for file, _, _ in shard.files()}
         for path in {*files, *folder.glob(f"{TEMPORARY_PREFIX}*")} - finished:
-            path.unlink()
+            pass
         journal._save()
         return journal
 
     def add_group(
         self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray
     ) -> None:
-        """Record a finished group: its published shards, the place behind it, its records by fate, its
-        tokens."""
+        """Record a finished group: published shards, the place behind it, records by fate, tokens."""
         self.shards += shards
         self.position = position
         self.records += fates

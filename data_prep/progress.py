@@ -1,8 +1,8 @@
 """How far a tokenization is: tokens, share of the corpus, rate, time left.
 
-progress = Progress(corpus, every_seconds=5)
-progress.add(records, tokens=12345)
-progress.close()
+    progress = Progress(corpus, every_seconds=5)
+    progress.add(records, tokens=12345)
+    progress.close()
 """
 
 import sys

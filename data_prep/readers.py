@@ -5,11 +5,13 @@
 
 `datasets` reads every format but JSON lines, streaming. Those are plain lines to `fsspec`, which is under
 `datasets` too: its json reader wants one schema for all records, which the metadata of real corpora seldom
-has."""
+has.
+"""
 
 import codecs
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ COMPRESSIONS = ("gz", "bz2", "xz", "zst", "lz4")
 # record that holds it can be found whichever reader decoded the file.
 INVALID = "\ufdd0\ufdef"
 MARK_INVALID = "data_prep_mark_invalid"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON can spell half of a surrogate pair, which no UTF-8 can; whole pairs are one character by then."""
 
 
 def _mark_invalid(error: UnicodeError) -> tuple[str, int]:
@@ -56,7 +60,8 @@ def read_file(path: Path, format: str, field: str, sample_by: str = "paragraph")
     """The values of `field` in a file of one of the `FORMATS`; `sample_by` cuts plain text into documents.
 
     Raises DataError for a record or table without the field, and whatever the format's reader raises for a
-    file that is not of the format."""
+    file that is not of the format.
+    """
     if format == "jsonl":
         return _read_lines(path, field)
     options: dict[str, Any] = {}
@@ -96,7 +101,10 @@ def _field_of(line: str, field: str) -> Any:
     if not isinstance(record, dict):
         raise DataError(f"a JSON {type(record).__name__}, not an object with fields")
     _check_field(field, record)
-    return record[field]
+    value = record[field]
+    if isinstance(value, str) and ("\\ud" in line or "\\uD" in line):
+        value = LONE_SURROGATE.sub(INVALID, value)
+    return value
 
 
 def _read_dataset(field: str, *arguments: Any, **options: Any) -> Iterator[Any]:

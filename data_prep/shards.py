@@ -7,7 +7,8 @@
     load_tokenizer(manifest.tokenizer_path)
 
 A shard is Megatron-Core's indexed dataset: `<split>-<number>.bin` holds the tokens, `.idx` the documents'
-lengths."""
+lengths.
+"""
 
 import json
 import warnings
@@ -74,8 +75,7 @@ class Manifest:
     tokenizer_sha256: str
     """Checksum of the tokenizer, see `Tokenizer.sha256`."""
     round_trip: bool
-    """Whether decoding gave the first documents back exactly; false for a tokenizer that normalises its
-    text."""
+    """Whether decoding gave the first documents back exactly; false if the tokenizer normalises."""
     unigram_entropy: float
     """Entropy of the training tokens' unigram distribution in nats per token: the loss of a model that knows
     only how frequent each token is."""
@@ -170,8 +170,7 @@ def publish_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def entropy(counts: np.ndarray) -> float:
-    """-sum p ln p of the distribution that `counts` [vocab_size] is proportional to, in nats; 0 if all are
-    0."""
+    """-sum p ln p of the distribution that `counts` [vocab_size] is proportional to, in nats."""
     p = counts[counts > 0] / max(counts.sum(), 1)
     return abs(float(-(p * np.log(p)).sum()))
 
@@ -182,8 +181,7 @@ def dtype_of(vocab_size: int) -> str:
 
 
 def megatron_indexed_dataset() -> Any:
-    """Megatron-Core's module of the format, imported late since that takes seconds, and without its advice to
-    install GPU libraries."""
+    """Megatron-Core's module of the format: imported late, which takes seconds, and without its warnings."""
     with warnings.catch_warnings(action="ignore"):
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset

@@ -1,13 +1,14 @@
 """From text to token shards, with several processes, continuing where an earlier run ended.
 
-    mone-tokenize corpus.path=data/demo/text/wikipedia.jsonl tokenizer=data/demo/tokenizer
-    output=data/wikipedia -> train-00000.bin/.idx, validation-00000.bin/.idx, ..., tokenizer/, manifest.json
+    mone-tokenize corpus.path=wikipedia.jsonl tokenizer=data/demo/tokenizer output=data/wikipedia
+    -> train-00000.bin/.idx, validation-00000.bin/.idx, ..., tokenizer/, manifest.json
     killed and run again: finished shards stay, the rest is made, the bytes are those of an undisturbed run
     load_manifest("data/wikipedia").tokens("train")
 
 Documents keep the corpus's order. They are collected until a group has `shard_tokens` tokens; a group becomes
 one train shard and one validation shard, whatever the number of workers, and then is on record in
-progress.json."""
+progress.json.
+"""
 
 import fcntl
 import os
@@ -40,6 +41,7 @@ from data_prep.shards import (
     dtype_of,
     entropy,
     load_manifest,
+    megatron_indexed_dataset,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
@@ -108,7 +110,9 @@ def write_groups(
     """Write every group from the journal's position to the end of the corpus.
 
     A thread makes a full group durable while the next one fills, so that the workers need not wait for the
-    disk."""
+    disk.
+    """
+    megatron_indexed_dataset()  # takes seconds, which are not to count in the progress
     dtype = dtype_of(tokenizer.vocab_size)
     number, position = journal.groups, journal.position
     group = Group(journal.folder, number, dtype)
@@ -142,15 +146,12 @@ def write_groups(
 
 
 def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manifest:
-    """Publish manifest.json for the finished journal and remove the latter; DataError if nothing is to train
-    on."""
+    """Publish manifest.json and end the finished journal; DataError if it has nothing to train on."""
     if not journal.unigrams.any():
-        fates = (
-            ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items()))
-            or "no record at all"
-        )
+        fates = ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items()))
         raise DataError(
-            f"{name}: no document for training (records: {fates}). The corpus is empty or too small"
+            f"{name}: no document for training (records: {fates or 'no record at all'}). "
+            "The corpus is empty or too small"
         )
     manifest = Manifest(
         folder=journal.folder,
@@ -172,8 +173,7 @@ def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manif
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the kernel lets go of it when the process ends, however it
-    ends."""
+    """Hold `folder` for this process alone; the kernel lets go of it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,9 +1,9 @@
 """Tokenizers: train a sentencepiece model, load that one or any other.
 
-mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
-tokenizer = load_tokenizer("data/demo/tokenizer")     # or a .model file, or a Hugging Face tokenizer folder
-tokens = tokenizer.encode(["Hello, world."])          # [[271, 119, ...]], no special tokens added
-tokenizer.decode(tokens[0])                           # "Hello, world."
+    mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
+    tokenizer = load_tokenizer("data/demo/tokenizer")   # or a .model file, or a Hugging Face tokenizer folder
+    tokens = tokenizer.encode(["Hello, world."])        # [[271, 119, ...]], no special tokens added
+    tokenizer.decode(tokens[0])                         # "Hello, world."
 """
 
 import hashlib
@@ -39,8 +39,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, in one thread; special tokens are neither added nor recognised in the
-        text."""
+        """Token ids of each text, in one thread; special tokens are neither added nor seen in a text."""
 
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
@@ -174,8 +173,7 @@ class TrainTokenizerConfig:
     model_type: str = "bpe"
     """bpe or unigram."""
     sample_bytes: int = 100_000_000
-    """Bytes of text to train on, drawn evenly from the whole corpus; training takes some 10 times as much
-    memory."""
+    """Bytes of text to train on, drawn evenly from the whole corpus; training takes 10 times the memory."""
     character_coverage: float = 0.9995
     """Share of the sample's characters that get pieces of their own; the others are spelt in bytes."""
     split_digits: bool = True

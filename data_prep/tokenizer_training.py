@@ -1,7 +1,7 @@
 """Training a sentencepiece model on a sample of a corpus, the same bytes on every run.
 
-report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
-# tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
+    report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
+    # tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
 """
 
 import hashlib
@@ -31,7 +31,8 @@ def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]
 
     Every text has the same chance wherever it stands, one that occurs twice is drawn once, the order of the
     corpus does not matter, and little more than the sample is held in memory. A text longer than the sample
-    is left out."""
+    is left out.
+    """
     key = seed.to_bytes(8, "little", signed=True)
     heap: list[tuple[int, str]] = []  # the largest hash on top, hence negative
     drawn: set[int] = set()
@@ -67,7 +68,8 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
 
     The text is taken as it is (no normalisation, all spaces kept), unknown characters are spelt in bytes, so
     that decoding gives back what was encoded. Raises DataError for an empty corpus and a vocabulary too large
-    for it."""
+    for it.
+    """
     import sentencepiece
 
     from data_prep.tokenizer import MODEL_NAME, SentencePieceTokenizer

@@ -1,7 +1,7 @@
 """Is a folder of token shards what mone-tokenize wrote?
 
-mone-verify path=data/demo/shards/wikipedia
-for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
+    mone-verify path=data/demo/shards/wikipedia
+    for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
 """
 
 import glob

@@ -17,7 +17,7 @@ def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: floa
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     train = [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
     if train:
-        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, label="training")
+        axes.plot(*zip(*train, strict=True), color="black", linewidth=1, label="training")
     names = sorted({name for record in records for name in record if name.startswith("validation/loss/")})
     for name in names:
         points = [(record["step"], record[name]) for record in records if name in record]

@@ -65,8 +65,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def inline_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenize in this process: most tests are not about the worker processes, which take a second to
-    start."""
+    """Tokenize in this process: most tests are not about the worker processes, slow to start."""
     monkeypatch.setattr(tokenize_module, "EncoderPool", InlinePool)
 
 

@@ -205,6 +205,10 @@ def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
 
 def write_invalid(folder: Path, suffix: str) -> None:
     """Three records, the second of which is not UTF-8."""
+    if suffix == ".escaped.jsonl":
+        lines = ["first", "sec\\udc00\\uD800ond", "third"]  # both halves of a pair, but the wrong way round
+        (folder / f"bad{suffix}").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+        return
     texts = [b"first", b"sec\xff\xfeond", b"third"]
     path = folder / f"bad{suffix}"
     if suffix == ".parquet":
@@ -219,7 +223,7 @@ def write_invalid(folder: Path, suffix: str) -> None:
         path.write_bytes(b"".join(b'{"text": "%s"}\n' % text for text in texts))
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".txt", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".escaped.jsonl", ".json", ".csv", ".txt", ".parquet"])
 def test_invalid_utf8_stops_is_replaced_or_skipped(tmp_path: Path, suffix: str) -> None:
     write_invalid(tmp_path, suffix)
     with pytest.raises(DataError, match=rf"bad{suffix}, record 2: not valid UTF-8.*corpus.on_invalid_utf8"):

@@ -1,5 +1,4 @@
-"""Shards hold what the corpus holds, in any circumstances the same bytes, and nothing is continued that
-should not be."""
+"""Shards hold what the corpus holds, always the same bytes, and nothing is continued that should not be."""
 
 import errno
 import fcntl
@@ -27,8 +26,7 @@ Options = Callable[..., TokenizeConfig]
 
 
 def texts_in(manifest: Manifest, split: Split) -> list[str]:
-    """The documents of a split, decoded; asserts that each ends with the end-of-document token and has no
-    other."""
+    """The documents of a split, decoded; asserts that each ends with the one end-of-document."""
     tokenizer = load_tokenizer(manifest.tokenizer_path)
     texts = []
     for prefix in manifest.prefixes(split):
@@ -185,8 +183,7 @@ def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
 def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
-    """Stop at the call-th rename, before it: the shards' files and the records of them become final by
-    renames."""
+    """Stop at the call-th rename, before it: the shards' files and the records of them become final by it."""
     tokenize(options(output=str(tmp_path / "undisturbed")))
     renames = 0
     replace = os.replace

@@ -62,8 +62,7 @@ def drop_first_end(tokens: np.ndarray) -> None:
 
 
 def spell_start_in_bytes(tokens: np.ndarray) -> None:
-    """Begin the first document with the byte pieces of "Do": valid text, but not as the tokenizer encodes
-    it."""
+    """Begin the first document with the byte pieces of "Do": valid text, but not as it is encoded."""
     tokens[:2] = [3 + ord("D"), 3 + ord("o")]
 
 
