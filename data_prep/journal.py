@@ -67,7 +67,7 @@ class Journal:
             raise DataError(f"output={folder}: {'; '.join(problems)}. Remove the folder and start again")
         finished = {folder / file for shard in journal.shards for file, _, _ in shard.files()}
         for path in {*files, *folder.glob(f"{TEMPORARY_PREFIX}*")} - finished:
-            pass
+            path.unlink()
         journal._save()
         return journal
 

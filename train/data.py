@@ -19,8 +19,8 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.shards import Manifest, Split, load_manifest
-from train.config import DataConfig, RunConfig
+from data_prep.shards import Manifest, Shard, Split, load_manifest
+from train.config import RunConfig
 
 Batch = dict[str, torch.Tensor]
 
@@ -72,15 +72,18 @@ class _Tokenizer:
     unique_identifiers: dict[str, str]
 
 
-def load_manifests(config: DataConfig) -> list[Manifest]:
-    """The manifests of all sources, their shards' sizes checked; ValueError for damage or different tokenizers."""
-    manifests = [load_manifest(source.path) for source in config.blend]
+def load_manifests(config: RunConfig) -> list[Manifest]:
+    """The manifests of all sources, their shards' sizes checked; ValueError for damage or sources that do not fit."""
+    blend, length = config.data.blend, config.model.seq_length
+    manifests = [load_manifest(source.path) for source in blend]
     first = manifests[0]
-    for source, manifest in zip(config.blend, manifests, strict=True):
+    for source, manifest in zip(blend, manifests, strict=True):
         manifest.check_sizes()
+        if not _usable_shards(manifest, "train", length):
+            raise ValueError(f"data.blend: no shard of {source.path} holds a sequence of model.seq_length={length} tokens")
         if manifest.tokenizer_sha256 != first.tokenizer_sha256:
             raise ValueError(
-                f"data.blend: {source.path} was tokenized with another tokenizer than {config.blend[0].path}; "
+                f"data.blend: {source.path} was tokenized with another tokenizer than {blend[0].path}; "
                 "tokenize all sources with one"
             )
     names = [manifest.name for manifest in manifests]
@@ -107,9 +110,6 @@ def load_data(config: RunConfig, manifests: list[Manifest]) -> RunData:
         _load_source(config, manifest, "train", samples=int(count))
         for manifest, count in zip(manifests, counts, strict=True)
     ]
-    for source, path in zip(sources, config.data.blend, strict=True):
-        if source is None:
-            raise ValueError(f"data.blend: {path.path} holds fewer tokens than one sequence of {config.model.seq_length}")
     validation = {manifest.name: _load_source(config, manifest, "validation", samples=1) for manifest in manifests}
     return RunData(
         Blend([source for source in sources if source is not None], source_of, index_in),
@@ -121,8 +121,7 @@ def load_data(config: RunConfig, manifests: list[Manifest]) -> RunData:
 def _load_source(config: RunConfig, manifest: Manifest, split: Split, *, samples: int) -> SourceEpochs | None:
     """As many epochs of a source as hold `samples`; None if it is too small for a single sequence."""
     length = config.model.seq_length
-    # Megatron-Core packs sequences within a shard, so one of a few documents may not hold any.
-    shards = [shard for shard in manifest.of_split(split) if shard.tokens > length]
+    shards = _usable_shards(manifest, split, length)
     prefixes = [str(manifest.folder / shard.name) for shard in shards]
     if not prefixes:
         return None
@@ -149,6 +148,11 @@ def _load_source(config: RunConfig, manifest: Manifest, split: Split, *, samples
         ).build()
         epochs.append(built[0] if split == "train" else built[1])
     return SourceEpochs(epochs)
+
+
+def _usable_shards(manifest: Manifest, split: Split, length: int) -> list[Shard]:
+    # Megatron-Core packs sequences within a shard, so one of a few documents may not hold any.
+    return [shard for shard in manifest.of_split(split) if shard.tokens > length]
 
 
 def micro_batches(

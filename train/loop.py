@@ -1,7 +1,7 @@
 """The training loop: a list of verbs, the same on every rank.
 
 trainer = Trainer(config, runtime, engine, data)
-trainer.resume()
+trainer.resume(find_newest(folder))
 trainer.train()
 """
 
@@ -18,7 +18,7 @@ from mone_model.gpt import moe_layers
 from mone_model.loss_record import LossRecord, reduce_losses
 from mone_model.neuron_stats import NeuronUsage, reduce_counters, summarise_experts, summarise_neurons
 from train import figures
-from train.checkpoint import Checkpoint, find_newest, load_checkpoint, save_checkpoint
+from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.config import RunConfig, describe
 from train.data import RunData, SourceEpochs, micro_batches
 from train.engines.megatron import MegatronEngine, StepResult
@@ -42,16 +42,14 @@ class Trainer:
         self.samples_counted_from = 0
         self.validation_loss: float | None = None
 
-    def resume(self) -> None:
-        """Continue from the newest complete checkpoint, if there is one, and open the records."""
-        newest = find_newest(self.checkpoints)
-        if newest is not None:
-            self._check_continues(newest)
-            self.engine.load_state(load_checkpoint(newest, self.engine.sharded_state(loading=True)))
-            self.step, self.samples = newest.step, newest.facts["samples"]
-            self._say(f"resumed from {newest.path} at step {self.step}")
+    def resume(self, checkpoint: Checkpoint | None) -> None:
+        """Continue from a checkpoint, or begin with None, and open the records."""
+        if checkpoint is not None:
+            self.engine.load_state(load_checkpoint(checkpoint, self.engine.sharded_state(loading=True)))
+            self.step, self.samples = checkpoint.step, checkpoint.facts["samples"]
+            self._say(f"resumed from {checkpoint.path} at step {self.step}")
         if self.runtime.is_main:
-            wandb_id = newest.facts["wandb_id"] if newest else None
+            wandb_id = checkpoint.facts["wandb_id"] if checkpoint else None
             self.writer = MetricsWriter(self.config, self.folder, resume_step=self.step, wandb_id=wandb_id)
 
     def train(self) -> bool:
@@ -180,22 +178,6 @@ class Trainer:
 
     def _due(self, interval: int, last: bool) -> bool:
         return last or (interval > 0 and self.step % interval == 0)
-
-    def _check_continues(self, checkpoint: Checkpoint) -> None:
-        ours = describe(self.config)["model"]
-        theirs = checkpoint.facts["model"]
-        changed = [
-            f"model.{name}={value} (saved: {theirs.get(name)})" for name, value in ours.items() if theirs.get(name) != value
-        ]
-        if changed:
-            raise ValueError(
-                f"{checkpoint.path} holds another model: {', '.join(changed)}; "
-                "restore these options, or give another run.dir"
-            )
-        if checkpoint.step > self.config.training.steps:
-            raise ValueError(
-                f"training.steps={self.config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}"
-            )
 
     def _training_batches(self) -> Any:
         training = self.config.training

@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from train.config import RunConfig, load_config, validate
+from data_prep.shards import Manifest
+from train.checkpoint import Checkpoint, find_newest
+from train.config import RunConfig, describe, load_config, validate
+from train.data import load_data, load_manifests
+from train.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
     from train.loop import Trainer
@@ -29,29 +33,39 @@ def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config = load_config(hydra_config)
-        validate(config, world_size)
-        run(config, rank)
+        config, manifests, checkpoint = prepare(hydra_config, world_size)
+        if rank == 0:
+            write_run_folder(config)
     except ValueError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    run(config, manifests, checkpoint)
 
 
-def run(config: RunConfig, rank: int) -> None:
-    """Build and train; everything that can be refused is refused before a process group exists."""
-    from train.data import load_data, load_manifests
+def prepare(hydra_config: DictConfig, world_size: int) -> tuple[RunConfig, list[Manifest], Checkpoint | None]:
+    """The checked config, the data's manifests, and the checkpoint to continue from; ValueError for whatever is wrong.
 
-    manifests = load_manifests(config.data)
+    Reads only, and needs no other process: all that can be refused is refused here, before anything is built.
+    """
+    config = load_config(hydra_config)
+    validate(config, world_size)
+    manifests = load_manifests(config)
     if config.model.vocab_size is None:
         config.model.vocab_size = manifests[0].vocab_size
     elif config.model.vocab_size < manifests[0].vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
     folder = Path(config.run.dir)
-    refuse_to_overwrite(config, folder)
-    if rank == 0:
-        write_run_folder(config, folder)
+    if config.resume == "never" and (folder / METRICS_FILE).exists():
+        raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
+    checkpoint = find_newest(folder / "checkpoints")
+    if checkpoint is not None:
+        check_continues(config, checkpoint)
+    return config, manifests, checkpoint
 
+
+def run(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None) -> None:
+    """Build and train."""
     from train.engines.megatron import MegatronEngine
     from train.loop import Trainer
     from train.runtime import distributed
@@ -61,20 +75,31 @@ def run(config: RunConfig, rank: int) -> None:
         if runtime.is_main:
             print(describe_run(config, runtime.world_size), flush=True)
         trainer = Trainer(config, runtime, MegatronEngine(config, runtime), load_data(config, manifests))
-        trainer.resume()
+        trainer.resume(checkpoint)
         complete = trainer.train()
         if runtime.is_main:
             print(describe_end(trainer, complete), flush=True)
 
 
-def refuse_to_overwrite(config: RunConfig, folder: Path) -> None:
-    """With resume=never, ValueError if the run folder has been trained in."""
-    if config.resume == "never" and (folder / "metrics.jsonl").exists():
-        raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
+def check_continues(config: RunConfig, checkpoint: Checkpoint) -> None:
+    """ValueError if this config cannot go on from the checkpoint: another model, or fewer steps than it has behind it."""
+    saved = checkpoint.facts["model"]
+    changed = [
+        f"model.{name}={value} (saved: {saved.get(name)})"
+        for name, value in describe(config)["model"].items()
+        if saved.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{checkpoint.path} holds another model: {', '.join(changed)}; restore these options, or give another run.dir"
+        )
+    if checkpoint.step > config.training.steps:
+        raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
 
 
-def write_run_folder(config: RunConfig, folder: Path) -> None:
+def write_run_folder(config: RunConfig) -> None:
     """Note what runs and where: config.yaml and environment.json; ValueError if the folder cannot be written."""
+    folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in {

@@ -178,28 +178,43 @@ def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
             tokenize(config)
 
 
-@pytest.mark.usefixtures("inline_pool")
-@pytest.mark.parametrize("call", range(1, 12))
-def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
-) -> None:
-    """Stop at the call-th rename, before it: the shards' files and the records of them become final by it."""
-    tokenize(options(output=str(tmp_path / "undisturbed")))
+def stop_before_rename(config: TokenizeConfig, number: int) -> None:
+    """Run until the number-th rename, before it: shards and the records of them become final by renames."""
     renames = 0
     replace = os.replace
 
     def replace_or_stop(source: Path, target: Path) -> None:
         nonlocal renames
         renames += 1
-        if renames == call:
+        if renames == number:
             raise Stop
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", replace_or_stop)
-    with pytest.raises(Stop):
-        tokenize(options())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.os, "replace", replace_or_stop)
+        with pytest.raises(Stop):
+            tokenize(config)
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("rename", range(1, 12))
+def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(
+    options: Options, tmp_path: Path, rename: int
+) -> None:
+    tokenize(options(output=str(tmp_path / "undisturbed")))
+    stop_before_rename(options(), rename)
     assert not (tmp_path / "shards" / "manifest.json").exists()
     tokenize(options())
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_nothing_of_a_group_that_is_not_on_record_stays(options: Options, tmp_path: Path) -> None:
+    stop_before_rename(options(), 6)  # both shards have their final names, but the journal knows none
+    assert (tmp_path / "shards" / "validation-00000.idx").exists()
+    other = {"validation_fraction": 0.0}
+    tokenize(options(**other))
+    tokenize(options(output=str(tmp_path / "undisturbed"), **other))
     assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
 
 

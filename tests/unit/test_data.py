@@ -20,7 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(folder: Path, *, steps: int = 20, seed: int = 1, weights: tuple[float | None, float | None] = (0.75, 0.25)) -> RunData:
+def load(
+    folder: Path, *, steps: int = 20, seed: int = 1, weights: tuple[float | None, float | None] = (0.75, 0.25)
+) -> RunData:
     config = RunConfig()
     config.run.seed, config.training.steps, config.training.global_batch_size = seed, steps, 8
     config.model.seq_length = 32
@@ -28,7 +30,7 @@ def load(folder: Path, *, steps: int = 20, seed: int = 1, weights: tuple[float |
         SourceConfig(path=str(folder / name), weight=weight) for name, weight in zip("ab", weights, strict=True)
     ]
     config.data.index_cache = str(folder / "cache")
-    return load_data(config, load_manifests(config.data))
+    return load_data(config, load_manifests(config))
 
 
 def samples(data: RunData, start: int, stop: int, *, data_size: int, micro_batch_size: int) -> list[list[int]]:
@@ -78,13 +80,14 @@ def test_weights_are_kept_all_along_the_run(folder: Path) -> None:
     for count in (40, 200, 400):
         assert (blend.source_of[:count] == 0).mean() == pytest.approx(0.75, abs=0.03)
     by_tokens = load(folder, weights=(None, None)).train
-    manifests = load_manifests(config_of(folder).data)
+    manifests = load_manifests(config_of(folder))
     share = manifests[0].tokens("train") / sum(manifest.tokens("train") for manifest in manifests)
     assert (by_tokens.source_of == 0).mean() == pytest.approx(share, abs=0.01)
 
 
 def config_of(folder: Path) -> RunConfig:
     config = RunConfig()
+    config.model.seq_length = 32
     config.data.blend = [SourceConfig(path=str(folder / name)) for name in "ab"]
     return config
 
@@ -111,22 +114,28 @@ def test_bad_sources_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder)
     config.data.blend[1].path = str(folder / "missing")
     with pytest.raises(ValueError, match="missing"):
-        load_manifests(config.data)
+        load_manifests(config)
 
     twin = make_shards(tmp_path / "twin", name="a")
     config.data.blend[1].path = str(twin)
     with pytest.raises(ValueError, match="same name"):
-        load_manifests(config.data)
+        load_manifests(config)
 
     damaged = make_shards(tmp_path / "damaged", name="c")
     with open(damaged / "train-00000.bin", "r+b") as file:
         file.truncate(100)
     config.data.blend[1].path = str(damaged)
     with pytest.raises(ValueError, match=r"train-00000.bin"):
-        load_manifests(config.data)
+        load_manifests(config)
+
+    config.data.blend[1].path = str(make_shards(tmp_path / "tiny", name="t", documents=5))
+    config.model.seq_length = 1000
+    with pytest.raises(ValueError, match=r"no shard of .*tiny holds a sequence of model.seq_length=1000"):
+        load_manifests(config)
+    config.model.seq_length = 32
 
     manifest = make_shards(tmp_path / "other", name="d") / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "none"', '"tokenizer_sha256": "other"'))
     config.data.blend[1].path = str(manifest.parent)
     with pytest.raises(ValueError, match="another tokenizer"):
-        load_manifests(config.data)
+        load_manifests(config)

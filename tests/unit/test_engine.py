@@ -94,7 +94,8 @@ def test_a_token_does_not_see_the_future() -> None:
     ],
 )
 def test_learning_rate_follows_its_schedule(schedule: str, expected: dict[int, float]) -> None:
-    rates = [result.learning_rate for result in train(make_engine(optimizer={"schedule": schedule, "wsd_decay_steps": 4}), 20)]
+    engine = make_engine(optimizer={"schedule": schedule, "wsd_decay_steps": 4})
+    rates = [result.learning_rate for result in train(engine, 20)]
     assert {step: rates[step - 1] for step in expected} == pytest.approx(expected)
 
 
@@ -143,9 +144,8 @@ def test_capacity_drops_tokens_of_busy_experts() -> None:
     for _, experts, _ in layers:
         experts.counting_neurons = True
     train(engine, 1)
-    usage = reduce_counters(
-        {layer: experts.counters for layer, experts, _ in layers if experts.counters}, num_layers=2, num_experts=4, num_neurons=32
-    )
+    counters = {layer: experts.counters for layer, experts, _ in layers if experts.counters is not None}
+    usage = reduce_counters(counters, num_layers=2, num_experts=4, num_neurons=32)
     fair = 4 * 16 * 2 / 4
     assert usage.tokens_LE.max() == fair / 2
 
