@@ -22,7 +22,7 @@ import psutil
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data_prep.console import reporting_errors, typed
+from configs.console import reporting_errors, typed
 from data_prep.corpora import Corpus, CorpusConfig
 from data_prep.encoding import EncoderPool
 from data_prep.journal import Journal
@@ -152,9 +152,7 @@ def main(config: DictConfig) -> None:
             paths = copies[: count * len(files)]
             text_bytes = sum(Path(path).stat().st_size for path in paths)
             main_mb, all_mb = peak_memory(options, paths)
-            print(
-                f"{text_bytes / 1e6:.0f} MB of text: peak {main_mb:.0f} MB, with its workers {all_mb:.0f} MB"
-            )
+            print(f"{text_bytes / 1e6:.0f} MB of text: peak {main_mb:.0f} MB, with its workers {all_mb:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -148,8 +148,7 @@ class Corpus:
             case "skip":
                 return Record("", position, "invalid_utf8_skipped")
         raise DataError(
-            "not valid UTF-8. To go on, set corpus.on_invalid_utf8=replace or skip; "
-            "the manifest counts such records"
+            "not valid UTF-8. To go on, set corpus.on_invalid_utf8=replace or skip; the manifest counts such records"
         )
 
     def _title(self, file: int) -> str:
@@ -178,9 +177,7 @@ def _expand(config: CorpusConfig) -> list[Path]:
         files |= dict.fromkeys(found)
     for file in files:
         if not (config.format or format_of(file)):
-            raise DataError(
-                f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}"
-            )
+            raise DataError(f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}")
         check_compression(file)
     return list(files)
 

@@ -77,9 +77,7 @@ def _start_worker(tokenizer: str, validation_fraction: float) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def end_with_parent() -> (
-        None
-    ):  # a killed parent cannot tell its workers, which would wait for work for ever
+    def end_with_parent() -> None:  # a killed parent cannot tell its workers, which would wait for work for ever
         parent.join()
         os._exit(1)
 
@@ -129,9 +127,7 @@ class EncoderPool:
         waiting: deque[tuple[list[Record], Future[Encoded]]] = deque()
         try:
             for batch in batches(records):
-                waiting.append(
-                    (batch, self._pool.submit(_encode_in_worker, [record.text for record in batch]))
-                )
+                waiting.append((batch, self._pool.submit(_encode_in_worker, [record.text for record in batch])))
                 if len(waiting) >= self._under_way:
                     done, future = waiting.popleft()
                     yield done, future.result()

@@ -1,7 +1,7 @@
 """What is the user's to mend, told so that they can.
 
-    with naming_folder("output", folder):
-        ...                        # a full disk becomes a DataError that says which folder and option
+with naming_folder("output", folder):
+    ...                        # a full disk becomes a DataError that says which folder and option
 """
 
 import errno
@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs.console import UserError
 from data_prep.files import TEMPORARY_PREFIX
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The user's data, option or folder is at fault; the message says which one and what would be right."""
 
 
@@ -34,7 +35,5 @@ def naming_folder(option: str, folder: Path) -> Iterator[None]:
                 "or choose a folder on another disk"
             ) from error
         if error.errno in REFUSED:
-            raise DataError(
-                f"{option}={folder}: cannot write there ({error.strerror}: {error.filename})"
-            ) from error
+            raise DataError(f"{option}={folder}: cannot write there ({error.strerror}: {error.filename})") from error
         raise

@@ -1,7 +1,7 @@
 """Files that are whole or absent: written under a temporary name, made durable, then renamed.
 
-    with writing(path) as temporary:
-        temporary.write_text("...")          # killed here: no file called `path`
+with writing(path) as temporary:
+    temporary.write_text("...")          # killed here: no file called `path`
 """
 
 import hashlib

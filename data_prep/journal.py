@@ -1,9 +1,9 @@
 """What a tokenization has finished so far: progress.json in its folder, until manifest.json replaces it.
 
-    journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
-    corpus.records(journal.position)
-    journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
-    journal.close()
+journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
+corpus.records(journal.position)
+journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
+journal.close()
 """
 
 import json
@@ -71,9 +71,7 @@ class Journal:
         journal._save()
         return journal
 
-    def add_group(
-        self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray
-    ) -> None:
+    def add_group(self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray) -> None:
         """Record a finished group: published shards, the place behind it, records by fate, tokens."""
         self.shards += shards
         self.position = position
@@ -110,9 +108,7 @@ def refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, An
     was, is_now = dict(_flat(there)), dict(_flat(now))
     different = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
     if different:
-        changes = "; ".join(
-            f"{key} was {was.get(key)!r}, is now {is_now.get(key)!r}" for key in different[:5]
-        )
+        changes = "; ".join(f"{key} was {was.get(key)!r}, is now {is_now.get(key)!r}" for key in different[:5])
         raise DataError(
             f"output={folder}: holds shards of another corpus, tokenizer or setting ({changes}). "
             "Choose another folder, or remove this one"

@@ -25,7 +25,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data_prep.console import reporting_errors, typed
+from configs.console import reporting_errors, typed
 from data_prep.errors import DataError
 from data_prep.files import sha256_of, writing
 

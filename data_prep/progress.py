@@ -1,8 +1,8 @@
 """How far a tokenization is: tokens, share of the corpus, rate, time left.
 
-    progress = Progress(corpus, every_seconds=5)
-    progress.add(records, tokens=12345)
-    progress.close()
+progress = Progress(corpus, every_seconds=5)
+progress.add(records, tokens=12345)
+progress.close()
 """
 
 import sys
@@ -53,9 +53,7 @@ class Progress:
     def _print(self) -> None:
         self._printed = time.monotonic()
         seconds = max(self._printed - self._begin, 1e-9)
-        line = (
-            f"{self._corpus.name}: {self._tokens / 1e6:.1f}M tokens, {self._tokens / seconds:,.0f} tokens/s"
-        )
+        line = f"{self._corpus.name}: {self._tokens / 1e6:.1f}M tokens, {self._tokens / seconds:,.0f} tokens/s"
         if (gained := self.share() - self._share_at_begin) > 0:
             left = int((1 - self.share()) * seconds / gained)
             line += f", {self.share():.0%}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -51,9 +51,7 @@ def check_compression(path: Path) -> None:
     suffix = path.suffix[1:]
     if suffix in COMPRESSIONS and suffix not in compressions:
         package = {"zst": "zstandard", "lz4": "lz4"}[suffix]
-        raise DataError(
-            f"{path}: reading .{suffix} files needs the Python package {package}: pip install {package}"
-        )
+        raise DataError(f"{path}: reading .{suffix} files needs the Python package {package}: pip install {package}")
 
 
 def read_file(path: Path, format: str, field: str, sample_by: str = "paragraph") -> Iterator[Any]:

@@ -25,7 +25,7 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data_prep.console import reporting_errors, typed
+from configs.console import reporting_errors, typed
 from data_prep.corpora import Corpus, CorpusConfig, Position
 from data_prep.encoding import EncoderPool
 from data_prep.errors import DataError, naming_folder
@@ -104,9 +104,7 @@ class Group:
         journal.add_group(shards, position, self.fates, unigrams)
 
 
-def write_groups(
-    config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, pool: EncoderPool, journal: Journal
-) -> None:
+def write_groups(config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, pool: EncoderPool, journal: Journal) -> None:
     """Write every group from the journal's position to the end of the corpus.
 
     A thread makes a full group durable while the next one fills, so that the workers need not wait for the
@@ -120,9 +118,7 @@ def write_groups(
     with ThreadPoolExecutor(1) as thread:
         finishing: Future[None] | None = None
         for records, encoded in pool.encode(corpus.records(position)):
-            for record, tokens, validation in zip(
-                records, encoded.documents(), encoded.validation, strict=True
-            ):
+            for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
                 position = record.next
                 group.fates[record.fate] += 1
                 group.records += 1
@@ -150,8 +146,7 @@ def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manif
     if not journal.unigrams.any():
         fates = ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items()))
         raise DataError(
-            f"{name}: no document for training (records: {fates or 'no record at all'}). "
-            "The corpus is empty or too small"
+            f"{name}: no document for training (records: {fates or 'no record at all'}). The corpus is empty or too small"
         )
     manifest = Manifest(
         folder=journal.folder,

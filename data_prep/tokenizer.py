@@ -1,9 +1,9 @@
 """Tokenizers: train a sentencepiece model, load that one or any other.
 
-    mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
-    tokenizer = load_tokenizer("data/demo/tokenizer")   # or a .model file, or a Hugging Face tokenizer folder
-    tokens = tokenizer.encode(["Hello, world."])        # [[271, 119, ...]], no special tokens added
-    tokenizer.decode(tokens[0])                         # "Hello, world."
+mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
+tokenizer = load_tokenizer("data/demo/tokenizer")   # or a .model file, or a Hugging Face tokenizer folder
+tokens = tokenizer.encode(["Hello, world."])        # [[271, 119, ...]], no special tokens added
+tokenizer.decode(tokens[0])                         # "Hello, world."
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data_prep.console import reporting_errors, typed
+from configs.console import reporting_errors, typed
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from data_prep.files import sha256_of
@@ -68,9 +68,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._model.eos_id()
         if self.eod_id < 0:
-            raise DataError(
-                f"{path}: has no end-of-sentence piece to end documents with; train it with an eos_id"
-            )
+            raise DataError(f"{path}: has no end-of-sentence piece to end documents with; train it with an eos_id")
         self.sha256 = sha256_of(path)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -99,9 +97,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({error})") from error
         self.vocab_size = len(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
-            raise DataError(
-                f"{folder}: has no eos_token to end documents with; name it in tokenizer_config.json"
-            )
+            raise DataError(f"{folder}: has no eos_token to end documents with; name it in tokenizer_config.json")
         self.eod_id = self._tokenizer.eos_token_id
         self._folder = folder
         self.sha256 = hashlib.sha256("".join(map(sha256_of, self._files())).encode()).hexdigest()
@@ -149,9 +145,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.exists():
-        raise DataError(
-            f"tokenizer={path}: no such file or folder. Train one with mone-tokenizer output={path}"
-        )
+        raise DataError(f"tokenizer={path}: no such file or folder. Train one with mone-tokenizer output={path}")
     if path.is_file():
         return SentencePieceTokenizer(path)
     if any((path / name).is_file() for name in HUGGING_FACE_FILES):

@@ -1,7 +1,7 @@
 """Training a sentencepiece model on a sample of a corpus, the same bytes on every run.
 
-    report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
-    # tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
+report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
+# tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Is a folder of token shards what mone-tokenize wrote?
 
-    mone-verify path=data/demo/shards/wikipedia
-    for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
+mone-verify path=data/demo/shards/wikipedia
+for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
 """
 
 import glob
@@ -16,7 +16,7 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data_prep.console import reporting_errors, typed
+from configs.console import reporting_errors, typed
 from data_prep.errors import DataError
 from data_prep.files import sha256_of
 from data_prep.shards import Manifest, Shard, count_tokens, entropy, load_manifest, megatron_indexed_dataset
@@ -78,9 +78,7 @@ def file_damages(manifest: Manifest, shard: Shard) -> Iterator[str]:
             yield f"{file}: altered (sha256 {sha256_of(path)}, the manifest says {sha256})"
 
 
-def content_damages(
-    manifest: Manifest, shard: Shard, tokenizer: Tokenizer | None, decode_documents: int
-) -> Iterator[str]:
+def content_damages(manifest: Manifest, shard: Shard, tokenizer: Tokenizer | None, decode_documents: int) -> Iterator[str]:
     """Counts, ends of document and decoded text of a shard whose files are intact."""
     dataset = megatron_indexed_dataset().IndexedDataset(str(manifest.folder / shard.name))
     lengths = np.asarray(dataset.sequence_lengths, np.int64)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from configs.console import UserError, reporting_errors
 from data_prep.shards import Manifest
 from train.checkpoint import Checkpoint, find_newest
 from train.config import RunConfig, describe, load_config, validate
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="pretrain")
+@reporting_errors
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -37,9 +39,7 @@ def main(hydra_config: DictConfig) -> None:
         if rank == 0:
             write_run_folder(config)
     except ValueError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        raise UserError(str(error)) from error
     run(config, manifests, checkpoint)
 
 

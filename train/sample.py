@@ -14,7 +14,7 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from data_prep.console import reporting_errors, typed
+from configs.console import UserError, reporting_errors, typed
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from train.config import RunConfig
@@ -66,10 +66,10 @@ def main(hydra_config: DictConfig) -> None:
 
 
 def load_run_config(folder: Path) -> RunConfig:
-    """The configuration that a run noted in its folder, laid out for one process; ValueError if there is none."""
+    """The configuration that a run noted in its folder, laid out for one process; UserError if there is none."""
     path = folder / "config.yaml"
     if not path.exists():
-        raise ValueError(f"run={folder}: no config.yaml there; give the folder of a run, e.g. run=runs/demo")
+        raise UserError(f"run={folder}: no config.yaml there; give the folder of a run, e.g. run=runs/demo")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     assert isinstance(config, RunConfig)
     config.parallel = type(config.parallel)()
@@ -77,7 +77,7 @@ def load_run_config(folder: Path) -> RunConfig:
 
 
 def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> "GPTModel":
-    """The whole model on this one process with the weights of a checkpoint; ValueError if there is no such."""
+    """The whole model on this one process with the weights of a checkpoint; UserError if there is no such."""
     from megatron.core import dist_checkpointing
 
     from mone_model.gpt import build_gpt
@@ -85,7 +85,7 @@ def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> "GPTMo
 
     found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(checkpoints)}
     if not found or (step is not None and step not in found):
-        raise ValueError(f"step={step}: {checkpoints} holds checkpoints of steps {sorted(found) or 'none'}")
+        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {sorted(found) or 'none'}")
     checkpoint = found[max(found) if step is None else step]
     model = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
     state = {"model0": model.sharded_state_dict()}
@@ -102,7 +102,7 @@ def continue_text(
     tokens: list[int] = tokenizer.encode([prompt])[0]
     start = len(tokens)
     if start == 0:
-        raise ValueError("prompts: one is empty")
+        raise UserError("prompts: one is empty")
     window = model.max_sequence_length
     while len(tokens) - start < options.max_new_tokens:
         context_BS = torch.tensor([tokens[-window:]], device=device)

@@ -37,16 +37,12 @@ def option_names(kind: type[Any], prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(("main", "kind"), COMMANDS)
-def test_help_explains_every_option(
-    command: Callable[..., Any], main: Callable[[], None], kind: type[Any]
-) -> None:
+def test_help_explains_every_option(command: Callable[..., Any], main: Callable[[], None], kind: type[Any]) -> None:
     code, out, _ = command(main, "--help")
     assert not code
     lines = out.splitlines()
     for name in option_names(kind):
-        (at,) = [
-            n for n, line in enumerate(lines) if line.startswith((f"  {name}=", f"  {name}  (required)"))
-        ]
+        (at,) = [n for n, line in enumerate(lines) if line.startswith((f"  {name}=", f"  {name}  (required)"))]
         assert len(lines[at + 1].split()) > 2
     assert "Example:" in out
 

@@ -118,9 +118,7 @@ def test_reading_can_start_behind_any_record(
     corpus = Corpus(CorpusConfig(path=str(folder), on_invalid_utf8="skip"))
     records = list(corpus.records())
     assert len(records) == len(texts)
-    assert [r.text for r in records] == [
-        t if t and not t.isspace() and INVALID not in t else "" for t in texts
-    ]
+    assert [r.text for r in records] == [t if t and not t.isspace() and INVALID not in t else "" for t in texts]
     for index, record in enumerate(records):
         assert list(corpus.records(start=record.next)) == records[index + 1 :]
 

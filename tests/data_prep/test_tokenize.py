@@ -152,9 +152,7 @@ def test_a_folder_of_another_corpus_is_refused(
         (tmp_path / "other.model").write_bytes(model + b"\x0a\x05\x0a\x03abc")  # one more piece
         changes = {"tokenizer": str(tmp_path / "other.model")}
     before = contents(Path(options().output))
-    with pytest.raises(
-        DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"
-    ):
+    with pytest.raises(DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"):
         tokenize(options(corpus, **changes))
     assert contents(Path(options().output)) == before
 
@@ -198,9 +196,7 @@ def stop_before_rename(config: TokenizeConfig, number: int) -> None:
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("rename", range(1, 12))
-def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(
-    options: Options, tmp_path: Path, rename: int
-) -> None:
+def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Options, tmp_path: Path, rename: int) -> None:
     tokenize(options(output=str(tmp_path / "undisturbed")))
     stop_before_rename(options(), rename)
     assert not (tmp_path / "shards" / "manifest.json").exists()
@@ -237,9 +233,7 @@ def test_a_damaged_shard_is_not_continued(options: Options) -> None:
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_a_full_disk_keeps_finished_shards(
-    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_keeps_finished_shards(options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenize(options(output=str(tmp_path / "undisturbed")))
     fsync = os.fsync
     calls = 0
@@ -287,9 +281,7 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
 @pytest.mark.parametrize("texts", [[], ["", "  \n"]])
 def test_an_empty_corpus(options: Options, tmp_path: Path, documents: list[str], texts: list[str]) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", texts)
-    with pytest.raises(
-        DataError, match=r"empty: no document for training \(records: (no record at all|2 empty)\)"
-    ):
+    with pytest.raises(DataError, match=r"empty: no document for training \(records: (no record at all|2 empty)\)"):
         tokenize(options({"path": str(empty)}))
     tokenize(options())  # nothing stands in the way of the right corpus
 
@@ -319,9 +311,7 @@ def test_options_that_cannot_be(options: Options, changes: dict[str, Any], messa
 
 
 def test_folders_that_are_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"
-    ):
+    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"):
         load_manifest("nowhere")
     with pytest.raises(DataError, match="no manifest.json, so tokenization never finished here"):
         load_manifest(tmp_path)

@@ -25,9 +25,7 @@ def train(corpus_file: Path, output: Path, **options: Any) -> dict[str, Any]:
 def test_training_twice_gives_the_same_bytes(corpus_file: Path, tmp_path: Path, model_type: str) -> None:
     options: dict[str, Any] = {"vocab_size": 500, "model_type": model_type, "sample_bytes": 20_000}
     reports = [train(corpus_file, tmp_path / name, **options) for name in ("a", "b")]
-    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (
-        tmp_path / "b" / "tokenizer.model"
-    ).read_bytes()
+    assert (tmp_path / "a" / "tokenizer.model").read_bytes() == (tmp_path / "b" / "tokenizer.model").read_bytes()
     assert reports[0] == reports[1]
     assert train(corpus_file, tmp_path / "c", **options, seed=1)["sha256"] != reports[0]["sha256"]
 
@@ -73,9 +71,7 @@ def test_a_vocabulary_too_large_for_the_corpus(corpus_file: Path, tmp_path: Path
         ({"sample_bytes": 5}, "no document to train on.*sample_bytes=5"),
     ],
 )
-def test_training_options_that_cannot_be(
-    corpus_file: Path, tmp_path: Path, options: dict[str, Any], message: str
-) -> None:
+def test_training_options_that_cannot_be(corpus_file: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         train(corpus_file, tmp_path, **options)
 
@@ -100,17 +96,13 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path, hugging_fa
 
 
 # U+2581 is how sentencepiece writes a space, so it comes back as one
-@given(
-    texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5)
-)
+@given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")), max_size=5))
 @settings(max_examples=100, deadline=None)
 def test_round_trip(tokenizer: Tokenizer, texts: list[str]) -> None:
     encoded = tokenizer.encode(texts)
     assert [tokenizer.decode(ids) for ids in encoded] == texts
     assert all(0 <= token < tokenizer.vocab_size for ids in encoded for token in ids)
-    assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == [
-        [*ids, tokenizer.eod_id] for ids in encoded
-    ]
+    assert [ids.tolist() for ids in tokenizer.encode_documents(texts)] == [[*ids, tokenizer.eod_id] for ids in encoded]
     assert [ids.tolist() for ids in encode_batch(tokenizer, texts, 0.5).documents()] == [
         [*ids, tokenizer.eod_id] if text else [] for text, ids in zip(texts, encoded, strict=True)
     ]
@@ -135,9 +127,7 @@ def test_a_copy_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> N
 
 
 def test_a_model_file_by_itself(tokenizer_folder: Path) -> None:
-    assert (
-        load_tokenizer(tokenizer_folder / "tokenizer.model").sha256 == load_tokenizer(tokenizer_folder).sha256
-    )
+    assert load_tokenizer(tokenizer_folder / "tokenizer.model").sha256 == load_tokenizer(tokenizer_folder).sha256
 
 
 def test_weights_beside_a_tokenizer_are_no_part_of_it(hugging_face_folder: Path, tmp_path: Path) -> None:

@@ -131,9 +131,7 @@ def test_intact_folders_are_reported(
     assert all(line.endswith("are intact") for line in out.splitlines())
 
 
-def test_one_damaged_folder_of_two_is_enough(
-    folder: Path, command: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_one_damaged_folder_of_two_is_enough(folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "copy").symlink_to(folder)
     flip_byte(folder / "train-00000.bin", 0)
     code, out, _ = command(verify.main, f"path=[{folder},{tmp_path / 'copy'}]")

@@ -5,13 +5,14 @@
     def main(config: DictConfig) -> None:
         options = typed(config, VerifyConfig)
 
-A configuration file shows its options in --help with ${data_prep_options:data_prep.verify.VerifyConfig}.
+A configuration file shows its options in --help with ${options_help:data_prep.verify.VerifyConfig}.
 """
 
 import ast
 import functools
 import importlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
@@ -20,40 +21,46 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.errors import DataError
-
 Options = TypeVar("Options")
+
+
+class UserError(ValueError):
+    """An option, or data or a folder it names, is at fault; the message says which one and what would be right."""
+
 
 EXAMPLES = {
     "corpus.path": "'corpus.path=data/demo/text/*.jsonl'",
     "tokenizer": "tokenizer=data/demo/tokenizer",
     "path": "path=data/demo/shards/wikipedia",
     "output": "output=data/demo/out",
+    "run": "run=runs/demo",
 }
 
 
 def typed(config: DictConfig, kind: type[Options]) -> Options:
     """`config` as an instance of the dataclass that describes it.
 
-    Raises DataError that names every mandatory option left out and shows how to give it.
+    Raises UserError that names every mandatory option left out and shows how to give it.
     """
     if missing := sorted(OmegaConf.missing_keys(config)):
         how = " ".join(EXAMPLES.get(option, f"{option}=VALUE") for option in missing)
-        raise DataError(f"missing {', '.join(missing)}: give it on the command line, like {how} (see --help)")
+        raise UserError(f"missing {', '.join(missing)}: give it on the command line, like {how} (see --help)")
     options = OmegaConf.to_object(config)
     assert isinstance(options, kind)
     return options
 
 
 def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Turn a DataError into `error: <message>` on stderr and exit code 2; others are our mistakes."""
+    """Turn a UserError into `error: <message>` on stderr and exit code 2; others are our mistakes."""
 
     @functools.wraps(main)
     def run(config: DictConfig) -> None:
         try:
             main(config)
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
+        except UserError as error:
+            # Every process of a distributed job finds the same; one says it.
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
@@ -65,7 +72,8 @@ def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig
 def options_help(name: str) -> str:
     """One paragraph per option of the dataclass with the dotted `name`: option=default and its docstring."""
     module, _, kind = name.rpartition(".")
-    return "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), ""))
+    text = "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), ""))
+    return text.replace("$", "$$")  # Hydra's help is a string.Template
 
 
 def _paragraphs(kind: type[Any], prefix: str) -> list[str]:
@@ -74,22 +82,19 @@ def _paragraphs(kind: type[Any], prefix: str) -> list[str]:
     docs = {
         node.target.id: ast.literal_eval(text.value)
         for node, text in zip(body.body, body.body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign)
-        and isinstance(node.target, ast.Name)
-        and isinstance(text, ast.Expr)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
     }
     paragraphs = []
     for field in fields(kind):
         if is_dataclass(field.type):
             paragraphs += _paragraphs(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
             continue
-        default = (
-            "" if field.default is NO_DEFAULT else "null" if field.default is None else str(field.default)
-        )
+        value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
+        default = "null" if value is None else str(value)
         text = "\n".join(f"      {line.strip()}" for line in docs[field.name].splitlines())
         required = "  (required)" if default == "???" else ""
         paragraphs.append(f"  {prefix}{field.name}{required or '=' + default}\n{text}")
     return paragraphs
 
 
-OmegaConf.register_new_resolver("data_prep_options", options_help, replace=True)
+OmegaConf.register_new_resolver("options_help", options_help, replace=True)
