@@ -15,11 +15,15 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture(scope="session")
 def one_process() -> Iterator[None]:
     """Megatron-Core's groups over this process alone."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
     from mone_model.config import ParallelConfig
     from train.runtime import distributed
 
     with distributed(ParallelConfig(), seed=1, timeout_minutes=1):
         torch.set_num_threads(1)  # the models are tiny
+        # The pipeline schedules want this shape; a bare backward before the first of them would choose another.
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
         yield
 
 

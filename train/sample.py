@@ -62,7 +62,7 @@ def main(hydra_config: DictConfig) -> None:
         model = load_model(run, Path(options.run) / "checkpoints", options.step)
         for prompt in options.prompts:
             text = continue_text(model, tokenizer, prompt, options, generator)
-            print(f"{prompt} ...\n    {text}\n", flush=True)
+            print(f"{prompt} ...{text}\n", flush=True)
 
 
 def load_run_config(folder: Path) -> RunConfig:
@@ -118,7 +118,8 @@ def continue_text(
         if token == tokenizer.eod_id:
             break
         tokens.append(token)
-    return tokenizer.decode(tokens[start:])
+    # Decoded as a whole: a continuation on its own would lose the space it begins with.
+    return tokenizer.decode(tokens)[len(tokenizer.decode(tokens[:start])) :]
 
 
 if __name__ == "__main__":

@@ -34,18 +34,17 @@ def test_raw_text_becomes_a_model_that_writes(
     options += ["model.shared_expert_ffn_hidden_size=64", "model.num_attention_heads=2", "data.blend=[{path: shards}]"]
     options += ["run.name=words", "training.global_batch_size=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2"]
     options += ["parallel.expert=2", "logging.wandb_mode=disabled"]
-    trained = run("train.pretrain", *options, "training.steps=25", processes=2)
+    trained = run("train.pretrain", *options, "training.steps=80", processes=2)
     assert "complete" in trained
 
     # The layout is no part of the checkpoint: one process continues what two began.
-    continued = run("train.pretrain", *options, "training.steps=30", "parallel.expert=1")
-    assert "resumed from runs/words/checkpoints/step-00000025" in continued
+    continued = run("train.pretrain", *options, "training.steps=90", "parallel.expert=1")
+    assert "resumed from runs/words/checkpoints/step-00000080" in continued
     records = [json.loads(line) for line in (tmp_path / "runs/words/metrics.jsonl").read_text().splitlines()]
     losses = {record["step"]: record["train/loss"] for record in records if "train/loss" in record}
-    assert losses[30] < losses[10] - 0.1
+    assert losses[90] < losses[10] - 0.3
 
     sampled = run("train.sample", "run=runs/words", 'prompts=["the river"]', "max_new_tokens=12", "temperature=0")
     written = sampled.split("...")[1].replace(".", " ").split()
     assert len(written) >= 3
-    # The last word may be cut short.
-    assert set(written[:-1]) <= set(WORDS)
+    assert sum(word in WORDS for word in written) > len(written) / 2

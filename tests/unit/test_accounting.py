@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import configs
 from mone_model.accounting import count_flops, count_parameters, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import build_gpt
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -111,6 +113,17 @@ def test_model_configs_build_at_their_size(name: str, total: float | None, ratio
     if total is not None:
         assert counted.total == pytest.approx(total, rel=0.005)
         assert model.shared_expert_ffn_hidden_size > 0
+
+
+def test_the_readme_tells_the_sizes() -> None:
+    rows = re.findall(r"\| `(mone_\w+)` \| (\d+) \| (.*) \|", (ROOT / "README.md").read_text())
+    assert len(rows) == 4
+    for name, vocabulary, cells in rows:
+        model = model_config(name)
+        model.vocab_size = int(vocabulary)
+        counted = count_parameters(model)
+        sizes = [f"{counted.total / 1e6:.1f}M", f"{counted.active / 1e6:.1f}M"]
+        assert cells.split(" | ") == [*sizes, f"{model.activation_ratio:g}", f"{counted.active_expert_params:.1%}"]
 
 
 def test_memory_of_weights_and_optimizer_is_counted_on_a_real_rank() -> None:
