@@ -110,6 +110,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple", "num_experts"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
+        for name in ("num_query_groups", "kv_channels", "vocab_size"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"model.{name}", value, "must be null or at least 1")
+        for name in ("rotary_base", "norm_epsilon", "init_std", "expert_bias_update_rate"):
+            check(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
+        for name in ("router_scaling_factor", "expert_capacity_factor"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"model.{name}", value, "must be null or positive")
         for name in ("hidden_size", "moe_ffn_hidden_size"):
             value = getattr(self, name)
             check(

@@ -4,6 +4,7 @@ model = build_gpt(ModelConfig(...), ParallelConfig(expert=2), ComputeConfig(), s
 logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
 """
 
+import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
@@ -33,9 +34,7 @@ def build_gpt(
     meta: build without memory, on the meta device, for counting.
     """
     config = transformer_config(model, parallel, compute)
-    # Megatron-Core's layers ask for the current device by name, whatever torch.device says.
-    device = torch.device("meta") if meta else torch.device(torch.cuda.current_device())
-    with device, mock.patch.object(torch.cuda, "current_device", return_value=device):
+    with _on_meta_device() if meta else contextlib.nullcontext():
         gpt = GPTModel(
             config=config,
             transformer_layer_spec=block_spec(model, compute, config, vp_stage),
@@ -52,6 +51,14 @@ def build_gpt(
         for layer, experts, _ in moe_layers(gpt):
             experts.reset_parameters(seed * 10_007 + layer)
     return gpt
+
+
+@contextlib.contextmanager
+def _on_meta_device() -> Iterator[None]:
+    device = torch.device("meta")
+    # Megatron-Core's layers ask for the current device by name, whatever torch.device says.
+    with device, mock.patch.object(torch.cuda, "current_device", return_value=device):
+        yield
 
 
 def moe_layers(model: torch.nn.Module) -> Iterator[tuple[int, NeuronExperts, Router]]:

@@ -1,7 +1,5 @@
 """Module specs: Megatron-Core's transformer with our experts and router, by local or Transformer Engine layers."""
 
-import importlib.util
-
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -26,14 +24,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def uses_transformer_engine(compute: ComputeConfig) -> bool:
-    """Whether `compute.transformer_impl` means Transformer Engine here; ValueError if it is asked for and missing."""
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if compute.transformer_impl == "transformer_engine" and not installed:
-        raise ValueError(
-            "compute.transformer_impl=transformer_engine: Transformer Engine is not installed; "
-            "pip install 'mone[gpu]', or take compute.transformer_impl=local"
-        )
-    return installed and compute.transformer_impl != "local" and torch.cuda.is_available()
+    """Whether `compute.transformer_impl` means Transformer Engine on this machine."""
+    usable = megatron_versions.has_transformer_engine() and torch.cuda.is_available()
+    return usable and compute.transformer_impl != "local"
 
 
 def block_spec(

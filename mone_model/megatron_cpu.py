@@ -197,12 +197,11 @@ def _complete_gloo() -> None:
 
 
 def _patch_megatron() -> None:
-    """Replace the four functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
+    """Replace the functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  warns of Apex at import
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
@@ -214,15 +213,3 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
-    if not hasattr(moe_utils, "te_general_gemm"):  # a NameError in 0.16.1 without Transformer Engine
-        moe_utils.te_general_gemm = None
-
-    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def set_states_except_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        # torch's AdamW keeps a step per parameter, which the sharded state does not hold.
-        group, order = self.model_param_group_index_map[model_param]
-        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        set_states(self, model_param, {**tensors, **({"step": state["step"]} if "step" in state else {})})
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_except_step

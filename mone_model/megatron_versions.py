@@ -1,10 +1,37 @@
-"""Where Megatron-Core 0.16.1 and 0.19 differ: the only place that knows."""
+"""The only place that knows where Megatron-Core 0.16.1 and 0.19 differ, and what 0.16.1 lacks without Transformer Engine."""
 
 import functools
+import importlib.util
 from typing import Any
 
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import ModuleSpec
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
+def repair_without_transformer_engine() -> None:
+    """Define a name that the router's gate needs, and let torch's AdamW load sharded state; on CPUs and GPUs alike."""
+    if has_transformer_engine():
+        return
+    if not hasattr(moe_utils, "te_general_gemm"):  # a NameError in 0.16.1
+        moe_utils.te_general_gemm = None
+
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states_except_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        # torch's AdamW keeps a step per parameter, which the sharded state does not hold.
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {**tensors, **({"step": state["step"]} if "step" in state else {})})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_except_step
 
 
 def moe_submodules(layer: ModuleSpec) -> MoESubmodules:

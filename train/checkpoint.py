@@ -39,7 +39,8 @@ def save_checkpoint(folder: Path, *, step: int, state: dict[str, Any], facts: di
     final, unfinished = folder / f"step-{step:08d}", folder / f".unfinished-step-{step:08d}"
     is_main = dist.get_rank() == 0
     if is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in folder.glob(".unfinished-*"):
+            shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
     dist.barrier()
     dist_checkpointing.save(state | {"random": _random_state()}, str(unfinished))
@@ -48,11 +49,12 @@ def save_checkpoint(folder: Path, *, step: int, state: dict[str, Any], facts: di
         facts = {"format": "mone-checkpoint-1", "step": step, "world_size": dist.get_world_size(), **facts}
         _write_durably(unfinished / MANIFEST, json.dumps(facts, indent=1))
         _flush(unfinished)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():
+            _delete(final)
         os.replace(unfinished, final)
         _flush(folder)
-        for old in list_checkpoints(folder)[: -max(1, keep_last)]:
-            shutil.rmtree(old.path, ignore_errors=True)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            _delete(old.path)
     dist.barrier()
 
 
@@ -70,18 +72,25 @@ def find_newest(folder: Path) -> Checkpoint | None:
     return max(list_checkpoints(folder), key=lambda checkpoint: checkpoint.step, default=None)
 
 
-def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any]) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, with_random_state: bool) -> dict[str, Any]:
     """Fill a sharded state and restore the random generators; a collective on every rank.
 
-    On another number of processes the generators keep their fresh seeds: each rank's own state has no successor there.
+    with_random_state: on the same layout only; elsewhere a rank's generators have no successor and keep their fresh seeds.
     """
-    same_world = checkpoint.facts["world_size"] == dist.get_world_size()
+    same_world = with_random_state and checkpoint.facts["world_size"] == dist.get_world_size()
     if same_world:
         state = state | {"random": _random_state()}
     loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint.path))
     if same_world:
         _restore_random_state(loaded.pop("random"))
     return loaded
+
+
+def _delete(path: Path) -> None:
+    """Take a checkpoint's name away before its content, so that none is ever half there under its name."""
+    doomed = path.with_name(f".unfinished-delete-{path.name}")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def _random_state() -> ShardedObject:

@@ -7,13 +7,17 @@
 Neither the world size nor the number of steps changes the order, so a run continues anywhere with the next sample.
 """
 
+import contextlib
 import hashlib
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.datasets import helpers
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -58,9 +62,13 @@ class RunData:
 
     train: Blend
     validation: dict[str, SourceEpochs]
-    """By name of the source, without those too small to hold one sequence."""
+    """By name of the source."""
+    unvalidated: list[str]
+    """Sources whose validation documents do not hold one sequence."""
+    identity: dict[str, Any]
+    """What the order depends on, to compare after a resume: see `order_identity`."""
     unigram_entropy: float
-    """Mean over the sources of the loss that knowing only the frequency of each token would give, in nats per token."""
+    """Mean over the validated sources of the loss that knowing only each token's frequency gives, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +100,47 @@ def load_manifests(config: RunConfig) -> list[Manifest]:
     return manifests
 
 
-def load_data(config: RunConfig, manifests: list[Manifest]) -> RunData:
-    """Build the sample order of the run, rank 0 first; a collective on every rank."""
-    samples = config.training.steps * config.training.global_batch_size
+def order_identity(config: RunConfig, manifests: list[Manifest]) -> dict[str, Any]:
+    """The options on which the order of samples depends, by name, comparable as JSON."""
+    return {
+        "run.seed": config.run.seed,
+        "data.blend": [
+            {"name": manifest.name, "weight": source.weight, "content": _content(manifest.of_split("train"))}
+            for source, manifest in zip(config.data.blend, manifests, strict=True)
+        ],
+    }
+
+
+def _content(shards: list[Shard]) -> str:
+    return hashlib.sha256("".join(shard.bin_sha256 for shard in shards).encode()).hexdigest()
+
+
+def load_data(config: RunConfig, manifests: list[Manifest], *, samples: int) -> RunData:
+    """Build the order of the run's samples, rank 0 first; a collective on every rank.
+
+    samples: that the run will have read at its end, those before a resume included.
+    """
+    with _rebuilt_unless_complete(Path(config.data.index_cache)):
+        return _load_data(config, manifests, samples)
+
+
+@contextlib.contextmanager
+def _rebuilt_unless_complete(cache: Path) -> Iterator[None]:
+    """Have Megatron-Core build anew a cache that it was killed in: to it, a file that exists is whole."""
+    complete = cache / "complete"
+    if dist.get_rank() == 0:
+        if not complete.exists():
+            shutil.rmtree(cache, ignore_errors=True)
+        complete.unlink(missing_ok=True)
+        cache.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    yield
+    dist.barrier()
+    if dist.get_rank() == 0:
+        complete.touch()
+
+
+def _load_data(config: RunConfig, manifests: list[Manifest], samples: int) -> RunData:
     weights = np.array(
         [
             source.weight if source.weight is not None else manifest.tokens("train")
@@ -110,23 +156,22 @@ def load_data(config: RunConfig, manifests: list[Manifest]) -> RunData:
         _load_source(config, manifest, "train", samples=int(count))
         for manifest, count in zip(manifests, counts, strict=True)
     ]
-    validation = {manifest.name: _load_source(config, manifest, "validation", samples=1) for manifest in manifests}
+    validated = [manifest for manifest in manifests if _usable_shards(manifest, "validation", config.model.seq_length)]
     return RunData(
-        Blend([source for source in sources if source is not None], source_of, index_in),
-        {name: source for name, source in validation.items() if source is not None},
-        sum(manifest.unigram_entropy for manifest in manifests) / len(manifests),
+        train=Blend(sources, source_of, index_in),
+        validation={manifest.name: _load_source(config, manifest, "validation", samples=1) for manifest in validated},
+        identity=order_identity(config, manifests),
+        unvalidated=[manifest.name for manifest in manifests if manifest not in validated],
+        unigram_entropy=sum(manifest.unigram_entropy for manifest in validated) / max(1, len(validated)),
     )
 
 
-def _load_source(config: RunConfig, manifest: Manifest, split: Split, *, samples: int) -> SourceEpochs | None:
-    """As many epochs of a source as hold `samples`; None if it is too small for a single sequence."""
+def _load_source(config: RunConfig, manifest: Manifest, split: Split, *, samples: int) -> SourceEpochs:
+    """As many epochs of a source as hold `samples`."""
     length = config.model.seq_length
     shards = _usable_shards(manifest, split, length)
     prefixes = [str(manifest.folder / shard.name) for shard in shards]
-    if not prefixes:
-        return None
-    content = hashlib.sha256("".join(shard.bin_sha256 for shard in shards).encode()).hexdigest()
-    tokenizer = _Tokenizer(manifest.vocab_size, manifest.eod_id, {"content": content})
+    tokenizer = _Tokenizer(manifest.vocab_size, manifest.eod_id, {"content": _content(shards)})
     epochs: list[Any] = []
     while not epochs or len(epochs) * len(epochs[0]) < samples:
         blend = (prefixes, None)
@@ -164,14 +209,17 @@ def micro_batches(
     data_rank: int,
     data_size: int,
     num_workers: int = 0,
+    multiple_of: int = 1,
 ) -> Iterator[Batch]:
     """This rank's micro-batches of samples [start, stop): each global micro-batch is data_size consecutive pieces.
 
-    A last, partial global micro-batch is filled with masked-out copies of sample `start`, so that every rank takes part.
+    multiple_of: as many micro-batches more as make their number a multiple of this, for interleaved pipelines.
+    What is beyond `stop` is filled with masked-out copies of sample `start`, so that every rank takes part.
     """
-    width = micro_batch_size * data_size
+    width = micro_batch_size * data_size * multiple_of
     rows = range(data_rank * micro_batch_size, (data_rank + 1) * micro_batch_size)
-    batches = [[first + row for row in rows] for first in range(start, stop, width)]
+    end = start + -(-(stop - start) // width) * width
+    batches = [[first + row for row in rows] for first in range(start, end, micro_batch_size * data_size)]
     loader: DataLoader[Batch] = DataLoader(
         _Padded(dataset, start, stop),
         batch_sampler=batches,

@@ -5,6 +5,7 @@ trainer.resume(find_newest(folder))
 trainer.train()
 """
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,11 @@ class Trainer:
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Continue from a checkpoint, or begin with None, and open the records."""
+        check_agreed(checkpoint, self.runtime.device)
         if checkpoint is not None:
-            self.engine.load_state(load_checkpoint(checkpoint, self.engine.sharded_state(loading=True)))
+            same_layout = checkpoint.facts["parallel"] == describe(self.config)["parallel"]
+            state = self.engine.sharded_state(loading=True)
+            self.engine.load_state(load_checkpoint(checkpoint, state, with_random_state=same_layout))
             self.step, self.samples = checkpoint.step, checkpoint.facts["samples"]
             self._say(f"resumed from {checkpoint.path} at step {self.step}")
         if self.runtime.is_main:
@@ -65,6 +69,7 @@ class Trainer:
             self.begin_records()
             result = self.engine.train_step(batches, micro_batches=config.micro_batches(self.runtime.world_size))
             self.samples += config.training.global_batch_size
+            stop_if_diverged(self.step, result)
             last = self.step == steps
             stopping = self.stop.agreed(self.runtime.device) or self.step == config.run.stop_at_step
             if self._due(config.logging.interval, last):
@@ -160,7 +165,14 @@ class Trainer:
         """Write a checkpoint."""
         wandb_id = [self.writer.wandb_id if self.writer is not None else None]
         dist.broadcast_object_list(wandb_id)
-        facts = {"samples": self.samples, "wandb_id": wandb_id[0], "model": describe(self.config)["model"]}
+        described = describe(self.config)
+        facts = {
+            "samples": self.samples,
+            "wandb_id": wandb_id[0],
+            "model": described["model"],
+            "parallel": described["parallel"],
+            "order": self.data.identity,
+        }
         save_checkpoint(
             self.checkpoints,
             step=self.step,
@@ -192,17 +204,18 @@ class Trainer:
         )
 
     def _validation_loss(self, source: SourceEpochs) -> float:
-        sequences = min(self.config.evaluation.sequences, len(source))
-        width = self.config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
-        batches = micro_batches(
-            source,
-            start=0,
-            stop=sequences,
-            micro_batch_size=self.config.training.micro_batch_size,
-            data_rank=parallel_state.get_data_parallel_rank(),
-            data_size=parallel_state.get_data_parallel_world_size(),
+        batches = list(
+            micro_batches(
+                source,
+                start=0,
+                stop=min(self.config.evaluation.sequences, len(source)),
+                micro_batch_size=self.config.training.micro_batch_size,
+                data_rank=parallel_state.get_data_parallel_rank(),
+                data_size=parallel_state.get_data_parallel_world_size(),
+                multiple_of=self.config.parallel.pipeline,
+            )
         )
-        return self.engine.evaluate(batches, micro_batches=-(-sequences // width))
+        return self.engine.evaluate(iter(batches), micro_batches=len(batches))
 
     def _records_by_layer(self) -> dict[int, list[LossRecord]]:
         return {layer: [experts.record, router.record] for layer, experts, router in self.layers}
@@ -250,6 +263,28 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.runtime.is_main:
             print(text, flush=True)
+
+
+def stop_if_diverged(step: int, result: StepResult) -> None:
+    """FloatingPointError for a loss or gradient that is not finite, the same on every rank: nothing of it is saved."""
+    if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+        raise FloatingPointError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}; the run stops here and its last checkpoint "
+            "is from before. Try a lower optimizer.lr or a longer optimizer.warmup_steps"
+        )
+
+
+def check_agreed(checkpoint: Checkpoint | None, device: torch.device) -> None:
+    """RuntimeError unless every rank found the same checkpoint; a collective on every rank."""
+    step = -1 if checkpoint is None else checkpoint.step
+    bounds = torch.tensor([step, -step], device=device)
+    dist.all_reduce(bounds, op=dist.ReduceOp.MAX)
+    newest, oldest = bounds[0].item(), -bounds[1].item()
+    if newest != oldest:
+        raise RuntimeError(
+            f"run.dir: rank {dist.get_rank()} sees a checkpoint of step {step}, others of steps {oldest} to {newest} "
+            "(-1: none); run.dir must be on a file system that all nodes share"
+        )
 
 
 def auxiliary_loss_names(config: RunConfig) -> list[str]:

@@ -9,8 +9,10 @@ A missing W&B server or login never stops a run: it goes on offline, and the JSO
 """
 
 import json
+import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,29 +42,31 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one record."""
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        # JSON has no word for what is undefined, such as the overlap among fewer than two experts.
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
         self.file.flush()
-        self._to_wandb(values, step)
+        self._to_wandb(step, lambda wandb: values)
 
     def write_figure(self, step: int, name: str, path: Path) -> None:
         """Show an image file in W&B; it already lies in the run folder."""
-        if self.wandb is not None:
-            import wandb
-
-            self._to_wandb({f"figure/{name}": wandb.Image(str(path))}, step)
+        self._to_wandb(step, lambda wandb: {f"figure/{name}": wandb.Image(str(path))})
 
     def write_histograms(self, step: int, values: dict[str, torch.Tensor]) -> None:
         """Show distributions in W&B."""
-        if self.wandb is not None:
-            import wandb
+        self._to_wandb(
+            step,
+            lambda wandb: {name: wandb.Histogram(tensor.flatten().numpy()) for name, tensor in values.items()},
+        )
 
-            self._to_wandb({name: wandb.Histogram(tensor.flatten().numpy()) for name, tensor in values.items()}, step)
-
-    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
+    def _to_wandb(self, step: int, make: Callable[[Any], dict[str, Any]]) -> None:
+        """Log what `make` makes of the wandb module."""
         if self.wandb is None:
             return
         try:
-            self.wandb.log(values, step=step)
+            import wandb
+
+            self.wandb.log(make(wandb), step=step)
         except Exception as error:  # whatever W&B raises, training is worth more
             print(f"W&B stopped taking records ({error}); the run goes on with {self.path}", flush=True)
             self.wandb = None
@@ -71,7 +75,10 @@ class MetricsWriter:
         """Finish the files."""
         self.file.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            try:
+                self.wandb.finish()
+            except Exception as error:  # the run is complete without it
+                print(f"W&B did not finish ({error})", flush=True)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -91,6 +98,10 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
     if mode == "disabled":
         return None
     import wandb
+
+    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): the run goes on offline", flush=True)
+        mode = "offline"
 
     def start(mode: str) -> Any:
         return wandb.init(

@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from configs.console import UserError, reporting_errors
 from data_prep.shards import Manifest
 from train.checkpoint import Checkpoint, find_newest
 from train.config import RunConfig, describe, load_config, validate
-from train.data import load_data, load_manifests
+from train.data import load_data, load_manifests, order_identity
 from train.metrics import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ def prepare(hydra_config: DictConfig, world_size: int) -> tuple[RunConfig, list[
     elif config.model.vocab_size < manifests[0].vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
     folder = Path(config.run.dir)
-    if config.resume == "never" and (folder / METRICS_FILE).exists():
-        raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
     checkpoint = find_newest(folder / "checkpoints")
+    if config.resume == "never" and (checkpoint is not None or (folder / METRICS_FILE).exists()):
+        raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
     if checkpoint is not None:
-        check_continues(config, checkpoint)
+        check_continues(config, manifests, checkpoint)
     return config, manifests, checkpoint
 
 
@@ -74,24 +75,27 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | N
     with distributed(config.parallel, seed=config.run.seed, timeout_minutes=timeout) as runtime:
         if runtime.is_main:
             print(describe_run(config, runtime.world_size), flush=True)
-        trainer = Trainer(config, runtime, MegatronEngine(config, runtime), load_data(config, manifests))
+        step, read = (checkpoint.step, checkpoint.facts["samples"]) if checkpoint is not None else (0, 0)
+        samples = read + (config.training.steps - step) * config.training.global_batch_size
+        data = load_data(config, manifests, samples=samples)
+        if runtime.is_main and data.unvalidated:
+            print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
+        trainer = Trainer(config, runtime, MegatronEngine(config, runtime), data)
         trainer.resume(checkpoint)
         complete = trainer.train()
         if runtime.is_main:
             print(describe_end(trainer, complete), flush=True)
 
 
-def check_continues(config: RunConfig, checkpoint: Checkpoint) -> None:
-    """ValueError if this config cannot go on from the checkpoint: another model, or fewer steps than it has behind it."""
-    saved = checkpoint.facts["model"]
-    changed = [
-        f"model.{name}={value} (saved: {saved.get(name)})"
-        for name, value in describe(config)["model"].items()
-        if saved.get(name) != value
-    ]
+def check_continues(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> None:
+    """ValueError if this config cannot go on from the checkpoint: another model, order of data, or fewer steps."""
+    facts = checkpoint.facts
+    saved = {f"model.{name}": value for name, value in facts["model"].items()} | facts["order"]
+    ours = {f"model.{name}": value for name, value in describe(config)["model"].items()} | order_identity(config, manifests)
+    changed = [f"{name}={value} (saved: {saved.get(name)})" for name, value in ours.items() if saved.get(name) != value]
     if changed:
         raise ValueError(
-            f"{checkpoint.path} holds another model: {', '.join(changed)}; restore these options, or give another run.dir"
+            f"{checkpoint.path} is of another run: {', '.join(changed)}; restore these options, or give another run.dir"
         )
     if checkpoint.step > config.training.steps:
         raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
@@ -122,11 +126,9 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True)
     return {
         "command": sys.orig_argv,
-        "commit": git.stdout.strip() or None,
+        "commit": commit(),
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
@@ -136,13 +138,29 @@ def environment() -> dict[str, Any]:
     }
 
 
+def commit() -> str | None:
+    """The commit of this checkout, with -dirty if it was changed; None where this is no checkout or there is no git."""
+    checkout = Path(__file__).parent.parent
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "-C", str(checkout), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return git.stdout.strip() or None
+
+
 def describe_run(config: RunConfig, world_size: int) -> str:
-    """What is about to run, in four lines."""
-    from mone_model.accounting import count_flops, count_parameters
+    """What is about to run, in a few lines."""
+    from mone_model.accounting import count_flops, count_parameters, estimate_memory
 
     model, parallel, training = config.model, config.parallel, config.training
     parameters, flops = count_parameters(model), count_flops(model)
     tokens = training.steps * training.global_batch_size * model.seq_length
+    memory = estimate_memory(
+        model,
+        parallel,
+        config.compute,
+        micro_batch_size=training.micro_batch_size,
+        data_parallel_size=config.data_parallel_size(world_size),
+    )
     return "\n".join(
         [
             f"model     {parameters.total / 1e6:.1f}M parameters, {parameters.active / 1e6:.1f}M active; "
@@ -152,6 +170,9 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
             f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
             f"{config.micro_batches(world_size)} micro-batches a step",
+            f"memory    about {memory.total / 2**30:.2f} GiB a rank: weights {memory.weights / 2**30:.2f}, gradients "
+            f"{memory.gradients / 2**30:.2f}, optimizer {memory.optimizer / 2**30:.2f}, "
+            f"activations {memory.activations / 2**30:.2f}",
             f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens "
             f"= {tokens / 1e6:.2f}M tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
         ]

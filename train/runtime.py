@@ -34,11 +34,6 @@ class Runtime:
         return self.rank == 0
 
 
-def world_size_from_environment() -> int:
-    """Processes of the job, as torchrun or Slurm's launcher says; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextlib.contextmanager
 def distributed(parallel: ParallelConfig, *, seed: int, timeout_minutes: int) -> Iterator[Runtime]:
     """Join the job's processes (NCCL on GPUs, else gloo), build the parallel groups, seed, and leave at the end.

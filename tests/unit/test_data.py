@@ -30,7 +30,7 @@ def load(
         SourceConfig(path=str(folder / name), weight=weight) for name, weight in zip("ab", weights, strict=True)
     ]
     config.data.index_cache = str(folder / "cache")
-    return load_data(config, load_manifests(config))
+    return load_data(config, load_manifests(config), samples=steps * 8)
 
 
 def samples(data: RunData, start: int, stop: int, *, data_size: int, micro_batch_size: int) -> list[list[int]]:

@@ -75,13 +75,12 @@ class MegatronEngine:
         if config.parallel.overlap_communication:
             megatron.no_sync_func = [chunk.no_sync for chunk in self.model]
             megatron.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
-            megatron.param_sync_func = [chunk.start_param_sync for chunk in self.model]
+            if config.parallel.distributed_optimizer:
+                megatron.param_sync_func = [chunk.start_param_sync for chunk in self.model]
             if len(self.model) == 1:
-                megatron.no_sync_func, megatron.grad_sync_func, megatron.param_sync_func = (
-                    megatron.no_sync_func[0],
-                    megatron.grad_sync_func[0],
-                    megatron.param_sync_func[0],
-                )
+                for name in ("no_sync_func", "grad_sync_func", "param_sync_func"):
+                    functions = getattr(megatron, name)
+                    setattr(megatron, name, functions[0] if functions else None)
 
     def train_step(self, batches: Iterator[Batch], *, micro_batches: int) -> StepResult:
         """One optimizer step over the next micro_batches; a collective on every rank."""
@@ -132,6 +131,7 @@ class MegatronEngine:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled."""
+        self._gather_parameters()
         state: dict[str, Any] = {
             f"model{index}": module.sharded_state_dict(metadata=_SHARDING) for index, module in enumerate(self.modules)
         }
@@ -156,6 +156,13 @@ class MegatronEngine:
                 if torch.is_tensor(of_parameter.get("step")):
                     of_parameter["step"] = of_parameter["step"].clone()
         self.scheduler.load_state_dict(state["scheduler"])
+        self._gather_parameters()
+
+    def _gather_parameters(self) -> None:
+        """Complete every weight: with overlap, a step leaves gathering the other ranks' parts to the next forward pass."""
+        for chunk in self.model:
+            if chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync(force_sync=True)
 
     def _optimizers(self) -> list[Any]:
         """The optimizers of dense and of expert weights."""
