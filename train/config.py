@@ -13,6 +13,13 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 
 
+def check_least(section: str, config: object, least: int, *names: str) -> None:
+    """ValueError unless each named option is at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        check(value >= least, f"{section}.{name}", value, f"must be at least {least}")
+
+
 @dataclass
 class RunSection:
     """Where the run lives."""
@@ -28,6 +35,10 @@ class RunSection:
     timeout_minutes: int = 30
     """How long a collective waits for a silent rank before the run fails."""
 
+    def __post_init__(self) -> None:
+        check_least("run", self, 0, "seed")
+        check_least("run", self, 1, "timeout_minutes")
+
 
 @dataclass
 class TrainingConfig:
@@ -39,6 +50,9 @@ class TrainingConfig:
     """Sequences that one data-parallel rank computes at a time."""
     global_batch_size: int = 32
     """Sequences of one optimizer step over all ranks."""
+
+    def __post_init__(self) -> None:
+        check_least("training", self, 1, "steps", "micro_batch_size", "global_batch_size")
 
 
 @dataclass
@@ -79,7 +93,14 @@ class OptimizerSection:
             f"must be between 0 and optimizer.lr={self.lr}",
         )
         check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
-        check(self.clip_grad >= 0, "optimizer.clip_grad", self.clip_grad, "must not be negative")
+        for name in ("clip_grad", "weight_decay"):
+            check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "must be in [0, 1)")
+        check(self.eps > 0, "optimizer.eps", self.eps, "must be positive")
+        for name in ("decay_steps", "wsd_decay_steps"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"optimizer.{name}", value, "must be null or at least 1")
 
 
 @dataclass
@@ -103,6 +124,12 @@ class DataConfig:
     num_workers: int = 0
     """Reader processes of each rank; 0 reads in the training process."""
 
+    def __post_init__(self) -> None:
+        check_least("data", self, 0, "num_workers")
+        for source in self.blend:
+            check(source.path != MISSING, "data.blend", self.blend, "every source needs a path")
+            check(source.weight is None or source.weight > 0, f"weight of {source.path}", source.weight, "must be positive")
+
 
 @dataclass
 class EvaluationConfig:
@@ -113,6 +140,10 @@ class EvaluationConfig:
     sequences: int = 64
     """Validation sequences of each source, at most."""
 
+    def __post_init__(self) -> None:
+        check_least("evaluation", self, 0, "interval")
+        check_least("evaluation", self, 1, "sequences")
+
 
 @dataclass
 class CheckpointConfig:
@@ -122,6 +153,10 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written at the end. 0: only at the end."""
     keep_last: int = 2
     """Checkpoints that stay; older ones are deleted after a new one is complete."""
+
+    def __post_init__(self) -> None:
+        check_least("checkpoint", self, 0, "interval")
+        check_least("checkpoint", self, 1, "keep_last")
 
 
 @dataclass
@@ -144,7 +179,8 @@ class LoggingConfig:
     def __post_init__(self) -> None:
         modes = ("offline", "online", "disabled")
         check(self.wandb_mode in modes, "logging.wandb_mode", self.wandb_mode, f"choose from {', '.join(modes)}")
-        check(self.interval >= 1, "logging.interval", self.interval, "must be at least 1")
+        check_least("logging", self, 1, "interval")
+        check_least("logging", self, 0, "neuron_interval", "figure_interval")
 
 
 @dataclass
@@ -207,25 +243,23 @@ def validate(config: RunConfig, world_size: int) -> None:
         parallel.virtual_pipeline,
         f"the interleaved schedule needs micro-batches ({micro_batches}) divisible by parallel.pipeline={parallel.pipeline}",
     )
-    for option, value in {
-        "training.steps": training.steps,
-        "training.micro_batch_size": training.micro_batch_size,
-    }.items():
-        check(value >= 1, option, value, "must be at least 1")
-    sequences = config.evaluation.sequences
-    check(sequences >= 1, "evaluation.sequences", sequences, "must be at least 1")
-    last = config.optimizer.decay_steps or training.steps
+    optimizer = config.optimizer
+    last = optimizer.decay_steps or training.steps
     check(
-        config.optimizer.warmup_steps < last,
+        optimizer.warmup_steps < last,
         "optimizer.warmup_steps",
-        config.optimizer.warmup_steps,
+        optimizer.warmup_steps,
         f"must be below the end of the decay, step {last}",
+    )
+    check(
+        optimizer.schedule != "wsd" or optimizer.warmup_steps + (optimizer.wsd_decay_steps or 0) <= last,
+        "optimizer.wsd_decay_steps",
+        optimizer.wsd_decay_steps,
+        f"with optimizer.warmup_steps={optimizer.warmup_steps} it is longer than the whole schedule of {last} steps",
     )
     check(bool(config.data.blend), "data.blend", "[]", "give at least one source, or choose a data group, e.g. data=demo")
     weighted = [source.weight is not None for source in config.data.blend]
     check(all(weighted) or not any(weighted), "data.blend", config.data.blend, "give every source a weight, or none")
-    for source in config.data.blend:
-        check(source.weight is None or source.weight > 0, f"weight of {source.path}", source.weight, "must be positive")
     logging = config.logging
     check(
         logging.figure_interval == 0
@@ -248,7 +282,7 @@ def _divides(divisor: int, number: int, option: str, of: str) -> None:
 
 
 def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int) -> None:
-    import torch
+    from mone_model.layer_spec import uses_transformer_engine
 
     dense = parallel.tensor * parallel.pipeline * parallel.context
     check(
@@ -301,8 +335,21 @@ def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         parallel.virtual_pipeline,
         "needs parallel.pipeline of at least 2",
     )
+    transformer_engine = uses_transformer_engine(compute)
     check(
-        parallel.context == 1 or torch.cuda.is_available(),
+        compute.transformer_impl != "transformer_engine" or transformer_engine,
+        "compute.transformer_impl",
+        compute.transformer_impl,
+        "needs a GPU and Transformer Engine (pip install 'mone[gpu]'); compute.transformer_impl=local needs neither",
+    )
+    check(
+        compute.recompute != "selective" or "layernorm" not in compute.recompute_modules or transformer_engine,
+        "compute.recompute_modules",
+        compute.recompute_modules,
+        "layernorm needs Transformer Engine",
+    )
+    check(
+        parallel.context == 1 or transformer_engine,
         "parallel.context",
         parallel.context,
         "context parallelism needs GPUs and Transformer Engine",

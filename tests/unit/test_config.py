@@ -7,10 +7,13 @@ import pytest
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
 from train.config import (
+    CheckpointConfig,
+    DataConfig,
     EvaluationConfig,
     LoggingConfig,
     OptimizerSection,
     RunConfig,
+    RunSection,
     SourceConfig,
     TrainingConfig,
     describe,
@@ -41,6 +44,21 @@ from train.config import (
         (lambda: OptimizerSection(lr=1e-4, min_lr=1e-3), ["optimizer.min_lr=0.001", "optimizer.lr=0.0001"]),
         (lambda: LoggingConfig(wandb_mode="off"), ["logging.wandb_mode=off", "offline"]),
         (lambda: RunConfig(resume="yes"), ["resume=yes", "auto"]),
+        (lambda: ModelConfig(num_query_groups=0), ["model.num_query_groups=0"]),
+        (lambda: ModelConfig(kv_channels=0), ["model.kv_channels=0"]),
+        (lambda: ModelConfig(expert_capacity_factor=-1), ["model.expert_capacity_factor=-1"]),
+        (lambda: ModelConfig(init_std=-1), ["model.init_std=-1"]),
+        (lambda: OptimizerSection(beta1=1.5), ["optimizer.beta1=1.5"]),
+        (lambda: OptimizerSection(weight_decay=-0.1), ["optimizer.weight_decay=-0.1"]),
+        (lambda: TrainingConfig(steps=0), ["training.steps=0"]),
+        (lambda: TrainingConfig(micro_batch_size=0), ["training.micro_batch_size=0"]),
+        (lambda: EvaluationConfig(sequences=0), ["evaluation.sequences=0"]),
+        (lambda: LoggingConfig(neuron_interval=-4), ["logging.neuron_interval=-4"]),
+        (lambda: CheckpointConfig(keep_last=0), ["checkpoint.keep_last=0"]),
+        (lambda: DataConfig(num_workers=-1), ["data.num_workers=-1"]),
+        (lambda: DataConfig(blend=[SourceConfig()]), ["data.blend", "needs a path"]),
+        (lambda: DataConfig(blend=[SourceConfig(path="b", weight=-1.0)]), ["weight of b=-1.0"]),
+        (lambda: RunSection(timeout_minutes=0), ["run.timeout_minutes=0"]),
     ],
 )
 def test_a_field_checks_itself(make: Callable[[], Any], words: list[str]) -> None:
@@ -72,9 +90,22 @@ def run_config(**sections: Any) -> RunConfig:
         ({"training": TrainingConfig(global_batch_size=6)}, 1, ["global_batch_size=6", "micro_batch_size=4", "= 4"]),
         ({"training": TrainingConfig(global_batch_size=4)}, 2, ["global_batch_size=4", "data-parallel size=2", "8"]),
         ({"training": TrainingConfig(steps=50)}, 1, ["optimizer.warmup_steps=100", "50"]),
-        ({"training": TrainingConfig(steps=0)}, 1, ["training.steps=0"]),
         ({"logging": LoggingConfig(neuron_interval=30)}, 1, ["logging.figure_interval=200", "neuron_interval=30"]),
-        ({"evaluation": EvaluationConfig(sequences=0)}, 1, ["evaluation.sequences=0"]),
+        (
+            {"optimizer": OptimizerSection(schedule="wsd", wsd_decay_steps=950)},
+            1,
+            ["optimizer.wsd_decay_steps=950", "warmup_steps=100", "1000 steps"],
+        ),
+        (
+            {"compute": ComputeConfig(transformer_impl="transformer_engine")},
+            1,
+            ["compute.transformer_impl=transformer_engine", "local"],
+        ),
+        (
+            {"compute": ComputeConfig(recompute="selective", recompute_modules=["layernorm"])},
+            1,
+            ["compute.recompute_modules=['layernorm']", "Transformer Engine"],
+        ),
     ],
 )
 def test_rules_that_span_sections(sections: dict[str, Any], world_size: int, words: list[str]) -> None:
@@ -91,9 +122,6 @@ def test_the_blend_needs_all_weights_or_none() -> None:
         validate(config, 1)
     config.data.blend = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b")]
     with pytest.raises(ValueError, match="every source a weight, or none"):
-        validate(config, 1)
-    config.data.blend = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b", weight=-1.0)]
-    with pytest.raises(ValueError, match=r"weight of b=-1.0"):
         validate(config, 1)
 
 
