@@ -9,6 +9,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 
@@ -216,8 +217,11 @@ ConfigStore.instance().store(name="run_config", node=RunConfig)
 
 
 def load_config(config: DictConfig) -> RunConfig:
-    """Hydra's config as typed objects; ValueError from the field that is wrong."""
-    loaded = OmegaConf.to_object(config)
+    """Hydra's config as typed objects; ValueError from the field that is wrong or missing."""
+    try:
+        loaded = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(str(error)) from error
     assert isinstance(loaded, RunConfig)
     return loaded
 

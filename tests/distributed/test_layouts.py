@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from mone_model.neuron_selection import select_neurons_reference
+from tests.distributed.worker import TIED_K, tied_gate
+
 ROOT = Path(__file__).parent.parent.parent
 
 # Every auxiliary loss, so large that a wrong scale shows.
@@ -67,6 +70,14 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 "run_steps": 10 if kind == "smooth" else 3,
             }
     if processes == 2:
+        for overlap in (False, True):
+            cases["dp2/weights" + ("/overlap" if overlap else "")] = {
+                "parallel": {"overlap_communication": overlap},
+                "model": SPARSE,
+                "training": {"micro_batch_size": 2, "global_batch_size": 8},
+                "run_steps": 3,
+                "weights": True,
+            }
         for micro_batches in (1, 4):
             cases[f"repeat/{micro_batches}"] = {
                 "parallel": {"expert": 2, "distributed_optimizer": False},
@@ -141,6 +152,19 @@ def test_training_is_the_same_with_the_distributed_optimizer_and_clipping(
     assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-5)
     assert min(expected["norms"]) > 0.5, "clipping must be at work"
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ties_among_ranks_are_broken_by_the_lower_neuron(results: dict[str, Any], processes: int) -> None:
+    mask_NH = torch.cat(list(results[f"tied/{processes}"]), dim=1)
+    assert torch.equal(mask_NH, select_neurons_reference(tied_gate(), TIED_K).mask_NH)
+
+
+def test_overlapped_communication_saves_whole_weights(results: dict[str, Any]) -> None:
+    plain, overlapped = results["dp2/weights"], results["dp2/weights/overlap"]
+    assert plain["losses"] == overlapped["losses"]
+    for name, weight in plain["weights"].items():
+        assert torch.equal(weight, overlapped["weights"][name]), name
 
 
 def test_the_losses_are_not_trivially_zero(results: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import moe_layers
 from mone_model.loss_record import reduce_losses
+from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
 from train.config import OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
@@ -96,6 +97,9 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
     results: dict[str, Any] = {"losses": losses, "norms": norms, "auxiliary": auxiliary, "usage": vars(usage)}
+    if case.get("weights"):
+        engine.sharded_state()  # what is about to be saved must be whole
+        results["weights"] = {name: weight.detach().clone() for name, weight in engine.modules[0].named_parameters()}
     if case.get("gradients"):
         results["gradients"] = whole_gradients(engine)
     parallel_state.destroy_model_parallel()
@@ -122,11 +126,30 @@ def gather(tensor: torch.Tensor, group: Any, axis: int) -> torch.Tensor:
     return torch.cat(parts, dim=axis)
 
 
+def select_tied_neurons() -> torch.Tensor:
+    """The masks [R, N, h] of all ranks, of `tied_gate`, whose neurons are shared out among them."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    part = tied_gate().chunk(ranks, dim=1)[rank].contiguous()
+    mask = select_neurons(part, TIED_K, dist.group.WORLD).mask_NH
+    masks = [torch.empty_like(mask) for _ in range(ranks)]
+    dist.all_gather(masks, mask)
+    return torch.stack(masks)
+
+
+def tied_gate() -> torch.Tensor:
+    """[500, 16] with four different magnitudes, so that ties on several ranks are the rule."""
+    return torch.randint(-3, 4, (500, 16), generator=torch.Generator().manual_seed(0)).float()
+
+
+TIED_K = 5
+
+
 def main() -> None:
     cases = json.loads(Path(sys.argv[1]).read_text())
     with distributed(ParallelConfig(), seed=1, timeout_minutes=2) as runtime:
         parallel_state.destroy_model_parallel()
-        results = {name: run_case(case, runtime) for name, case in cases.items()}
+        results: dict[str, Any] = {name: run_case(case, runtime) for name, case in cases.items()}
+        results[f"tied/{runtime.world_size}"] = select_tied_neurons()
         if runtime.is_main:
             torch.save(results, sys.argv[2])
         build_groups(ParallelConfig())

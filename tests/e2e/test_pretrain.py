@@ -32,7 +32,7 @@ OPTIONS = [
     "optimizer.warmup_steps=2",
     "evaluation.interval=4",
     "evaluation.sequences=6",
-    "checkpoint.interval=4",
+    "checkpoint.interval=2",
     "logging.interval=1",
     "logging.neuron_interval=4",
     "logging.figure_interval=4",
@@ -85,7 +85,7 @@ def test_a_run_learns_and_leaves_everything_in_its_folder(folder: Path, undistur
     assert json.loads((run / "environment.json").read_text())["packages"]["megatron-core"]
     assert "vocab_size: 64" in (run / "config.yaml").read_text()
     assert list(run.glob("wandb/offline-run-*/run-*.wandb"))
-    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000004", "step-00000008"]
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-00000006", "step-00000008"]
     assert f"step {STEPS}/{STEPS}" in undisturbed
     assert re.search(r"ETA \d+:\d\d:\d\d", undisturbed)
 
@@ -116,6 +116,34 @@ def test_the_same_command_gives_the_same_losses_and_a_signal_costs_nothing(folde
     assert len(ids) == 1, "a resumed run continues its W&B run"
 
 
+def test_two_processes_resume_bit_equal_too(folder: Path) -> None:
+    options = ["parallel.expert=2", "training.micro_batch_size=1", "compute.precision=bf16"]
+    finish(start(folder, "pair", *options, processes=2))
+    assert "stopped at step 3" in finish(start(folder, "stopped", *options, "run.stop_at_step=3", processes=2))
+    finish(start(folder, "stopped", *options, processes=2))
+    for metric in ("train/loss", "train/grad_norm", "validation/loss"):
+        assert values(folder, "stopped", metric) == values(folder, "pair", metric), metric
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(folder: Path) -> None:
+    finish(start(folder, "diverged", "run.stop_at_step=2"))
+    output = finish(start(folder, "diverged", "optimizer.lr=1e30", "optimizer.clip_grad=0"), code=1)
+    assert "FloatingPointError: step" in output
+    assert [path.name for path in (folder / "runs/diverged/checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_batch_size_or_an_index_cache_cut_short_does_not_stop_a_resume(folder: Path) -> None:
+    finish(start(folder, "changed", "run.stop_at_step=4"))
+    cache = folder / "runs/changed/index_cache"
+    (cache / "complete").unlink()
+    for path in cache.glob("*shuffle_index.npy"):
+        path.write_bytes(path.read_bytes()[:40])
+    finish(start(folder, "changed", "training.global_batch_size=4"))
+    tokens = values(folder, "changed", "train/tokens")
+    assert tokens[4] == 4 * 8 * 32
+    assert tokens[STEPS] == tokens[4] + (STEPS - 4) * 4 * 32
+
+
 def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undisturbed: str) -> None:
     # Without dropout, whose random numbers belong to a rank; the blend, the order and the initial weights are the same.
     options = ["model.hidden_dropout=0", "model.router_topk=4", "model.activation_ratio=1"]
@@ -133,6 +161,8 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
     output = finish(start(folder, "undisturbed", "model.activation_ratio=0.5", f"training.steps={STEPS + 1}"), code=2)
     assert "model.activation_ratio=0.5" in output
     assert "Traceback" not in output
+    swapped = "data.blend=[{path: b, weight: 0.7}, {path: a, weight: 0.3}]"
+    assert "data.blend=" in finish(start(folder, "undisturbed", swapped, "run.seed=7"), code=2)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +171,7 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
         (["model.hiden_size=64"], "hiden_size"),
         (["data.blend=[{path: nowhere}]"], "nowhere"),
         (["parallel.expert=3"], "parallel"),
+        (["data.blend=[{weight: 1}]"], "path"),
     ],
 )
 def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, options: list[str], expected: str) -> None:
@@ -154,7 +185,11 @@ def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, optio
 
 def test_wandb_without_a_server_goes_on_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("HOME", str(folder))
+    options = ("logging.wandb_mode=online", "training.steps=3", "logging.figure_interval=0")
+    assert "W&B has no login" in finish(start(folder, "no_login", *options))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    output = finish(start(folder, "online", "logging.wandb_mode=online", "training.steps=3"))
-    assert "W&B could not start online" in output
-    assert list(values(folder, "online", "train/loss")) == [1, 2, 3]
+    assert "W&B could not start online" in finish(start(folder, "no_server", *options))
+    for name in ("no_login", "no_server"):
+        assert list(values(folder, name, "train/loss")) == [1, 2, 3]
+        assert list((folder / "runs" / name).glob("wandb/offline-run-*"))

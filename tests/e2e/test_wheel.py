@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.shards import make_shards
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,14 @@ def test_pretrain_composes_its_configuration(site: Path) -> None:
     composed = run(site, str(site / "bin/mone-pretrain"), "experiment=demo", "--cfg", "job")
     assert "activation_ratio: 0.25" in composed
     assert "data/demo/shards/bible" in composed
+
+
+def test_pretrain_trains_from_the_wheel(site: Path) -> None:
+    make_shards(site.parent / "shards")
+    options = ["data.blend=[{path: shards}]", "model.hidden_size=48", "model.seq_length=32", "training.steps=2"]
+    options += ["optimizer.warmup_steps=1", "training.global_batch_size=4", "logging.wandb_mode=disabled"]
+    assert "complete" in run(site, str(site / "bin/mone-pretrain"), *options)
+    assert (site.parent / "runs/mone/checkpoints/step-00000002/mone.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from mone_model.accounting import count_flops, count_parameters, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import build_gpt
 from tests.conftest import ROOT
+from train.config import RunConfig, TrainingConfig
+from train.engines.megatron import MegatronEngine
+from train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -126,15 +130,32 @@ def test_the_readme_tells_the_sizes() -> None:
         assert cells.split(" | ") == [*sizes, f"{model.activation_ratio:g}", f"{counted.active_expert_params:.1%}"]
 
 
-def test_memory_of_weights_and_optimizer_is_counted_on_a_real_rank() -> None:
-    model = ModelConfig(**SMALL)
-    built = build_gpt(model, ParallelConfig(), ComputeConfig(), seed=0)
-    weights = sum(weight.numel() * weight.element_size() for weight in built.parameters())
-    memory = estimate_memory(model, ParallelConfig(), ComputeConfig(), micro_batch_size=2, data_parallel_size=1)
-    assert memory.weights == weights
-    assert memory.gradients == weights
-    assert memory.optimizer == 2 * weights
-    assert memory.total == memory.weights + memory.gradients + memory.optimizer + memory.activations
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("distributed_optimizer", [False, True])
+def test_memory_equals_that_of_the_engine_after_a_step(precision: str, distributed_optimizer: bool) -> None:
+    config = RunConfig(
+        model=ModelConfig(**SMALL),
+        compute=ComputeConfig(precision=precision),
+        parallel=ParallelConfig(distributed_optimizer=distributed_optimizer),
+        training=TrainingConfig(micro_batch_size=2, global_batch_size=2),
+    )
+    engine = MegatronEngine(config, Runtime(0, 1, torch.device("cpu")))
+    tokens = torch.randint(0, 50, (2, 17))
+    batch = {"tokens": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous(), "loss_mask": torch.ones(2, 16)}
+    engine.train_step(iter([batch | {"position_ids": torch.arange(16).expand(2, -1)}]), micro_batches=1)
+
+    def size(tensors: Iterable[torch.Tensor]) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    weights = list(engine.modules[0].parameters())
+    optimizers = [optimizer.optimizer for optimizer in engine.optimizers()]
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    moments = [tensor for state in states for tensor in state.values() if tensor.dim() > 0]
+    masters = [weight for optimizer in optimizers for group in optimizer.param_groups for weight in group["params"]]
+    memory = estimate_memory(config.model, config.parallel, config.compute, micro_batch_size=2, data_parallel_size=1)
+    assert memory.weights == size(weights)
+    assert memory.gradients == size(weight.main_grad for weight in weights)
+    assert memory.optimizer == size(moments) + (size(masters) if precision == "bf16" else 0)
 
 
 def test_memory_falls_with_every_kind_of_sharding_and_with_recomputation() -> None:

@@ -137,7 +137,7 @@ class MegatronEngine:
         }
         if loading:
             # torch's AdamW has no state before its first step, and there would be nothing to load into.
-            for optimizer in self._optimizers():
+            for optimizer in self.optimizers():
                 if isinstance(optimizer, DistributedOptimizer):
                     optimizer._init_optimizer_states_with_dummy_values()
         weights = state if len(self.modules) > 1 else state["model0"]
@@ -150,7 +150,7 @@ class MegatronEngine:
         for index, module in enumerate(self.modules):
             module.load_state_dict(state[f"model{index}"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for optimizer in self._optimizers():
+        for optimizer in self.optimizers():
             for of_parameter in optimizer.optimizer.state.values():
                 # Megatron-Core gives torch's AdamW one step counter for all parameters, which each would then advance.
                 if torch.is_tensor(of_parameter.get("step")):
@@ -164,7 +164,7 @@ class MegatronEngine:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
-    def _optimizers(self) -> list[Any]:
+    def optimizers(self) -> list[Any]:
         """The optimizers of dense and of expert weights."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
