@@ -7,7 +7,7 @@ TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m tr
 
 .PHONY: demo data train test lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
-	@echo; echo "== What it writes after reading one million tokens"
+	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/python -m train.sample run=$(RUN)
 	@echo "== Figures: $(RUN)/figures/*.png. Next, try"
 	@echo "  $(TRAIN) run.name=plain_moe model.activation_ratio=1        # the plain MoE twin"
@@ -17,7 +17,7 @@ demo: data train  ## real text, tokenizer, shards, training on two processes wit
 
 train: $(DATA)/shards/recipes/manifest.json
 	@echo; echo "== Train with expert parallelism on two processes; stop half way, as a signal would"
-	$(TRAIN) run.stop_at_step=120
+	$(TRAIN) run.stop_at_step=100
 	@echo; echo "== The same command continues"
 	$(TRAIN)
 

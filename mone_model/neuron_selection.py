@@ -46,15 +46,15 @@ def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | Non
     if not 1 <= k <= neurons * ranks:
         raise ValueError(f"k={k}: must be between 1 and the number of neurons, {neurons * ranks}")
     score_NH = gate_NH.detach().abs()
-    candidates_NC = score_NH.topk(min(k, neurons), dim=-1, sorted=ranks == 1).values
+    candidates_NC = score_NH.topk(min(k, neurons), dim=-1, sorted=False).values
     if ranks == 1:
-        threshold_N1 = candidates_NC[:, -1:]
+        threshold_N1 = candidates_NC.amin(-1, keepdim=True)
         wanted_N1 = k - (candidates_NC > threshold_N1).sum(-1, keepdim=True)
     else:
         gathered_RNC = [torch.empty_like(candidates_NC) for _ in range(ranks)]
         dist.all_gather(gathered_RNC, candidates_NC.contiguous(), group=group)
         all_NRC = torch.stack(gathered_RNC, dim=1)
-        threshold_N1 = all_NRC.flatten(1).topk(k, dim=-1).values[:, -1:]
+        threshold_N1 = all_NRC.flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         wanted_N1 = k - (all_NRC > threshold_N1[:, :, None]).sum((1, 2))[:, None]
         # Ties on lower ranks come first. A rank whose candidates were cut short has enough of them for all that is wanted.
         equal_NR = (all_NRC == threshold_N1[:, :, None]).sum(-1)

@@ -50,7 +50,7 @@ class MegatronEngine:
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        self.device = runtime.device
+        self.device, self.section = runtime.device, config.optimizer
         self.sequence = (config.model.seq_length, config.training.micro_batch_size)
         stages = [None] if config.parallel.virtual_pipeline is None else range(config.parallel.virtual_pipeline)
         self.modules = [
@@ -155,6 +155,10 @@ class MegatronEngine:
                 # Megatron-Core gives torch's AdamW one step counter for all parameters, which each would then advance.
                 if torch.is_tensor(of_parameter.get("step")):
                     of_parameter["step"] = of_parameter["step"].clone()
+        for group in self.optimizer.param_groups:
+            # The groups come back with the saved run's numbers, but the config rules.
+            group.update(max_lr=self.section.lr, min_lr=self.section.min_lr, eps=self.section.eps)
+            group["betas"] = (self.section.beta1, self.section.beta2)
         self.scheduler.load_state_dict(state["scheduler"])
         self._gather_parameters()
 
