@@ -18,22 +18,12 @@ from mone_model.gpt import moe_layers
 from mone_model.loss_record import reduce_losses
 from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
+from tests.tiny import TINY_MODEL
 from train.config import OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
 from train.engines.megatron import MegatronEngine
 from train.loop import auxiliary_loss_names
 from train.runtime import Runtime, build_groups, distributed, set_seeds
-
-MODEL: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "seq_length": 16,
-    "vocab_size": 64,
-    "num_experts": 4,
-    "moe_ffn_hidden_size": 32,
-    "shared_expert_ffn_hidden_size": 32,
-}
 
 
 def sequence(index: int, length: int) -> Batch:
@@ -61,7 +51,7 @@ def batches(config: RunConfig, repeat: bool) -> Iterator[Batch]:
 def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     """Train a few steps on one layout; everything returned is the same on all ranks."""
     config = RunConfig(
-        model=ModelConfig(**MODEL | case.get("model", {})),
+        model=ModelConfig(**TINY_MODEL | case.get("model", {})),
         parallel=ParallelConfig(**case.get("parallel", {})),
         compute=ComputeConfig(**case.get("compute", {})),
         training=TrainingConfig(**{"steps": 100, "micro_batch_size": 4, "global_batch_size": 4} | case.get("training", {})),

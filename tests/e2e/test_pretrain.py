@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.shards import make_shards
+from tests.tiny import make_shards
 from train.metrics import read_metrics
 
 STEPS = 8

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.shards import make_shards
+from tests.tiny import make_shards
 
 
 @pytest.fixture(scope="module")

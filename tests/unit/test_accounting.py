@@ -13,19 +13,16 @@ from mone_model.accounting import count_flops, count_parameters, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import build_gpt
 from tests.conftest import ROOT
+from tests.tiny import TINY_MODEL
 from train.config import RunConfig, TrainingConfig
 from train.engines.megatron import MegatronEngine
 from train.runtime import Runtime
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-SMALL: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
+SMALL = TINY_MODEL | {
     "num_attention_heads": 4,
-    "seq_length": 16,
     "vocab_size": 50,
-    "num_experts": 4,
     "moe_ffn_hidden_size": 24,
     "shared_expert_ffn_hidden_size": 40,
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.shards import make_shards
+from tests.tiny import make_shards
 from train.config import RunConfig, SourceConfig
 from train.data import RunData, load_data, load_manifests, micro_batches
 

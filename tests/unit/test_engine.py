@@ -11,6 +11,7 @@ from mone_model.experts import SharedNeuronExpert
 from mone_model.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
+from tests.tiny import TINY_MODEL
 from train.config import OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
 from train.engines.megatron import MegatronEngine
@@ -18,23 +19,12 @@ from train.runtime import Runtime, set_seeds
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
-MODEL: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "seq_length": 16,
-    "vocab_size": 64,
-    "num_experts": 4,
-    "moe_ffn_hidden_size": 32,
-    "shared_expert_ffn_hidden_size": 32,
-}
-
 
 def make_engine(
     model: dict[str, Any] | None = None, optimizer: dict[str, Any] | None = None, **compute: Any
 ) -> MegatronEngine:
     config = RunConfig(
-        model=ModelConfig(**MODEL | (model or {})),
+        model=ModelConfig(**TINY_MODEL | (model or {})),
         compute=ComputeConfig(**compute),
         training=TrainingConfig(steps=20, micro_batch_size=4, global_batch_size=4),
         optimizer=OptimizerSection(**{"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4} | (optimizer or {})),

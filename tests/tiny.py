@@ -1,10 +1,22 @@
-"""Small token datasets for tests: written by data_prep's own writer, without text or tokenizer."""
+"""What tests train: a model of milliseconds a step, and token datasets without text or tokenizer."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_prep.shards import Manifest, ShardWriter, entropy
+
+TINY_MODEL: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "seq_length": 16,
+    "vocab_size": 64,
+    "num_experts": 4,
+    "moe_ffn_hidden_size": 32,
+    "shared_expert_ffn_hidden_size": 32,
+}
 
 
 def make_shards(folder: Path, *, name: str = "synthetic", vocab_size: int = 64, documents: int = 200, seed: int = 0) -> Path:
