@@ -9,7 +9,6 @@ Neither the world size nor the number of steps changes the order, so a run conti
 
 import contextlib
 import hashlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,7 +129,8 @@ def _rebuilt_unless_complete(cache: Path) -> Iterator[None]:
     complete = cache / "complete"
     if dist.get_rank() == 0:
         if not complete.exists():
-            shutil.rmtree(cache, ignore_errors=True)
+            for path in cache.glob("*-*Dataset-*"):
+                path.unlink()
         complete.unlink(missing_ok=True)
         cache.mkdir(parents=True, exist_ok=True)
     dist.barrier()

@@ -39,7 +39,7 @@ class Trainer:
         self.layers = [layer for module in engine.modules for layer in moe_layers(module)]
         self.stop = StopRequest()
         self.writer: MetricsWriter | None = None
-        self.timed_from = (0, time.monotonic())
+        self.steps_timed, self.seconds = 0, 0.0
         self.samples_counted_from = 0
         self.validation_loss: float | None = None
 
@@ -60,14 +60,15 @@ class Trainer:
         """Train to the last step, or until a signal; whether the run is complete."""
         config, steps = self.config, self.config.training.steps
         batches = self._training_batches()
-        self.timed_from = (self.step, time.monotonic())
         self.samples_counted_from = self.samples
         self._count_neurons()
         stopping = False
         while self.step < steps and not stopping:
             self.step += 1
             self.begin_records()
+            began = time.monotonic()
             result = self.engine.train_step(batches, micro_batches=config.micro_batches(self.runtime.world_size))
+            self.steps_timed, self.seconds = self.steps_timed + 1, self.seconds + time.monotonic() - began
             self.samples += config.training.global_batch_size
             stop_if_diverged(self.step, result)
             last = self.step == steps
@@ -97,23 +98,21 @@ class Trainer:
         memory = self._peak_memory_gib()
         if self.writer is None:
             return
-        step, since = self.timed_from
-        elapsed = max(time.monotonic() - since, 1e-9)
-        tokens = (self.step - step) * self.config.training.global_batch_size * self.config.model.seq_length
-        self.timed_from = (self.step, time.monotonic())
+        seconds_a_step = self.seconds / self.steps_timed
+        self.steps_timed, self.seconds = 0, 0.0
+        tokens_a_second = self.config.training.global_batch_size * self.config.model.seq_length / seconds_a_step
         values = {
             "train/loss": result.loss,
             **{f"aux/{name}": loss.mean().item() for name, loss in losses.items()},
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": result.learning_rate,
             "train/tokens": float(self.samples * self.config.model.seq_length),
-            "speed/tokens_per_second": tokens / elapsed,
-            "speed/flops_per_second": 3 * count_flops(self.config.model).dense * tokens / elapsed,
+            "speed/tokens_per_second": tokens_a_second,
+            "speed/flops_per_second": 3 * count_flops(self.config.model).dense * tokens_a_second,
             "memory/peak_gib": memory,
         }
         self.writer.write(self.step, values)
-        remaining = self.config.training.steps - self.step
-        eta = remaining * elapsed / max(1, self.step - step)
+        eta = (self.config.training.steps - self.step) * seconds_a_step
         self._say(format_line(self.step, self.config.training.steps, values, eta))
 
     def record_neurons(self, last: bool) -> None:
@@ -159,7 +158,6 @@ class Trainer:
             + ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
             + ")"
         )
-        self.timed_from = (self.step, time.monotonic())
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -181,7 +179,6 @@ class Trainer:
             keep_last=self.config.checkpoint.keep_last,
         )
         self._say(f"step {self.step}: checkpoint in {self.checkpoints}")
-        self.timed_from = (self.step, time.monotonic())
 
     @property
     def checkpoints(self) -> Path:
