@@ -248,6 +248,11 @@ class ParallelConfig:
             "must be null or at least 2",
         )
 
+    @property
+    def overlaps_parameter_gather(self) -> bool:
+        """Whether an optimizer step leaves gathering the weights to the next forward pass."""
+        return self.overlap_communication and self.distributed_optimizer
+
 
 @dataclass
 class ComputeConfig:

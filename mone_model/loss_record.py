@@ -1,7 +1,7 @@
 """Sums of auxiliary losses on the device between two reports.
 
 module.record.add("z_loss", share)                    # every micro-batch: this rank's share of the loss
-auxiliary_losses = reduce_losses(records, num_layers)  # at a report, on all ranks: means over micro-batches
+reduce_losses(records, names=names, num_layers=4)      # at a report, on all ranks: means over micro-batches
 """
 
 import torch

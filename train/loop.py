@@ -193,7 +193,7 @@ class Trainer:
         return micro_batches(
             self.data.train,
             start=self.samples,
-            stop=self.samples + (training.steps - self.step) * training.global_batch_size,
+            stop=len(self.data.train),
             micro_batch_size=training.micro_batch_size,
             data_rank=parallel_state.get_data_parallel_rank(),
             data_size=parallel_state.get_data_parallel_world_size(),

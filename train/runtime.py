@@ -1,7 +1,7 @@
 """Process groups, device, seeds, teardown.
 
-with distributed(config) as runtime:          # torchrun, or one process without it
-    engine = MegatronEngine(config, ...)
+with distributed(config.parallel, seed=1, timeout_minutes=30) as runtime:    # torchrun, or one process without it
+    engine = MegatronEngine(config, runtime)
 """
 
 import contextlib

@@ -167,6 +167,14 @@ def test_overlapped_communication_saves_whole_weights(results: dict[str, Any]) -
         assert torch.equal(weight, overlapped["weights"][name]), name
 
 
+@pytest.mark.parametrize("layout", ["one", *NAMES])
+@pytest.mark.parametrize("case", ["sparse/normalised", "sparse/steps"])
+def test_memory_is_estimated_on_every_layout(results: dict[str, Any], layout: str, case: str) -> None:
+    # "steps" shards the optimizer state, the other case does not.
+    measured, estimated = results[f"{layout}/{case}"]["memory"]
+    assert measured == estimated
+
+
 def test_the_losses_are_not_trivially_zero(results: dict[str, Any]) -> None:
     for name, value in results["one/sparse/normalised"]["auxiliary"].items():
         assert (value > 0).all(), name

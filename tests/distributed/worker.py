@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from mone_model.accounting import estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import moe_layers
 from mone_model.loss_record import reduce_losses
@@ -87,6 +88,7 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
     results: dict[str, Any] = {"losses": losses, "norms": norms, "auxiliary": auxiliary, "usage": vars(usage)}
+    results["memory"] = measured_and_estimated_memory(engine, config, runtime)
     if case.get("weights"):
         engine.sharded_state()  # what is about to be saved must be whole
         results["weights"] = {name: weight.detach().clone() for name, weight in engine.modules[0].named_parameters()}
@@ -94,6 +96,28 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
         results["gradients"] = whole_gradients(engine)
     parallel_state.destroy_model_parallel()
     return results
+
+
+def measured_and_estimated_memory(
+    engine: MegatronEngine, config: RunConfig, runtime: Runtime
+) -> tuple[list[int], list[int]]:
+    """Bytes of weights, gradients and optimizer state over all ranks: of the tensors there are, and as estimated."""
+    weights = list(engine.modules[0].parameters())
+    states = [state for optimizer in engine.optimizers() for state in optimizer.optimizer.state.values()]
+    moments = [tensor for state in states for tensor in state.values() if tensor.dim() > 0]
+    gradients = [weight.main_grad for weight in weights]
+    parts = [sum(tensor.nbytes for tensor in tensors) for tensors in (weights, gradients, moments)]
+    measured = torch.tensor(parts)
+    dist.all_reduce(measured)
+    memory = estimate_memory(
+        config.model,
+        config.parallel,
+        config.compute,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_size=config.data_parallel_size(runtime.world_size),
+    )
+    estimated = [memory.weights, memory.gradients, memory.optimizer]
+    return measured.tolist(), [runtime.world_size * part for part in estimated]
 
 
 def whole_gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:

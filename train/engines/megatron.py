@@ -75,7 +75,7 @@ class MegatronEngine:
         if config.parallel.overlap_communication:
             megatron.no_sync_func = [chunk.no_sync for chunk in self.model]
             megatron.grad_sync_func = [chunk.start_grad_sync for chunk in self.model]
-            if config.parallel.distributed_optimizer:
+            if config.parallel.overlaps_parameter_gather:
                 megatron.param_sync_func = [chunk.start_param_sync for chunk in self.model]
             if len(self.model) == 1:
                 for name in ("no_sync_func", "grad_sync_func", "param_sync_func"):
@@ -190,12 +190,11 @@ def _context_slice(batch: Batch) -> Batch:
 
 
 def _ddp_config(config: RunConfig) -> DistributedDataParallelConfig:
-    overlap = config.parallel.overlap_communication
     return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap and config.parallel.distributed_optimizer,
+        overlap_grad_reduce=config.parallel.overlap_communication,
+        overlap_param_gather=config.parallel.overlaps_parameter_gather,
     )
 
 
@@ -213,7 +212,7 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
         bf16=config.compute.precision == "bf16",
         params_dtype=config.compute.dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
-        overlap_param_gather=config.parallel.overlap_communication and config.parallel.distributed_optimizer,
+        overlap_param_gather=config.parallel.overlaps_parameter_gather,
     )
 
 
