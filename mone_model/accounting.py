@@ -34,13 +34,12 @@ def count_parameters(model: ModelConfig) -> Parameters:
     width, neurons, kept = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     attention = width * (queries + 2 * groups) + queries * width
-    norms = 2 * width + (2 * model.head_size if model.qk_layernorm else 0)
     router = model.num_experts * width
     shared, shared_kept = model.shared_expert_ffn_hidden_size, _shared_kept(model)
     embeddings = model.padded_vocab_size * width * (1 if model.tie_embeddings else 2)
     experts = 3 * width * neurons * model.num_experts * model.num_layers
     active_experts = model.router_topk * model.num_layers * width * (neurons + 2 * kept)
-    rest = embeddings + width + model.num_layers * (attention + norms + router)
+    rest = embeddings + _norms(model) + model.num_layers * (attention + router)
     return Parameters(
         total=rest + experts + model.num_layers * 3 * width * shared,
         experts=experts,
@@ -111,8 +110,10 @@ def estimate_memory(
     stage = parallel.pipeline
     embedding = model.padded_vocab_size * model.hidden_size * (2 if stage == 1 and not model.tie_embeddings else 1)
     all_embeddings = model.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    dense_layers = parameters.total - parameters.experts - all_embeddings
-    dense = (embedding + dense_layers / stage) / parallel.tensor
+    # Norms and routers are whole on every tensor-parallel rank.
+    replicated = _norms(model) + model.num_layers * model.num_experts * model.hidden_size
+    split = parameters.total - parameters.experts - all_embeddings - replicated
+    dense = (embedding + split / stage) / parallel.tensor + replicated / stage
     experts = parameters.experts / (stage * parallel.expert * parallel.expert_tensor)
     weight_bytes = 2 if compute.precision == "bf16" else 4
     state_bytes = 12 if compute.precision == "bf16" else 8
@@ -150,6 +151,11 @@ def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: Com
         kept_per_layer = 4 * residual + attention + moe
     logits = 3 * tokens * model.padded_vocab_size * 4 // parallel.tensor if parallel.pipeline == 1 else 0
     return layers * kept_per_layer * parallel.pipeline + residual + logits
+
+
+def _norms(model: ModelConfig) -> int:
+    of_layer = 2 * model.hidden_size + (2 * model.head_size if model.qk_layernorm else 0)
+    return model.num_layers * of_layer + model.hidden_size
 
 
 def _groups(model: ModelConfig) -> int:

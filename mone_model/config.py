@@ -365,7 +365,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         apply_rope_fusion=False,
         moe_permute_fusion=False,
         persist_layer_norm=False,
-        # True gives every expert-parallel rank the same experts.
+        # mone_model.initial_weights draws them anew; without this first time the weights lack Megatron-Core's attributes.
+        perform_initialization=True,
         use_cpu_initialization=False,
         **recompute,
     )

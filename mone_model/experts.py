@@ -6,14 +6,15 @@ Shapes: N rows (tokens of this rank's experts, sorted by expert), D model width,
 expert, h of them on this rank.
 """
 
-import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -77,28 +78,11 @@ class NeuronExperts(MegatronModule):
         for weight in (self.gate_up_weight, self.down_weight):
             # Also at expert-parallel size 1, or optimizer state could not move between layouts.
             weight.allreduce = False  # type: ignore[attr-defined]
+            # Else the gradient norm takes the experts of one tensor-parallel rank only.
+            set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=2, stride=1)
         self.record = LossRecord()
         self.counting_neurons = False
         self.counters: NeuronCounters | None = None
-
-    @torch.no_grad()
-    def reset_parameters(self, seed: int) -> None:
-        """Draw the weights of each expert from its own stream, so that they do not depend on the layout.
-
-        seed: of this layer. Normal, std init_method_std, and init_method_std / sqrt(2 num_layers) for down.
-        """
-        etp_rank, neurons = self.etp_group.rank(), self.gate_up_weight.size(2)
-        mine = slice(etp_rank * neurons, (etp_rank + 1) * neurons)
-        std, width = self.config.init_method_std, self.config.hidden_size
-        generator = torch.Generator(device=self.gate_up_weight.device)
-        for local in range(self.num_local_experts):
-            expert = self.ep_group.rank() * self.num_local_experts + local
-            generator.manual_seed(seed * 1_000_003 + expert)
-            options: dict[str, Any] = {"generator": generator, "device": self.gate_up_weight.device}
-            gate_up_2HD = torch.randn(2, self.num_neurons, width, **options) * std
-            down_DH = torch.randn(width, self.num_neurons, **options) * (std / math.sqrt(2 * self.config.num_layers))
-            self.gate_up_weight[local].copy_(gate_up_2HD[:, mine])
-            self.down_weight[local].copy_(down_DH[:, mine])
 
     def forward(
         self, x_ND: torch.Tensor, tokens_per_expert_E: torch.Tensor, probs_N: torch.Tensor
@@ -133,7 +117,10 @@ class NeuronExperts(MegatronModule):
         if not (balance or self.counting_neurons):
             return output_ND
         if kept is None:
-            kept = Selection(torch.ones_like(gate_NH, dtype=torch.bool), gate_NH.detach().abs().amin(-1))
+            smallest_N = gate_NH.detach().abs().amin(-1)
+            if self._split_group is not None:
+                dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=self._split_group)
+            kept = Selection(torch.ones_like(gate_NH, dtype=torch.bool), smallest_N)
         if self.counting_neurons:
             if self.counters is None:
                 self.counters = NeuronCounters(self.num_local_experts, gate_NH.size(1), gate_NH.device)

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
 from mone_model.experts import NeuronExperts
+from mone_model.initial_weights import draw_initial_weights
 from mone_model.layer_spec import block_spec
 from mone_model.router import Router
 
@@ -30,7 +31,7 @@ def build_gpt(
 ) -> GPTModel:
     """The GPTModel of this rank's pipeline stage (and virtual stage), in compute.dtype.
 
-    seed: of the experts' initial weights; all others come from Megatron-Core's random state.
+    seed: of the initial weights, which are the same on every layout.
     meta: build without memory, on the meta device, for counting.
     """
     config = transformer_config(model, parallel, compute)
@@ -48,8 +49,7 @@ def build_gpt(
             vp_stage=vp_stage,
         )
     if not meta:
-        for layer, experts, _ in moe_layers(gpt):
-            experts.reset_parameters(seed * 10_007 + layer)
+        draw_initial_weights(gpt, seed=seed)
     return gpt
 
 

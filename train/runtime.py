@@ -34,11 +34,22 @@ class Runtime:
         return self.rank == 0
 
 
+def rendezvous() -> dist.Store:
+    """Meet the job's other processes, by what torchrun or Slurm put into the environment; alone without them."""
+    if "RANK" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
 @contextlib.contextmanager
-def distributed(parallel: ParallelConfig, *, seed: int, timeout_minutes: int) -> Iterator[Runtime]:
+def distributed(
+    parallel: ParallelConfig, *, seed: int, timeout_minutes: int, store: dist.Store | None = None
+) -> Iterator[Runtime]:
     """Join the job's processes (NCCL on GPUs, else gloo), build the parallel groups, seed, and leave at the end.
 
-    After an exception no collective is called: the others may not be there any more.
+    store: where they meet; None: `rendezvous()`. After an exception no collective is called: the others may not be there
+    any more.
     """
     # Notes of Megatron-Core to its own developers, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -52,14 +63,13 @@ def distributed(parallel: ParallelConfig, *, seed: int, timeout_minutes: int) ->
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    store = store or rendezvous()
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     build_groups(parallel)
     set_seeds(seed)
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    yield Runtime(dist.get_rank(), dist.get_world_size(), device)
+    yield Runtime(rank, world_size, device)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

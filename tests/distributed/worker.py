@@ -3,15 +3,21 @@
 torchrun --nproc-per-node 2 -m tests.distributed.worker cases.json results.pt
 """
 
+import dataclasses
 import json
+import multiprocessing
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories
 
 from mone_model.accounting import estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
@@ -24,7 +30,7 @@ from train.config import OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
 from train.engines.megatron import MegatronEngine
 from train.loop import auxiliary_loss_names
-from train.runtime import Runtime, build_groups, distributed, set_seeds
+from train.runtime import Runtime, distributed, rendezvous
 
 
 def sequence(index: int, length: int) -> Batch:
@@ -49,8 +55,11 @@ def batches(config: RunConfig, repeat: bool) -> Iterator[Batch]:
         first += 0 if repeat else micro * size
 
 
-def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
+def run_case(case: dict[str, Any], store: dist.Store) -> Any:
     """Train a few steps on one layout; everything returned is the same on all ranks."""
+    if case.get("tied"):
+        with distributed(ParallelConfig(), seed=1, timeout_minutes=2, store=store):
+            return select_tied_neurons()
     config = RunConfig(
         model=ModelConfig(**TINY_MODEL | case.get("model", {})),
         parallel=ParallelConfig(**case.get("parallel", {})),
@@ -58,8 +67,12 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
         training=TrainingConfig(**{"steps": 100, "micro_batch_size": 4, "global_batch_size": 4} | case.get("training", {})),
         optimizer=OptimizerSection(**{"warmup_steps": 2, "clip_grad": 0.5} | case.get("optimizer", {})),
     )
-    build_groups(config.parallel)
-    set_seeds(config.run.seed)
+    with distributed(config.parallel, seed=config.run.seed, timeout_minutes=2, store=store) as runtime:
+        return train(case, config, runtime)
+
+
+def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str, Any]:
+    """What one case asks for."""
     engine = MegatronEngine(config, runtime)
     layers = [layer for module in engine.modules for layer in moe_layers(module)]
     for _, experts, _ in layers:
@@ -91,10 +104,9 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     results["memory"] = measured_and_estimated_memory(engine, config, runtime)
     if case.get("weights"):
         engine.sharded_state()  # what is about to be saved must be whole
-        results["weights"] = {name: weight.detach().clone() for name, weight in engine.modules[0].named_parameters()}
+        results["weights"] = whole(engine, lambda weight: weight)
     if case.get("gradients"):
-        results["gradients"] = whole_gradients(engine)
-    parallel_state.destroy_model_parallel()
+        results["gradients"] = whole(engine, lambda weight: weight.main_grad)  # type: ignore[attr-defined]
     return results
 
 
@@ -102,7 +114,7 @@ def measured_and_estimated_memory(
     engine: MegatronEngine, config: RunConfig, runtime: Runtime
 ) -> tuple[list[int], list[int]]:
     """Bytes of weights, gradients and optimizer state over all ranks: of the tensors there are, and as estimated."""
-    weights = list(engine.modules[0].parameters())
+    weights = [weight for module in engine.modules for weight in module.parameters()]
     states = [state for optimizer in engine.optimizers() for state in optimizer.optimizer.state.values()]
     moments = [tensor for state in states for tensor in state.values() if tensor.dim() > 0]
     gradients = [weight.main_grad for weight in weights]
@@ -120,24 +132,26 @@ def measured_and_estimated_memory(
     return measured.tolist(), [runtime.world_size * part for part in estimated]
 
 
-def whole_gradients(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """The gradients of all weights, experts put together from their expert- and expert-tensor-parallel ranks."""
-    whole = {}
-    for name, weight in engine.modules[0].named_parameters():
-        gradient = weight.main_grad.clone()
-        if not getattr(weight, "allreduce", True):
-            axis = 2  # of neurons, in both expert weights
-            gradient = gather(gradient, parallel_state.get_expert_tensor_parallel_group(), axis)
-            gradient = gather(gradient, parallel_state.get_expert_model_parallel_group(), 0)
-        whole[name] = gradient
-    return whole
-
-
-def gather(tensor: torch.Tensor, group: Any, axis: int) -> torch.Tensor:
-    """Concatenate the tensors of all ranks of a group."""
-    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, tensor.contiguous(), group=group)
-    return torch.cat(parts, dim=axis)
+def whole(engine: MegatronEngine, part_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What `part_of` gives for every weight, put together from all ranks, by the weight's name in a checkpoint."""
+    mine: list[tuple[str, Any, Any, torch.Tensor]] = []
+    for module in engine.modules:
+        for entry in module.sharded_state_dict().values():
+            if isinstance(getattr(entry, "data", None), torch.nn.Parameter):
+                entry = dataclasses.replace(entry, data=part_of(entry.data).detach())
+                parts: Any = {"part": entry}
+                apply_factories(parts)  # gate and up of the shared expert are split one by one
+                mine += [
+                    (part.key, part.global_shape, part.global_slice(), part.data)
+                    for part in nested_values(parts)
+                    if isinstance(part, ShardedTensor)
+                ]
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    assembled: dict[str, torch.Tensor] = {}
+    for key, shape, place, data in (part for parts in gathered for part in parts):
+        assembled.setdefault(key, torch.full(shape, torch.nan))[place] = data.float()
+    return assembled
 
 
 def select_tied_neurons() -> torch.Tensor:
@@ -159,14 +173,28 @@ TIED_K = 5
 
 
 def main() -> None:
+    """Run each case in a forked process: Megatron-Core's groups, of three threads each, do not end before their process."""
     cases = json.loads(Path(sys.argv[1]).read_text())
-    with distributed(ParallelConfig(), seed=1, timeout_minutes=2) as runtime:
-        parallel_state.destroy_model_parallel()
-        results: dict[str, Any] = {name: run_case(case, runtime) for name, case in cases.items()}
-        results[f"tied/{runtime.world_size}"] = select_tied_neurons()
-        if runtime.is_main:
-            torch.save(results, sys.argv[2])
-        build_groups(ParallelConfig())
+    for index, (name, case) in enumerate(cases.items()):
+        child = multiprocessing.get_context("fork").Process(target=run_and_write, args=(index, name, case))
+        child.start()
+        child.join()
+        if child.exitcode != 0:
+            sys.exit(f"{name}: failed with code {child.exitcode}")
+    if os.environ["RANK"] == "0":
+        torch.save({name: torch.load(part(index)) for index, name in enumerate(cases)}, sys.argv[2])
+
+
+def run_and_write(index: int, name: str, case: dict[str, Any]) -> None:
+    """One case, from its groups to its results on disk."""
+    result = run_case(case, dist.PrefixStore(name, rendezvous()))
+    if os.environ["RANK"] == "0":
+        torch.save(result, part(index))
+
+
+def part(index: int) -> Path:
+    """The file with the results of one case."""
+    return Path(f"{sys.argv[2]}.{index}")
 
 
 if __name__ == "__main__":

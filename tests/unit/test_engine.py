@@ -70,8 +70,9 @@ def test_a_token_does_not_see_the_future() -> None:
     positions_BS = torch.arange(16)[None]
     with torch.no_grad():
         before, after = (gpt(tokens, positions_BS, None)[0] for tokens in (tokens_BS, changed_BS))
-    assert torch.equal(before[:10], after[:10])
-    assert not torch.equal(before[10:], after[10:])
+    # Not bit-equal: the changed token goes to other experts, whose GEMMs then have another number of rows.
+    torch.testing.assert_close(before[:10], after[:10], rtol=0, atol=1e-6)
+    assert ((before[10:] - after[10:]).abs().amax(-1) > 1e-4).all()
 
 
 @pytest.mark.parametrize(
