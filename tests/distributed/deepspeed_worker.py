@@ -100,6 +100,7 @@ def main() -> None:
             except Exception:
                 results[name] = {"error": traceback.format_exc()}
             parallel_state.destroy_model_parallel()
+            if runtime.is_main: torch.save(results, sys.argv[2])
             if runtime.is_main: print(name, f"{time.monotonic() - began:.1f}s", results[name].get("error", "")[-1500:], flush=True)
         if runtime.is_main:
             torch.save(results, sys.argv[2])

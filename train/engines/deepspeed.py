@@ -139,7 +139,8 @@ class DeepSpeedEngine:
         if self.applied is None:
             if self.stage == 0:
                 # Without ZeRO nobody has; DeepSpeed's own clipping takes the experts for replicas.
-                self.optimizer.grad_norm = _clip(list(self.parameters.values()), self.clip_grad)
+                norm = _clip(list(self.parameters.values()), self.clip_grad)
+                self.optimizer.grad_norm = norm if math.isfinite(norm) else math.inf
             self.applied = self.accept(self.loss, self.grad_norm) and math.isfinite(self.grad_norm)
         return self.applied
 

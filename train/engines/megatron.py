@@ -24,6 +24,7 @@ from mone_model.gpt import build_gpt
 from train.config import RunConfig
 from train.data import Batch
 from train.engines.base import SHARDING, StepResult, make_scheduler, sums_of_losses
+from train.engines.megatron_state import common_form, fill, steps_taken
 from train.runtime import Runtime
 
 class MegatronEngine:
@@ -33,7 +34,7 @@ class MegatronEngine:
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        self.device, self.section = runtime.device, config.optimizer
+        self.device, self.mixed_precision = runtime.device, config.compute.precision != "fp32"
         self.sequence = (config.model.seq_length, config.training.micro_batch_size)
         stages = [None] if config.parallel.virtual_pipeline is None else range(config.parallel.virtual_pipeline)
         self.modules = [
@@ -118,30 +119,33 @@ class MegatronEngine:
         state: dict[str, Any] = {
             f"model{index}": module.sharded_state_dict(metadata=SHARDING) for index, module in enumerate(self.modules)
         }
+        state["optimizer"] = common_form(self._optimizer_state(loading), mixed_precision=self.mixed_precision)
+        state["optimizer_step"] = steps_taken(self.optimizers())
+        state["scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def _optimizer_state(self, loading: bool) -> dict[str, Any]:
         if loading:
             # torch's AdamW has no state before its first step, and there would be nothing to load into.
             for optimizer in self.optimizers():
                 if isinstance(optimizer, DistributedOptimizer):
                     optimizer._init_optimizer_states_with_dummy_values()
-        weights = state if len(self.modules) > 1 else state["model0"]
-        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING)
-        state["scheduler"] = self.scheduler.state_dict()
+        weights = {str(index): module.sharded_state_dict(metadata=SHARDING) for index, module in enumerate(self.modules)}
+        state: dict[str, Any] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING)
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
         for index, module in enumerate(self.modules):
             module.load_state_dict(state[f"model{index}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        nested = self._optimizer_state(loading=True)
+        fill(nested, state["optimizer"], state["optimizer_step"], self.optimizers())
+        self.optimizer.load_state_dict(nested)
         for optimizer in self.optimizers():
             for of_parameter in optimizer.optimizer.state.values():
                 # Megatron-Core gives torch's AdamW one step counter for all parameters, which each would then advance.
                 if torch.is_tensor(of_parameter.get("step")):
                     of_parameter["step"] = of_parameter["step"].clone()
-        for group in self.optimizer.param_groups:
-            # The groups come back with the saved run's numbers, but the config rules.
-            group.update(max_lr=self.section.lr, min_lr=self.section.min_lr, eps=self.section.eps)
-            group["betas"] = (self.section.beta1, self.section.beta2)
         self.scheduler.load_state_dict(state["scheduler"])
         self._gather_parameters()
 
