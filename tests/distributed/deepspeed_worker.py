@@ -1,10 +1,16 @@
 """Like worker.py, with a choice of the engine."""
-import json, sys, time, traceback
+
+import json
+import sys
+import time
+import traceback
 from pathlib import Path
 from typing import Any
+
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
+
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import moe_layers
 from mone_model.loss_record import reduce_losses
@@ -33,7 +39,6 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     layers = [layer for module in engine.modules for layer in moe_layers(module)]
     read = batches(config, False)
     micro_batches = config.micro_batches(runtime.world_size)
-    first = 0
     if case.get("load"):
         engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), case["load"]))
         for _ in range(case["skip_steps"] * micro_batches):
@@ -44,7 +49,8 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
     intact = []
     for step in range(case.get("run_steps", 1)):
         for _, experts, router in layers:
-            experts.record.reset(); router.record.reset()
+            experts.record.reset()
+            router.record.reset()
         options = {}
         if kind is DeepSpeedEngine:
             options["accept"] = lambda loss, norm, step=step: step not in refuse
@@ -56,20 +62,35 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> dict[str, Any]:
             p = dict(engine.modules[0].named_parameters())[case["poison_name"]]
             hook = p.register_hook(lambda g: g * float("nan") if runtime.rank == runtime.world_size - 1 else g)
         result = engine.train_step(read, micro_batches=micro_batches, **options)
-        if hook: hook.remove()
+        if hook:
+            hook.remove()
         if before is not None:
             after = flat_state(engine)
             intact.append(all(torch.equal(before[k], after[k]) for k in before))
-        losses.append(result.loss); norms.append(result.grad_norm); rates.append(result.learning_rate); applied.append(result.applied)
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+        rates.append(result.learning_rate)
+        applied.append(result.applied)
     auxiliary = reduce_losses(
         {layer: [experts.record, router.record] for layer, experts, router in layers},
-        names=auxiliary_loss_names(config), num_layers=config.model.num_layers)
+        names=auxiliary_loss_names(config),
+        num_layers=config.model.num_layers,
+    )
     evaluated = engine.evaluate(batches(config, False), micro_batches=2)
     if case.get("save"):
-        if runtime.is_main: Path(case["save"]).mkdir(parents=True, exist_ok=True)
+        if runtime.is_main:
+            Path(case["save"]).mkdir(parents=True, exist_ok=True)
         dist.barrier()
         dist_checkpointing.save(engine.sharded_state(), case["save"])
-    out = {"losses": losses, "norms": norms, "auxiliary": auxiliary, "eval": evaluated, "rates": rates, "applied": applied, "intact": intact}
+    out = {
+        "losses": losses,
+        "norms": norms,
+        "auxiliary": auxiliary,
+        "eval": evaluated,
+        "rates": rates,
+        "applied": applied,
+        "intact": intact,
+    }
     # same on all ranks?
     mine = torch.tensor(losses + norms, dtype=torch.float64)
     gathered = [torch.empty_like(mine) for _ in range(runtime.world_size)]
@@ -82,9 +103,11 @@ def flat_state(engine: Any) -> dict[str, torch.Tensor]:
     state = engine.sharded_state()
     flat = {"step": torch.tensor(state["optimizer_step"])}
     for k, v in state["model0"].items():
-        if torch.is_tensor(getattr(v, "data", None)): flat["w/" + k] = v.data.detach().clone()
+        if torch.is_tensor(getattr(v, "data", None)):
+            flat["w/" + k] = v.data.detach().clone()
     for kind, d in state["optimizer"].items():
-        for k, v in d.items(): flat[f"{kind}/{k}"] = v.data.detach()
+        for k, v in d.items():
+            flat[f"{kind}/{k}"] = v.data.detach()
     return flat
 
 
@@ -100,8 +123,10 @@ def main() -> None:
             except Exception:
                 results[name] = {"error": traceback.format_exc()}
             parallel_state.destroy_model_parallel()
-            if runtime.is_main: torch.save(results, sys.argv[2])
-            if runtime.is_main: print(name, f"{time.monotonic() - began:.1f}s", results[name].get("error", "")[-1500:], flush=True)
+            if runtime.is_main:
+                torch.save(results, sys.argv[2])
+            if runtime.is_main:
+                print(name, f"{time.monotonic() - began:.1f}s", results[name].get("error", "")[-1500:], flush=True)
         if runtime.is_main:
             torch.save(results, sys.argv[2])
         build_groups(ParallelConfig())

@@ -6,22 +6,17 @@ loss = engine.evaluate(batches, micro_batches=4)
 engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), folder))
 
 Data, expert and expert-tensor parallelism. DeepSpeed must not sum over what it takes for replicas of one weight and are
-different experts: it is told which ranks hold which (`_tell_of_experts`).
+different experts: it is told which ranks hold which (`tell_of_experts`).
 """
 
-import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import (
-    groups,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
@@ -37,16 +32,17 @@ from mone_model.gpt import build_gpt
 from train.config import RunConfig
 from train.data import Batch
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
-from train.runtime import Runtime
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-# What other sections of the config say, or what this engine would not survive.
-RESERVED = (
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation"),
-    *("gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "data_types"),
-    *("tensor_parallel", "sequence_parallel_size", "expert_parallel", "hybrid_engine", "prescale_gradients"),
+from train.engines.deepspeed_config import check_config, deepspeed_config
+from train.engines.deepspeed_private import (
+    MOMENTS,
+    create_moments,
+    global_norm,
+    refresh_partitions,
+    start,
+    tell_of_experts,
+    whole_parameters,
 )
-RESERVED_ZERO = ("stage", "offload_optimizer.device", "contiguous_gradients", "reduce_scatter", "compute_grad_norm")
+from train.runtime import Runtime
 
 
 class DeepSpeedEngine:
@@ -65,7 +61,7 @@ class DeepSpeedEngine:
         self.modules = [module]
         # DeepSpeed's ZeRO 3 hides the names of the parameters' own shapes.
         self.parameters = dict(module.named_parameters())
-        expert_group = _tell_of_experts(self.parameters.values(), self.stage)
+        expert_group = tell_of_experts(self.parameters.values(), self.stage)
         self.optimizer = _AskingAdamW(
             _parameter_groups(self.parameters.values(), config.optimizer.weight_decay, expert_group),
             lr=config.optimizer.lr,
@@ -74,8 +70,8 @@ class DeepSpeedEngine:
         )
         self.optimizer.ask = self._decide
         self.scheduler = make_scheduler(config.optimizer, config.training.steps, self.optimizer)
-        self.engine = _start(module, self.optimizer, deepspeed_config(config, self.micro_batches))
-        _create_moments(self.engine, self.optimizer)
+        self.engine = start(module, self.optimizer, deepspeed_config(config, self.micro_batches))
+        create_moments(self.engine, self.optimizer)
         self.accept: Accept = _always
         self.loss = math.nan
         self.applied: bool | None = None
@@ -89,7 +85,7 @@ class DeepSpeedEngine:
         check(micro_batches == self.micro_batches, "micro_batches", micro_batches, f"was built for {self.micro_batches}")
         self.engine.train()
         # DeepSpeed divides the loss by the micro-batches, and the auxiliary losses do not pass through there.
-        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1 / micro_batches, device=self.device))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device) / micro_batches)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index in range(micro_batches):
             total, tokens = self._losses(next(batches))
@@ -126,7 +122,7 @@ class DeepSpeedEngine:
         """Of the last gradient, before clipping; inf if it was not finite."""
         if self.stage == 0:
             return self.optimizer.grad_norm
-        return float(self.engine.optimizer._global_grad_norm)
+        return global_norm(self.engine)
 
     def _losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         batch = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
@@ -146,7 +142,7 @@ class DeepSpeedEngine:
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
         """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled."""
-        with _whole_parameters(self.parameters, self.stage):
+        with whole_parameters(self.parameters, self.stage):
             weights = self.modules[0].sharded_state_dict(metadata=SHARDING)
             names = {id(parameter): name for name, parameter in self.parameters.items()}
             sharded = {names[id(entry.data)]: entry for entry in weights.values() if id(entry.data) in names}
@@ -186,7 +182,7 @@ class DeepSpeedEngine:
         for of_partition in self.optimizer.state.values():
             of_partition["step"].fill_(state["optimizer_step"])
         if self.stage == 3:
-            _refresh_partitions(self.engine.optimizer)
+            refresh_partitions(self.engine.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
 
     def _kinds(self) -> tuple[str, ...]:
@@ -218,62 +214,6 @@ class _AskingAdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         return super().step(closure) if self.ask() else None
-
-
-def check_config(config: RunConfig) -> None:
-    """ValueError, naming the option, for what this engine does not do."""
-    section, parallel = config.deepspeed, config.parallel
-    for name in ("tensor", "pipeline", "context"):
-        check(getattr(parallel, name) == 1, f"parallel.{name}", getattr(parallel, name), "engine=deepspeed needs 1")
-    check(
-        config.compute.precision == "fp32" or section.zero_stage > 0,
-        "deepspeed.zero_stage",
-        section.zero_stage,
-        "compute.precision=bf16 needs at least 1, which keeps fp32 master weights",
-    )
-    for key in RESERVED:
-        check(key not in section.options, "deepspeed.options", key, "is set by the other sections, or not supported")
-    for path in RESERVED_ZERO:
-        value: Any = section.options.get("zero_optimization", {})
-        for key in path.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        check(value is None, "deepspeed.options", f"zero_optimization.{path}", "is set by deepspeed.* or not supported")
-
-
-def deepspeed_config(config: RunConfig, micro_batches: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration of this run."""
-    section = config.deepspeed
-    zero: dict[str, Any] = {
-        "stage": section.zero_stage,
-        "contiguous_gradients": True,
-        "reduce_scatter": True,
-        "overlap_comm": config.parallel.overlap_communication,
-        "reduce_bucket_size": 50_000_000,
-        "allgather_bucket_size": 50_000_000,
-    }
-    if section.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    ours: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
-        "gradient_accumulation_steps": micro_batches,
-        "steps_per_print": None,
-        "zero_optimization": zero,
-        # Its own is compiled when a run starts, and knows no `ask`.
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": config.optimizer.clip_grad if section.zero_stage > 0 else 0.0,
-    }
-    if config.compute.precision == "bf16":
-        ours |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    return _merge(ours, section.options)
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(base.get(key), dict)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
 
 
 def _parameter_groups(parameters: Any, weight_decay: float, expert_group: str) -> list[dict[str, Any]]:
@@ -316,83 +256,3 @@ def _clip(parameters: list[torch.nn.Parameter], largest: float) -> float:
             if parameter.grad is not None:
                 parameter.grad.mul_(largest / (norm + 1e-6))
     return norm
-
-
-# From here on, names that DeepSpeed does not promise to keep: it offers no other way to bring one's own experts.
-
-
-class _Engine(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine, told that a model without its own MoE layers has experts."""
-
-    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
-        super()._configure_distributed_model(model)
-        self.has_moe_layers, self.num_experts = True, [model.config.num_moe_experts]
-
-    def _validate_zero3_moe_compatibility(self) -> None:
-        """It would refuse every layer that is not its own."""
-
-    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """NotImplementedError: it would keep the experts of one rank only. See `DeepSpeedEngine.sharded_state`."""
-        raise NotImplementedError("save DeepSpeedEngine.sharded_state()")
-
-
-def _start(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> _Engine:
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        # Compiled at every start, and not needed.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
-    return _Engine(args=None, model=module, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
-
-
-def _tell_of_experts(parameters: Any, stage: int) -> str:
-    """Mark the experts' weights and name the ranks that hold other experts (or neurons of them) and the same ones."""
-    others = parallel_state.get_expert_tensor_and_model_parallel_group()
-    same = parallel_state.get_expert_data_parallel_group()
-    name = f"ep_size_{others.size()}"  # the number is read out of the name
-    for registry, value in (
-        (groups._EXPERT_PARALLEL_GROUP, others),
-        (groups._EXPERT_DATA_PARALLEL_GROUP, same),
-        (groups._EXPERT_PARALLEL_GROUP_RANKS, dist.get_process_group_ranks(others)),
-        (groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, dist.get_process_group_ranks(same)),
-    ):
-        registry.clear()
-        registry[name] = value
-    for parameter in parameters:
-        if not getattr(parameter, "allreduce", True):
-            parameter.group_name = name
-            if stage == 3:
-                parameter.ds_zero_placement_family = "autoep_expert"
-                parameter.ds_zero_partition_group_name = name
-                parameter.ds_zero_partition_process_group = same
-    return name
-
-
-def _create_moments(engine: _Engine, optimizer: torch.optim.Optimizer) -> None:
-    """Create the moments before the first step: a checkpoint may be loaded, or that step not applied.
-
-    DeepSpeed connects weights with their moments after it has stepped its first group, when the others' are not there.
-    """
-    zero = engine.optimizer
-    partitions = getattr(zero, "fp32_partitioned_groups_flat", None)
-    if partitions is None:
-        partitions = [partition for group in optimizer.param_groups for partition in group["params"]]
-    for partition in partitions:
-        moments = {kind: torch.zeros_like(partition) for kind in MOMENTS}
-        optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
-    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        zero._lazy_init_hp_params_optimizer_state()
-
-
-@contextlib.contextmanager
-def _whole_parameters(parameters: dict[str, torch.nn.Parameter], stage: int) -> Iterator[None]:
-    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
-        yield
-
-
-def _refresh_partitions(zero: Any) -> None:
-    """Copy ZeRO 3's fp32 master partitions into those of the weights."""
-    zero.checkpoint_event_prologue()
-    for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
-    zero.checkpoint_event_epilogue()

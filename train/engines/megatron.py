@@ -27,6 +27,7 @@ from train.engines.base import SHARDING, StepResult, make_scheduler, sums_of_los
 from train.engines.megatron_state import common_form, fill, steps_taken
 from train.runtime import Runtime
 
+
 class MegatronEngine:
     """The model of this rank, its optimizer and its schedule.
 

@@ -14,11 +14,11 @@ import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-Entry = ShardedTensor | ShardedTensorFactory
+Entry = (ShardedTensor, ShardedTensorFactory)
 PREFIX = "optimizer.state"
 
 
-def common_form(nested: dict[str, Any], *, mixed_precision: bool) -> dict[str, Entry]:
+def common_form(nested: dict[str, Any], *, mixed_precision: bool) -> dict[str, Any]:
     """What is to be saved or loaded, by its place in Megatron-Core's own sharded state."""
     entries = {path: entry for path, _, _, entry in _leaves(nested) if isinstance(entry, Entry)}
     for path, entry in entries.items():
@@ -28,7 +28,7 @@ def common_form(nested: dict[str, Any], *, mixed_precision: bool) -> dict[str, E
     return {path: entry for path, entry in entries.items() if mixed_precision or not _is_master(entry)}
 
 
-def fill(nested: dict[str, Any], loaded: dict[str, torch.Tensor], step: int, optimizers: list[Any]) -> None:
+def fill(nested: dict[Any, Any], loaded: dict[str, torch.Tensor], step: int, optimizers: list[Any]) -> None:
     """Put what was loaded into Megatron-Core's own sharded state, with this run's hyperparameters.
 
     The weights of the model must have been loaded before: in fp32 they are the master weights.
@@ -59,7 +59,7 @@ def steps_taken(optimizers: list[Any]) -> int:
     return max((int(counted["step"]) for counted in states + groups if "step" in counted), default=0)
 
 
-def _is_master(entry: Entry) -> bool:
+def _is_master(entry: Any) -> bool:
     return bool(entry.key.startswith(f"{PREFIX}.param."))
 
 
