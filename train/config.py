@@ -105,6 +105,28 @@ class OptimizerSection:
 
 
 @dataclass
+class DeepSpeedSection:
+    """What only the DeepSpeed engine reads."""
+
+    zero_stage: int = 1
+    """ZeRO: what data-parallel ranks share out among them. 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in host memory and update the weights there."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """More of DeepSpeed's own configuration, laid over what the engine asks for, e.g.
+    'deepspeed.options={zero_optimization: {reduce_bucket_size: 1e8}}'. What the other sections say is refused here."""
+
+    def __post_init__(self) -> None:
+        check(self.zero_stage in (0, 1, 2, 3), "deepspeed.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
+        check(
+            not self.offload_optimizer or self.zero_stage > 0,
+            "deepspeed.offload_optimizer",
+            self.offload_optimizer,
+            "needs deepspeed.zero_stage of at least 1",
+        )
+
+
+@dataclass
 class SourceConfig:
     """One source of the blend: a folder that mone-tokenize wrote."""
 
@@ -196,6 +218,7 @@ class RunConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

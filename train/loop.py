@@ -22,7 +22,8 @@ from train import figures
 from train.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train.config import RunConfig, describe
 from train.data import RunData, SourceEpochs, micro_batches
-from train.engines.megatron import MegatronEngine, StepResult
+from train.engines.base import StepResult
+from train.engines.megatron import MegatronEngine
 from train.metrics import MetricsWriter, format_line, read_metrics
 from train.runtime import Runtime
 from train.signals import StopRequest

@@ -8,7 +8,6 @@ engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), fo
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,30 +16,16 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from mone_model.gpt import build_gpt
-from train.config import OptimizerSection, RunConfig
+from train.config import RunConfig
 from train.data import Batch
+from train.engines.base import SHARDING, StepResult, make_scheduler, sums_of_losses
+from train.engines.megatron_state import common_form, fill, steps_taken
 from train.runtime import Runtime
-
-# The form in which optimizer state moves between layouts.
-_SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did; the same on every rank."""
-
-    loss: float
-    """Mean cross-entropy of the global batch, in nats per token."""
-    grad_norm: float
-    """L2 norm of the gradient over all parameters, before clipping."""
-    learning_rate: float
-    """The rate that this step used."""
 
 
 class MegatronEngine:
@@ -50,7 +35,7 @@ class MegatronEngine:
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        self.device, self.section = runtime.device, config.optimizer
+        self.device, self.mixed_precision = runtime.device, config.compute.precision != "fp32"
         self.sequence = (config.model.seq_length, config.training.micro_batch_size)
         stages = [None] if config.parallel.virtual_pipeline is None else range(config.parallel.virtual_pipeline)
         self.modules = [
@@ -68,7 +53,7 @@ class MegatronEngine:
             for index, module in enumerate(self.modules)
         ]
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.model)
-        self.scheduler = _scheduler(config.optimizer, config.training.steps, self.optimizer)
+        self.scheduler = make_scheduler(config.optimizer, config.training.steps, self.optimizer)
         megatron = get_model_config(self.model[0])
         megatron.grad_scale_func = self.optimizer.scale_loss
         megatron.finalize_model_grads_func = finalize_model_grads
@@ -133,32 +118,35 @@ class MegatronEngine:
         """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled."""
         self._gather_parameters()
         state: dict[str, Any] = {
-            f"model{index}": module.sharded_state_dict(metadata=_SHARDING) for index, module in enumerate(self.modules)
+            f"model{index}": module.sharded_state_dict(metadata=SHARDING) for index, module in enumerate(self.modules)
         }
+        state["optimizer"] = common_form(self._optimizer_state(loading), mixed_precision=self.mixed_precision)
+        state["optimizer_step"] = steps_taken(self.optimizers())
+        state["scheduler"] = self.scheduler.state_dict()
+        return state
+
+    def _optimizer_state(self, loading: bool) -> dict[str, Any]:
         if loading:
             # torch's AdamW has no state before its first step, and there would be nothing to load into.
             for optimizer in self.optimizers():
                 if isinstance(optimizer, DistributedOptimizer):
                     optimizer._init_optimizer_states_with_dummy_values()
-        weights = state if len(self.modules) > 1 else state["model0"]
-        state["optimizer"] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=_SHARDING)
-        state["scheduler"] = self.scheduler.state_dict()
+        weights = {str(index): module.sharded_state_dict(metadata=SHARDING) for index, module in enumerate(self.modules)}
+        state: dict[str, Any] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING)
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
         for index, module in enumerate(self.modules):
             module.load_state_dict(state[f"model{index}"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        nested = self._optimizer_state(loading=True)
+        fill(nested, state["optimizer"], state["optimizer_step"], self.optimizers())
+        self.optimizer.load_state_dict(nested)
         for optimizer in self.optimizers():
             for of_parameter in optimizer.optimizer.state.values():
                 # Megatron-Core gives torch's AdamW one step counter for all parameters, which each would then advance.
                 if torch.is_tensor(of_parameter.get("step")):
                     of_parameter["step"] = of_parameter["step"].clone()
-        for group in self.optimizer.param_groups:
-            # The groups come back with the saved run's numbers, but the config rules.
-            group.update(max_lr=self.section.lr, min_lr=self.section.min_lr, eps=self.section.eps)
-            group["betas"] = (self.section.beta1, self.section.beta2)
         self.scheduler.load_state_dict(state["scheduler"])
         self._gather_parameters()
 
@@ -174,7 +162,7 @@ class MegatronEngine:
 
 
 def _loss(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    total, tokens = (losses_BS.float() * mask_BS).sum(), mask_BS.sum()
+    total, tokens = sums_of_losses(mask_BS, losses_BS)
     # The schedule divides the loss in place.
     return total, tokens.int(), {"loss_and_tokens": torch.stack([total.detach(), tokens]).double()}
 
@@ -213,26 +201,4 @@ def _optimizer_config(config: RunConfig) -> OptimizerConfig:
         params_dtype=config.compute.dtype,
         use_distributed_optimizer=config.parallel.distributed_optimizer,
         overlap_param_gather=config.parallel.overlaps_parameter_gather,
-    )
-
-
-def _scheduler(section: OptimizerSection, steps: int, optimizer: Any) -> OptimizerParamScheduler:
-    last = section.decay_steps or steps
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=section.lr,
-        min_lr=section.min_lr,
-        lr_warmup_steps=section.warmup_steps,
-        lr_decay_steps=last,
-        lr_decay_style="WSD" if section.schedule == "wsd" else section.schedule,
-        wsd_decay_steps=section.wsd_decay_steps or max(1, last // 10),
-        lr_wsd_decay_style="linear",
-        start_wd=section.weight_decay,
-        end_wd=section.weight_decay,
-        wd_incr_steps=0,
-        wd_incr_style="constant",
-        # The config rules: a resumed run may stretch its schedule.
-        use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,
     )

@@ -1,0 +1,58 @@
+"""What the engines share: the result of a step, the loss, the learning-rate schedule, the form of a saved state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from train.config import OptimizerSection
+
+Accept = Callable[[float, float], bool]
+"""Says, given the loss and the gradient norm of a step, whether the step may change the weights."""
+
+# The form in which weights and optimizer state move between layouts and engines.
+SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    """Mean cross-entropy of the global batch, in nats per token."""
+    grad_norm: float
+    """L2 norm of the gradient over all parameters, before clipping."""
+    learning_rate: float
+    """The rate that this step used."""
+    applied: bool = True
+    """Whether the weights changed."""
+
+
+def sums_of_losses(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss in nats, with a gradient, and the number of tokens that count."""
+    return (losses_BS.float() * mask_BS).sum(), mask_BS.sum()
+
+
+def make_scheduler(section: OptimizerSection, steps: int, optimizer: Any) -> OptimizerParamScheduler:
+    """Megatron-Core's schedule of the learning rate over anything with `param_groups`."""
+    last = section.decay_steps or steps
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
+        lr_warmup_steps=section.warmup_steps,
+        lr_decay_steps=last,
+        lr_decay_style="WSD" if section.schedule == "wsd" else section.schedule,
+        wsd_decay_steps=section.wsd_decay_steps or max(1, last // 10),
+        lr_wsd_decay_style="linear",
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        # The config rules: a resumed run may stretch its schedule.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )

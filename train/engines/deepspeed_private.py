@@ -1,0 +1,102 @@
+"""The one place for names that DeepSpeed does not promise to keep: it offers no other way to bring one's own experts.
+
+Written for deepspeed 0.19.8.
+"""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import groups
+from megatron.core import parallel_state
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Engine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's engine, told that a model without its own MoE layers has experts."""
+
+    def _configure_distributed_model(self, model: Any) -> None:
+        super()._configure_distributed_model(model)
+        self.has_moe_layers, self.num_experts = True, [model.config.num_moe_experts]
+
+    def _validate_zero3_moe_compatibility(self) -> None:
+        """It would refuse every layer that is not its own."""
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """NotImplementedError: it would keep the experts of one rank only. See `DeepSpeedEngine.sharded_state`."""
+        raise NotImplementedError("save DeepSpeedEngine.sharded_state()")
+
+
+def start(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
+    """DeepSpeed's engine around the model, over the process groups that are there; nothing is compiled."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Compiled at every start, and not needed.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
+    return Engine(args=None, model=module, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
+
+
+def tell_of_experts(parameters: Any, stage: int) -> str:
+    """Mark the experts' weights and name the ranks that hold other experts (or neurons of them) and the same ones."""
+    others = parallel_state.get_expert_tensor_and_model_parallel_group()
+    same = parallel_state.get_expert_data_parallel_group()
+    name = f"ep_size_{others.size()}"  # the number is read out of the name
+    for registry, value in (
+        (groups._EXPERT_PARALLEL_GROUP, others),
+        (groups._EXPERT_DATA_PARALLEL_GROUP, same),
+        (groups._EXPERT_PARALLEL_GROUP_RANKS, dist.get_process_group_ranks(others)),
+        (groups._EXPERT_DATA_PARALLEL_GROUP_RANKS, dist.get_process_group_ranks(same)),
+    ):
+        registry.clear()
+        registry[name] = value
+    for parameter in parameters:
+        if not getattr(parameter, "allreduce", True):
+            parameter.group_name = name
+            if stage == 3:
+                parameter.ds_zero_placement_family = "autoep_expert"
+                parameter.ds_zero_partition_group_name = name
+                parameter.ds_zero_partition_process_group = same
+    return name
+
+
+def create_moments(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
+    """Create the moments before the first step: a checkpoint may be loaded, or that step not applied.
+
+    DeepSpeed connects weights with their moments after it has stepped its first group, when the others' are not there.
+    """
+    zero = engine.optimizer
+    partitions = getattr(zero, "fp32_partitioned_groups_flat", None)
+    if partitions is None:
+        partitions = [partition for group in optimizer.param_groups for partition in group["params"]]
+    for partition in partitions:
+        moments = {kind: torch.zeros_like(partition) for kind in MOMENTS}
+        optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()
+
+
+@contextlib.contextmanager
+def whole_parameters(parameters: dict[str, torch.nn.Parameter], stage: int) -> Iterator[None]:
+    """Within, every parameter has its whole data; with ZeRO 3 that is a copy, gone afterwards."""
+    with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
+        yield
+
+
+def refresh_partitions(zero: Any) -> None:
+    """Copy ZeRO 3's fp32 master partitions into those of the weights."""
+    zero.checkpoint_event_prologue()
+    for group in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(group)
+    zero.checkpoint_event_epilogue()
+
+
+def global_norm(engine: Engine) -> float:
+    """ZeRO's norm of the last gradient, before clipping; inf if it was not finite."""
+    return float(engine.optimizer._global_grad_norm)
