@@ -1,16 +1,20 @@
-"""Checkpoints: save, publish, prune, find the newest complete one, load. Megatron-Core's sharded format.
+"""Checkpoints: write, publish, prune, find, load. Megatron-Core's sharded format; docs/checkpoints.md.
 
-    save_checkpoint(folder, step=200, state=engine.sharded_state(), facts={...}, keep_last=2)
-    newest = find_newest(folder)                 # None, or one whose manifest was written, so all of it is there
-    engine.load_state(load_checkpoint(newest, engine.sharded_state(loading=True)))
+    saver = Saver(folder, config.checkpoint)
+    saver.save(step=200, state=engine.sharded_state(), facts={...})
+    saver.finish(wait=False)                     # between steps, while one is written in the background
+    engine.load_state(load_checkpoint(checkpoint, engine.sharded_state(loading=True), same_layout=True))
 
 A checkpoint is written under a temporary name, its manifest last, and renamed when everything is on disk: a folder
-named step-* is complete.
+named step-* is complete. The manifest holds size and sha256 of every file, which train.checkpoint_health holds against them.
 """
 
+import functools
 import json
 import os
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,71 +23,195 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, tensor_parallel
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data_prep.files import sha256_of, writing
+from train.config import CheckpointConfig
 
 MANIFEST = "mone.json"
+FORMAT = "mone-checkpoint-2"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint."""
+    """A published checkpoint."""
 
     path: Path
     step: int
     facts: dict[str, Any]
-    """What the run noted about itself: tokens seen, W&B run id, world size, model config."""
+    """What the run noted about itself: samples read, W&B run id, world size, model config."""
+    files: dict[str, dict[str, Any]]
+    """`size` in bytes and `sha256` by file name."""
 
 
-def save_checkpoint(folder: Path, *, step: int, state: dict[str, Any], facts: dict[str, Any], keep_last: int) -> None:
-    """Write, publish and prune; a collective on every rank. State: from `engine.sharded_state()`."""
-    final, unfinished = folder / f"step-{step:08d}", folder / f".unfinished-step-{step:08d}"
-    is_main = dist.get_rank() == 0
-    if is_main:
-        for leftover in folder.glob(".unfinished-*"):
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are untouched, and nothing of it has its final name."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save cost."""
+
+    path: Path
+    stall_seconds: float
+    """How long training stood still for it."""
+    write_seconds: float
+    """From its beginning until it was published."""
+
+
+class Saver:
+    """Writes the checkpoints of a run, in the background if `async_save` is set; every verb is a collective."""
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self.queue = AsyncCallsQueue(persistent=False)  # a persistent writer hangs on CPUs
+        self.pending: _Pending | None = None
+
+    def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
+
+        Raises SaveFailed, on every rank, also for one that was still being written.
+        """
+        self.finish(wait=True)
+        began = time.monotonic()
+        unfinished = self.folder / f".unfinished-step-{step:08d}"
+        state = state | {"random": _random_state()}
+        _agree(functools.partial(self._make_room, unfinished, state), "prepare", self.folder)
+        request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
+        if request.async_fn is not None:
+            # In the process that writes, so that training does not wait for it.
+            request = request._replace(async_fn=functools.partial(_write_and_digest, request.async_fn, unfinished))
+        facts = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **facts}
+        self.pending = _Pending(unfinished, step, facts, began)
+        try:
+            if self.config.async_save:
+                self.queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
+        except (CheckpointException, CheckpointingException, OSError) as error:
+            self._give_up(error)
+        self.pending.stall += time.monotonic() - began
+        if not self.config.async_save:
+            self.pending.written = True
+
+    def finish(self, *, wait: bool) -> Saved | None:
+        """Publish what is completely written and prune; None if there is nothing, or (without wait) not yet.
+
+        Raises SaveFailed on every rank.
+        """
+        if self.pending is None:
+            return None
+        began = time.monotonic()
+        if not self.pending.written:
+            try:
+                self.queue.maybe_finalize_async_calls(blocking=wait)
+            except (CheckpointException, CheckpointingException, OSError) as error:
+                self._give_up(error)
+            if self.queue.get_num_unfinalized_calls():
+                return None
+        pending, self.pending = self.pending, None
+        final = self.folder / f"step-{pending.step:08d}"
+        _agree(functools.partial(self._publish, pending, final), "publish", final)
+        now = time.monotonic()
+        return Saved(final, stall_seconds=pending.stall + now - began, write_seconds=now - pending.began)
+
+    def _make_room(self, unfinished: Path, state: dict[str, Any]) -> None:
+        for leftover in self.folder.glob(".unfinished-*"):
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
-    dist.barrier()
-    dist_checkpointing.save(state | {"random": _random_state()}, str(unfinished))
-    dist.barrier()
-    if is_main:
-        facts = {"format": "mone-checkpoint-1", "step": step, "world_size": dist.get_world_size(), **facts}
-        _write_durably(unfinished / MANIFEST, json.dumps(facts, indent=1))
+        # A rank that runs out of space half way would leave the others waiting for it. This rank's part stands for all.
+        mine = sum(
+            entry.data.nbytes
+            for entry in nested_values(state)
+            if isinstance(entry, ShardedBase) and torch.is_tensor(entry.data) and is_main_replica(entry.replica_id)
+        )
+        needed, free = mine * dist.get_world_size(), shutil.disk_usage(self.folder).free
+        if free < needed:
+            unfinished.rmdir()
+            raise OSError(f"{free / 2**30:.3f} GiB are free and about {needed / 2**30:.3f} GiB needed")
+
+    def _publish(self, pending: "_Pending", final: Path) -> None:
+        unfinished = pending.unfinished
+        files: dict[str, Any] = {}
+        for digests in unfinished.glob("digests-*.json"):
+            files |= json.loads(digests.read_text())
+            digests.unlink()
+        for path in unfinished.iterdir():
+            if path.name not in files:
+                files[path.name] = digest(path)
+        with writing(unfinished / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(pending.facts | {"files": files}, indent=1))
         _flush(unfinished)
         if final.exists():
             _delete(final)
         os.replace(unfinished, final)
-        _flush(folder)
-        for old in list_checkpoints(folder)[:-keep_last]:
-            _delete(old.path)
-    dist.barrier()
+        _flush(self.folder)
+        every = self.config.keep_every
+        published = sorted(path for path in self.folder.glob("step-*") if (path / MANIFEST).exists())
+        for old in published[: -self.config.keep_last]:
+            if every is None or int(old.name.removeprefix("step-")) % every:
+                _delete(old)
+
+    def _give_up(self, error: BaseException) -> None:
+        assert self.pending is not None
+        unfinished, self.pending = self.pending.unfinished, None
+        if dist.get_rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise SaveFailed(f"no checkpoint in {self.folder}: {error}") from error
 
 
-def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The complete checkpoints in a folder, oldest first."""
-    found = []
-    for manifest in sorted(folder.glob(f"step-*/{MANIFEST}")):
-        facts = json.loads(manifest.read_text())
-        found.append(Checkpoint(manifest.parent, facts["step"], facts))
-    return found
+@dataclass
+class _Pending:
+    unfinished: Path
+    step: int
+    facts: dict[str, Any]
+    began: float
+    stall: float = 0.0
+    written: bool = False
 
 
-def find_newest(folder: Path) -> Checkpoint | None:
-    """The newest complete checkpoint, or None."""
-    return max(list_checkpoints(folder), key=lambda checkpoint: checkpoint.step, default=None)
-
-
-def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, with_random_state: bool) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, same_layout: bool) -> dict[str, Any]:
     """Fill a sharded state and restore the random generators; a collective on every rank.
 
-    with_random_state: on the same layout only; elsewhere a rank's generators have no successor and keep their fresh seeds.
+    same_layout: elsewhere a rank's generators have no successor and keep their fresh seeds.
     """
-    same_world = with_random_state and checkpoint.facts["world_size"] == dist.get_world_size()
-    if same_world:
+    same_layout = same_layout and checkpoint.facts["world_size"] == dist.get_world_size()
+    if same_layout:
         state = state | {"random": _random_state()}
     loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint.path))
-    if same_world:
+    if same_layout:
         _restore_random_state(loaded.pop("random"))
     return loaded
+
+
+def _agree(act: Callable[[], None], verb: str, path: Path) -> None:
+    """Let rank 0 act, and raise SaveFailed on every rank if it could not."""
+    outcome: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            act()
+        except OSError as error:
+            outcome = [str(error)]
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise SaveFailed(f"cannot {verb} {path}: {outcome[0]}")
+
+
+def _write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Write this rank's files, then their digests beside them."""
+    write(rank, *args, **kwargs)
+    digests = {path.name: digest(path) for path in folder.glob(f"__{rank}_*")}
+    with writing(folder / f"digests-{rank}.json") as temporary:
+        temporary.write_text(json.dumps(digests))
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _delete(path: Path) -> None:
@@ -94,11 +222,13 @@ def _delete(path: Path) -> None:
 
 
 def _random_state() -> ShardedObject:
+    """The generators of this rank, as tensors and numbers: to load them executes no code."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "trackers": tensor_parallel.get_cuda_rng_tracker().get_states(),
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "trackers": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
     return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),))
 
@@ -106,15 +236,9 @@ def _random_state() -> ShardedObject:
 def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["cuda"])
-    np.random.set_state(state["numpy"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     tensor_parallel.get_cuda_rng_tracker().set_states(state["trackers"])
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _flush(folder: Path) -> None:

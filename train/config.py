@@ -1,9 +1,11 @@
-"""The configuration of a run: one dataclass a section, and `validate`, where every rule that spans sections lives.
+"""The configuration of a run: one dataclass a section.
 
 config = load_config(hydra_config)        # typed, each field checked
-validate(config, world_size)              # before anything is built
+validate(config, world_size)              # train.validation: every rule that spans sections
 """
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +14,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
+
+TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
 
 def check_least(section: str, config: object, least: int, *names: str) -> None:
@@ -33,12 +37,30 @@ class RunSection:
     """Of initial weights, data order and dropout."""
     stop_at_step: int | None = None
     """Save and stop after this step, as a signal would; the same command without it continues."""
-    timeout_minutes: int = 30
-    """How long a collective waits for a silent rank before the run fails."""
+    time_limit: str | None = None
+    """Save and stop before the processes have run so long, as HH:MM:SS or D-HH:MM:SS; null: no limit."""
+    timeout_minutes: float = 30.0
+    """How long a rank may stay in one phase of a step before the run is ended and the silent rank named."""
 
     def __post_init__(self) -> None:
         check_least("run", self, 0, "seed")
-        check_least("run", self, 1, "timeout_minutes")
+        check(self.timeout_minutes > 0, "run.timeout_minutes", self.timeout_minutes, "must be positive")
+        check(
+            self.time_limit is None or TIME_LIMIT.fullmatch(self.time_limit) is not None,
+            "run.time_limit",
+            self.time_limit,
+            "must be null, HH:MM:SS or D-HH:MM:SS, e.g. run.time_limit=23:50:00",
+        )
+
+    @property
+    def time_limit_seconds(self) -> float:
+        """`time_limit` in seconds; infinite without one."""
+        if self.time_limit is None:
+            return math.inf
+        match = TIME_LIMIT.fullmatch(self.time_limit)
+        assert match is not None
+        days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 @dataclass
@@ -176,10 +198,40 @@ class CheckpointConfig:
     """Steps between checkpoints; one more is written at the end. 0: only at the end."""
     keep_last: int = 2
     """Checkpoints that stay; older ones are deleted after a new one is complete."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step stay for ever; null: none."""
+    async_save: bool = False
+    """Write in the background while training goes on; the checkpoint exists when it is completely on disk."""
+    trust: bool = False
+    """Load a checkpoint even if it brings pickled code along, which loading then executes."""
 
     def __post_init__(self) -> None:
         check_least("checkpoint", self, 0, "interval")
         check_least("checkpoint", self, 1, "keep_last")
+        every = self.keep_every
+        check(every is None or every >= 1, "checkpoint.keep_every", every, "must be null or at least 1")
+
+
+@dataclass
+class GuardConfig:
+    """Steps that must not change the weights."""
+
+    max_dropped: int = 10
+    """A step whose loss or gradient is not finite is dropped; more than this many in `window` steps end the run."""
+    window: int = 1000
+    """Steps over which dropped ones are counted."""
+    spike_sigma: float | None = None
+    """Also drop a step whose loss or gradient norm is this many standard deviations above the mean of the last
+    `spike_window` steps (6 is usual); null: never."""
+    spike_window: int = 128
+    """Steps from which that mean and deviation are taken; half of them must have been seen."""
+
+    def __post_init__(self) -> None:
+        check_least("guard", self, 0, "max_dropped")
+        check_least("guard", self, 1, "window")
+        check_least("guard", self, 4, "spike_window")
+        sigma = self.spike_sigma
+        check(sigma is None or sigma > 0, "guard.spike_sigma", sigma, "must be null or positive")
 
 
 @dataclass
@@ -211,6 +263,8 @@ class RunConfig:
     """Everything that a run needs to know."""
 
     run: RunSection = field(default_factory=RunSection)
+    engine: str = "megatron"
+    """What computes a step: megatron (Megatron-Core's optimizers) or deepspeed (ZeRO)."""
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint of run.dir, if there is one; never: refuse to run over one."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -222,9 +276,11 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        check(self.engine in ("megatron", "deepspeed"), "engine", self.engine, "choose megatron or deepspeed")
         check(self.resume in ("auto", "never"), "resume", self.resume, "choose auto or never")
 
     def data_parallel_size(self, world_size: int) -> int:
@@ -247,152 +303,6 @@ def load_config(config: DictConfig) -> RunConfig:
         raise ValueError(str(error)) from error
     assert isinstance(loaded, RunConfig)
     return loaded
-
-
-def validate(config: RunConfig, world_size: int) -> None:
-    """Check every rule that spans sections or needs the world size; ValueError names options, values and a way out."""
-    model, parallel, training = config.model, config.parallel, config.training
-    _validate_layout(model, parallel, config.compute, world_size)
-
-    data_parallel = config.data_parallel_size(world_size)
-    per_pass = training.micro_batch_size * data_parallel
-    check(
-        training.global_batch_size >= per_pass and training.global_batch_size % per_pass == 0,
-        "training.global_batch_size",
-        training.global_batch_size,
-        f"must be a multiple of training.micro_batch_size={training.micro_batch_size} x data-parallel size={data_parallel} "
-        f"= {per_pass}; nearest: {max(1, round(training.global_batch_size / per_pass)) * per_pass}",
-    )
-    micro_batches = config.micro_batches(world_size)
-    check(
-        parallel.virtual_pipeline is None or micro_batches % parallel.pipeline == 0,
-        "parallel.virtual_pipeline",
-        parallel.virtual_pipeline,
-        f"the interleaved schedule needs micro-batches ({micro_batches}) divisible by parallel.pipeline={parallel.pipeline}",
-    )
-    optimizer = config.optimizer
-    last = optimizer.decay_steps or training.steps
-    check(
-        optimizer.warmup_steps < last,
-        "optimizer.warmup_steps",
-        optimizer.warmup_steps,
-        f"must be below the end of the decay, step {last}",
-    )
-    check(
-        optimizer.schedule != "wsd" or optimizer.warmup_steps + (optimizer.wsd_decay_steps or 0) <= last,
-        "optimizer.wsd_decay_steps",
-        optimizer.wsd_decay_steps,
-        f"with optimizer.warmup_steps={optimizer.warmup_steps} it is longer than the whole schedule of {last} steps",
-    )
-    check(bool(config.data.blend), "data.blend", "[]", "give at least one source, or choose a data group, e.g. data=demo")
-    weighted = [source.weight is not None for source in config.data.blend]
-    check(all(weighted) or not any(weighted), "data.blend", config.data.blend, "give every source a weight, or none")
-    logging = config.logging
-    check(
-        logging.figure_interval == 0
-        or (logging.neuron_interval > 0 and logging.figure_interval % logging.neuron_interval == 0),
-        "logging.figure_interval",
-        logging.figure_interval,
-        f"must be a multiple of logging.neuron_interval={logging.neuron_interval}, or 0",
-    )
-
-
-def _divides(divisor: int, number: int, option: str, of: str) -> None:
-    nearest = [n for n in range(1, number + 1) if number % n == 0]
-    best = sorted(nearest, key=lambda n: abs(n - divisor))[:2]
-    check(
-        number % divisor == 0,
-        option,
-        divisor,
-        f"must divide {of}={number}; nearest: {', '.join(map(str, sorted(best)))}",
-    )
-
-
-def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int) -> None:
-    from mone_model.layer_spec import uses_transformer_engine
-
-    dense = parallel.tensor * parallel.pipeline * parallel.context
-    check(
-        world_size % dense == 0,
-        "parallel",
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}",
-        f"must divide the number of processes, {world_size}",
-    )
-    sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
-    check(
-        world_size % sparse == 0,
-        "parallel",
-        f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline {parallel.pipeline} = {sparse}",
-        f"must divide the number of processes, {world_size} (torchrun --nproc-per-node {sparse})",
-    )
-    _divides(parallel.expert, model.num_experts, "parallel.expert", "model.num_experts")
-    _divides(parallel.expert_tensor, model.moe_ffn_hidden_size, "parallel.expert_tensor", "model.moe_ffn_hidden_size")
-    check(
-        model.moe_ffn_hidden_size // parallel.expert_tensor % 8 == 0,
-        "parallel.expert_tensor",
-        parallel.expert_tensor,
-        f"leaves {model.moe_ffn_hidden_size // parallel.expert_tensor} neurons a rank; grouped GEMMs need a multiple of 8",
-    )
-    _divides(parallel.tensor, model.num_attention_heads, "parallel.tensor", "model.num_attention_heads")
-    _divides(
-        parallel.tensor,
-        model.num_query_groups or model.num_attention_heads,
-        "parallel.tensor",
-        "model.num_query_groups",
-    )
-    _divides(parallel.tensor, model.seq_length, "parallel.tensor", "model.seq_length")
-    _divides(parallel.tensor, model.vocab_multiple, "parallel.tensor", "model.vocab_multiple")
-    if model.shared_expert_ffn_hidden_size:
-        _divides(
-            parallel.tensor,
-            model.shared_expert_ffn_hidden_size,
-            "parallel.tensor",
-            "model.shared_expert_ffn_hidden_size",
-        )
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    check(
-        model.num_layers % chunks == 0,
-        "parallel.pipeline",
-        parallel.pipeline,
-        f"pipeline x virtual_pipeline = {chunks} must divide model.num_layers={model.num_layers}",
-    )
-    check(
-        parallel.virtual_pipeline is None or parallel.pipeline > 1,
-        "parallel.virtual_pipeline",
-        parallel.virtual_pipeline,
-        "needs parallel.pipeline of at least 2",
-    )
-    transformer_engine = uses_transformer_engine(compute)
-    check(
-        compute.transformer_impl != "transformer_engine" or transformer_engine,
-        "compute.transformer_impl",
-        compute.transformer_impl,
-        "needs a GPU and Transformer Engine (pip install 'mone[gpu]'); compute.transformer_impl=local needs neither",
-    )
-    check(
-        compute.recompute != "selective" or "layernorm" not in compute.recompute_modules or transformer_engine,
-        "compute.recompute_modules",
-        compute.recompute_modules,
-        "layernorm needs Transformer Engine",
-    )
-    check(
-        parallel.context == 1 or transformer_engine,
-        "parallel.context",
-        parallel.context,
-        "context parallelism needs GPUs and Transformer Engine",
-    )
-    check(
-        parallel.context == 1 or model.seq_length % (2 * parallel.context) == 0,
-        "parallel.context",
-        parallel.context,
-        f"model.seq_length={model.seq_length} must be a multiple of 2 x parallel.context",
-    )
-    check(
-        compute.token_dispatcher == "alltoall" or model.expert_capacity_factor is None,
-        "compute.token_dispatcher",
-        compute.token_dispatcher,
-        "model.expert_capacity_factor needs alltoall",
-    )
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

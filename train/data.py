@@ -1,6 +1,7 @@
 """Blended training and validation sequences; sample i of the run is a function of the seed and i alone.
 
-    data = load_data(config, manifests)
+    order = plan_order(config, manifests, None, 0)                                  # or behind a checkpoint's
+    data = load_data(config, manifests, order, samples=steps * global_batch_size)
     for batch in micro_batches(data.train, start=step * global_batch_size, ...):    # this rank's share
         batch["tokens"]                                                              # [micro_batch_size, seq_length]
 
@@ -23,7 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.shards import Manifest, Shard, Split, load_manifest
-from train.config import RunConfig
+from train.config import RunConfig, SourceConfig
 
 Batch = dict[str, torch.Tensor]
 
@@ -60,14 +61,29 @@ class RunData:
     """What a run reads."""
 
     train: Blend
+    """From sample `order["start"]` of the run on."""
     validation: dict[str, SourceEpochs]
     """By name of the source."""
     unvalidated: list[str]
     """Sources whose validation documents do not hold one sequence."""
-    identity: dict[str, Any]
-    """What the order depends on, to compare after a resume: see `order_identity`."""
+    order: dict[str, Any]
+    """From `plan_order`."""
+    files: dict[Path, tuple[int, int]]
+    """Size and time of change (ns) of every shard when the run began."""
     unigram_entropy: float
     """Mean over the validated sources of the loss that knowing only each token's frequency gives, in nats per token."""
+
+    def changed_file(self) -> Path | None:
+        """A shard that is not what it was when the run began, or None. Reads only their directories' entries."""
+        return next((path for path, before in self.files.items() if _look_at(path) != before), None)
+
+
+def _look_at(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return (-1, -1)
+    return (found.st_size, found.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -99,28 +115,83 @@ def load_manifests(config: RunConfig) -> list[Manifest]:
     return manifests
 
 
-def order_identity(config: RunConfig, manifests: list[Manifest]) -> dict[str, Any]:
-    """The options on which the order of samples depends, by name, comparable as JSON."""
-    return {
-        "run.seed": config.run.seed,
-        "data.blend": [
-            {"name": manifest.name, "weight": source.weight, "content": _content(manifest.of_split("train"))}
-            for source, manifest in zip(config.data.blend, manifests, strict=True)
-        ],
-    }
+def plan_order(config: RunConfig, manifests: list[Manifest], saved: dict[str, Any] | None, samples: int) -> dict[str, Any]:
+    """The order of samples from here on, comparable as JSON, for a checkpoint; `saved` is that of the checkpoint resumed.
+
+    samples: read so far. An order begins at sample `start` and interleaves its sources by weight, each going on behind the
+    `read` samples taken from it before; `earlier` remembers sources that left the blend. With another blend than the saved
+    one a new order begins.
+
+    Raises ValueError if the seed changed, or a source has the name of another one with other content.
+    """
+    seed = config.run.seed
+    sources = [
+        {"name": manifest.name, "weight": _weight(source, manifest), "content": _content(manifest.of_split("train"))}
+        | {"read": 0}
+        for source, manifest in zip(config.data.blend, manifests, strict=True)
+    ]
+    if saved is None:
+        return {"seed": seed, "start": 0, "sources": sources, "earlier": []}
+    if saved["seed"] != seed:
+        raise ValueError(f"run.seed={seed} (saved: {saved['seed']}): it decides the order of samples")
+    if [_without_read(source) for source in sources] == [_without_read(source) for source in saved["sources"]]:
+        return saved
+    weights = _weights(saved["sources"])
+    counts = np.bincount(_interleave(weights, samples - saved["start"])[0], minlength=len(weights)).tolist()
+    known = {source["name"]: source for source in saved["earlier"]}
+    for source, count in zip(saved["sources"], counts, strict=True):
+        known[source["name"]] = source | {"read": source["read"] + count}
+    for source in sources:
+        before = known.pop(source["name"], source)
+        if before["content"] != source["content"]:
+            raise ValueError(
+                f"data.blend: source {source['name']} has other content than in the checkpoint; restore it, or give the new "
+                "corpus another corpus.name"
+            )
+        source["read"] = before["read"]
+    return {"seed": seed, "start": samples, "sources": sources, "earlier": list(known.values())}
+
+
+def describe_order(order: dict[str, Any], saved: dict[str, Any] | None) -> str | None:
+    """What a resume changes about the data, or None."""
+    if saved is None or order == saved:
+        return None
+    parts = [f"{source['name']} from its sample {source['read']}" for source in order["sources"]]
+    return f"data.blend changed: from sample {order['start']} on, {', '.join(parts)}"
+
+
+def _weight(source: SourceConfig, manifest: Manifest) -> float:
+    return float(source.weight if source.weight is not None else manifest.tokens("train"))
+
+
+def _without_read(source: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in source.items() if name != "read"}
+
+
+def _weights(sources: list[dict[str, Any]]) -> np.ndarray:
+    weights = np.array([source["weight"] for source in sources], dtype=np.float64)
+    return weights / weights.sum()
+
+
+def _interleave(weights: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample its source and its number in that source."""
+    # Megatron-Core's helper wants int16 places for the source of each sample.
+    source_of, index_in = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
+    helpers.build_blending_indices(source_of, index_in, weights, len(weights), samples, False)
+    return source_of, index_in
 
 
 def _content(shards: list[Shard]) -> str:
     return hashlib.sha256("".join(shard.bin_sha256 for shard in shards).encode()).hexdigest()
 
 
-def load_data(config: RunConfig, manifests: list[Manifest], *, samples: int) -> RunData:
+def load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any], *, samples: int) -> RunData:
     """Build the order of the run's samples, rank 0 first; a collective on every rank.
 
-    samples: that the run will have read at its end, those before a resume included.
+    order: from `plan_order`. samples: that the run will have read at its end, those before a resume included.
     """
     with _rebuilt_unless_complete(Path(config.data.index_cache)):
-        return _load_data(config, manifests, samples)
+        return _load_data(config, manifests, order, samples)
 
 
 @contextlib.contextmanager
@@ -140,28 +211,22 @@ def _rebuilt_unless_complete(cache: Path) -> Iterator[None]:
         complete.touch()
 
 
-def _load_data(config: RunConfig, manifests: list[Manifest], samples: int) -> RunData:
-    weights = np.array(
-        [
-            source.weight if source.weight is not None else manifest.tokens("train")
-            for source, manifest in zip(config.data.blend, manifests, strict=True)
-        ],
-        dtype=np.float64,
-    )
-    # Megatron-Core's helper wants int16 places for the source of each sample.
-    source_of, index_in = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
-    helpers.build_blending_indices(source_of, index_in, weights / weights.sum(), len(weights), samples, False)
-    counts = np.bincount(source_of, minlength=len(weights))
+def _load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any], samples: int) -> RunData:
+    source_of, index_in = _interleave(_weights(order["sources"]), samples - order["start"])
+    read = np.array([source["read"] for source in order["sources"]], dtype=np.int64)
+    counts = np.bincount(source_of, minlength=len(read)) + read
     sources = [
         _load_source(config, manifest, "train", samples=int(count))
         for manifest, count in zip(manifests, counts, strict=True)
     ]
     validated = [manifest for manifest in manifests if _usable_shards(manifest, "validation", config.model.seq_length)]
+    shards = [manifest.folder / name for manifest in manifests for shard in manifest.shards for name, *_ in shard.files()]
     return RunData(
-        train=Blend(sources, source_of, index_in),
+        train=Blend(sources, source_of, index_in + read[source_of]),
         validation={manifest.name: _load_source(config, manifest, "validation", samples=1) for manifest in validated},
-        identity=order_identity(config, manifests),
+        order=order,
         unvalidated=[manifest.name for manifest in manifests if manifest not in validated],
+        files={path: _look_at(path) for path in shards},
         unigram_entropy=sum(manifest.unigram_entropy for manifest in validated) / max(1, len(validated)),
     )
 

@@ -6,6 +6,7 @@
 Compose, validate, build, run, report.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,32 +22,48 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import UserError, reporting_errors
+from data_prep.files import writing
 from data_prep.shards import Manifest
-from train.checkpoint import Checkpoint, find_newest
-from train.config import RunConfig, describe, load_config, validate
-from train.data import load_data, load_manifests, order_identity
+from train.checkpoint import Checkpoint
+from train.checkpoint_health import list_checkpoints, newest_intact
+from train.config import RunConfig, describe, load_config
+from train.data import describe_order, load_data, load_manifests, plan_order
 from train.metrics import METRICS_FILE
+from train.validation import validate
 
 if TYPE_CHECKING:
     from train.loop import Trainer
 
 
+EXIT_DIVERGED = 3
+
+
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="pretrain")
 @reporting_errors
 def main(hydra_config: DictConfig) -> None:
-    """Run the composed configuration."""
+    """Run the composed configuration. Exit codes: docs/faults.md."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
-        config, manifests, checkpoint = prepare(hydra_config, world_size)
+        config, manifests, checkpoints = prepare(hydra_config, world_size)
         if rank == 0:
             write_run_folder(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    run(config, manifests, checkpoint)
+    from train.guards import Diverged
+
+    try:
+        run(config, manifests, checkpoints)
+    except Exception as error:
+        if rank == 0:
+            write_status(config, "failed", reason=f"{type(error).__name__}: {error}")
+        if isinstance(error, Diverged):
+            print(f"error: {error}" if rank == 0 else "", file=sys.stderr)
+            sys.exit(EXIT_DIVERGED)
+        raise
 
 
-def prepare(hydra_config: DictConfig, world_size: int) -> tuple[RunConfig, list[Manifest], Checkpoint | None]:
-    """The checked config, the data's manifests, and the checkpoint to continue from; ValueError for whatever is wrong.
+def prepare(hydra_config: DictConfig, world_size: int) -> tuple[RunConfig, list[Manifest], list[Checkpoint]]:
+    """The checked config, the data's manifests, and the checkpoints to choose from; ValueError for whatever is wrong.
 
     Reads only, and needs no other process: all that can be refused is refused here, before anything is built.
     """
@@ -57,48 +75,93 @@ def prepare(hydra_config: DictConfig, world_size: int) -> tuple[RunConfig, list[
     elif config.model.vocab_size < manifests[0].vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
     folder = Path(config.run.dir)
-    checkpoint = find_newest(folder / "checkpoints")
-    if config.resume == "never" and (checkpoint is not None or (folder / METRICS_FILE).exists()):
+    checkpoints, problems = list_checkpoints(folder / "checkpoints")
+    tell_of_problems(problems)
+    if problems and not checkpoints:
+        raise ValueError(f"run.dir={folder}: none of its checkpoints can be loaded; move them away, or give another run.dir")
+    if config.resume == "never" and (checkpoints or (folder / METRICS_FILE).exists()):
         raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
-    if checkpoint is not None:
-        check_continues(config, manifests, checkpoint)
-    return config, manifests, checkpoint
+    if checkpoints:
+        check_continues(config, manifests, checkpoints[-1])
+    return config, manifests, checkpoints
 
 
-def run(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None) -> None:
+def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoint]) -> None:
     """Build and train."""
-    from train.engines.megatron import MegatronEngine
+    from train.engines import build_engine
     from train.loop import Trainer
-    from train.runtime import distributed
+    from train.runtime import distributed, rendezvous
+    from train.signals import StopReason
+    from train.watchdog import Watchdog
 
-    timeout = config.run.timeout_minutes
-    with distributed(config.parallel, seed=config.run.seed, timeout_minutes=timeout) as runtime:
+    store, timeout = rendezvous(), config.run.timeout_minutes
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout)
+    # The watchdog knows more about a silent rank than the collective that waits for it: let it be the first to speak.
+    with distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store) as runtime:
         if runtime.is_main:
-            print(describe_run(config, runtime.world_size), flush=True)
-        step, read = (checkpoint.step, checkpoint.facts["samples"]) if checkpoint is not None else (0, 0)
+            write_status(config, "running")
+            print(describe_run(config, world_size), flush=True)
+        checkpoint, problems = newest_intact(checkpoints, trust=config.checkpoint.trust)
+        if runtime.is_main:
+            tell_of_problems(problems)
+        if checkpoints and checkpoint is None:
+            raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
+        order, step, read = check_continues(config, manifests, checkpoint)
         samples = read + (config.training.steps - step) * config.training.global_batch_size
-        data = load_data(config, manifests, samples=samples)
-        if runtime.is_main and data.unvalidated:
-            print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
-        trainer = Trainer(config, runtime, MegatronEngine(config, runtime), data)
-        trainer.resume(checkpoint)
-        complete = trainer.train()
+        data = load_data(config, manifests, order, samples=samples)
         if runtime.is_main:
+            changed = describe_order(order, checkpoint.facts["order"] if checkpoint is not None else None)
+            print(*([changed] if changed else []), sep="\n", end="\n" if changed else "", flush=True)
+            if data.unvalidated:
+                print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
+        watchdog.enter(step, "building the model")
+        trainer = Trainer(config, runtime, build_engine(config, runtime), data, watchdog)
+        trainer.resume(checkpoint)
+        reason = trainer.train()
+        complete = trainer.step >= config.training.steps
+        if runtime.is_main:
+            write_status(config, "complete" if complete else "stopped", step=trainer.step, reason=StopReason(reason).name)
             print(describe_end(trainer, complete), flush=True)
+        watchdog.close()
 
 
-def check_continues(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> None:
-    """ValueError if this config cannot go on from the checkpoint: another model, order of data, or fewer steps."""
-    facts = checkpoint.facts
-    saved = {f"model.{name}": value for name, value in facts["model"].items()} | facts["order"]
-    ours = {f"model.{name}": value for name, value in describe(config)["model"].items()} | order_identity(config, manifests)
+def check_continues(
+    config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None
+) -> tuple[dict[str, Any], int, int]:
+    """The order of samples, the step and the samples read to go on from; ValueError if this config cannot go on."""
+    if checkpoint is None:
+        return plan_order(config, manifests, None, 0), 0, 0
+    facts, described = checkpoint.facts, describe(config)
+    saved = {f"model.{name}": value for name, value in facts["model"].items()} | {"compute.precision": facts["precision"]}
+    ours = {f"model.{name}": value for name, value in described["model"].items()}
+    ours["compute.precision"] = config.compute.precision
     changed = [f"{name}={value} (saved: {saved.get(name)})" for name, value in ours.items() if saved.get(name) != value]
+    try:
+        order = plan_order(config, manifests, facts["order"], facts["samples"])
+    except ValueError as error:
+        changed.append(str(error))
     if changed:
         raise ValueError(
             f"{checkpoint.path} is of another run: {', '.join(changed)}; restore these options, or give another run.dir"
         )
     if checkpoint.step > config.training.steps:
         raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
+    return order, checkpoint.step, facts["samples"]
+
+
+def tell_of_problems(problems: list[str]) -> None:
+    """Name the checkpoints that are passed over."""
+    for problem in problems if os.environ.get("RANK", "0") == "0" else []:
+        print(f"passed over {problem}", file=sys.stderr, flush=True)
+
+
+def write_status(config: RunConfig, state: str, *, step: int | None = None, reason: str | None = None) -> None:
+    """Note in status.json whether the run is running, complete, stopped (the same command continues) or failed."""
+    status = {"state": state, "step": step, "reason": reason, "time": round(time.time(), 3)}
+    # With its folder gone or full, a run has said so elsewhere already.
+    with contextlib.suppress(OSError), writing(Path(config.run.dir) / "status.json") as temporary:
+        temporary.write_text(json.dumps(status) + "\n")
 
 
 def write_run_folder(config: RunConfig) -> None:
@@ -110,9 +173,8 @@ def write_run_folder(config: RunConfig) -> None:
             "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
             "environment.json": json.dumps(environment(), indent=1) + "\n",
         }.items():
-            unfinished = folder / f".unfinished-{name}"
-            unfinished.write_text(text)
-            unfinished.replace(folder / name)
+            with writing(folder / name) as temporary:
+                temporary.write_text(text)
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
 
@@ -187,7 +249,7 @@ def describe_end(trainer: "Trainer", complete: bool) -> str:
             f"validation loss {trainer.validation_loss:.3f} nats per token; "
             f"knowing only how frequent each token is would give {trainer.data.unigram_entropy:.3f}"
         )
-    folder = trainer.folder
+    folder = trainer.checkpoints.parent
     lines += [
         "complete" if complete else f"stopped at step {trainer.step}; the same command continues",
         f"  {folder}/figures/        loss.png, expert_load.png, neuron_use.png",

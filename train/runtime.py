@@ -44,7 +44,7 @@ def rendezvous() -> dist.Store:
 
 @contextlib.contextmanager
 def distributed(
-    parallel: ParallelConfig, *, seed: int, timeout_minutes: int, store: dist.Store | None = None
+    parallel: ParallelConfig, *, seed: int, timeout_minutes: float, store: dist.Store | None = None
 ) -> Iterator[Runtime]:
     """Join the job's processes (NCCL on GPUs, else gloo), build the parallel groups, seed, and leave at the end.
 

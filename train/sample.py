@@ -43,6 +43,8 @@ class SampleConfig:
     """Choose among this many likeliest tokens; 0: among all."""
     seed: int = 0
     """Of the choice."""
+    trust: bool = False
+    """Load a checkpoint even if it brings pickled code along, which loading then executes."""
 
 
 ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
@@ -59,7 +61,7 @@ def main(hydra_config: DictConfig) -> None:
     from train.runtime import distributed
 
     with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
-        model = load_model(run, Path(options.run) / "checkpoints", options.step)
+        model = load_model(run, Path(options.run) / "checkpoints", options.step, trust=options.trust)
         for prompt in options.prompts:
             text = continue_text(model, tokenizer, prompt, options, generator)
             print(f"{prompt} ...{text}\n", flush=True)
@@ -76,17 +78,24 @@ def load_run_config(folder: Path) -> RunConfig:
     return config
 
 
-def load_model(config: RunConfig, checkpoints: Path, step: int | None) -> "GPTModel":
+def load_model(config: RunConfig, checkpoints: Path, step: int | None, *, trust: bool) -> "GPTModel":
     """The whole model on this one process with the weights of a checkpoint; UserError if there is no such."""
     from megatron.core import dist_checkpointing
 
     from mone_model.gpt import build_gpt
-    from train.checkpoint import list_checkpoints
+    from train.checkpoint_health import check_executes_no_code, list_checkpoints
 
-    found = {checkpoint.step: checkpoint for checkpoint in list_checkpoints(checkpoints)}
+    intact, problems = list_checkpoints(checkpoints)
+    found = {checkpoint.step: checkpoint for checkpoint in intact}
     if not found or (step is not None and step not in found):
-        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {sorted(found) or 'none'}")
+        also = "".join(f"; {problem}" for problem in problems)
+        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {sorted(found) or 'none'}{also}")
     checkpoint = found[max(found) if step is None else step]
+    try:
+        if not trust:
+            check_executes_no_code(checkpoint.path)
+    except ValueError as error:
+        raise UserError(f"{checkpoint.path}: {error}".replace("checkpoint.trust", "trust")) from error
     model = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
     state = {"model0": model.sharded_state_dict()}
     model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model0"])

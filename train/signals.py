@@ -1,27 +1,55 @@
-"""Stop in good order: handlers set a flag, ranks agree by a collective, the loop saves and leaves."""
+"""Stop in good order: a rank notes why it should, all agree by a collective after a step, the loop saves and leaves."""
 
+import enum
+import os
 import signal
+import time
 from types import FrameType
 
+import psutil
 import torch
 import torch.distributed as dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
+class StopReason(enum.IntEnum):
+    """Why a run stops before its last step; of several, the highest counts."""
+
+    NONE = 0
+    STEP = 1
+    """run.stop_at_step was reached."""
+    TIME = 2
+    """run.time_limit is near."""
+    SIGNAL = 3
+    """SIGTERM, SIGINT (Ctrl-C) or SIGUSR1."""
+    DATA = 4
+    """A shard changed while it was read: the steps since it was last looked at are not to be saved."""
+
+
 class StopRequest:
-    """Whether some rank was asked to stop by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1."""
+    """Whether some rank has a reason to stop; time_limit in seconds, of this process."""
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    def __init__(self, time_limit: float) -> None:
+        self.noted = StopReason.NONE
+        self.deadline = psutil.Process(os.getpid()).create_time() + time_limit
         for number in STOP_SIGNALS:
-            signal.signal(number, self._note)
+            signal.signal(number, self._on_signal)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.note(StopReason.SIGNAL)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was asked; a collective on every rank, so that all stop after the same step."""
-        asked = torch.tensor(int(self.received is not None), device=device)
-        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        return bool(asked.item())
+    def note(self, reason: StopReason) -> None:
+        """This rank has a reason."""
+        self.noted = max(self.noted, reason)
+
+    def agreed(self, device: torch.device, *, reserve_seconds: float) -> StopReason:
+        """The reason of any rank; a collective on every rank, so that all stop after the same step.
+
+        reserve_seconds: what one more step and a checkpoint may take.
+        """
+        if time.time() + reserve_seconds > self.deadline:
+            self.note(StopReason.TIME)
+        highest = torch.tensor(int(self.noted), device=device)
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+        return StopReason(int(highest.item()))

@@ -25,11 +25,13 @@ from mone_model.gpt import moe_layers
 from mone_model.loss_record import reduce_losses
 from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
-from tests.tiny import TINY_MODEL
-from train.config import OptimizerSection, RunConfig, TrainingConfig
+from tests.tiny import TINY_MODEL, always
+from train.config import DeepSpeedSection, OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
+from train.engines import build_engine
+from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine
-from train.loop import auxiliary_loss_names
+from train.recorder import auxiliary_loss_names
 from train.runtime import Runtime, distributed, rendezvous
 
 
@@ -61,6 +63,8 @@ def run_case(case: dict[str, Any], store: dist.Store) -> Any:
         with distributed(ParallelConfig(), seed=1, timeout_minutes=2, store=store):
             return select_tied_neurons()
     config = RunConfig(
+        engine=case.get("engine", "megatron"),
+        deepspeed=DeepSpeedSection(**case.get("deepspeed", {})),
         model=ModelConfig(**TINY_MODEL | case.get("model", {})),
         parallel=ParallelConfig(**case.get("parallel", {})),
         compute=ComputeConfig(**case.get("compute", {})),
@@ -73,7 +77,7 @@ def run_case(case: dict[str, Any], store: dist.Store) -> Any:
 
 def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     """What one case asks for."""
-    engine = MegatronEngine(config, runtime)
+    engine = build_engine(config, runtime)
     layers = [layer for module in engine.modules for layer in moe_layers(module)]
     for _, experts, _ in layers:
         experts.counting_neurons = True
@@ -84,7 +88,7 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
         for _, experts, router in layers:
             experts.record.reset()
             router.record.reset()
-        result = engine.train_step(read, micro_batches=micro_batches)
+        result = engine.train_step(read, micro_batches=micro_batches, accept=always)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     auxiliary = reduce_losses(
@@ -101,7 +105,8 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
     results: dict[str, Any] = {"losses": losses, "norms": norms, "auxiliary": auxiliary, "usage": vars(usage)}
-    results["memory"] = measured_and_estimated_memory(engine, config, runtime)
+    if isinstance(engine, MegatronEngine):
+        results["memory"] = measured_and_estimated_memory(engine, config, runtime)
     if case.get("weights"):
         engine.sharded_state()  # what is about to be saved must be whole
         results["weights"] = whole(engine, lambda weight: weight)
@@ -132,7 +137,7 @@ def measured_and_estimated_memory(
     return measured.tolist(), [runtime.world_size * part for part in estimated]
 
 
-def whole(engine: MegatronEngine, part_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
+def whole(engine: Engine, part_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
     """What `part_of` gives for every weight, put together from all ranks, by the weight's name in a checkpoint."""
     mine: list[tuple[str, Any, Any, torch.Tensor]] = []
     for module in engine.modules:

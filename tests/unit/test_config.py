@@ -18,8 +18,8 @@ from train.config import (
     TrainingConfig,
     describe,
     load_config,
-    validate,
 )
+from train.validation import validate
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 
 from tests.tiny import make_shards
 from train.config import RunConfig, SourceConfig
-from train.data import RunData, load_data, load_manifests, micro_batches
+from train.data import RunData, load_data, load_manifests, micro_batches, plan_order
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -30,7 +30,8 @@ def load(
         SourceConfig(path=str(folder / name), weight=weight) for name, weight in zip("ab", weights, strict=True)
     ]
     config.data.index_cache = str(folder / "cache")
-    return load_data(config, load_manifests(config), samples=steps * 8)
+    manifests = load_manifests(config)
+    return load_data(config, manifests, plan_order(config, manifests, None, 0), samples=steps * 8)
 
 
 def samples(data: RunData, start: int, stop: int, *, data_size: int, micro_batch_size: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ from mone_model.experts import SharedNeuronExpert
 from mone_model.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
-from tests.tiny import TINY_MODEL
+from tests.tiny import TINY_MODEL, always
 from train.config import OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
 from train.engines.megatron import MegatronEngine
@@ -49,7 +49,7 @@ def counting_batches() -> Iterator[Batch]:
 
 def train(engine: MegatronEngine, steps: int) -> list[Any]:
     batches = counting_batches()
-    return [engine.train_step(batches, micro_batches=1) for _ in range(steps)]
+    return [engine.train_step(batches, micro_batches=1, accept=always) for _ in range(steps)]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

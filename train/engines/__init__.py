@@ -1,1 +1,16 @@
-"""What computes a step: one module for each engine."""
+"""What computes a step: one module for each engine, behind one protocol."""
+
+from train.config import RunConfig
+from train.engines.base import Engine
+from train.runtime import Runtime
+
+
+def build_engine(config: RunConfig, runtime: Runtime) -> Engine:
+    """The engine that `config.engine` names."""
+    if config.engine == "deepspeed":
+        from train.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(config, runtime)
+    from train.engines.megatron import MegatronEngine
+
+    return MegatronEngine(config, runtime)

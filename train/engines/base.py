@@ -1,13 +1,15 @@
-"""What the engines share: the result of a step, the loss, the learning-rate schedule, the form of a saved state."""
+"""What an engine does, and what the engines share: the loss, the learning-rate schedule, the form of a saved state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from train.config import OptimizerSection
+from train.data import Batch
 
 Accept = Callable[[float, float], bool]
 """Says, given the loss and the gradient norm of a step, whether the step may change the weights."""
@@ -26,8 +28,38 @@ class StepResult:
     """L2 norm of the gradient over all parameters, before clipping."""
     learning_rate: float
     """The rate that this step used."""
-    applied: bool = True
+    applied: bool
     """Whether the weights changed."""
+
+
+class Engine(Protocol):
+    """The model of this rank, its optimizer and its schedule; every verb is a collective on every rank."""
+
+    modules: list[GPTModel]
+    """The bare model chunks of this rank, one for each virtual pipeline stage."""
+
+    def train_step(self, batches: Iterator[Batch], *, micro_batches: int, accept: Accept) -> StepResult:
+        """One optimizer step over the next micro_batches.
+
+        accept: is asked with the loss and the norm before anything changes. A step that it refuses leaves weights and
+        optimizer as they were; only the learning-rate schedule goes on.
+        """
+        ...
+
+    def evaluate(self, batches: Iterator[Batch], *, micro_batches: int) -> float:
+        """Mean cross-entropy of the next micro_batches in nats per token, without training."""
+        ...
+
+    def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
+        """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled.
+
+        The form is the same for every engine and layout: docs/checkpoints.md.
+        """
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
+        ...
 
 
 def sums_of_losses(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,7 @@ from mone_model.gpt import build_gpt
 from train.config import RunConfig
 from train.data import Batch
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
-from train.engines.deepspeed_config import check_config, deepspeed_config
+from train.engines.deepspeed_config import deepspeed_config
 from train.engines.deepspeed_private import (
     MOMENTS,
     create_moments,
@@ -52,7 +52,6 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
-        check_config(config)
         self.device, self.stage = runtime.device, config.deepspeed.zero_stage
         self.micro_batches = config.micro_batches(runtime.world_size)
         self.clip_grad = config.optimizer.clip_grad
@@ -72,15 +71,14 @@ class DeepSpeedEngine:
         self.scheduler = make_scheduler(config.optimizer, config.training.steps, self.optimizer)
         self.engine = start(module, self.optimizer, deepspeed_config(config, self.micro_batches))
         create_moments(self.engine, self.optimizer)
-        self.accept: Accept = _always
+        self.accept: Accept = lambda loss, grad_norm: True
         self.loss = math.nan
         self.applied: bool | None = None
 
-    def train_step(self, batches: Iterator[Batch], *, micro_batches: int, accept: Accept | None = None) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], *, micro_batches: int, accept: Accept) -> StepResult:
         """One optimizer step over the next micro_batches; a collective on every rank.
 
-        accept: is asked with the loss and the norm before the weights change. A step whose gradient is not finite is
-        never applied. ValueError unless micro_batches is what the config says.
+        A step whose gradient is not finite is never applied. ValueError unless micro_batches is what the config says.
         """
         check(micro_batches == self.micro_batches, "micro_batches", micro_batches, f"was built for {self.micro_batches}")
         self.engine.train()
@@ -94,7 +92,7 @@ class DeepSpeedEngine:
             if index < micro_batches - 1:
                 self.engine.step()
         self.loss = _mean(sums)
-        self.accept, self.applied = accept or _always, None
+        self.accept, self.applied = accept, None
         self.scheduler.step(increment=1)
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.engine.step()
@@ -231,10 +229,6 @@ def _parameter_groups(parameters: Any, weight_decay: float, expert_group: str) -
         }
         for (expert, decays), members in sorted(found.items(), key=lambda item: item[0])
     ]
-
-
-def _always(loss: float, grad_norm: float) -> bool:
-    return True
 
 
 def _mean(sums: torch.Tensor) -> float:

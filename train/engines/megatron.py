@@ -1,7 +1,7 @@
 """The Megatron-Core engine: its DDP, (distributed) optimizer, pipeline schedules and learning-rate schedule.
 
 engine = MegatronEngine(config, runtime)
-result = engine.train_step(batches, micro_batches=8)
+result = engine.train_step(batches, micro_batches=8, accept=lambda loss, grad_norm: True)
 loss = engine.evaluate(batches, micro_batches=4)
 engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), folder))
 """
@@ -15,15 +15,16 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from mone_model.gpt import build_gpt
+from mone_model.gpt import build_gpt, moe_layers
 from train.config import RunConfig
 from train.data import Batch
-from train.engines.base import SHARDING, StepResult, make_scheduler, sums_of_losses
+from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.megatron_state import common_form, fill, steps_taken
 from train.runtime import Runtime
 
@@ -36,6 +37,7 @@ class MegatronEngine:
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
         self.device, self.mixed_precision = runtime.device, config.compute.precision != "fp32"
+        self.clip_grad = config.optimizer.clip_grad
         self.sequence = (config.model.seq_length, config.training.micro_batch_size)
         stages = [None] if config.parallel.virtual_pipeline is None else range(config.parallel.virtual_pipeline)
         self.modules = [
@@ -67,17 +69,37 @@ class MegatronEngine:
                     functions = getattr(megatron, name)
                     setattr(megatron, name, functions[0] if functions else None)
 
-    def train_step(self, batches: Iterator[Batch], *, micro_batches: int) -> StepResult:
+    def train_step(self, batches: Iterator[Batch], *, micro_batches: int, accept: Accept) -> StepResult:
         """One optimizer step over the next micro_batches; a collective on every rank."""
         for chunk in self.model:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        biases = [(bias, bias.clone()) for bias in self._expert_biases()]
         loss = self._run(batches, micro_batches, forward_only=False)
         self.scheduler.step(increment=1)
         learning_rate = self.optimizer.param_groups[0]["lr"]
-        _, grad_norm, _ = self.optimizer.step()
-        return StepResult(loss, float(grad_norm or 0.0), learning_rate)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        applied = accept(loss, grad_norm)
+        if applied:
+            self._step(grad_norm)
+        else:
+            # Gradients are not all that a micro-batch leaves behind.
+            for bias, before in biases:
+                bias.copy_(before)
+        return StepResult(loss, grad_norm, learning_rate, applied)
+
+    def _expert_biases(self) -> list[torch.Tensor]:
+        routers = [router for module in self.modules for *_, router in moe_layers(module)]
+        return [router.expert_bias for router in routers if router.expert_bias is not None]
+
+    def _step(self, grad_norm: float) -> None:
+        """Clip and step, as Megatron-Core's optimizers do after they have prepared the gradients."""
+        for optimizer in self.optimizers():
+            if self.clip_grad > 0 and (weights := optimizer.get_parameters()):
+                clip_grad_by_total_norm_fp32(weights, max_norm=self.clip_grad, total_norm=grad_norm)
+        self.optimizer.step_with_ready_grads()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], *, micro_batches: int) -> float:

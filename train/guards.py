@@ -1,0 +1,72 @@
+"""Which steps may change the weights: not those whose loss or gradient is not finite, nor sudden spikes.
+
+guard = StepGuard(config.guard, device)
+engine.train_step(batches, micro_batches=8, accept=lambda loss, norm: guard.accepts(step, loss, norm))
+guard.check_budget(step)                       # Diverged when too many were dropped
+"""
+
+import math
+import statistics
+from collections import deque
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.config import GuardConfig
+
+
+class Diverged(RuntimeError):
+    """Too many steps were dropped; the last checkpoint is from before or between them, with good weights."""
+
+
+class StepGuard:
+    """Decides step by step, the same on every rank; `dropped` and `recent` are what a checkpoint keeps of it."""
+
+    def __init__(self, config: GuardConfig, device: torch.device, state: dict[str, Any] | None = None) -> None:
+        self.config, self.device = config, device
+        state = state or {"dropped": [], "recent": []}
+        self.dropped: list[int] = list(state["dropped"])
+        self.recent = deque((tuple(pair) for pair in state["recent"]), maxlen=config.spike_window)
+        self.reason = ""
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint, comparable as JSON."""
+        return {"dropped": self.dropped, "recent": [list(pair) for pair in self.recent]}
+
+    def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether this step may change the weights; a collective on every rank. `reason` says why not."""
+        self.reason = self._objection(loss, grad_norm)
+        # Loss and norm come out of reductions and should be equal; a rank that stepped alone would never be found.
+        refused = torch.tensor(int(bool(self.reason)), device=self.device)
+        dist.all_reduce(refused, op=dist.ReduceOp.MAX)
+        if refused.item():
+            self.dropped.append(step)
+            self.reason = self.reason or "another rank refused it"
+            return False
+        if self.config.spike_sigma is not None:
+            self.recent.append((loss, grad_norm))
+        return True
+
+    def check_budget(self, step: int) -> None:
+        """Raise Diverged if more than max_dropped of the last `window` steps were dropped."""
+        lately = [dropped for dropped in self.dropped if dropped > step - self.config.window]
+        if len(lately) > self.config.max_dropped:
+            raise Diverged(
+                f"steps {', '.join(map(str, lately[-5:]))} were dropped ({self.reason}): more than "
+                f"guard.max_dropped={self.config.max_dropped} in {self.config.window} steps. The last checkpoint is intact; "
+                "try a lower optimizer.lr, a longer optimizer.warmup_steps or a smaller optimizer.clip_grad"
+            )
+
+    def _objection(self, loss: float, grad_norm: float) -> str:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite"
+        sigma = self.config.spike_sigma
+        if sigma is not None and len(self.recent) >= self.config.spike_window // 2:
+            for name, value, seen in zip(
+                ("loss", "gradient norm"), (loss, grad_norm), zip(*self.recent, strict=True), strict=True
+            ):
+                limit = statistics.fmean(seen) + sigma * statistics.stdev(seen)
+                if value > limit:
+                    return f"{name} {value:.4g} is above {limit:.4g}: a spike of more than guard.spike_sigma={sigma:g}"
+        return ""
