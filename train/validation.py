@@ -3,6 +3,8 @@
 validate(config, world_size)              # before anything is built
 """
 
+import math
+
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 from train.config import RunConfig
 
@@ -30,7 +32,9 @@ def validate(config: RunConfig, world_size: int) -> None:
         parallel.virtual_pipeline is None or micro_batches % parallel.pipeline == 0,
         "parallel.virtual_pipeline",
         parallel.virtual_pipeline,
-        f"the interleaved schedule needs micro-batches ({micro_batches}) divisible by parallel.pipeline={parallel.pipeline}",
+        f"the interleaved schedule needs micro-batches (training.global_batch_size {training.global_batch_size} / "
+        f"({per_pass} a pass) = {micro_batches}) divisible by parallel.pipeline={parallel.pipeline}; "
+        f"nearest training.global_batch_size: {_multiples(training.global_batch_size, per_pass * parallel.pipeline)}",
     )
     optimizer = config.optimizer
     last = optimizer.decay_steps or training.steps
@@ -60,14 +64,18 @@ def validate(config: RunConfig, world_size: int) -> None:
 
 
 def _divides(divisor: int, number: int, option: str, of: str) -> None:
-    nearest = [n for n in range(1, number + 1) if number % n == 0]
-    best = sorted(nearest, key=lambda n: abs(n - divisor))[:2]
-    check(
-        number % divisor == 0,
-        option,
-        divisor,
-        f"must divide {of}={number}; nearest: {', '.join(map(str, sorted(best)))}",
-    )
+    check(number % divisor == 0, option, divisor, f"must divide {of}={number}; nearest: {_divisors_near(divisor, number)}")
+
+
+def _divisors_near(value: int, number: int) -> str:
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return ", ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - value))[:2])))
+
+
+def _multiples(value: int, of: int) -> str:
+    """The multiples next to a value."""
+    below = value // of * of
+    return f"{below} or {below + of}" if below else str(of)
 
 
 def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int) -> None:
@@ -78,14 +86,15 @@ def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         world_size % dense == 0,
         "parallel",
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}",
-        f"must divide the number of processes, {world_size}",
+        f"must divide the number of processes, {world_size} = data x {dense}; start {_multiples(world_size, dense)}",
     )
     sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    starts = _multiples(world_size, math.lcm(sparse, dense))
     check(
         world_size % sparse == 0,
         "parallel",
         f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline {parallel.pipeline} = {sparse}",
-        f"must divide the number of processes, {world_size} (torchrun --nproc-per-node {sparse})",
+        f"must divide the number of processes, {world_size}; start {starts} (torchrun --nproc-per-node)",
     )
     _divides(parallel.expert, model.num_experts, "parallel.expert", "model.num_experts")
     _divides(parallel.expert_tensor, model.moe_ffn_hidden_size, "parallel.expert_tensor", "model.moe_ffn_hidden_size")
@@ -116,7 +125,8 @@ def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         model.num_layers % chunks == 0,
         "parallel.pipeline",
         parallel.pipeline,
-        f"pipeline x virtual_pipeline = {chunks} must divide model.num_layers={model.num_layers}",
+        f"pipeline x virtual_pipeline = {chunks} must divide model.num_layers={model.num_layers}; nearest: "
+        f"{_divisors_near(chunks, model.num_layers)}",
     )
     check(
         parallel.virtual_pipeline is None or parallel.pipeline > 1,

@@ -25,7 +25,7 @@ LOSSES = {
 }
 # Without a discrete choice: every token takes all experts and all neurons.
 SMOOTH = {"num_layers": 4, "router_topk": 4, "activation_ratio": 1.0}
-SPARSE = {"num_layers": 4, "router_topk": 2, "activation_ratio": 0.25}
+SPARSE = {"num_layers": 4, "router_topk": 2, "activation_ratio": 0.25, "shared_expert_neuron_ratio": 0.5}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {
@@ -35,6 +35,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "etp2": {"expert_tensor": 2},
         "tp2": {"tensor": 2},
         "tp2_ep2": {"tensor": 2, "expert": 2},
+        "tp2_ep2_allgather": {"tensor": 2, "expert": 2},
         "tp2_etp2": {"tensor": 2, "expert_tensor": 2},
         "pp2": {"pipeline": 2},
         "pp2_vpp2": {"pipeline": 2, "virtual_pipeline": 2},
@@ -79,6 +80,14 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 "parallel": parallel,
                 "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001},
                 "run_steps": 10 if kind == "smooth" else 3,
+            }
+        if layout in ("one", "pp2", "tp2_pp2_vpp2"):
+            cases[f"{layout}/tied_embeddings"] = {
+                **options,
+                "parallel": parallel | {"overlap_communication": layout != "one"},
+                "model": SMOOTH | {"tie_embeddings": True},
+                "run_steps": 3,
+                "weights": True,
             }
     cases[f"tied/{processes}"] = {"tied": True}
     if processes == 2:
@@ -170,6 +179,15 @@ def test_training_is_the_same_with_the_distributed_optimizer_and_clipping(
 def test_ties_among_ranks_are_broken_by_the_lower_neuron(results: dict[str, Any], processes: int) -> None:
     mask_NH = torch.cat(list(results[f"tied/{processes}"]), dim=1)
     assert torch.equal(mask_NH, select_neurons_reference(tied_gate(), TIED_K).mask_NH)
+
+
+@pytest.mark.parametrize("layout", ["pp2", "tp2_pp2_vpp2"])
+def test_embeddings_shared_by_the_first_and_last_stage_train_the_same(results: dict[str, Any], layout: str) -> None:
+    actual, expected = results[f"{layout}/tied_embeddings"], results["one/tied_embeddings"]
+    assert actual["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    assert actual["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    for name, weight in expected["weights"].items():
+        assert (actual["weights"][name] - weight).norm() < 1e-5 * weight.norm(), name
 
 
 def test_overlapped_communication_saves_whole_weights(results: dict[str, Any]) -> None:

@@ -136,16 +136,23 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(folder: Path) -
     assert [path.name for path in (folder / "runs/diverged/checkpoints").iterdir()] == ["step-00000002"]
 
 
-def test_a_batch_size_or_an_index_cache_cut_short_does_not_stop_a_resume(folder: Path) -> None:
+def test_a_run_continues_with_another_engine_world_size_batch_size_blend_and_length(folder: Path) -> None:
     finish(start(folder, "changed", "run.stop_at_step=4"))
     cache = folder / "runs/changed/index_cache"
     (cache / "complete").unlink()
     for path in cache.glob("*shuffle_index.npy"):
-        path.write_bytes(path.read_bytes()[:40])
-    finish(start(folder, "changed", "training.global_batch_size=4"))
-    tokens = values(folder, "changed", "train/tokens")
+        path.write_bytes(path.read_bytes()[:40])  # as if it had been killed while it wrote this
+    options = ["training.global_batch_size=4", "training.steps=10", "data.blend=[{path: b}]", "parallel.expert=2"]
+    options += ["engine=deepspeed", "deepspeed.zero_stage=2", "training.micro_batch_size=1"]
+    output = finish(start(folder, "changed", *options, processes=2))
+    assert "data.blend changed: from sample 32 on, b from its sample 10" in output
+    losses, tokens = values(folder, "changed", "train/loss"), values(folder, "changed", "train/tokens")
+    assert list(losses) == list(range(1, 11))
     assert tokens[4] == 4 * 8 * 32
-    assert tokens[STEPS] == tokens[4] + (STEPS - 4) * 4 * 32
+    assert tokens[10] == tokens[4] + 6 * 4 * 32
+    # Not one of its moments or steps is lost on the way: the loss does not jump.
+    assert abs(losses[5] - losses[4]) < 0.2
+    assert losses[10] < losses[1]
 
 
 def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undisturbed: str) -> None:

@@ -9,7 +9,9 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neuron
 from train.config import (
     CheckpointConfig,
     DataConfig,
+    DeepSpeedSection,
     EvaluationConfig,
+    GuardConfig,
     LoggingConfig,
     OptimizerSection,
     RunConfig,
@@ -59,6 +61,12 @@ from train.validation import validate
         (lambda: DataConfig(blend=[SourceConfig()]), ["data.blend", "needs a path"]),
         (lambda: DataConfig(blend=[SourceConfig(path="b", weight=-1.0)]), ["weight of b=-1.0"]),
         (lambda: RunSection(timeout_minutes=0), ["run.timeout_minutes=0"]),
+        (lambda: RunSection(time_limit="24h"), ["run.time_limit=24h", "HH:MM:SS"]),
+        (lambda: GuardConfig(spike_sigma=0), ["guard.spike_sigma=0"]),
+        (lambda: CheckpointConfig(keep_every=0), ["checkpoint.keep_every=0"]),
+        (lambda: DeepSpeedSection(zero_stage=4), ["deepspeed.zero_stage=4"]),
+        (lambda: DeepSpeedSection(zero_stage=0, offload_optimizer=True), ["deepspeed.offload_optimizer=True"]),
+        (lambda: RunConfig(engine="fsdp"), ["engine=fsdp", "deepspeed"]),
     ],
 )
 def test_a_field_checks_itself(make: Callable[[], Any], words: list[str]) -> None:
@@ -78,8 +86,41 @@ def run_config(**sections: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("sections", "world_size", "words"),
     [
-        ({"parallel": ParallelConfig(expert=2)}, 1, ["expert 2", "number of processes, 1", "--nproc-per-node 2"]),
-        ({"parallel": ParallelConfig(tensor=2)}, 3, ["tensor 2 x pipeline 1 x context 1 = 2", "3"]),
+        (
+            {"parallel": ParallelConfig(expert=2)},
+            1,
+            ["expert 2", "number of processes, 1; start 2 (torchrun --nproc-per-node)"],
+        ),
+        (
+            {"parallel": ParallelConfig(tensor=2)},
+            3,
+            ["tensor 2 x pipeline 1 x context 1 = 2", "3 = data x 2", "start 2 or 4"],
+        ),
+        (
+            {
+                "parallel": ParallelConfig(pipeline=2, virtual_pipeline=2),
+                "training": TrainingConfig(micro_batch_size=4, global_batch_size=12),
+            },
+            2,
+            ["parallel.virtual_pipeline=2", "12 / (4 a pass) = 3", "nearest training.global_batch_size: 8 or 16"],
+        ),
+        ({"parallel": ParallelConfig(pipeline=2, virtual_pipeline=4)}, 2, ["= 8", "num_layers=4", "nearest: 2, 4"]),
+        ({"parallel": ParallelConfig(pipeline=2), "engine": "deepspeed"}, 2, ["parallel.pipeline=2", "engine=deepspeed"]),
+        (
+            {"deepspeed": DeepSpeedSection(zero_stage=0), "compute": ComputeConfig(precision="bf16"), "engine": "deepspeed"},
+            1,
+            ["deepspeed.zero_stage=0", "bf16"],
+        ),
+        (
+            {"deepspeed": DeepSpeedSection(options={"gradient_clipping": 2}), "engine": "deepspeed"},
+            1,
+            ["deepspeed.options=gradient_clipping"],
+        ),
+        (
+            {"deepspeed": DeepSpeedSection(options={"zero_optimization": {"stage": 3}}), "engine": "deepspeed"},
+            1,
+            ["deepspeed.options=zero_optimization.stage"],
+        ),
         ({"parallel": ParallelConfig(expert=3)}, 3, ["parallel.expert=3", "model.num_experts=8", "nearest: 2, 4"]),
         ({"parallel": ParallelConfig(expert_tensor=3)}, 3, ["parallel.expert_tensor=3", "moe_ffn_hidden_size=512"]),
         ({"parallel": ParallelConfig(expert_tensor=128)}, 128, ["parallel.expert_tensor=128", "4 neurons a rank"]),
@@ -146,3 +187,10 @@ def test_a_described_config_loads_again() -> None:
 @pytest.mark.parametrize(("ratio", "neurons", "kept"), [(1, 512, 512), (0.25, 512, 128), (0.5, 5, 3), (0.001, 8, 1)])
 def test_neurons_kept(ratio: float, neurons: int, kept: int) -> None:
     assert neurons_kept(ratio, neurons) == kept
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"), [("00:10:00", 600), ("24:00:00", 86400), ("1-02:00:30", 93630), (None, float("inf"))]
+)
+def test_time_limits_are_written_as_slurm_does(limit: str | None, seconds: float) -> None:
+    assert RunSection(time_limit=limit).time_limit_seconds == seconds

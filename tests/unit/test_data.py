@@ -1,13 +1,16 @@
 """The order of samples is a function of the seed and the sample's number alone."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.tiny import make_shards
 from train.config import RunConfig, SourceConfig
-from train.data import RunData, load_data, load_manifests, micro_batches, plan_order
+from train.data import RunData, describe_order, load_data, load_manifests, micro_batches, plan_order
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -91,6 +94,70 @@ def config_of(folder: Path) -> RunConfig:
     config.model.seq_length = 32
     config.data.blend = [SourceConfig(path=str(folder / name)) for name in "ab"]
     return config
+
+
+def blended(folder: Path, weights: dict[str, float]) -> RunConfig:
+    config = config_of(folder)
+    config.data.blend = [SourceConfig(path=str(folder / name), weight=weight) for name, weight in weights.items()]
+    config.data.index_cache = str(folder / "cache")
+    return config
+
+
+WEIGHTS = st.dictionaries(st.sampled_from("ab"), st.sampled_from([0.2, 1.0, 3.0]), min_size=1)
+
+
+@given(blends=st.lists(st.tuples(WEIGHTS, st.integers(1, 40)), min_size=1, max_size=5))
+@settings(max_examples=15, deadline=None)
+def test_however_often_the_blend_changes_no_source_repeats_or_loses_a_sample(
+    folder: Path, blends: list[tuple[dict[str, float], int]]
+) -> None:
+    order, total = None, 0
+    seen: dict[str, list[int]] = {"a": [], "b": []}
+    for weights, count in blends:
+        config = blended(folder, weights)
+        manifests = load_manifests(config)
+        order = plan_order(config, manifests, order, total)
+        blend = load_data(config, manifests, order, samples=total + count).train
+        for i in range(total - order["start"], total - order["start"] + count):
+            seen[manifests[blend.source_of[i]].name].append(int(blend.index_in[i]))
+        total += count
+        order = json.loads(json.dumps(order))
+    for numbers in seen.values():
+        assert numbers == list(range(len(numbers)))
+    assert sum(map(len, seen.values())) == total
+
+
+def test_a_changed_blend_is_told_and_what_has_no_meaning_is_refused(folder: Path, tmp_path: Path) -> None:
+    config = blended(folder, {"a": 3.0, "b": 1.0})
+    manifests = load_manifests(config)
+    before = plan_order(config, manifests, None, 0)
+    assert plan_order(config, manifests, before, 80) is before
+    assert describe_order(before, before) is None
+    config.data.blend[0].weight = 1.0
+    after = plan_order(config, manifests, before, 80)
+    assert describe_order(after, before) == (
+        "data.blend changed: from sample 80 on, a from its sample 60, b from its sample 20"
+    )
+    config.run.seed += 1
+    with pytest.raises(ValueError, match=r"run.seed=1235 \(saved: 1234\)"):
+        plan_order(config, manifests, before, 80)
+    config.run.seed -= 1
+    config.data.blend[0].path = str(make_shards(tmp_path / "a", name="a", seed=9))
+    with pytest.raises(ValueError, match="source a has other content"):
+        plan_order(config, load_manifests(config), before, 80)
+
+
+def test_a_shard_that_changes_while_a_run_reads_it_is_noticed(folder: Path, tmp_path: Path) -> None:
+    shards = make_shards(tmp_path / "c", name="c")
+    config = config_of(folder)
+    config.data.blend = [SourceConfig(path=str(shards))]
+    config.data.index_cache = str(tmp_path / "cache")
+    manifests = load_manifests(config)
+    data = load_data(config, manifests, plan_order(config, manifests, None, 0), samples=8)
+    assert data.changed_file() is None
+    path = shards / "train-00000.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    assert data.changed_file() == path
 
 
 def test_labels_are_the_next_tokens(folder: Path) -> None:

@@ -1,0 +1,58 @@
+"""Which steps are dropped, and when that is too much."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from train.config import GuardConfig
+from train.guards import Diverged, StepGuard
+
+pytestmark = pytest.mark.usefixtures("one_process")
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
+def test_what_is_not_finite_is_dropped(loss: float, norm: float) -> None:
+    guard = StepGuard(GuardConfig(), CPU)
+    assert guard.accepts(1, 2.0, 1.0)
+    assert not guard.accepts(2, loss, norm)
+    assert "not finite" in guard.reason
+    assert guard.accepts(3, 2.0, 1.0)
+    assert guard.dropped == [2]
+
+
+def test_the_budget_counts_the_last_steps_only() -> None:
+    guard = StepGuard(GuardConfig(max_dropped=2, window=10), CPU)
+    for step in (1, 2, 11):
+        guard.accepts(step, math.nan, 1.0)
+        guard.check_budget(step)
+    guard.accepts(12, math.nan, 1.0)
+    guard.check_budget(12)
+    guard.accepts(13, math.nan, 1.0)
+    with pytest.raises(Diverged, match=r"11, 12, 13 .*guard.max_dropped=2"):
+        guard.check_budget(13)
+
+
+def test_a_spike_is_dropped_and_does_not_widen_what_is_usual() -> None:
+    config = GuardConfig(spike_sigma=6.0, spike_window=20)
+    guard = StepGuard(config, CPU)
+    assert guard.accepts(0, 99.0, 99.0), "nothing is unusual at first"
+    for step in range(1, 31):
+        assert guard.accepts(step, 3.0 + 0.01 * (step % 5), 1.0 + 0.01 * (step % 3))
+    for step in range(31, 40):
+        assert not guard.accepts(step, 3.02, 2.0)
+        assert "gradient norm 2 " in guard.reason
+        assert not guard.accepts(step, 5.0, 1.0)
+    assert guard.accepts(41, 2.0, 0.5), "a fall is no spike"
+    again = StepGuard(config, CPU, json.loads(json.dumps(guard.state())))
+    assert again.state() == guard.state(), "a checkpoint carries it over exactly"
+
+
+def test_without_a_threshold_spikes_pass_and_nothing_is_kept() -> None:
+    guard = StepGuard(GuardConfig(), CPU)
+    for step in range(300):
+        assert guard.accepts(step, 3.0, 1.0)
+    assert guard.accepts(301, 1e9, 1e9)
+    assert guard.state() == {"dropped": [], "recent": []}
