@@ -80,7 +80,7 @@ class Saver:
         began = time.monotonic()
         unfinished = self.folder / f".unfinished-step-{step:08d}"
         state = state | {"random": _random_state()}
-        _agree(functools.partial(self._make_room, unfinished, state), "prepare", self.folder)
+        _agree(functools.partial(self._make_room, unfinished, _bytes_of_all_ranks(state)), "prepare", self.folder)
         request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
         if request.async_fn is not None:
             # In the process that writes, so that training does not wait for it.
@@ -119,17 +119,12 @@ class Saver:
         now = time.monotonic()
         return Saved(final, stall_seconds=pending.stall + now - began, write_seconds=now - pending.began)
 
-    def _make_room(self, unfinished: Path, state: dict[str, Any]) -> None:
+    def _make_room(self, unfinished: Path, needed: int) -> None:
         for leftover in self.folder.glob(".unfinished-*"):
             shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
-        # A rank that runs out of space half way would leave the others waiting for it. This rank's part stands for all.
-        mine = sum(
-            entry.data.nbytes
-            for entry in nested_values(state)
-            if isinstance(entry, ShardedBase) and torch.is_tensor(entry.data) and is_main_replica(entry.replica_id)
-        )
-        needed, free = mine * dist.get_world_size(), shutil.disk_usage(self.folder).free
+        # Before anything is written: where one rank runs out of space half way, the others may wait for it.
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             unfinished.rmdir()
             raise OSError(f"{free / 2**30:.3f} GiB are free and about {needed / 2**30:.3f} GiB needed")
@@ -199,6 +194,18 @@ def _agree(act: Callable[[], None], verb: str, path: Path) -> None:
     dist.broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise SaveFailed(f"cannot {verb} {path}: {outcome[0]}")
+
+
+def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
+    """Size of what the ranks will write together; a collective on every rank."""
+    mine = sum(
+        entry.data.nbytes
+        for entry in nested_values(state)
+        if isinstance(entry, ShardedBase) and torch.is_tensor(entry.data) and is_main_replica(entry.replica_id)
+    )
+    total = torch.tensor(mine, dtype=torch.int64, device=torch.cuda.current_device())
+    dist.all_reduce(total)
+    return int(total.item())
 
 
 def _write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:

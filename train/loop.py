@@ -34,7 +34,8 @@ class Trainer:
         self.stop = StopRequest(config.run.time_limit_seconds)
         self.saver = Saver(self.checkpoints, config.checkpoint)
         self.slowest_step, self.slowest_save = 0.0, 0.0
-        self.usual_step, self.steps_while_saving = 0.0, list[float]()
+        self.usual_step = 0.0
+        self.steps_while_saving: list[float] = []
 
     def resume(self, checkpoint: Checkpoint | None) -> None:
         """Continue from a checkpoint, or begin with None, and open the records."""

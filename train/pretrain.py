@@ -7,6 +7,7 @@ Compose, validate, build, run, report.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -216,9 +217,10 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     model, parallel, training = config.model, config.parallel, config.training
     parameters, flops = count_parameters(model), count_flops(model)
     tokens = training.steps * training.global_batch_size * model.seq_length
+    shards_optimizer = config.deepspeed.zero_stage > 0 if config.engine == "deepspeed" else parallel.distributed_optimizer
     memory = estimate_memory(
         model,
-        parallel,
+        dataclasses.replace(parallel, distributed_optimizer=shards_optimizer),
         config.compute,
         micro_batch_size=training.micro_batch_size,
         data_parallel_size=config.data_parallel_size(world_size),
@@ -231,7 +233,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"active_expert_params {parameters.active_expert_params:.1%}",
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
             f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
-            f"{config.micro_batches(world_size)} micro-batches a step",
+            f"{config.micro_batches(world_size)} micro-batches a step; engine {config.engine}",
             f"memory    about {memory.total / 2**30:.2f} GiB a rank: weights {memory.weights / 2**30:.2f}, gradients "
             f"{memory.gradients / 2**30:.2f}, optimizer {memory.optimizer / 2**30:.2f}, "
             f"activations {memory.activations / 2**30:.2f}",

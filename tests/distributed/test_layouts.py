@@ -111,26 +111,30 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
     return cases
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def run_cases(processes: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
     """What every case computed, by real processes over gloo."""
+    described, out = folder / f"{processes}.json", folder / f"{processes}.pt"
+    described.write_text(json.dumps(cases))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        + ["-m", "tests.distributed.worker", str(described), str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    found: dict[str, Any] = torch.load(out)
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every case of every layout."""
     folder = tmp_path_factory.mktemp("layouts")
-    collected: dict[str, dict[str, Any]] = {}
-    for processes in LAYOUTS:
-        cases, out = folder / f"{processes}.json", folder / f"{processes}.pt"
-        cases.write_text(json.dumps(cases_of(processes)))
-        run = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            + ["-m", "tests.distributed.worker", str(cases), str(out)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert run.returncode == 0, run.stderr[-5000:]
-        collected |= torch.load(out)
-    return collected
+    found = [run_cases(processes, cases_of(processes), folder) for processes in LAYOUTS]
+    return {name: result for results in found for name, result in results.items()}
 
 
 NAMES = [layout for layouts in LAYOUTS.values() for layout in layouts if layout != "one"]

@@ -1,0 +1,48 @@
+"""Measure how far each layout is from one process, as the table of docs/parallelism.md.
+
+python -m tests.distributed
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.distributed.test_layouts import LAYOUTS, cases_of, run_cases
+
+
+def largest(actual: list[float], expected: list[float]) -> float:
+    """The largest relative difference."""
+    return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
+
+
+def row(layout: str, processes: int, found: dict[str, Any], one: dict[str, Any]) -> str:
+    """Largest relative differences over all cases of a layout."""
+    cases = [
+        (found[f"{layout}/{case}"], one[f"one/{case}"]) for case in ("smooth/unmasked", "sparse/normalised", "sparse/masked")
+    ]
+    steps = [(found[f"{layout}/{kind}/steps"], one[f"one/{kind}/steps"]) for kind in ("smooth", "sparse")]
+    gradients = max(
+        ((a["gradients"][name] - g).norm() / g.norm()).item() for a, e in cases for name, g in e["gradients"].items()
+    )
+    auxiliary = max(
+        ((a["auxiliary"][name] - v).abs() / v.abs()).max().item() for a, e in cases for name, v in e["auxiliary"].items()
+    )
+    losses = max(largest(a["losses"], e["losses"]) for a, e in cases + steps)
+    norms = max(largest(a["norms"], e["norms"]) for a, e in cases + steps)
+    return f"| `{layout}` | {processes} | {losses:.0e} | {norms:.0e} | {gradients:.0e} | {auxiliary:.0e} |"
+
+
+def main() -> None:
+    """Print the table in Markdown."""
+    print("| layout | processes | loss | gradient norm | each weight's gradient | auxiliary losses |")
+    print("|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        one = run_cases(1, cases_of(1), Path(folder))
+        for processes, layouts in LAYOUTS.items():
+            found = run_cases(processes, cases_of(processes), Path(folder)) if processes > 1 else one
+            for layout in layouts if processes > 1 else ():
+                print(row(layout, processes, found, one), flush=True)
+
+
+if __name__ == "__main__":
+    main()
