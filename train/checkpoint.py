@@ -9,6 +9,7 @@ A checkpoint is written under a temporary name, its manifest last, and renamed w
 named step-* is complete. The manifest holds size and sha256 of every file, which train.checkpoint_health holds against them.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -30,7 +31,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.files import sha256_of, writing
+from train.checkpoint_private import noted_errors, results_manager
 from train.config import CheckpointConfig
+from train.lifetime import forks_end_with_this_process
 
 MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-2"
@@ -70,6 +73,8 @@ class Saver:
         self.folder, self.config = folder, config
         self.queue = AsyncCallsQueue(persistent=False)  # a persistent writer hangs on CPUs
         self.pending: _Pending | None = None
+        # Writers whose training process was killed -9 would wait for one another for ever.
+        forks_end_with_this_process()
 
     def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
@@ -81,7 +86,9 @@ class Saver:
         unfinished = self.folder / f".unfinished-step-{step:08d}"
         state = state | {"random": _random_state()}
         _agree(functools.partial(self._make_room, unfinished, _bytes_of_all_ranks(state)), "prepare", self.folder)
+        results_manager()
         request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
+        _agree(_raise_noted, "begin", unfinished)
         if request.async_fn is not None:
             # In the process that writes, so that training does not wait for it.
             request = request._replace(async_fn=functools.partial(_write_and_digest, request.async_fn, unfinished))
@@ -131,6 +138,7 @@ class Saver:
 
     def _publish(self, pending: "_Pending", final: Path) -> None:
         unfinished = pending.unfinished
+        _raise_noted()
         files: dict[str, Any] = {}
         for digests in unfinished.glob("digests-*.json"):
             files |= json.loads(digests.read_text())
@@ -208,12 +216,23 @@ def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
     return int(total.item())
 
 
+def _raise_noted() -> None:
+    """OSError if rank 0 could not write one of the small files that it alone writes."""
+    errors = noted_errors()
+    if errors:
+        text = "; ".join(map(str, errors))
+        errors.clear()
+        raise OSError(text)
+
+
 def _write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Write this rank's files, then their digests beside them."""
     write(rank, *args, **kwargs)
-    digests = {path.name: digest(path) for path in folder.glob(f"__{rank}_*")}
-    with writing(folder / f"digests-{rank}.json") as temporary:
-        temporary.write_text(json.dumps(digests))
+    # Rank 0 digests what has no digest yet; an error of this rank alone would leave the others waiting.
+    with contextlib.suppress(OSError):
+        digests = {path.name: digest(path) for path in folder.glob(f"__{rank}_*")}
+        with writing(folder / f"digests-{rank}.json") as temporary:
+            temporary.write_text(json.dumps(digests))
 
 
 def digest(path: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ import torch
 from train.config import RunConfig, describe
 
 METRICS_FILE = "metrics.jsonl"
+FINISH_TIMEOUT = 60.0
+"""Seconds that W&B may take for what is not uploaded at the end; `wandb sync` uploads the rest."""
 
 
 class MetricsWriter:
@@ -32,7 +34,8 @@ class MetricsWriter:
         unfinished = self.path.with_suffix(".unfinished")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(unfinished, self.path)
-        self.file = open(self.path, "a")  # noqa: SIM115  held open for the run
+        self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held open for the run
+        self.unwritten = b""
         self.wandb = _start_wandb(config, folder, wandb_id)
 
     @property
@@ -44,8 +47,8 @@ class MetricsWriter:
         """Append one record."""
         # JSON has no word for what is undefined, such as the overlap among fewer than two experts.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
-        self.file.flush()
+        self.unwritten += (json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n").encode()
+        self._flush()
         self._to_wandb(step, lambda wandb: values)
 
     def write_figure(self, step: int, name: str, path: Path) -> None:
@@ -58,6 +61,15 @@ class MetricsWriter:
             step,
             lambda wandb: {name: wandb.Histogram(tensor.flatten().numpy()) for name, tensor in values.items()},
         )
+
+    def _flush(self) -> None:
+        """Write what is not written yet. A full disk does not stop the run: it is tried again with the next record."""
+        try:
+            while self.unwritten:
+                written = self.file.write(self.unwritten)  # as much as there is room for
+                self.unwritten = self.unwritten[written:]
+        except OSError as error:
+            print(f"{self.path}: {error}; records wait in memory until there is room", flush=True)
 
     def _to_wandb(self, step: int, make: Callable[[Any], dict[str, Any]]) -> None:
         """Log what `make` makes of the wandb module."""
@@ -73,6 +85,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Finish the files."""
+        self._flush()
         self.file.close()
         if self.wandb is not None:
             try:
@@ -103,6 +116,10 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
         print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): the run goes on offline", flush=True)
         mode = "offline"
 
+    # Without a limit a server that went away holds the processors of a finished run for as long as it is retried.
+    bounded = "finish_timeout" in wandb.Settings.model_fields and "WANDB_FINISH_TIMEOUT" not in os.environ
+    finish: dict[str, Any] = {"finish_timeout": FINISH_TIMEOUT} if bounded else {}
+
     def start(mode: str) -> Any:
         return wandb.init(
             project=config.logging.wandb_project,
@@ -113,7 +130,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             resume="allow" if run_id else None,
             config=describe(config),
             mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, init_timeout=20),
+            settings=wandb.Settings(silent=True, init_timeout=20, **finish),
         )
 
     for attempt in dict.fromkeys([mode, "offline"]):

@@ -50,6 +50,7 @@ def main(hydra_config: DictConfig) -> None:
             write_run_folder(config)
     except ValueError as error:
         raise UserError(str(error)) from error
+    from train.checkpoint import SaveFailed
     from train.guards import Diverged
 
     try:
@@ -57,9 +58,9 @@ def main(hydra_config: DictConfig) -> None:
     except Exception as error:
         if rank == 0:
             write_status(config, "failed", reason=f"{type(error).__name__}: {error}")
-        if isinstance(error, Diverged):
+        if isinstance(error, Diverged | SaveFailed):
             print(f"error: {error}" if rank == 0 else "", file=sys.stderr)
-            sys.exit(EXIT_DIVERGED)
+            sys.exit(EXIT_DIVERGED if isinstance(error, Diverged) else 1)
         raise
 
 

@@ -9,7 +9,8 @@
 Every record_* is a collective on every rank; the main one writes.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -145,9 +146,18 @@ class Recorder:
         if self.writer is None:
             return
         path = self.folder / "figures/loss.png"
-        figures.draw_losses(path, read_metrics(self.folder), unigram_entropy)
-        self.writer.write_figure(step, "loss", path)
+        with self._without_room():
+            figures.draw_losses(path, read_metrics(self.folder), unigram_entropy)
+            self.writer.write_figure(step, "loss", path)
         self.writer.close()
+
+    @contextlib.contextmanager
+    def _without_room(self) -> Iterator[None]:
+        """Figures that cannot be written are no reason to stop, least of all for one rank alone."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"no figure: {error}")
 
     def _records_by_layer(self) -> dict[int, list[LossRecord]]:
         return {layer: [experts.record, router.record] for layer, experts, router in self.layers}
@@ -173,10 +183,11 @@ class Recorder:
     def _draw_usage(self, step: int, usage: NeuronUsage) -> None:
         assert self.writer is not None
         load, use = self.folder / "figures/expert_load.png", self.folder / "figures/neuron_use.png"
-        figures.draw_expert_load(load, usage, step)
-        figures.draw_neuron_use(use, usage, self.config.model.active_neurons, step)
-        self.writer.write_figure(step, "expert_load", load)
-        self.writer.write_figure(step, "neuron_use", use)
+        with self._without_room():
+            figures.draw_expert_load(load, usage, step)
+            figures.draw_neuron_use(use, usage, self.config.model.active_neurons, step)
+            self.writer.write_figure(step, "expert_load", load)
+            self.writer.write_figure(step, "neuron_use", use)
         self.writer.write_histograms(
             step,
             {f"neuron/selected/layer_{layer:02d}": selected for layer, selected in enumerate(usage.selected_LEH)}

@@ -8,6 +8,8 @@ import contextlib
 import datetime
 import os
 import random
+import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +20,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from mone_model.config import ParallelConfig
+
+MEETING_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,33 @@ def rendezvous() -> dist.Store:
     """Meet the job's other processes, by what torchrun or Slurm put into the environment; alone without them."""
     if "RANK" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://"))
-    return store
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    return _unused(store, rank, world_size) if "TORCHELASTIC_RUN_ID" in os.environ else store
+
+
+def _unused(store: dist.Store, rank: int, world_size: int) -> dist.Store:
+    """A part of a store that no process has written to before.
+
+    torchrun --max-restarts may keep its store when it starts the processes again; in it are the addresses of those that
+    are gone. Its count of restarts differs between nodes, so rank 0 hands out a name for this start.
+    """
+    mine, began, missing = uuid.uuid4().hex, time.monotonic(), set(range(1, world_size))
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        start = store.get(f"welcome/{mine}").decode()
+        store.set(f"met/{start}/{rank}", "")
+        return dist.PrefixStore(start, store)
+    while missing:
+        for other in sorted(missing):
+            # Perhaps of a process that is gone; the one that is there says another word soon.
+            if store.check([f"hello/{other}"]):
+                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)
+            if store.check([f"met/{mine}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() - began > MEETING_SECONDS:
+            raise TimeoutError(f"ranks {sorted(missing)} did not come within {MEETING_SECONDS:.0f} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 @contextlib.contextmanager

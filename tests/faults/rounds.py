@@ -1,0 +1,92 @@
+"""Kill -9 at random moments, and whether the run that is started again ends as if nothing had happened."""
+
+import contextlib
+import random
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.faults.jobs import STEPS, Job, checkpoints, differences, run_to_end
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round does."""
+
+    victims: str
+    """rank 0, rank 1 or all."""
+    moment: str
+    """start, step or save."""
+    step: int
+    """After the record of this step; for a save: the first that begins after it."""
+    delay: float
+    """Seconds from then on."""
+    async_save: bool
+    """Whether checkpoints are written in the background."""
+
+    def __str__(self) -> str:
+        when = "starting" if self.moment == "start" else f"{self.moment} after step {self.step}"
+        return f"{when} + {self.delay:.2f} s, {'async' if self.async_save else 'sync'} saves"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    round: Round
+    reached: int
+    """Last step recorded before the kill."""
+    resumed_from: int
+    """Newest checkpoint after it; 0: none."""
+    torn: bool
+    """Whether it left a checkpoint half-written."""
+    problem: str
+    """Empty if the run that was started again ended as the undisturbed one."""
+
+    def row(self, number: int) -> str:
+        """Of the table."""
+        lost, torn = self.reached - self.resumed_from, "yes" if self.torn else "no"
+        moment = f"{self.round}; step {self.reached} done"
+        return f"{number:>5}  {self.round.victims:<7}  {moment:<62}  {torn:<9}  {lost:>10}  {self.problem or 'equal'}"
+
+
+HEADER = f"{'round':>5}  {'killed':<7}  {'moment':<62}  {'torn save':<9}  {'steps lost':>10}  equal to undisturbed"
+
+
+def draw(generator: random.Random, number: int) -> Round:
+    """A round; every other one falls into a save, and every other of these into an asynchronous one."""
+    moment = "save" if number % 2 == 0 else generator.choice(["start", "step", "step", "step"])
+    delay = {"start": 12.0, "step": 0.6, "save": 0.25}[moment] * generator.random()
+    victims = generator.choice(["rank 0", "rank 1", "all"])
+    return Round(victims, moment, generator.randrange(STEPS - 1), delay, async_save=number % 4 < 2)
+
+
+def play(folder: Path, name: str, hurt: Round) -> Outcome:
+    """Kill a run, start it again, and compare."""
+    options = [f"checkpoint.async_save={str(hurt.async_save).lower()}"]
+    with Job(folder, name, *options) as job:
+        saves = job.run / "checkpoints"
+        job.wait_for(lambda: len(job.ranks()) == job.processes)
+        ranks = job.ranks()
+        if hurt.moment != "start" and hurt.step:
+            job.wait_for_step(hurt.step)
+        if hurt.moment == "save":
+            job.wait_for(lambda: any(saves.glob(".unfinished-step-*")))
+        time.sleep(hurt.delay)
+        for rank, process in ranks.items():
+            if hurt.victims in ("all", f"rank {rank}"):
+                with contextlib.suppress(psutil.NoSuchProcess):  # it was faster
+                    process.send_signal(signal.SIGKILL)
+        job.wait()
+        reached = max(job.steps(), default=0)
+        torn = any(saves.glob(".unfinished-step-*"))
+    resumed_from = max(checkpoints(folder, name), default=0)
+    try:
+        run_to_end(folder, name, *options)
+    except AssertionError as error:
+        return Outcome(hurt, reached, resumed_from, torn, f"did not continue: {error}")
+    changed = differences(folder, name)
+    return Outcome(hurt, reached, resumed_from, torn, f"differs in {', '.join(changed)}" if changed else "")

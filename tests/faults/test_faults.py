@@ -1,0 +1,263 @@
+"""What happens to a run that is hurt, with real processes. docs/faults.md has the table; the rounds are in rounds.py."""
+
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.jobs import (
+    STEPS,
+    UNDISTURBED,
+    Job,
+    checkpoints,
+    codes,
+    differences,
+    make_data,
+    mounted,
+    recorded,
+    run_to_end,
+    status,
+)
+from tests.faults.rounds import Round, play
+from tests.faults.wandb_server import Server
+from tests.tiny import make_shards
+from train.metrics import read_metrics
+
+FEW_SAVES = "checkpoint.interval=4"
+HUNG = ("run.timeout_minutes=0.3", "checkpoint.interval=0")
+"""18 seconds are several times the longest phase; the first save would be it, and is left out for busy machines."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, and a run that nobody hurt."""
+    folder = tmp_path_factory.mktemp("faults")
+    make_data(folder)
+    run_to_end(folder, UNDISTURBED)
+    return folder
+
+
+@pytest.fixture
+def disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The run folder called like the test, as a disk of 8 MB of its own: about six checkpoints."""
+    try:
+        with mounted(folder / "runs" / request.node.name, megabytes=8) as path:
+            yield path
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"mounting is not permitted: {error.stderr}")
+
+
+def fault(name: str, **arguments: Any) -> dict[str, Any]:
+    """One fault for tests.faults.victim."""
+    return {"fault": name, **arguments}
+
+
+@pytest.mark.parametrize(
+    "hurt",
+    [
+        Round("rank 1", "save", step=0, delay=0.05, async_save=False),
+        Round("rank 0", "save", step=2, delay=0.05, async_save=True),
+        Round("all", "step", step=4, delay=0.1, async_save=True),
+    ],
+    ids=str,
+)
+def test_a_killed_run_ends_like_one_that_was_left_alone(folder: Path, hurt: Round) -> None:
+    outcome = play(folder, f"killed-{hurt.victims.replace(' ', '-')}", hurt)
+    assert outcome.problem == ""
+    assert outcome.torn == (hurt.moment == "save")
+
+
+def test_the_launcher_restarts_killed_workers_by_itself(folder: Path) -> None:
+    with Job(folder, "restarted", launcher=("--max-restarts=3",)) as job:
+        assert job.wait_for_step(3)
+        job.ranks()[1].send_signal(signal.SIGKILL)
+        output = job.finish()
+    assert output.count("resumed from") == 1
+    assert differences(folder, "restarted") == []
+
+
+def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(folder: Path) -> None:
+    for number, rank, step in ((signal.SIGTERM, 1, 1), (signal.SIGUSR1, 0, 3)):
+        with Job(folder, "stopped", faults=[fault("slow", seconds=0.5)]) as job:
+            assert job.wait_for_step(step)
+            job.ranks()[rank].send_signal(number)
+            output = job.finish()
+        stopped = status(folder, "stopped")
+        assert (stopped["state"], stopped["reason"]) == ("stopped", "SIGNAL")
+        assert step <= stopped["step"] < STEPS
+        assert checkpoints(folder, "stopped")[-1] == stopped["step"]
+        assert "the same command continues" in output
+    # The limit counts from the start of the process and spares ten seconds for a save: two steps at most.
+    run_to_end(folder, "stopped", "run.time_limit=00:00:30", faults=[fault("slow", seconds=8)])
+    assert status(folder, "stopped")["reason"] == "TIME"
+    run_to_end(folder, "stopped")
+    assert status(folder, "stopped")["state"] == "complete"
+    assert differences(folder, "stopped") == []
+
+
+def test_steps_that_are_not_finite_or_spike_on_one_rank_are_dropped_and_counted(folder: Path) -> None:
+    faults = [
+        fault("poison_loss", rank=1, steps=[3], factor="nan"),
+        fault("poison_gradient", rank=0, steps=[5]),
+        fault("poison_loss", rank=1, steps=[7], factor="100"),
+    ]
+    guard = ("guard.spike_sigma=50", "guard.spike_window=4", "checkpoint.interval=0")
+    output = run_to_end(folder, "poisoned", *guard, faults=faults)
+    assert status(folder, "poisoned")["state"] == "complete"
+    dropped = recorded(folder / "runs/poisoned", "train/dropped_steps")
+    assert [dropped[step] for step in range(1, STEPS + 1)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert re.findall(r"step (\d): dropped", output) == ["3", "5", "7"]
+    assert "a spike" in output
+    losses, undisturbed = (recorded(folder / "runs" / name, "train/loss") for name in ("poisoned", UNDISTURBED))
+    assert losses[2] == undisturbed[2]
+    # The weights did not take any of it.
+    assert abs(losses[STEPS] - undisturbed[STEPS]) < 0.1
+
+
+def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_continues(folder: Path) -> None:
+    poison = fault("poison_loss", rank=1, steps=list(range(4, 100)), factor="inf")
+    with Job(folder, "diverged", "guard.max_dropped=2", faults=[poison]) as job:
+        output = job.finish(code=1)
+    assert 3 in codes(output)
+    assert "guard.max_dropped=2" in output
+    assert status(folder, "diverged")["state"] == "failed"
+    # That of step 4 has the weights of step 3, and knows that step 4 was dropped.
+    latest = checkpoints(folder, "diverged")[-1]
+    run_to_end(folder, "diverged", "guard.max_dropped=2")
+    assert status(folder, "diverged")["state"] == "complete"
+    assert recorded(folder / "runs/diverged", "train/dropped_steps")[STEPS] == latest - 3
+
+
+@pytest.fixture(scope="module")
+def hung(folder: Path) -> Iterator[dict[str, Job]]:
+    """Two runs that hang, at the same time: most of it is waiting."""
+    # One of them waits for the other's processors; it hangs all the later.
+    with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3)]) as asleep:
+        asleep.wait_for_step(2)
+        with Job(folder, "frozen", *HUNG) as frozen:
+            frozen.wait_for_step(3)
+            victim = frozen.ranks()[0]
+            victim.send_signal(signal.SIGSTOP)
+            try:
+                yield {"asleep": asleep, "frozen": frozen}
+            finally:
+                if victim.is_running():
+                    victim.send_signal(signal.SIGCONT)
+
+
+def test_a_rank_that_sleeps_for_ever_is_named_with_its_phase_and_the_run_ends(hung: dict[str, Job]) -> None:
+    output = hung["asleep"].finish(code=1)
+    assert "rank 1 holds up the others" in output
+    assert re.search(r"rank 1 on \S+: step 3, reading data, for \d+ s\n", output)
+    assert "in getitem" in output  # the stack says where
+    assert 4 in codes(output)
+
+
+def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
+    output = hung["frozen"].finish(code=1)
+    assert "rank 0 holds up the others" in output
+    assert re.search(r"rank 0 on \S+: step \d, .*; its process has not answered for \d+ s", output)
+    assert 4 in codes(output)
+
+
+def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder: Path, disk: Path) -> None:
+    # Nothing at all can be written from step 3 to 6; the last checkpoint finds too little room.
+    faults = [
+        fault("fill_disk", path=str(disk), step=3, until=7, leave=0),
+        fault("fill_disk", path=str(disk), step=8, until=9, leave=300_000),
+    ]
+    with Job(folder, disk.name, "checkpoint.keep_last=1", faults=faults) as job:
+        output = job.finish(code=1)
+    assert "step 4: no checkpoint" in output or "step 4: cannot prepare" in output
+    assert "training goes on" in output
+    assert re.search(r"error: cannot prepare .*step-00000008: .* are free and about", output)
+    assert status(folder, disk.name)["state"] == "failed"
+    assert checkpoints(folder, disk.name) == [2]
+    assert list(recorded(disk, "train/loss")) == list(range(1, STEPS + 1))
+    (disk / "filler").unlink()
+    run_to_end(folder, disk.name)
+    assert checkpoints(folder, disk.name) == [6, 8]
+    assert differences(folder, disk.name) == []
+
+
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
+    folder: Path, disk: Path, async_save: str
+) -> None:
+    # Half of one fits at step 4, and of the last one at step 8.
+    faults = [
+        fault("believe_in_space"),
+        fault("fill_disk", path=str(disk), step=3, until=5, leave=400_000),
+        fault("fill_disk", path=str(disk), step=8, until=9, leave=400_000),
+    ]
+    options = (f"checkpoint.async_save={async_save}", "checkpoint.keep_last=1")
+    with Job(folder, disk.name, *options, faults=faults) as job:
+        output = job.finish(code=1)
+    assert "No space left" in output
+    assert "training goes on" in output
+    assert re.search(r"error: no checkpoint in .*No space left", output)
+    assert checkpoints(folder, disk.name) == [6]
+    assert not list((disk / "checkpoints").glob(".unfinished-step-*"))
+    (disk / "filler").unlink()
+    run_to_end(folder, disk.name, *options)
+    assert differences(folder, disk.name) == []
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_by_name(folder: Path, disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with Job(folder, disk.name, "parallel.expert=1", processes=1) as job:
+        output = job.finish(code=2)
+    assert f"error: run.dir=runs/{disk.name}: cannot be written" in output
+    assert "Traceback" not in output
+
+
+def test_a_run_folder_that_becomes_read_only_costs_no_checkpoint(folder: Path, disk: Path) -> None:
+    with Job(folder, disk.name, faults=[fault("become_read_only", path=str(disk), step=5)]) as job:
+        output = job.finish(code=1)
+    assert "Read-only file system" in output
+    assert "step 6: cannot prepare" in output
+    assert "training goes on" in output
+    subprocess.run(["umount", str(disk)], check=True)
+    assert checkpoints(folder, disk.name) == [2, 4]
+    run_to_end(folder, disk.name)
+    assert differences(folder, disk.name) == []
+
+
+def test_a_shard_that_changes_ends_the_run_by_name_and_nothing_of_it_is_saved(folder: Path) -> None:
+    shard = make_shards(folder / "mutable", name="mutable") / "train-00000.bin"
+    blend = "data.blend=[{path: mutable}]"
+    with Job(folder, "altered", blend, faults=[fault("alter", path=str(shard), step=3, rank=1)]) as job:
+        output = job.finish(code=1)
+    assert 2 in codes(output)
+    assert re.search(r"error: data.blend: mutable/train-00000.bin changed while it was read; not saved", output)
+    assert "Traceback" not in output.partition("ChildFailedError")[0].partition("Traceback")[0]
+    assert checkpoints(folder, "altered") == [2]
+
+
+def test_a_wandb_server_that_goes_away_costs_no_record_and_no_waiting(folder: Path) -> None:
+    server = Server()
+    environment = {
+        "WANDB_BASE_URL": server.url,
+        "WANDB_API_KEY": "0" * 40,
+        "HOME": str(folder),
+        "WANDB_FINISH_TIMEOUT": "5",  # the default is for real networks
+    }
+    options = ("parallel.expert=1", "logging.wandb_mode=online", "logging.neuron_interval=4", FEW_SAVES)
+    try:
+        with Job(
+            folder, "offline", *options, processes=1, environment=environment, faults=[fault("slow", seconds=0.5)]
+        ) as job:
+            assert job.wait_for_step(2)
+            server.close()
+            output = job.finish()
+    finally:
+        server.server_close()
+    assert any("UpsertBucket" in query for query in server.asked)
+    assert "could not start" not in output
+    records = read_metrics(folder / "runs/offline")
+    assert [record["step"] for record in records if "train/loss" in record] == list(range(1, STEPS + 1))
+    assert status(folder, "offline")["state"] == "complete"

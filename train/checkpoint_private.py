@@ -1,0 +1,52 @@
+"""The one place for names that Megatron-Core does not promise to keep: it offers no other way to survive a save that fails.
+
+Written for megatron-core 0.16 to 0.18.
+"""
+
+import functools
+from collections.abc import Callable
+from multiprocessing.managers import SyncManager
+from typing import Any
+
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from torch import multiprocessing
+
+from train.lifetime import end_with_parent
+
+
+@functools.cache
+def noted_errors() -> list[Exception]:
+    """From now on errors in writing common.pt, .metadata and metadata.json go to this list, for the ranks to agree on.
+
+    Rank 0 writes them between collectives: raised there, an error would leave the other ranks waiting in the next one.
+    """
+    noted: list[Exception] = []
+
+    def noting(write: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(write)
+        def attempt(*args: Any, **kwargs: Any) -> None:
+            try:
+                write(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
+                noted.append(error)
+
+        return attempt
+
+    for owner, name in (
+        (TorchCommonSaveStrategy, "save_common"),
+        (filesystem_async.FileSystemWriterAsync, "finish"),
+        (serialization, "save_config"),
+    ):
+        setattr(owner, name, noting(getattr(owner, name)))
+    return noted
+
+
+@functools.cache
+def results_manager() -> SyncManager:
+    """The process through which writers report to this one; Megatron-Core's own survives a kill -9 of this one."""
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(initializer=end_with_parent)
+    filesystem_async._results_queue = manager.Queue()
+    return manager
