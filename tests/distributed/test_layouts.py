@@ -1,19 +1,12 @@
 """The same weights and data on every layout: losses, gradients, auxiliary losses, statistics."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mone_model.neuron_selection import select_neurons_reference
-from tests.distributed.worker import TIED_K, tied_gate
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.distributed.worker import TIED_K, run_cases, tied_gate
 
 # Every auxiliary loss, so large that a wrong scale shows.
 LOSSES = {
@@ -108,19 +101,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     folder = tmp_path_factory.mktemp("layouts")
     collected: dict[str, dict[str, Any]] = {}
     for processes in LAYOUTS:
-        cases, out = folder / f"{processes}.json", folder / f"{processes}.pt"
-        cases.write_text(json.dumps(cases_of(processes)))
-        run = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            + ["-m", "tests.distributed.worker", str(cases), str(out)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        assert run.returncode == 0, run.stderr[-5000:]
-        collected |= torch.load(out)
+        collected |= run_cases(processes, cases_of(processes), folder)
     return collected
 
 
