@@ -89,9 +89,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
         for layout, stage in (("ep2", 1), ("dp2", 3), ("etp2", 2)):
             cases[f"{layout}/ZeRO {stage}/sparse"] = case_of(layout, 2, 2, **sparse, **deepspeed(stage))
         for micro_batches in (1, 4):
-            cases[f"repeat/{micro_batches}"] = case_of(
-                "ep2", 2, micro_batches, **sparse | {"repeat": True}, **deepspeed(1)
-            )
+            cases[f"repeat/{micro_batches}"] = case_of("ep2", 2, micro_batches, **sparse | {"repeat": True}, **deepspeed(1))
         cases |= disturbed_cases()
     return cases
 
