@@ -33,21 +33,20 @@ def read_manifest(path: Path) -> Checkpoint:
     """A published checkpoint; ValueError if it is foreign, or a file is missing or has another size."""
     try:
         facts = json.loads((path / MANIFEST).read_text())
-        files, step = facts.pop("files"), facts["step"]
+        files, step = dict(facts.pop("files")), int(facts["step"])
+        sizes = {name: int(of_file["size"]) for name, of_file in files.items()}
         known = facts["format"] == FORMAT
     except FileNotFoundError as error:
         raise ValueError(f"foreign: no {MANIFEST}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged or foreign: {MANIFEST} cannot be read") from error
     if not known:
         raise ValueError(f"foreign: format {facts['format']}, not {FORMAT}")
-    for name, facts_of_file in files.items():
+    for name, expected in sizes.items():
         size = (path / name).stat().st_size if (path / name).exists() else None
-        if size != facts_of_file["size"]:
+        if size != expected:
             raise ValueError(
-                f"damaged: {name} is missing"
-                if size is None
-                else f"damaged: {name} has {size} bytes, not {facts_of_file['size']}"
+                f"damaged: {name} is missing" if size is None else f"damaged: {name} has {size} bytes, not {expected}"
             )
     return Checkpoint(path, step, facts, files)
 

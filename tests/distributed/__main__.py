@@ -7,7 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.distributed.test_layouts import LAYOUTS, cases_of, run_cases
+from tests.distributed.test_layouts import LAYOUTS, cases_of
+from tests.distributed.worker import run_cases
 
 
 def largest(actual: list[float], expected: list[float]) -> float:

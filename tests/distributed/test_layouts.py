@@ -1,19 +1,12 @@
 """The same weights and data on every layout: losses, gradients, auxiliary losses, statistics."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mone_model.neuron_selection import select_neurons_reference
-from tests.distributed.worker import TIED_K, tied_gate
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.distributed.worker import TIED_K, run_cases, tied_gate
 
 # Every auxiliary loss, so large that a wrong scale shows.
 LOSSES = {
@@ -109,24 +102,6 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 "gradients": True,
             }
     return cases
-
-
-def run_cases(processes: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What every case computed, by real processes over gloo."""
-    described, out = folder / f"{processes}.json", folder / f"{processes}.pt"
-    described.write_text(json.dumps(cases))
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        + ["-m", "tests.distributed.worker", str(described), str(out)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert run.returncode == 0, run.stderr[-5000:]
-    found: dict[str, Any] = torch.load(out)
-    return found
 
 
 @pytest.fixture(scope="module")

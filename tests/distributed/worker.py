@@ -1,13 +1,19 @@
-"""Runs many layouts in one set of processes and writes what each computed; started by test_layouts.py under torchrun.
+"""Runs many cases in one set of processes and writes what each computed.
 
-torchrun --nproc-per-node 2 -m tests.distributed.worker cases.json results.pt
+results = run_cases(2, {"dp2": {}, "ep2": {"parallel": {"expert": 2}}}, folder)      # from a test
+torchrun --nproc-per-node 2 -m tests.distributed.worker cases.json results.pt        # what that starts
 """
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +32,17 @@ from mone_model.loss_record import reduce_losses
 from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
-from train.config import DeepSpeedSection, OptimizerSection, RunConfig, TrainingConfig
+from train import checkpoint
+from train.checkpoint import Saver, load_checkpoint
+from train.checkpoint_health import list_checkpoints
+from train.config import CheckpointConfig, DeepSpeedSection, GuardConfig, OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
 from train.engines import build_engine
 from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine
+from train.guards import StepGuard
 from train.recorder import auxiliary_loss_names
-from train.runtime import Runtime, distributed, rendezvous
+from train.runtime import Runtime, distributed, rendezvous, set_seeds
 
 
 def sequence(index: int, length: int) -> Batch:
@@ -57,12 +67,27 @@ def batches(config: RunConfig, repeat: bool) -> Iterator[Batch]:
         first += 0 if repeat else micro * size
 
 
-def run_case(case: dict[str, Any], store: dist.Store) -> Any:
-    """Train a few steps on one layout; everything returned is the same on all ranks."""
-    if case.get("tied"):
-        with distributed(ParallelConfig(), seed=1, timeout_minutes=2, store=store):
-            return select_tied_neurons()
-    config = RunConfig(
+def run_cases(processes: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
+    """What every case computed, by real processes over gloo."""
+    asked, computed = folder / f"{processes}.json", folder / f"{processes}.pt"
+    asked.write_text(json.dumps(cases))
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        + ["-m", "tests.distributed.worker", str(asked), str(computed)],
+        cwd=Path(__file__).parent.parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    results: dict[str, Any] = torch.load(computed)
+    return results
+
+
+def config_of(case: dict[str, Any]) -> RunConfig:
+    """The run that a case describes."""
+    return RunConfig(
         engine=case.get("engine", "megatron"),
         deepspeed=DeepSpeedSection(**case.get("deepspeed", {})),
         model=ModelConfig(**TINY_MODEL | case.get("model", {})),
@@ -71,8 +96,15 @@ def run_case(case: dict[str, Any], store: dist.Store) -> Any:
         training=TrainingConfig(**{"steps": 100, "micro_batch_size": 4, "global_batch_size": 4} | case.get("training", {})),
         optimizer=OptimizerSection(**{"warmup_steps": 2, "clip_grad": 0.5} | case.get("optimizer", {})),
     )
-    with distributed(config.parallel, seed=config.run.seed, timeout_minutes=2, store=store) as runtime:
-        return train(case, config, runtime)
+
+
+def run_case(case: dict[str, Any], runtime: Runtime) -> Any:
+    """Train a few steps on one layout; everything returned is the same on all ranks."""
+    if case.get("tied"):
+        return select_tied_neurons()
+    config = config_of(case)
+    set_seeds(config.run.seed)
+    return train(case, config, runtime)
 
 
 def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str, Any]:
@@ -83,14 +115,35 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
         experts.counting_neurons = True
     read = batches(config, case.get("repeat", False))
     micro_batches = config.micro_batches(runtime.world_size)
-    losses, norms = [], []
-    for _ in range(case.get("run_steps", 1)):
+    results: dict[str, Any] = {}
+    skipped = 0
+    if "load" in case:
+        skipped = load(engine, Path(case["load"]))
+        results["loaded"] = whole_state(engine)
+        for _ in range(skipped * micro_batches):
+            next(read)
+    guard = StepGuard(GuardConfig(), runtime.device)
+    losses, norms, rates, applied, kept = [], [], [], [], []
+    for step in range(skipped, skipped + case.get("run_steps", 1)):
+        if step in case.get("omit", []):  # as if it had never been, but for the schedule
+            for _ in range(micro_batches):
+                next(read)
+            engine.scheduler.step(increment=1)  # type: ignore[attr-defined]
+            continue
         for _, experts, router in layers:
             experts.record.reset()
             router.record.reset()
-        result = engine.train_step(read, micro_batches=micro_batches, accept=always)
+        disturbed = step in case.get("refuse", []) or step in case.get("poison", [])
+        before = whole_state(engine) if disturbed else {}
+        with poisoned(engine, case["poison_name"] if step in case.get("poison", []) else None):
+            accept = refuse if step in case.get("refuse", []) else functools.partial(guard.accepts, step)
+            result = engine.train_step(read, micro_batches=micro_batches, accept=accept)
+        if disturbed:
+            kept.append(differences(before, whole_state(engine)))
         losses.append(result.loss)
         norms.append(result.grad_norm)
+        rates.append(result.learning_rate)
+        applied.append(result.applied)
     auxiliary = reduce_losses(
         {layer: [experts.record, router.record] for layer, experts, router in layers},
         names=auxiliary_loss_names(config),
@@ -104,7 +157,8 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         expert_tensor_rank=parallel_state.get_expert_tensor_parallel_rank(),
     )
-    results: dict[str, Any] = {"losses": losses, "norms": norms, "auxiliary": auxiliary, "usage": vars(usage)}
+    results |= {"losses": losses, "norms": norms, "auxiliary": auxiliary, "usage": vars(usage)}
+    results |= {"rates": rates, "applied": applied, "kept": kept, "alike": alike(losses, norms, rates, applied)}
     if isinstance(engine, MegatronEngine):
         results["memory"] = measured_and_estimated_memory(engine, config, runtime)
     if case.get("weights"):
@@ -112,7 +166,92 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
         results["weights"] = whole(engine, lambda weight: weight)
     if case.get("gradients"):
         results["gradients"] = whole(engine, lambda weight: weight.main_grad)  # type: ignore[attr-defined]
+    if "save" in case:
+        results["state"] = whole_state(engine)
+        save(engine, Path(case["save"]), skipped + case["run_steps"])
+    if "save_while_training" in case:
+        results |= save_while_training(
+            engine,
+            Path(case["save_while_training"]),
+            lambda: engine.train_step(read, micro_batches=micro_batches, accept=always),
+        )
     return results
+
+
+def refuse(loss: float, grad_norm: float) -> bool:
+    """Refuse every step."""
+    return False
+
+
+@contextlib.contextmanager
+def poisoned(engine: Engine, name: str | None) -> Iterator[None]:
+    """Within, the gradient of one weight is not a number, on the last rank only; with None nothing happens."""
+    if name is None or dist.get_rank() < dist.get_world_size() - 1:
+        yield
+        return
+    weight = dict(engine.modules[0].named_parameters())[name]
+    hook = weight.register_hook(lambda gradient: gradient * torch.nan)
+    yield
+    hook.remove()
+
+
+def alike(*mine: list[Any]) -> bool:
+    """Whether all ranks have the same."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, repr(mine))  # of which even not-a-numbers are equal
+    return len(set(gathered)) == 1
+
+
+def differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that are not bitwise equal, or only on one side."""
+    return [
+        name
+        for name in sorted(actual.keys() | expected.keys())
+        if name not in actual
+        or name not in expected
+        or actual[name].dtype != expected[name].dtype
+        or not torch.equal(actual[name], expected[name])
+    ]
+
+
+def save(engine: Engine, folder: Path, step: int) -> None:
+    """Write and publish a checkpoint of an engine."""
+    saver = Saver(folder, CheckpointConfig())
+    saver.save(step=step, state=engine.sharded_state(), facts={})
+    saver.finish(wait=True)
+
+
+def load(engine: Engine, folder: Path) -> int:
+    """Load the newest checkpoint of a folder; its step."""
+    found, problems = list_checkpoints(folder)
+    assert not problems, problems
+    engine.load_state(load_checkpoint(found[-1], engine.sharded_state(loading=True), same_layout=False))
+    return found[-1].step
+
+
+def save_while_training(engine: Engine, folder: Path, train_step: Callable[[], Any]) -> dict[str, Any]:
+    """Begin to save, train two steps while the writers are held up, and let them go on only then."""
+    go, write = folder.with_name(f"{folder.name}-go"), checkpoint._write_and_digest
+
+    def write_later(*args: Any, **kwargs: Any) -> None:
+        while not go.exists():
+            time.sleep(0.01)
+        write(*args, **kwargs)
+
+    checkpoint._write_and_digest = write_later
+    before = whole_state(engine)
+    saver = Saver(folder, CheckpointConfig(async_save=True))
+    saver.save(step=1, state=engine.sharded_state(), facts={})
+    unpublished = []
+    for _ in range(2):
+        train_step()
+        unpublished.append(saver.finish(wait=False) is None and not list(folder.glob("step-*")))
+    after = whole_state(engine)
+    dist.barrier()
+    go.touch()
+    saved = saver.finish(wait=True)
+    assert saved is not None
+    return {"before": before, "after": after, "unpublished": unpublished, "published": saved.path.name}
 
 
 def measured_and_estimated_memory(
@@ -151,12 +290,36 @@ def whole(engine: Engine, part_of: Callable[[torch.nn.Parameter], torch.Tensor])
                     for part in nested_values(parts)
                     if isinstance(part, ShardedTensor)
                 ]
+    return {key: tensor.float() for key, tensor in assembled(mine).items()}
+
+
+def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every tensor that a checkpoint would hold, put together from all ranks, and the two counters; collective."""
+    state = engine.sharded_state()
+    apply_factories(state)
+    mine = [
+        (entry.key, entry.global_shape, entry.global_slice(), entry.data.detach())
+        for entry in nested_values(state)
+        if isinstance(entry, ShardedTensor)
+    ]
+    counters = {"steps": state["optimizer_step"], "scheduler steps": state["scheduler"]["num_steps"]}
+    return assembled(mine) | {name: torch.tensor(count) for name, count in counters.items()}
+
+
+def assembled(mine: list[tuple[str, Any, Any, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Whole tensors from the parts of all ranks; AssertionError if a part is missing or replicas differ."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
-    assembled: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    filled: dict[str, torch.Tensor] = {}
     for key, shape, place, data in (part for parts in gathered for part in parts):
-        assembled.setdefault(key, torch.full(shape, torch.nan))[place] = data.float()
-    return assembled
+        tensor = tensors.setdefault(key, torch.zeros(shape, dtype=data.dtype))
+        there = filled.setdefault(key, torch.zeros(shape, dtype=torch.bool))
+        assert not there[place].any() or torch.equal(tensor[place], data), f"{key}: replicas differ"
+        tensor[place], there[place] = data, True
+    for key, there in filled.items():
+        assert there.all(), f"{key}: a part is missing"
+    return tensors
 
 
 def select_tied_neurons() -> torch.Tensor:
@@ -178,23 +341,39 @@ TIED_K = 5
 
 
 def main() -> None:
-    """Run each case in a forked process: Megatron-Core's groups, of three threads each, do not end before their process."""
+    """Run the cases of each layout in a forked process: its groups, of three threads each, do not end before it does."""
     cases = json.loads(Path(sys.argv[1]).read_text())
-    for index, (name, case) in enumerate(cases.items()):
-        child = multiprocessing.get_context("fork").Process(target=run_and_write, args=(index, name, case))
+    if any(case.get("engine") == "deepspeed" for case in cases.values()):
+        import deepspeed  # noqa: F401  takes seconds, and each process would do it anew
+    for number, (_, alike) in enumerate(itertools.groupby(enumerate(cases), lambda item: layout_of(cases[item[1]]))):
+        items = [(index, name, cases[name]) for index, name in alike]
+        child = multiprocessing.get_context("fork").Process(target=run_and_write, args=(number, items))
         child.start()
         child.join()
         if child.exitcode != 0:
-            sys.exit(f"{name}: failed with code {child.exitcode}")
+            sys.exit(f"{[name for _, name, _ in items]}: failed with code {child.exitcode}")
     if os.environ["RANK"] == "0":
         torch.save({name: torch.load(part(index)) for index, name in enumerate(cases)}, sys.argv[2])
 
 
-def run_and_write(index: int, name: str, case: dict[str, Any]) -> None:
-    """One case, from its groups to its results on disk."""
-    result = run_case(case, dist.PrefixStore(name, rendezvous()))
-    if os.environ["RANK"] == "0":
-        torch.save(result, part(index))
+def layout_of(case: dict[str, Any]) -> list[Any]:
+    """What the process groups depend on."""
+    parallel = config_of(case).parallel
+    degrees = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
+    return [getattr(parallel, degree) for degree in degrees]
+
+
+def run_and_write(number: int, items: list[tuple[int, str, dict[str, Any]]]) -> None:
+    """The cases of one layout, from their groups to their results on disk."""
+    store = dist.PrefixStore(str(number), rendezvous())
+    with distributed(config_of(items[0][2]).parallel, seed=1, timeout_minutes=2, store=store) as runtime:
+        for index, name, case in items:
+            try:
+                result = run_case(case, runtime)
+            except Exception as error:
+                raise RuntimeError(f"case {name}") from error
+            if runtime.is_main:
+                torch.save(result, part(index))
 
 
 def part(index: int) -> Path:
