@@ -99,6 +99,7 @@ def run_case(case: dict[str, Any], store: dist.Store) -> Any:
         optimizer=OptimizerSection(**{"warmup_steps": 2, "clip_grad": 0.5} | case.get("optimizer", {})),
     )
     with distributed(config.parallel, seed=config.run.seed, timeout_minutes=2, store=store) as runtime:
+        torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow where cores are shared
         return train(case, config, runtime)
 
 
