@@ -103,6 +103,7 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> Any:
     if case.get("tied"):
         return select_tied_neurons()
     config = config_of(case)
+    torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow where cores are shared
     set_seeds(config.run.seed)
     return train(case, config, runtime)
 
