@@ -10,9 +10,9 @@ from tests.distributed.test_layouts import LOSSES, SMOOTH, SPARSE
 from tests.distributed.worker import run_cases
 
 STEPS = 20
-# The normalised form would be constant with all neurons. The loss bends where a gate is 0: with a large coefficient the
-# first gate that rounding puts on the other side would be seen in the norm.
-ALL_LOSSES = SMOOTH | LOSSES | {"neuron_balance_form": "unmasked", "neuron_balance_coeff": 0.01}
+# With all neurons kept the normalised form of NG-LBL is constant. The others bend where a gate is 0, and a gate that rounding
+# puts on the other side changes the loss for good, between layouts of one engine as well: they are compared over a few steps.
+ALL_LOSSES = SMOOTH | LOSSES | {"neuron_balance_coeff": 0.01, "num_layers": 2}
 
 # What DeepSpeed does, by the number of processes: layout, ZeRO stage, micro-batches of a step.
 Setting = tuple[str, int, int]
@@ -94,7 +94,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
 
 def disturbed_cases() -> dict[str, dict[str, Any]]:
     """Steps that are refused or poisoned, and runs that never saw them, with an expert bias that each step moves."""
-    model = SPARSE | LOSSES | {"router_score_function": "sigmoid", "expert_bias": True}
+    model = SPARSE | LOSSES | {"num_layers": 2, "router_score_function": "sigmoid", "expert_bias": True}
     common = {"model": model, "training": {"micro_batch_size": 2, "global_batch_size": 8}, "run_steps": LAST}
     disturbed = {
         "refuse": [REFUSED],
