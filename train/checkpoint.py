@@ -167,9 +167,15 @@ class Saver:
     def _give_up(self, error: BaseException) -> None:
         assert self.pending is not None
         unfinished, self.pending = self.pending.unfinished, None
+        if isinstance(error, CheckpointException):  # its own text is a page of tracebacks
+            reason = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        else:
+            reason = str(error)
+        # torch's writer has other words for a full disk.
+        reason += f"; {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB are free"
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveFailed(f"no checkpoint in {self.folder}: {error}") from error
+        raise SaveFailed(f"no checkpoint in {self.folder}: {reason}") from error
 
 
 @dataclass
