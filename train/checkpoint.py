@@ -75,6 +75,7 @@ class Saver:
         self.pending: _Pending | None = None
         # Writers whose training process was killed -9 would wait for one another for ever.
         forks_end_with_this_process()
+        noted_errors()
 
     def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.

@@ -208,6 +208,14 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
     assert differences(folder, disk.name) == []
 
 
+def test_a_file_that_only_the_first_rank_writes_and_cannot_costs_that_checkpoint(folder: Path) -> None:
+    names = {"common.pt": 2, ".metadata.tmp": 4, "metadata.json": 6}
+    output = run_to_end(folder, "obstructed", faults=[fault("obstruct", names=names)])
+    assert len(re.findall(r"step [246]: cannot (?:begin|publish) .*; training goes on", output)) == 3
+    assert checkpoints(folder, "obstructed") == [8]
+    assert differences(folder, "obstructed") == []
+
+
 def test_a_run_folder_that_cannot_be_written_is_refused_by_name(folder: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with Job(folder, disk.name, "parallel.expert=1", processes=1) as job:
