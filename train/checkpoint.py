@@ -31,9 +31,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.files import sha256_of, writing
+from data_prep.lifetime import forks_end_with_this_process
 from train.checkpoint_private import noted_errors, results_manager
 from train.config import CheckpointConfig
-from train.lifetime import forks_end_with_this_process
 
 MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-2"
