@@ -31,9 +31,9 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.files import sha256_of, writing
+from data_prep.lifetime import forks_end_with_this_process
 from train.checkpoint_private import noted_errors, results_manager
 from train.config import CheckpointConfig
-from train.lifetime import forks_end_with_this_process
 
 MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-2"
@@ -75,6 +75,7 @@ class Saver:
         self.pending: _Pending | None = None
         # Writers whose training process was killed -9 would wait for one another for ever.
         forks_end_with_this_process()
+        noted_errors()
 
     def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
@@ -162,9 +163,15 @@ class Saver:
     def _give_up(self, error: BaseException) -> None:
         assert self.pending is not None
         unfinished, self.pending = self.pending.unfinished, None
+        if isinstance(error, CheckpointException):  # its own text is a page of tracebacks
+            reason = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+        else:
+            reason = str(error)
+        # torch's writer has other words for a full disk.
+        reason += f"; {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB are free"
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise SaveFailed(f"no checkpoint in {self.folder}: {error}") from error
+        raise SaveFailed(f"no checkpoint in {self.folder}: {reason}") from error
 
 
 @dataclass

@@ -4,6 +4,9 @@ Written for megatron-core 0.16 to 0.18.
 """
 
 import functools
+import multiprocessing
+import pickle
+import sys
 from collections.abc import Callable
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -11,9 +14,8 @@ from typing import Any
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
-from torch import multiprocessing
 
-from train.lifetime import end_with_parent
+from data_prep.lifetime import end_with_parent
 
 
 @functools.cache
@@ -45,8 +47,32 @@ def noted_errors() -> list[Exception]:
 
 @functools.cache
 def results_manager() -> SyncManager:
-    """The process through which writers report to this one; Megatron-Core's own survives a kill -9 of this one."""
+    """The process through which writers report to this one; Megatron-Core's own survives a kill -9 of this one.
+
+    It knows nothing of torch, nor of the main module, which others of its kind spend seconds of the first save on.
+    """
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(initializer=end_with_parent)
-    filesystem_async._results_queue = manager.Queue()
+    main = sys.modules["__main__"]
+    names = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
+    try:
+        for name in names:
+            setattr(main, name, None)
+        manager.start(initializer=end_with_parent)
+    finally:
+        for name, value in names.items():
+            setattr(main, name, value)
+    filesystem_async._results_queue = _Results(manager.Queue())
     return manager
+
+
+class _Results:
+    """A queue that the manager need not understand the content of."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
+
+    def put(self, result: Any) -> None:
+        self.queue.put(pickle.dumps(result))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self.queue.get_nowait())

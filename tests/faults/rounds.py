@@ -28,7 +28,11 @@ class Round:
     """Whether checkpoints are written in the background."""
 
     def __str__(self) -> str:
-        when = "starting" if self.moment == "start" else f"{self.moment} after step {self.step}"
+        when = {
+            "start": "starting",
+            "step": f"after step {self.step}" if self.step else "starting",
+            "save": f"in the first save after step {self.step}",
+        }[self.moment]
         return f"{when} + {self.delay:.2f} s, {'async' if self.async_save else 'sync'} saves"
 
 
@@ -49,11 +53,11 @@ class Outcome:
     def row(self, number: int) -> str:
         """Of the table."""
         lost, torn = self.reached - self.resumed_from, "yes" if self.torn else "no"
-        moment = f"{self.round}; step {self.reached} done"
-        return f"{number:>5}  {self.round.victims:<7}  {moment:<62}  {torn:<9}  {lost:>10}  {self.problem or 'equal'}"
+        moment = f"{self.round}; at step {self.reached}"
+        return f"{number:>5}  {self.round.victims:<7}  {moment:<66}  {torn:<9}  {lost:>10}  {self.problem or 'equal'}"
 
 
-HEADER = f"{'round':>5}  {'killed':<7}  {'moment':<62}  {'torn save':<9}  {'steps lost':>10}  equal to undisturbed"
+HEADER = f"{'round':>5}  {'killed':<7}  {'moment':<66}  {'torn save':<9}  {'steps lost':>10}  equal to undisturbed"
 
 
 def draw(generator: random.Random, number: int) -> Round:

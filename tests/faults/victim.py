@@ -108,6 +108,22 @@ def believe_in_space() -> None:
     shutil.disk_usage = lambda path: usage._replace(free=2**50)
 
 
+def obstruct(names: dict[str, int]) -> None:
+    """Put a folder where a file of the checkpoint of a step would go, so that it cannot be written."""
+    from train.checkpoint import Saver
+
+    inner = Saver._make_room
+
+    def make_room(self: Saver, unfinished: Path, state: dict[str, Any]) -> None:
+        inner(self, unfinished, state)
+        for name, step in names.items():
+            if step == step_now:
+                (unfinished / name).mkdir()
+
+    before_steps(lambda number: None)
+    Saver._make_room = make_room  # type: ignore[method-assign]
+
+
 def become_read_only(path: str, step: int) -> None:
     """Lay a read-only view of a folder over it before a step; files that are open stay open."""
 
