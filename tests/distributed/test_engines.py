@@ -10,8 +10,8 @@ from tests.distributed.test_layouts import LOSSES, SMOOTH, SPARSE
 from tests.distributed.worker import run_cases
 
 STEPS = 20
-# With all neurons kept the normalised form of NG-LBL is constant. The others bend where a gate is 0, and a gate that rounding
-# puts on the other side changes the loss for good, between layouts of one engine as well: they are compared over a few steps.
+# With all neurons kept the normalised form of NG-LBL is constant. The others bend where a gate is 0, and a gate that
+# rounding puts on the other side changes the loss for good, between layouts of one engine too: a few steps must do there.
 ALL_LOSSES = SMOOTH | LOSSES | {"neuron_balance_coeff": 0.01, "num_layers": 2}
 
 # What DeepSpeed does, by the number of processes: layout, ZeRO stage, micro-batches of a step.

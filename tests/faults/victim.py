@@ -114,8 +114,8 @@ def obstruct(names: dict[str, int]) -> None:
 
     inner = Saver._make_room
 
-    def make_room(self: Saver, unfinished: Path, state: dict[str, Any]) -> None:
-        inner(self, unfinished, state)
+    def make_room(self: Saver, unfinished: Path, needed: int) -> None:
+        inner(self, unfinished, needed)
         for name, step in names.items():
             if step == step_now:
                 (unfinished / name).mkdir()
