@@ -1,6 +1,6 @@
 """The one place for names that Megatron-Core does not promise to keep: it offers no other way to survive a save that fails.
 
-Written for megatron-core 0.16 to 0.18.
+Written for megatron-core 0.16.1.
 """
 
 import functools
