@@ -15,6 +15,13 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def outlive_signals(*_: object) -> None:
+    """Leave SIGTERM, SIGINT and SIGUSR1 to the process that started this one, and end with it."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+
+
 @functools.cache
 def forks_end_with_this_process() -> None:
     """Do so in every process that this one forks from now on."""

@@ -80,9 +80,9 @@ class Saver:
     def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
 
-        Raises SaveFailed, on every rank, also for one that was still being written.
+        One that is still being written must be finished first. Raises SaveFailed on every rank.
         """
-        self.finish(wait=True)
+        assert self.pending is None
         began = time.monotonic()
         unfinished = self.folder / f".unfinished-step-{step:08d}"
         state = state | {"random": _random_state()}

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
-from data_prep.lifetime import end_with_parent
+from data_prep.lifetime import outlive_signals
 
 
 @functools.cache
@@ -52,12 +52,13 @@ def results_manager() -> SyncManager:
     It knows nothing of torch, nor of the main module, which others of its kind spend seconds of the first save on.
     """
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    # Launchers signal whole process groups, and the save that follows a signal needs this process.
     main = sys.modules["__main__"]
     names = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
     try:
         for name in names:
             setattr(main, name, None)
-        manager.start(initializer=end_with_parent)
+        manager.start(initializer=outlive_signals)
     finally:
         for name, value in names.items():
             setattr(main, name, value)
@@ -75,4 +76,7 @@ class _Results:
         self.queue.put(pickle.dumps(result))
 
     def get_nowait(self) -> Any:
-        return pickle.loads(self.queue.get_nowait())
+        try:
+            return pickle.loads(self.queue.get_nowait())
+        except (EOFError, OSError) as error:
+            return RuntimeError(f"the process that collects results is gone: {error!r}")  # a result, which all ranks hear of

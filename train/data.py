@@ -23,6 +23,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.lifetime import outlive_signals
 from data_prep.shards import Manifest, Shard, Split, load_manifest
 from train.config import RunConfig, SourceConfig
 
@@ -284,11 +285,13 @@ def micro_batches(
     width = micro_batch_size * data_size * multiple_of
     rows = range(data_rank * micro_batch_size, (data_rank + 1) * micro_batch_size)
     end = start + -(-(stop - start) // width) * width
-    batches = [[first + row for row in rows] for first in range(start, end, micro_batch_size * data_size)]
+    # Not a list: a long run has hundreds of millions of samples.
+    batches = ([first + row for row in rows] for first in range(start, end, micro_batch_size * data_size))
     loader: DataLoader[Batch] = DataLoader(
         _Padded(dataset, start, stop),
         batch_sampler=batches,
         num_workers=num_workers,
+        worker_init_fn=outlive_signals,
         # Of its own: a loader draws a seed when it starts, and a resumed run starts one more.
         generator=torch.Generator(),
     )

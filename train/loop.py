@@ -17,7 +17,7 @@ from train.checkpoint import Checkpoint, Saved, SaveFailed, Saver, load_checkpoi
 from train.config import RunConfig, describe
 from train.data import Batch, RunData, SourceEpochs, micro_batches
 from train.engines.base import Engine
-from train.guards import StepGuard
+from train.guards import Diverged, StepGuard
 from train.recorder import Recorder
 from train.runtime import Runtime
 from train.signals import StopReason, StopRequest
@@ -72,6 +72,7 @@ class Trainer:
             last = self.step == steps
             reason = self.reason_to_stop()
             if reason is StopReason.DATA:
+                self.finish_saving(wait=True)
                 raise DataError(f"data.blend: {self.data.changed_file() or 'a shard'} changed while it was read; not saved")
             if self._due(logging.interval, last):
                 self.watchdog.enter(self.step, "recording")
@@ -107,7 +108,11 @@ class Trainer:
         self.samples += self.config.training.global_batch_size
         if not self.result.applied:
             self.recorder.say(f"step {self.step}: dropped, {self.guard.reason}")
-            self.guard.check_budget(self.step)
+            try:
+                self.guard.check_budget(self.step)
+            except Diverged:
+                self.finish_saving(wait=True)
+                raise
 
     def reason_to_stop(self) -> StopReason:
         """The reason of any rank; on every rank the same."""
@@ -146,7 +151,7 @@ class Trainer:
         except SaveFailed as error:
             if must:
                 raise
-            self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
+            self._tell_of_failure(error)
         self.finish_saving(wait=False, must=must)
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:
@@ -159,7 +164,7 @@ class Trainer:
         except SaveFailed as error:
             if must:
                 raise
-            self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
+            self._tell_of_failure(error)
             saved = None
         if saved is not None:
             self._tell_of(saved)
@@ -168,6 +173,10 @@ class Trainer:
     def checkpoints(self) -> Path:
         """The folder of the run's checkpoints."""
         return Path(self.config.run.dir) / "checkpoints"
+
+    def _tell_of_failure(self, error: SaveFailed) -> None:
+        self.recorder.record(self.step, {"checkpoint/failed": 1.0})
+        self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
 
     def _tell_of(self, saved: Saved) -> None:
         values = {"checkpoint/stall_seconds": saved.stall_seconds, "checkpoint/write_seconds": saved.write_seconds}

@@ -8,6 +8,7 @@ Compose, validate, build, run, report.
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -44,10 +45,13 @@ EXIT_DIVERGED = 3
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")
     try:
         config, manifests, checkpoints = prepare(hydra_config, world_size)
         if rank == 0:
             write_run_folder(config)
+            lock = hold(Path(config.run.dir))  # noqa: F841  until this process ends
     except ValueError as error:
         raise UserError(str(error)) from error
     from train.checkpoint import SaveFailed
@@ -104,12 +108,17 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
         if runtime.is_main:
             write_status(config, "running")
             print(describe_run(config, world_size), flush=True)
+        watchdog.enter(0, "verifying checkpoints")
         checkpoint, problems = newest_intact(checkpoints, trust=config.checkpoint.trust)
         if runtime.is_main:
             tell_of_problems(problems)
         if checkpoints and checkpoint is None:
             raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
-        order, step, read = check_continues(config, manifests, checkpoint)
+        try:
+            order, step, read = check_continues(config, manifests, checkpoint)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        watchdog.enter(step, "building the order of samples")
         samples = read + (config.training.steps - step) * config.training.global_batch_size
         data = load_data(config, manifests, order, samples=samples)
         if runtime.is_main:
@@ -135,6 +144,8 @@ def check_continues(
     if checkpoint is None:
         return plan_order(config, manifests, None, 0), 0, 0
     facts, described = checkpoint.facts, describe(config)
+    if missing := {"model", "precision", "order", "samples", "parallel", "guard"} - facts.keys():
+        raise ValueError(f"{checkpoint.path} is of no run: its manifest says nothing of {', '.join(sorted(missing))}")
     saved = {f"model.{name}": value for name, value in facts["model"].items()} | {"compute.precision": facts["precision"]}
     ours = {f"model.{name}": value for name, value in described["model"].items()}
     ours["compute.precision"] = config.compute.precision
@@ -179,6 +190,21 @@ def write_run_folder(config: RunConfig) -> None:
                 temporary.write_text(text)
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
+
+
+def hold(folder: Path) -> IO[str]:
+    """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
+    lock = open(folder / ".lock", "w")  # noqa: SIM115  it is the lock
+    for attempt in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            # Of a process that was just killed, perhaps.
+            time.sleep(0.5 if attempt < 19 else 0)
+        except OSError:
+            return lock  # a file system without locks
+    raise ValueError(f"run.dir={folder}: another run works there; wait for it, or give another run.dir or run.name")
 
 
 def environment() -> dict[str, Any]:

@@ -39,7 +39,7 @@ class Runtime:
 
 
 def rendezvous() -> dist.Store:
-    """Meet the job's other processes, by what torchrun or Slurm put into the environment; alone without them."""
+    """Meet the job's other processes, by what torchrun put into the environment; alone without it."""
     if "RANK" not in os.environ:
         return dist.HashStore()
     store, rank, world_size = next(dist.rendezvous("env://"))

@@ -43,10 +43,12 @@ class Watchdog:
         self.closed.set()
 
     def _watch(self) -> None:
-        while not self.closed.wait(self.beat):
+        while True:
             # The store may be gone with the process that held it; what matters then is the time.
             with contextlib.suppress(Exception):
                 self._post()
+            if self.closed.wait(self.beat):
+                return
             if time.time() - self.since > self.timeout:
                 self._report()
 
@@ -80,7 +82,8 @@ class Watchdog:
         for rank in range(self.world_size):
             if self.store.check([f"watchdog/{rank}"]):
                 said[rank] = json.loads(self.store.get(f"watchdog/{rank}"))
-        rows, silent = [], []
+        silent = [rank for rank in range(self.world_size) if rank not in said]
+        rows = [f"  rank {rank} has never answered" for rank in silent]
         for rank, entry in said.items():
             answers = now - entry["seen"] < 5 * self.beat
             silent += [] if answers else [rank]

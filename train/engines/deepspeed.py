@@ -148,14 +148,14 @@ class DeepSpeedEngine:
             for kind in self._kinds():
                 optimizer[kind] = {
                     name: make_sharded_optimizer_tensor(
-                        entry, self._state_of(self.parameters[name], kind), f"optimizer.state.{kind}"
+                        entry, self._state_of(self.parameters[name], kind).cpu(), f"optimizer.state.{kind}"
                     )
                     for name, entry in sharded.items()
                 }
             if self.stage == 3:  # the whole weights are gone when this context ends
                 for key, entry in weights.items():
                     if id(entry.data) in names:
-                        weights[key] = dataclasses.replace(entry, data=entry.data.detach().clone())
+                        weights[key] = dataclasses.replace(entry, data=entry.data.detach().clone().cpu())
         step = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         return {
             "model0": weights,

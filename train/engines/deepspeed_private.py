@@ -5,6 +5,7 @@ Written for deepspeed 0.19.8.
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,7 @@ class Engine(deepspeed.DeepSpeedEngine):
 def start(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
     """DeepSpeed's engine around the model, over the process groups that are there; nothing is compiled."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    os.environ.setdefault("LOCAL_RANK", "0")  # which it asserts, also of one process without a launcher
     if not torch.cuda.is_available():
         # Compiled at every start, and not needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
