@@ -195,13 +195,13 @@ def write_run_folder(config: RunConfig) -> None:
 def hold(folder: Path) -> IO[str]:
     """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
     lock = open(folder / ".lock", "w")  # noqa: SIM115  it is the lock
-    for attempt in range(20):
+    for attempt in range(10):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return lock
         except BlockingIOError:
             # Of a process that was just killed, perhaps.
-            time.sleep(0.5 if attempt < 19 else 0)
+            time.sleep(0.5 if attempt < 9 else 0)
         except OSError:
             return lock  # a file system without locks
     raise ValueError(f"run.dir={folder}: another run works there; wait for it, or give another run.dir or run.name")

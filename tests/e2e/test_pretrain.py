@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.tiny import make_shards
 from train.metrics import read_metrics
+from train.pretrain import hold
 
 STEPS = 8
 OPTIONS = [
@@ -173,6 +174,9 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
     assert "model.activation_ratio=0.5" in output
     assert "Traceback" not in output
     assert "run.seed=7" in finish(start(folder, "undisturbed", "run.seed=7"), code=2)
+    with hold(folder / "runs/undisturbed"):
+        output = finish(start(folder, "undisturbed", f"training.steps={STEPS + 1}"), code=2)
+    assert "another run works there" in output
 
 
 @pytest.mark.parametrize(
