@@ -24,8 +24,16 @@ from omegaconf import DictConfig, OmegaConf
 Options = TypeVar("Options")
 
 
-class UserError(ValueError):
+class ReportedError(Exception):
+    """Says by itself what went wrong: a command tells it without a traceback and ends with its exit code."""
+
+    exit_code = 1
+
+
+class UserError(ReportedError, ValueError):
     """An option, or data or a folder it names, is at fault; the message says which one and what would be right."""
+
+    exit_code = 2
 
 
 EXAMPLES = {
@@ -51,17 +59,17 @@ def typed(config: DictConfig, kind: type[Options]) -> Options:
 
 
 def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """Turn a UserError into `error: <message>` on stderr and exit code 2; others are our mistakes."""
+    """Turn a ReportedError into `error: <message>` on stderr and its exit code; others are our mistakes."""
 
     @functools.wraps(main)
     def run(config: DictConfig) -> None:
         try:
             main(config)
-        except UserError as error:
+        except ReportedError as error:
             # Every process of a distributed job finds the same; one says it.
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            sys.exit(error.exit_code)
         except KeyboardInterrupt:
             print("interrupted; run the same command again to continue", file=sys.stderr)
             sys.exit(130)

@@ -30,6 +30,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject,
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from configs.console import ReportedError
 from data_prep.files import sha256_of, writing
 from data_prep.lifetime import forks_end_with_this_process
 from train.checkpoint_private import noted_errors, results_manager
@@ -51,7 +52,7 @@ class Checkpoint:
     """`size` in bytes and `sha256` by file name."""
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(ReportedError):
     """A checkpoint could not be written; those before it are untouched, and nothing of it has its final name."""
 
 

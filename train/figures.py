@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from data_prep.files import writing
 from mone_model.neuron_stats import NeuronUsage
 
 
@@ -80,8 +81,6 @@ def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: i
 
 
 def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished.png")
-    figure.savefig(unfinished, dpi=130)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
     plt.close(figure)
-    unfinished.replace(path)

@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from configs.console import ReportedError
 from train.config import GuardConfig
 
 
-class Diverged(RuntimeError):
+class Diverged(ReportedError):
     """Too many steps were dropped; the last checkpoint is from before or between them, with good weights."""
+
+    exit_code = 3
 
 
 class StepGuard:

@@ -5,6 +5,7 @@ trainer.resume(checkpoint)
 reason = trainer.train()
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,14 @@ class Trainer:
 
         Raises Diverged when too many steps were dropped, DataError when a shard changed, SaveFailed for the last checkpoint.
         """
+        try:
+            return self._train()
+        except (Diverged, DataError):
+            # Every rank raises them after the same step; a checkpoint that is being written is from before.
+            self.finish_saving(wait=True)
+            raise
+
+    def _train(self) -> StopReason:
         config, logging, steps = self.config, self.config.logging, self.config.training.steps
         batches = self._training_batches()
         reason = StopReason.NONE
@@ -72,7 +81,6 @@ class Trainer:
             last = self.step == steps
             reason = self.reason_to_stop()
             if reason is StopReason.DATA:
-                self.finish_saving(wait=True)
                 raise DataError(f"data.blend: {self.data.changed_file() or 'a shard'} changed while it was read; not saved")
             if self._due(logging.interval, last):
                 self.watchdog.enter(self.step, "recording")
@@ -108,11 +116,7 @@ class Trainer:
         self.samples += self.config.training.global_batch_size
         if not self.result.applied:
             self.recorder.say(f"step {self.step}: dropped, {self.guard.reason}")
-            try:
-                self.guard.check_budget(self.step)
-            except Diverged:
-                self.finish_saving(wait=True)
-                raise
+            self.guard.check_budget(self.step)
 
     def reason_to_stop(self) -> StopReason:
         """The reason of any rank; on every rank the same."""
@@ -146,12 +150,8 @@ class Trainer:
             "guard": self.guard.state(),
         }
         self.finish_saving(wait=True)
-        try:
+        with self._tolerating_failure(must):
             self.saver.save(step=self.step, state=self.engine.sharded_state(), facts=facts)
-        except SaveFailed as error:
-            if must:
-                raise
-            self._tell_of_failure(error)
         self.finish_saving(wait=False, must=must)
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:
@@ -159,24 +159,26 @@ class Trainer:
         if self.saver.pending is None:
             return
         self.watchdog.enter(self.step, "finishing a save")
-        try:
+        with self._tolerating_failure(must):
             saved = self.saver.finish(wait=wait)
-        except SaveFailed as error:
-            if must:
-                raise
-            self._tell_of_failure(error)
-            saved = None
-        if saved is not None:
-            self._tell_of(saved)
+            if saved is not None:
+                self._tell_of(saved)
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the run's checkpoints."""
         return Path(self.config.run.dir) / "checkpoints"
 
-    def _tell_of_failure(self, error: SaveFailed) -> None:
-        self.recorder.record(self.step, {"checkpoint/failed": 1.0})
-        self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
+    @contextlib.contextmanager
+    def _tolerating_failure(self, must: bool) -> Iterator[None]:
+        """Tell of a checkpoint that could not be written and go on, unless it must be."""
+        try:
+            yield
+        except SaveFailed as error:
+            if must:
+                raise
+            self.recorder.record(self.step, {"checkpoint/failed": 1.0})
+            self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
 
     def _tell_of(self, saved: Saved) -> None:
         values = {"checkpoint/stall_seconds": saved.stall_seconds, "checkpoint/write_seconds": saved.write_seconds}

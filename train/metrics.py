@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from data_prep.files import writing
 from train.config import RunConfig, describe
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,9 +32,8 @@ class MetricsWriter:
     def __init__(self, config: RunConfig, folder: Path, *, resume_step: int, wandb_id: str | None) -> None:
         self.path = folder / METRICS_FILE
         kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
-        unfinished = self.path.with_suffix(".unfinished")
-        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(unfinished, self.path)
+        with writing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held open for the run
         self.unwritten = b""
         self.wandb = _start_wandb(config, folder, wandb_id)

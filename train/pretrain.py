@@ -31,40 +31,31 @@ from train.checkpoint_health import list_checkpoints, newest_intact
 from train.config import RunConfig, describe, load_config
 from train.data import describe_order, load_data, load_manifests, plan_order
 from train.metrics import METRICS_FILE
+from train.runtime import distributed, place, rendezvous
 from train.validation import validate
 
 if TYPE_CHECKING:
     from train.loop import Trainer
 
 
-EXIT_DIVERGED = 3
-
-
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="pretrain")
 @reporting_errors
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = place()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")
     try:
         config, manifests, checkpoints = prepare(hydra_config, world_size)
         if rank == 0:
-            write_run_folder(config)
-            lock = hold(Path(config.run.dir))  # noqa: F841  until this process ends
+            lock = take_run_folder(config)  # noqa: F841  until this process ends
     except ValueError as error:
         raise UserError(str(error)) from error
-    from train.checkpoint import SaveFailed
-    from train.guards import Diverged
-
     try:
         run(config, manifests, checkpoints)
     except Exception as error:
         if rank == 0:
             write_status(config, "failed", reason=f"{type(error).__name__}: {error}")
-        if isinstance(error, Diverged | SaveFailed):
-            print(f"error: {error}" if rank == 0 else "", file=sys.stderr)
-            sys.exit(EXIT_DIVERGED if isinstance(error, Diverged) else 1)
         raise
 
 
@@ -96,12 +87,11 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
     """Build and train."""
     from train.engines import build_engine
     from train.loop import Trainer
-    from train.runtime import distributed, rendezvous
     from train.signals import StopReason
     from train.watchdog import Watchdog
 
     store, timeout = rendezvous(), config.run.timeout_minutes
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = place()
     watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout)
     # The watchdog knows more about a silent rank than the collective that waits for it: let it be the first to speak.
     with distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store) as runtime:
@@ -110,8 +100,7 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
             print(describe_run(config, world_size), flush=True)
         watchdog.enter(0, "verifying checkpoints")
         checkpoint, problems = newest_intact(checkpoints, trust=config.checkpoint.trust)
-        if runtime.is_main:
-            tell_of_problems(problems)
+        tell_of_problems(problems)
         if checkpoints and checkpoint is None:
             raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
         try:
@@ -123,7 +112,8 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
         data = load_data(config, manifests, order, samples=samples)
         if runtime.is_main:
             changed = describe_order(order, checkpoint.facts["order"] if checkpoint is not None else None)
-            print(*([changed] if changed else []), sep="\n", end="\n" if changed else "", flush=True)
+            if changed:
+                print(changed, flush=True)
             if data.unvalidated:
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
         watchdog.enter(step, "building the model")
@@ -165,8 +155,9 @@ def check_continues(
 
 def tell_of_problems(problems: list[str]) -> None:
     """Name the checkpoints that are passed over."""
-    for problem in problems if os.environ.get("RANK", "0") == "0" else []:
-        print(f"passed over {problem}", file=sys.stderr, flush=True)
+    if place()[0] == 0:
+        for problem in problems:
+            print(f"passed over {problem}", file=sys.stderr, flush=True)
 
 
 def write_status(config: RunConfig, state: str, *, step: int | None = None, reason: str | None = None) -> None:
@@ -177,17 +168,22 @@ def write_status(config: RunConfig, state: str, *, step: int | None = None, reas
         temporary.write_text(json.dumps(status) + "\n")
 
 
-def write_run_folder(config: RunConfig) -> None:
-    """Note what runs and where: config.yaml and environment.json; ValueError if the folder cannot be written."""
+def take_run_folder(config: RunConfig) -> IO[str]:
+    """Lock the run folder and note there what runs and where: config.yaml and environment.json.
+
+    ValueError if another run has the folder, or it cannot be written. The lock is held while the returned file is open.
+    """
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = hold(folder)
         for name, text in {
             "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
             "environment.json": json.dumps(environment(), indent=1) + "\n",
         }.items():
             with writing(folder / name) as temporary:
                 temporary.write_text(text)
+        return lock
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
 
@@ -223,7 +219,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "processors": os.cpu_count(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": place()[1],
         "packages": versions,
     }
 

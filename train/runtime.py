@@ -38,6 +38,11 @@ class Runtime:
         return self.rank == 0
 
 
+def place() -> tuple[int, int]:
+    """This process's rank and the number of processes, known before they meet; 0 and 1 without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def rendezvous() -> dist.Store:
     """Meet the job's other processes, by what torchrun put into the environment; alone without it."""
     if "RANK" not in os.environ:
@@ -93,7 +98,7 @@ def distributed(
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if cuda else "gloo"
     store = store or rendezvous()
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world_size = place()
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     build_groups(parallel)
     set_seeds(seed)
