@@ -85,13 +85,15 @@ def options_help(name: str) -> str:
 
 
 def _paragraphs(kind: type[Any], prefix: str) -> list[str]:
-    body = ast.parse(inspect.getsource(kind)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    docs = {
-        node.target.id: ast.literal_eval(text.value)
-        for node, text in zip(body.body, body.body[1:], strict=False)
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
-    }
+    docs: dict[str, str] = {}
+    for base in filter(is_dataclass, reversed(kind.__mro__)):
+        body = ast.parse(inspect.getsource(base)).body[0]
+        assert isinstance(body, ast.ClassDef)
+        docs |= {
+            node.target.id: ast.literal_eval(text.value)
+            for node, text in zip(body.body, body.body[1:], strict=False)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
+        }
     paragraphs = []
     for field in fields(kind):
         if is_dataclass(field.type):

@@ -3,11 +3,13 @@
     parameters = count_parameters(model)          # .total .active .active_expert_params
     flops = count_flops(model)                    # .dense .sparse, forward, per token
     memory = estimate_memory(model, parallel, compute, micro_batch_size=4, data_parallel_size=8)
+    parts = count_communication(model, parallel, compute, micro_batch_size=4, ...)  # bytes sent, by parallel dimension
 
 Symbols: D hidden_size, H neurons of an expert, K kept, E experts, r router_topk, S shared neurons, V padded vocabulary,
 L layers, s sequence length, a query heads, g key/value heads, c channels of a head.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
@@ -79,17 +81,23 @@ def count_flops(model: ModelConfig) -> Flops:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the fullest rank of the first pipeline stage."""
+    """Bytes on the fullest rank."""
 
     weights: int
+    """In compute.dtype."""
     gradients: int
+    """In fp32."""
     optimizer: int
+    """AdamW's two moments and, in bf16, fp32 master weights."""
     activations: int
+    """Kept between forward and backward."""
+    working: int
+    """The larger of what comes and goes beside them: the gradient of the logits, or one recomputed layer."""
 
     @property
     def total(self) -> int:
         """Of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def estimate_memory(
@@ -99,12 +107,17 @@ def estimate_memory(
     *,
     micro_batch_size: int,
     data_parallel_size: int,
+    micro_batches: int | None = None,
+    fused: bool = False,
 ) -> Memory:
-    """Estimate a rank's memory: weights in compute.dtype, fp32 gradients, AdamW moments and, in bf16, fp32 masters.
+    """Estimate a rank's memory with balanced experts.
 
-    Activations are those kept for one micro-batch of every layer of the stage with balanced experts, times the pipeline
-    stages in flight; full recomputation keeps each layer's input only. Attention keeps its a s^2 probabilities unless
-    core_attn is recomputed or Transformer Engine's fused attention runs.
+    micro_batches: of a step; None: as many as the pipeline holds at once, or more.
+    fused: Transformer Engine's norms and attention, which keep less; else Megatron-Core's local layers.
+
+    Weights, gradients and optimizer are those of the first pipeline stage. It also holds the activations of as many
+    micro-batches as there are stages, with virtual stages a little more; the last stage those of one, and the logits:
+    the larger counts. Not in it: what the allocator and the communication libraries keep for themselves.
     """
     parameters = count_parameters(model)
     stage = parallel.pipeline
@@ -122,35 +135,156 @@ def estimate_memory(
     expert_replicas = (
         max(1, world // (stage * parallel.expert * parallel.expert_tensor)) if parallel.distributed_optimizer else 1
     )
+    tokens = micro_batch_size * model.seq_length / parallel.context
+    layers = model.num_layers // stage
+    every_layer = _layer_activations(model, parallel, compute, tokens, fused)
+    recomputed = (
+        _layer_activations(model, parallel, dataclasses.replace(compute, recompute="none"), tokens, fused) - every_layer
+    )
+    # Megatron-Core's interleaved schedule begins (stages - 1) chunks of layers more.
+    held = stage if parallel.virtual_pipeline is None else stage + (stage - 1) / parallel.virtual_pipeline
+    first, last = (
+        layers * every_layer * min(held, micro_batches or held),
+        layers * every_layer + _loss_activations(model, parallel, compute, tokens, fused),
+    )
+    logits_gradient = tokens * model.padded_vocab_size * (4 + weight_bytes) / parallel.tensor
     return Memory(
         weights=round(weight_bytes * (dense + experts)),
         gradients=round(4 * (dense + experts)),
         optimizer=round(state_bytes * (dense / dense_replicas + experts / expert_replicas)),
-        activations=_activation_bytes(model, parallel, compute, micro_batch_size),
+        activations=round(last if stage == 1 else max(first, last)),
+        working=round(max(logits_gradient if stage == 1 or last > first else 0, recomputed)),
     )
 
 
-def _activation_bytes(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, micro_batch_size: int) -> int:
-    tokens = micro_batch_size * model.seq_length // parallel.context
-    width, item = model.hidden_size, 2 if compute.precision == "bf16" else 4
-    layers = model.num_layers // parallel.pipeline
-    residual = tokens * width * item // parallel.tensor
+def _layer_activations(
+    model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, tokens: float, fused: bool
+) -> float:
+    """Bytes that one layer keeps for its backward pass of one micro-batch; tokens: of this context-parallel rank."""
+    width, neurons, shared = model.hidden_size, model.moe_ffn_hidden_size, model.shared_expert_ffn_hidden_size
+    item = 2 if compute.precision == "bf16" else 4
+    modules = {"none": [], "selective": compute.recompute_modules, "full": []}[compute.recompute]
+    # Sequence parallelism splits the tokens, tensor parallelism the heads and neurons: everything is divided.
+    tokens = tokens / parallel.tensor
     if compute.recompute == "full":
-        kept_per_layer = residual
+        return tokens * width * item
+    queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
+    # Each norm keeps its input and, in fp32, both that and the normalised: then comes what the projections read.
+    norm = tokens * width * (item if fused else 8)
+    grouped = groups < queries
+    # What the projections read, the rotated queries and keys, the projection itself for its values, and the context.
+    attention = tokens * (width + 3 * queries + 3 * groups) * item
+    if not fused:
+        # Grouped keys and values are repeated for each query head; the projection stays only where a norm reads from it.
+        keeps_projection = not grouped or (model.qk_layernorm and item == 4)
+        values = (queries if grouped else 0) + (queries + 2 * groups if keeps_projection else 0)
+        attention = tokens * (width + 3 * queries + values) * item
+        if model.qk_layernorm:
+            copied = queries if grouped and item == 4 else 0
+            attention += tokens * ((queries + groups) * (4 if item == 4 else 8) + copied * 4)
+    if not fused and "core_attn" not in modules:
+        # Probabilities in fp32, and as the values are multiplied with them.
+        square = tokens * model.seq_length * model.num_attention_heads
+        attention += square * (4 if item == 4 else 6)
+    rows = tokens * model.router_topk
+    # Gate and up, the activated gate, its product with up (here masked), that times the routing weight; the mask.
+    routed = rows * (width * parallel.expert_tensor * item + 5 * neurons * item)
+    if model.active_neurons < neurons:
+        routed += rows * neurons
+    # Logits, probabilities, the routing map; for each row its expert, position and weight.
+    routed += tokens * model.num_experts * 9 + rows * 32
+    dense = 5 * tokens * shared * item
+    moe = tokens * width * item
+    if "moe" not in modules:
+        moe += routed + (0 if "shared_experts" in modules else dense)
+    return 2 * norm + attention + moe
+
+
+def _loss_activations(
+    model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, tokens: float, fused: bool
+) -> float:
+    """The same of the last norm, the output projection and the loss, which keeps the probabilities in fp32."""
+    item = 2 if compute.precision == "bf16" else 4
+    norm = model.hidden_size * (item if fused else 8)
+    return tokens / parallel.tensor * (norm + model.hidden_size * item + model.padded_vocab_size * 4)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What one parallel dimension moves."""
+
+    ranks: int
+    """Ranks of one of its groups."""
+    span: int
+    """Consecutive ranks within which such a group lies."""
+    bytes: int
+    """That a rank sends in one optimizer step."""
+
+
+def count_communication(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    *,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    micro_batches: int,
+) -> dict[str, Sent]:
+    """Bytes that a rank of the first pipeline stage sends in a step, by parallel dimension; those of one rank are left out.
+
+    Ring collectives over n ranks: a reduce-scatter or an all-gather of B bytes sends B (n - 1) / n. Ranks are numbered in
+    Megatron-Core's order: tensor, context, (expert,) data, pipeline.
+    """
+    width, item = model.hidden_size, 2 if compute.precision == "bf16" else 4
+    tensor, expert, pipeline = parallel.tensor, parallel.expert * parallel.expert_tensor, parallel.pipeline
+    dense_ranks = data_parallel_size * parallel.context
+    stage = dense_ranks * tensor
+    held = (
+        estimate_memory(model, parallel, compute, micro_batch_size=1, data_parallel_size=data_parallel_size).weights // item
+    )
+    experts = count_parameters(model).experts // (pipeline * expert)
+    layers = model.num_layers // pipeline
+    residual = micro_batches * micro_batch_size * model.seq_length // parallel.context * width * item
+    rows = residual // tensor * model.router_topk
+    # Forward, backward, and once more forward where it is recomputed.
+    passes = 3 if compute.recompute == "full" or _recomputes_moe(compute) else 2
+    if compute.token_dispatcher == "alltoall":
+        # Each row travels to its expert and back; expert-tensor ranks gather the rows of all of them, and reduce after.
+        away = (parallel.expert - 1) / parallel.expert + (parallel.expert_tensor - 1)
+        routed = layers * 2 * passes * rows * away
     else:
-        queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
-        attention = tokens * (2 * queries + 4 * groups + width) * item // parallel.tensor
-        if "core_attn" not in compute.recompute_modules or compute.recompute == "none":
-            square = micro_batch_size * model.num_attention_heads * (model.seq_length // parallel.context) * model.seq_length
-            attention += 2 * square * 4 // parallel.tensor
-        rows = tokens * model.router_topk // parallel.tensor
-        # Per row: input, gate and up, the activated gate, their product before and after the routing weight, the mask.
-        routed = rows * ((2 * width + 6 * model.moe_ffn_hidden_size) * item + model.moe_ffn_hidden_size)
-        shared = tokens * (width + 5 * model.shared_expert_ffn_hidden_size) * item // parallel.tensor
-        moe = 0 if compute.recompute == "selective" and "moe" in compute.recompute_modules else routed + shared
-        kept_per_layer = 4 * residual + attention + moe
-    logits = 3 * tokens * model.padded_vocab_size * 4 // parallel.tensor if parallel.pipeline == 1 else 0
-    return layers * kept_per_layer * parallel.pipeline + residual + logits
+        routed = layers * 2 * passes * residual // tensor * (expert - 1)
+    shared = 1 if model.shared_expert_ffn_hidden_size else 0
+    # Sequence parallelism: gather and scatter around attention and the shared expert, and again in the backward pass,
+    # which also gathers the inputs of the projections anew.
+    around = layers * (1 + shared) * (5 + (2 if compute.recompute == "full" else 0))
+    groups = _groups(model) * model.head_size
+    sent = {
+        "tensor": Sent(tensor, tensor, round((around + 2) * residual * (tensor - 1) / tensor)),
+        "context": Sent(
+            parallel.context,
+            tensor * parallel.context,
+            round(layers * 3 * (parallel.context - 1) * residual / width * 2 * groups / tensor),
+        ),
+        "expert": Sent(expert, expert, round(routed)),
+        "pipeline": Sent(
+            pipeline,
+            stage * pipeline,
+            2 * residual // tensor * (parallel.virtual_pipeline or 1),
+        ),
+        "data": Sent(dense_ranks, stage, _reduced(held - experts, dense_ranks, item)),
+        "expert data": Sent(stage // expert, stage, _reduced(experts, stage // expert, item)),
+    }
+    return {name: part for name, part in sent.items() if part.ranks > 1}
+
+
+def _reduced(weights: int, ranks: int, item: int) -> int:
+    """Bytes to reduce fp32 gradients to their owners, and to gather the new weights (or all gradients) from them."""
+    return round(weights * (4 + item) * (ranks - 1) / max(1, ranks))
+
+
+def _recomputes_moe(compute: ComputeConfig) -> bool:
+    return compute.recompute == "selective" and "moe" in compute.recompute_modules
 
 
 def _norms(model: ModelConfig) -> int:

@@ -236,6 +236,7 @@ def commit() -> str | None:
 def describe_run(config: RunConfig, world_size: int) -> str:
     """What is about to run, in a few lines."""
     from mone_model.accounting import count_flops, count_parameters, estimate_memory
+    from mone_model.layer_spec import uses_transformer_engine
 
     model, parallel, training = config.model, config.parallel, config.training
     parameters, flops = count_parameters(model), count_flops(model)
@@ -247,6 +248,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         config.compute,
         micro_batch_size=training.micro_batch_size,
         data_parallel_size=config.data_parallel_size(world_size),
+        micro_batches=config.micro_batches(world_size),
+        fused=uses_transformer_engine(config.compute),
     )
     return "\n".join(
         [
@@ -259,7 +262,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"{config.micro_batches(world_size)} micro-batches a step; engine {config.engine}",
             f"memory    about {memory.total / 2**30:.2f} GiB a rank: weights {memory.weights / 2**30:.2f}, gradients "
             f"{memory.gradients / 2**30:.2f}, optimizer {memory.optimizer / 2**30:.2f}, "
-            f"activations {memory.activations / 2**30:.2f}",
+            f"activations {memory.activations / 2**30:.2f}, working space {memory.working / 2**30:.2f}",
             f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens "
             f"= {tokens / 1e6:.2f}M tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
         ]

@@ -9,10 +9,17 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 from train.config import RunConfig
 
 
-def validate(config: RunConfig, world_size: int) -> None:
-    """Check every rule that spans sections or needs the world size; ValueError names options, values and a way out."""
+def validate(config: RunConfig, world_size: int, *, transformer_engine: bool | None = None) -> None:
+    """Check every rule that spans sections or needs the world size; ValueError names options, values and a way out.
+
+    transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
+    """
+    from mone_model.layer_spec import uses_transformer_engine
+
     model, parallel, training = config.model, config.parallel, config.training
-    _validate_layout(model, parallel, config.compute, world_size)
+    if transformer_engine is None:
+        transformer_engine = uses_transformer_engine(config.compute)
+    _validate_layout(model, parallel, config.compute, world_size, transformer_engine)
     if config.engine == "deepspeed":
         from train.engines.deepspeed_config import check_config
 
@@ -78,9 +85,9 @@ def _multiples(value: int, of: int) -> str:
     return f"{below} or {below + of}" if below else str(of)
 
 
-def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int) -> None:
-    from mone_model.layer_spec import uses_transformer_engine
-
+def _validate_layout(
+    model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int, transformer_engine: bool
+) -> None:
     dense = parallel.tensor * parallel.pipeline * parallel.context
     check(
         world_size % dense == 0,
@@ -134,7 +141,6 @@ def _validate_layout(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         parallel.virtual_pipeline,
         "needs parallel.pipeline of at least 2",
     )
-    transformer_engine = uses_transformer_engine(compute)
     check(
         compute.transformer_impl != "transformer_engine" or transformer_engine,
         "compute.transformer_impl",

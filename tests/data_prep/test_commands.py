@@ -37,8 +37,8 @@ def option_names(kind: type[Any], prefix: str = "") -> list[str]:
 
 
 @pytest.mark.parametrize(("main", "kind"), COMMANDS)
-def test_help_explains_every_option(command: Callable[..., Any], main: Callable[[], None], kind: type[Any]) -> None:
-    code, out, _ = command(main, "--help")
+def test_help_explains_every_option(call_main: Callable[..., Any], main: Callable[[], None], kind: type[Any]) -> None:
+    code, out, _ = call_main(main, "--help")
     assert not code
     lines = out.splitlines()
     for name in option_names(kind):
@@ -76,7 +76,7 @@ def test_help_explains_every_option(command: Callable[..., Any], main: Callable[
     ],
 )
 def test_mistakes_are_told_without_a_traceback(
-    command: Callable[..., Any],
+    call_main: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     main: Callable[[], None],
@@ -84,21 +84,21 @@ def test_mistakes_are_told_without_a_traceback(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = command(main, *arguments)
+    code, out, err = call_main(main, *arguments)
     assert code == 2
     assert err.startswith(message)
     assert "Traceback" not in out + err
     assert not list(tmp_path.iterdir())  # no outputs/ of hydra's either
 
 
-def test_an_unknown_option_is_named(command: Callable[..., Any]) -> None:
-    code, _, err = command(tokenize.main, "output=x", "tokenizer=y", "corpus.text_fild=z")
+def test_an_unknown_option_is_named(call_main: Callable[..., Any]) -> None:
+    code, _, err = call_main(tokenize.main, "output=x", "tokenizer=y", "corpus.text_fild=z")
     assert code == 1
     assert "Key 'text_fild' not in 'CorpusConfig'" in err
 
 
 def test_killed_and_run_again_it_ends_with_the_same_bytes(
-    tmp_path: Path, tokenizer_folder: Path, command: Callable[..., Any]
+    tmp_path: Path, tokenizer_folder: Path, call_main: Callable[..., Any]
 ) -> None:
     """kill -9 of the real command once a few groups are on record; its workers end too."""
     corpus = write_jsonl(tmp_path / "corpus.jsonl", made_up_documents(20_000))
@@ -116,7 +116,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(
     assert psutil.wait_procs(workers, timeout=60)[1] == []
     assert not (killed / "manifest.json").exists()
     for folder in (killed, undisturbed):
-        code, out, _ = command(tokenize.main, f"output={folder}", *arguments)
+        code, out, _ = call_main(tokenize.main, f"output={folder}", *arguments)
         assert code == 0
         assert f"{folder}: train " in out
     assert contents(killed) == contents(undisturbed)

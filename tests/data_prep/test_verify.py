@@ -110,37 +110,37 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_each_damage_is_listed(folder: Path, command: Callable[..., Any], damage: str) -> None:
+def test_each_damage_is_listed(folder: Path, call_main: Callable[..., Any], damage: str) -> None:
     do, message = DAMAGES[damage]
     do(folder)
     found = list(verify.damages(load_manifest(folder)))
     assert any(re.search(message, line) for line in found), found
-    code, out, _ = command(verify.main, f"path={folder}")
+    code, out, _ = call_main(verify.main, f"path={folder}")
     assert code == 1
     assert out.splitlines() == [f"{folder}: {line}" for line in found]
 
 
 def test_intact_folders_are_reported(
-    folder: Path, options: Callable[..., TokenizeConfig], tmp_path: Path, command: Callable[..., Any]
+    folder: Path, options: Callable[..., TokenizeConfig], tmp_path: Path, call_main: Callable[..., Any]
 ) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", made_up_documents(50, seed=1))
     tokenize(options({"path": str(other)}, output=str(tmp_path / "shards2")))
-    code, out, _ = command(verify.main, f"path={tmp_path}/shards*")
+    code, out, _ = call_main(verify.main, f"path={tmp_path}/shards*")
     assert code == 0
     assert [line.split(":")[0] for line in out.splitlines()] == [str(folder), f"{folder}2"]
     assert all(line.endswith("are intact") for line in out.splitlines())
 
 
-def test_one_damaged_folder_of_two_is_enough(folder: Path, command: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_damaged_folder_of_two_is_enough(folder: Path, call_main: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "copy").symlink_to(folder)
     flip_byte(folder / "train-00000.bin", 0)
-    code, out, _ = command(verify.main, f"path=[{folder},{tmp_path / 'copy'}]")
+    code, out, _ = call_main(verify.main, f"path=[{folder},{tmp_path / 'copy'}]")
     assert code == 1
     assert len(out.splitlines()) == 2
 
 
-def test_no_folder_is_no_damage_but_an_error(tmp_path: Path, command: Callable[..., Any]) -> None:
-    code, _, err = command(verify.main, f"path={tmp_path / 'none'}")
+def test_no_folder_is_no_damage_but_an_error(tmp_path: Path, call_main: Callable[..., Any]) -> None:
+    code, _, err = call_main(verify.main, f"path={tmp_path / 'none'}")
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'none'}: no such folder of token shards")
 

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs
-from mone_model.accounting import count_flops, count_parameters, estimate_memory
+from mone_model.accounting import count_communication, count_flops, count_parameters, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import build_gpt
 from tests.conftest import ROOT
@@ -153,6 +153,71 @@ def test_memory_equals_that_of_the_engine_after_a_step(precision: str, distribut
     assert memory.weights == size(weights)
     assert memory.gradients == size(weight.main_grad for weight in weights)
     assert memory.optimizer == size(moments) + (size(masters) if precision == "bf16" else 0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("variant", "compute"),
+    [
+        ({}, {}),
+        ({"activation_ratio": 1.0}, {"experts": "loop"}),
+        ({"num_query_groups": 2, "kv_channels": 24}, {}),
+        ({"qk_layernorm": False, "hidden_size": 128, "router_topk": 3}, {}),
+        ({"shared_expert_ffn_hidden_size": 0, "num_layers": 3}, {}),
+        ({}, {"recompute": "selective"}),
+        ({}, {"recompute": "selective", "recompute_modules": ["moe"]}),
+        ({}, {"recompute": "selective", "recompute_modules": ["core_attn", "shared_experts"]}),
+        ({}, {"recompute": "full"}),
+    ],
+)
+def test_activations_are_what_autograd_keeps(precision: str, variant: dict[str, Any], compute: dict[str, Any]) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "vocab_size": 512, "num_experts": 8}
+    neurons = {"moe_ffn_hidden_size": 96, "shared_expert_ffn_hidden_size": 96}
+    model = ModelConfig(**TINY_MODEL | sizes | neurons | variant)
+    computed = ComputeConfig(precision=precision, **compute)
+    built = build_gpt(model, ParallelConfig(), computed, seed=0)
+    weights = {weight.untyped_storage().data_ptr() for weight in built.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held here, lest an address be used again
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = torch.randint(0, 512, (2, 128))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = built(tokens, torch.arange(128).expand(2, -1), None, labels=tokens)
+    size = sum(storage.nbytes() for storage in kept.values())
+    loss.sum().backward()
+    memory = estimate_memory(model, ParallelConfig(), computed, micro_batch_size=2, data_parallel_size=1)
+    # What the formula leaves out: rotary tables, statistics of the norms, the causal mask.
+    assert 0.96 * size < memory.activations < size
+
+
+def test_messages_of_each_parallel_dimension() -> None:
+    model = ModelConfig(**TINY_MODEL)  # D 32, H 32, 4 experts, top 2, 2 layers, 16 tokens a sequence
+
+    def sent(parallel: ParallelConfig, data: int, **compute: Any) -> dict[str, tuple[int, int, int]]:
+        found = count_communication(
+            model, parallel, ComputeConfig(**compute), micro_batch_size=2, data_parallel_size=data, micro_batches=3
+        )
+        return {name: (part.ranks, part.span, part.bytes) for name, part in found.items()}
+
+    counted = count_parameters(model)
+    assert sent(ParallelConfig(), 1) == {}
+    # fp32 gradients reduced to their owners, and new weights gathered: 4 + 4 bytes of each weight, to one of two ranks.
+    dense, experts = 4 * (counted.total - counted.experts), 4 * counted.experts
+    assert sent(ParallelConfig(), 2) == {"data": (2, 2, dense), "expert data": (2, 2, experts)}
+    # 3 x 2 x 16 tokens, each to 2 experts, one in two of which is on the other rank; 32 fp32 numbers, there and back,
+    # forward and backward, in 2 layers.
+    rows = 3 * 2 * 16 * 2 // 2 * 32 * 4 * 4 * 2
+    assert sent(ParallelConfig(expert=2), 2) == {"data": (2, 2, dense), "expert": (2, 2, rows)}
+    assert sent(ParallelConfig(expert=2), 2, recompute="full")["expert"] == (2, 2, rows * 3 // 2)
+    assert sent(ParallelConfig(expert=2), 4)["expert data"] == (2, 4, experts // 2)
+    # The residual stream to the next stage, its gradient back.
+    assert sent(ParallelConfig(pipeline=2), 1)["pipeline"] == (2, 2, 2 * 3 * 2 * 16 * 32 * 4)
+    assert sent(ParallelConfig(tensor=2), 1)["tensor"] == (2, 2, (2 * 2 * 5 + 2) * 3 * 2 * 16 * 32 * 4 // 2)
 
 
 def test_memory_falls_with_every_kind_of_sharding_and_with_recomputation() -> None:

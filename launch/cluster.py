@@ -1,0 +1,104 @@
+"""The machines that a run is planned for.
+
+cluster = ClusterConfig(gpu="h100", nodes=8)
+cluster.world_size, cluster.usable_gib, cluster.tflops
+"""
+
+from dataclasses import dataclass
+
+from mone_model.config import check
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, from its vendor's data sheet (dense, without sparsity), and the network it usually comes with."""
+
+    memory_gib: float
+    bf16_tflops: float
+    fp32_tflops: float
+    """TF32 on GPUs."""
+    node_gb_per_second: float
+    """Sent by one device to others of its node: NVLink, one direction."""
+    network_gb_per_second: float
+    """Sent by one device to other nodes."""
+
+
+DEVICES = {
+    "a100_40gb": Device(40, 312, 156, 300, 25),
+    "a100": Device(80, 312, 156, 300, 25),
+    "h100": Device(80, 989, 494, 450, 50),
+    "h200": Device(141, 989, 494, 450, 50),
+    "b200": Device(180, 2250, 1125, 900, 50),
+    # One core with AVX-512, as half of a small machine; bf16 is no faster there.
+    "cpu": Device(12, 0.1, 0.1, 2, 1),
+}
+
+
+@dataclass
+class ClusterConfig:
+    """What the run is planned for."""
+
+    gpu: str = "h100"
+    """a100_40gb, a100, h100, h200, b200, or cpu (one core a process)."""
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 8
+    """Processes on each."""
+    mfu: float = 0.3
+    """Share of the device's peak that training will reach: your assumption, best taken from a short run
+    (speed/flops_per_second of metrics.jsonl over the peak)."""
+    memory_gib: float | None = None
+    """Memory of a device; null: the data sheet's."""
+    reserve_gib: float = 6.0
+    """Of it, what the model cannot have: the driver, NCCL's buffers, fragmentation."""
+    peak_tflops: float | None = None
+    """Peak of a device in compute.precision; null: the data sheet's."""
+
+    def __post_init__(self) -> None:
+        check(self.gpu in DEVICES, "cluster.gpu", self.gpu, f"choose from {', '.join(DEVICES)}")
+        for name in ("nodes", "gpus_per_node"):
+            check(getattr(self, name) >= 1, f"cluster.{name}", getattr(self, name), "must be at least 1")
+        check(0 < self.mfu <= 1, "cluster.mfu", self.mfu, "must be in (0, 1]")
+        for name in ("memory_gib", "peak_tflops"):
+            value = getattr(self, name)
+            check(value is None or value > 0, f"cluster.{name}", value, "must be null or positive")
+        check(
+            0 <= self.reserve_gib < self.total_gib,
+            "cluster.reserve_gib",
+            self.reserve_gib,
+            f"must be less than the device's {self.total_gib:g} GiB",
+        )
+
+    @property
+    def device(self) -> Device:
+        """The data sheet."""
+        return DEVICES[self.gpu]
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether there are no GPUs."""
+        return self.gpu == "cpu"
+
+    @property
+    def world_size(self) -> int:
+        """Processes."""
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def total_gib(self) -> float:
+        """Memory of a device."""
+        return self.memory_gib or self.device.memory_gib
+
+    @property
+    def usable_gib(self) -> float:
+        """Memory that the model can have."""
+        return self.total_gib - self.reserve_gib
+
+    def tflops(self, precision: str) -> float:
+        """Peak of a device."""
+        return self.peak_tflops or (self.device.bf16_tflops if precision == "bf16" else self.device.fp32_tflops)
+
+    def gb_per_second(self, span: int) -> float:
+        """What a device sends to others of a group that lies within so many consecutive ranks."""
+        inside = span <= self.gpus_per_node
+        return self.device.node_gb_per_second if inside else self.device.network_gb_per_second

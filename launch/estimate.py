@@ -1,0 +1,116 @@
+"""What a configuration will need on a cluster: memory, messages, time.
+
+estimate = estimate_run(config, cluster)      # .memory .fits .sent .seconds_per_step .hours
+estimates = propose(config, cluster)          # other layouts that fit, the fastest first
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launch.cluster import ClusterConfig
+from mone_model.accounting import Memory, Sent, count_communication, count_flops, estimate_memory
+from mone_model.config import ComputeConfig, ParallelConfig
+from train.config import RunConfig, TrainingConfig
+from train.validation import validate
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One configuration on one cluster."""
+
+    config: RunConfig
+    memory: Memory
+    fits: bool
+    sent: dict[str, Sent]
+    compute_seconds: float
+    """Of a step at the stated MFU, with recomputation and the pipeline's bubble."""
+    sent_seconds: dict[str, float]
+    """Of a step, by parallel dimension, at the data sheets' bandwidth, nothing overlapped."""
+
+    @property
+    def seconds(self) -> float:
+        """An order among layouts rather than a promise: a measured MFU has the messages in it already."""
+        return self.compute_seconds + sum(self.sent_seconds.values())
+
+
+def uses_transformer_engine(config: RunConfig, cluster: ClusterConfig) -> bool:
+    """Whether the layers would be Transformer Engine's there."""
+    return not cluster.is_cpu and config.compute.transformer_impl != "local"
+
+
+def check_run(config: RunConfig, cluster: ClusterConfig) -> None:
+    """ValueError if this configuration could not run on that cluster."""
+    validate(config, cluster.world_size, transformer_engine=uses_transformer_engine(config, cluster))
+
+
+def estimate_run(config: RunConfig, cluster: ClusterConfig) -> Estimate:
+    """Estimate a configuration that `check_run` has accepted."""
+    model, parallel, compute = config.model, config.parallel, config.compute
+    world, micro_batches = cluster.world_size, config.micro_batches(cluster.world_size)
+    shards_optimizer = config.deepspeed.zero_stage > 0 if config.engine == "deepspeed" else parallel.distributed_optimizer
+    layout = {
+        "micro_batch_size": config.training.micro_batch_size,
+        "data_parallel_size": config.data_parallel_size(world),
+        "micro_batches": micro_batches,
+    }
+    memory = estimate_memory(
+        model,
+        dataclasses.replace(parallel, distributed_optimizer=shards_optimizer),
+        compute,
+        fused=uses_transformer_engine(config, cluster),
+        **layout,
+    )
+    sent = count_communication(model, parallel, compute, **layout)
+    flops = 3 * count_flops(model).dense * config.training.global_batch_size * model.seq_length
+    rate = world * cluster.tflops(compute.precision) * 1e12 * cluster.mfu
+    recomputed = {"none": 1.0, "selective": 1.1, "full": 4 / 3}[compute.recompute]
+    bubble = 1 + (parallel.pipeline - 1) / (micro_batches * (parallel.virtual_pipeline or 1))
+    return Estimate(
+        config=config,
+        memory=memory,
+        fits=memory.total <= cluster.usable_gib * 2**30,
+        sent=sent,
+        compute_seconds=flops / rate * recomputed * bubble,
+        sent_seconds={name: part.bytes / 1e9 / cluster.gb_per_second(part.span) for name, part in sent.items()},
+    )
+
+
+def propose(config: RunConfig, cluster: ClusterConfig, number: int = 5) -> list[Estimate]:
+    """Layouts of the same model and batch that fit this cluster, the fastest first."""
+    found = []
+    for parallel, compute, training in _layouts(config, cluster):
+        candidate = dataclasses.replace(config, parallel=parallel, compute=compute, training=training)
+        try:
+            check_run(candidate, cluster)
+        except ValueError:
+            continue
+        estimate = estimate_run(candidate, cluster)
+        if estimate.fits:
+            found.append(estimate)
+    # At the same speed the larger micro-batch: its GEMMs are more efficient.
+    return sorted(found, key=lambda estimate: (estimate.seconds, -estimate.config.training.micro_batch_size))[:number]
+
+
+def _layouts(config: RunConfig, cluster: ClusterConfig) -> Iterator[tuple[ParallelConfig, ComputeConfig, TrainingConfig]]:
+    def divisors(number: int) -> list[int]:
+        return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+    tensor = divisors(cluster.gpus_per_node)
+    pipeline = (
+        [1] if config.engine == "deepspeed" else [stages for stages in divisors(config.model.num_layers) if stages <= 16]
+    )
+    expert = [ranks for ranks in divisors(config.model.num_experts) if ranks <= cluster.world_size]
+    recompute = [
+        ("none", config.compute.recompute_modules),
+        ("selective", ["moe"]),
+        ("full", config.compute.recompute_modules),
+    ]
+    micro_batch_sizes = sorted({1, config.training.micro_batch_size})
+    for tp, pp, ep, (kind, modules), size in itertools.product(tensor, pipeline, expert, recompute, micro_batch_sizes):
+        yield (
+            dataclasses.replace(config.parallel, tensor=tp, pipeline=pp, virtual_pipeline=None, expert=ep, expert_tensor=1),
+            dataclasses.replace(config.compute, recompute=kind, recompute_modules=list(modules)),
+            dataclasses.replace(config.training, micro_batch_size=size),
+        )

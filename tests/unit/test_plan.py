@@ -1,0 +1,92 @@
+"""The plan as a user gets it."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from launch.cluster import ClusterConfig
+from launch.estimate import check_run, estimate_run, propose
+from launch.plan import main
+from mone_model.config import ComputeConfig, ParallelConfig
+from tests.conftest import ROOT
+from tests.unit.test_accounting import model_config
+from train.config import DataConfig, RunConfig, SourceConfig, TrainingConfig
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def config(*, expert: int = 1, pipeline: int = 1) -> RunConfig:
+    return RunConfig(
+        model=model_config("mone_2p8b"),
+        parallel=ParallelConfig(expert=expert, pipeline=pipeline),
+        compute=ComputeConfig(precision="bf16"),
+        training=TrainingConfig(micro_batch_size=4, global_batch_size=256),
+        data=DataConfig(blend=[SourceConfig(path="anything")]),
+    )
+
+
+def test_proposals_fit_run_and_come_fastest_first() -> None:
+    small = ClusterConfig(gpu="a100_40gb", nodes=2)
+    assert not estimate_run(config(), small).fits
+    proposals = propose(config(), small)
+    assert proposals
+    for proposal in proposals:
+        check_run(proposal.config, small)
+        assert proposal.fits
+        assert proposal.memory.total <= 34 * 2**30
+        assert proposal.config.model == config().model
+    assert sorted(proposal.seconds for proposal in proposals) == [proposal.seconds for proposal in proposals]
+    assert propose(config(), ClusterConfig(memory_gib=7, reserve_gib=6)) == []
+
+
+def test_time_follows_from_flops_and_the_stated_mfu() -> None:
+    cluster = ClusterConfig(nodes=2, mfu=0.5, peak_tflops=100)
+    # As many nodes again: half the time; half the utilisation: twice.
+    seconds = estimate_run(config(expert=8), cluster).compute_seconds
+    assert estimate_run(config(expert=8), ClusterConfig(nodes=4, mfu=0.5, peak_tflops=100)).compute_seconds == seconds / 2
+    assert estimate_run(config(expert=8), ClusterConfig(nodes=2, mfu=0.25, peak_tflops=100)).compute_seconds == 2 * seconds
+    staged = estimate_run(config(expert=8, pipeline=2), cluster)
+    # 2 x 8 / 2 data-parallel ranks of 4 sequences: 8 micro-batches, and one more that waits.
+    assert staged.compute_seconds == pytest.approx(seconds * (1 + 1 / 8))
+
+
+def test_messages_between_nodes_are_slower() -> None:
+    inside = estimate_run(config(expert=8), ClusterConfig(nodes=2))
+    across = estimate_run(config(expert=16), ClusterConfig(nodes=2))
+    assert inside.sent["expert"].span == 8
+    assert across.sent_seconds["expert"] > 5 * inside.sent_seconds["expert"]
+
+
+def test_the_plan_in_docs_is_what_the_command_prints(call_main: Call) -> None:
+    page = (ROOT / "docs/plan.md").read_text()
+    (arguments,) = re.findall(r"^python -m launch.plan (.*) # printed below$", page, re.MULTILINE)
+    printed = page.split("```text\n")[1].split("```")[0]
+    code, out, _ = call_main(main, *arguments.split())
+    assert (code, out) == (0, printed)
+
+
+def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
+    options = ("model=mone_2p8b", "compute.precision=bf16", "cluster.gpu=a100_40gb", "training.global_batch_size=256")
+    code, out, _ = call_main(main, *options)
+    assert code == 1
+    assert re.search(r"WARNING: [\d.]+ GiB do not fit into 34 GiB", out)
+    # What it proposes, typed as it stands, fits.
+    (first, *_) = re.findall(r"^  \S+ s, \S+ GiB  (parallel.*)$", out, re.MULTILINE)
+    code, out, _ = call_main(main, *options, *first.replace("'", "").split())
+    assert code == 0, out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cluster.gpu=h1000"], "cluster.gpu=h1000: choose from a100_40gb, a100, h100"),
+        (["cluster.reserve_gib=90"], "cluster.reserve_gib=90.0: must be less than the device's 80 GiB"),
+        (["model=mone_2p8b", "parallel.expert=7"], "must divide the number of processes, 8"),
+        (["model=mone_tiny", "data.blend=[]"], "model.vocab_size=null: give it"),
+    ],
+)
+def test_mistakes_are_told_by_name(call_main: Call, arguments: list[str], message: str) -> None:
+    code, _, error = call_main(main, *arguments)
+    assert code == 2
+    assert message in error
