@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from configs.run_folder import METRICS_FILE, read_metrics
 from data_prep.files import writing
 from train.config import RunConfig, describe
 
-METRICS_FILE = "metrics.jsonl"
 FINISH_TIMEOUT = 60.0
 """Seconds that W&B may take for what is not uploaded at the end; `wandb sync` uploads the rest."""
 
@@ -92,18 +92,6 @@ class MetricsWriter:
                 self.wandb.finish()
             except Exception as error:  # the run is complete without it
                 print(f"W&B did not finish ({error})", flush=True)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run so far; a last line cut short by a kill is left out."""
-    path = folder / METRICS_FILE
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
 
 
 def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:

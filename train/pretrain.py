@@ -8,7 +8,6 @@ Compose, validate, build, run, report.
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -23,14 +22,14 @@ from typing import IO, TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import UserError, reporting_errors
+from configs.console import ReportedError, UserError, reporting_errors
+from configs.run_folder import METRICS_FILE, STATUS_FILE, hold
 from data_prep.files import writing
 from data_prep.shards import Manifest
 from train.checkpoint import Checkpoint
 from train.checkpoint_health import list_checkpoints, newest_intact
 from train.config import RunConfig, describe, load_config
 from train.data import describe_order, load_data, load_manifests, plan_order
-from train.metrics import METRICS_FILE
 from train.runtime import distributed, place, rendezvous
 from train.validation import validate
 
@@ -55,17 +54,21 @@ def main(hydra_config: DictConfig) -> None:
         run(config, manifests, checkpoints)
     except Exception as error:
         if rank == 0:
-            write_status(config, "failed", reason=f"{type(error).__name__}: {error}")
+            code = error.exit_code if isinstance(error, ReportedError) else 1
+            write_status(config, "failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
         raise
 
 
-def prepare(hydra_config: DictConfig, world_size: int) -> tuple[RunConfig, list[Manifest], list[Checkpoint]]:
+def prepare(
+    hydra_config: DictConfig, world_size: int, *, transformer_engine: bool | None = None
+) -> tuple[RunConfig, list[Manifest], list[Checkpoint]]:
     """The checked config, the data's manifests, and the checkpoints to choose from; ValueError for whatever is wrong.
 
+    transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
     Reads only, and needs no other process: all that can be refused is refused here, before anything is built.
     """
     config = load_config(hydra_config)
-    validate(config, world_size)
+    validate(config, world_size, transformer_engine=transformer_engine)
     manifests = load_manifests(config)
     if config.model.vocab_size is None:
         config.model.vocab_size = manifests[0].vocab_size
@@ -160,12 +163,10 @@ def tell_of_problems(problems: list[str]) -> None:
             print(f"passed over {problem}", file=sys.stderr, flush=True)
 
 
-def write_status(config: RunConfig, state: str, *, step: int | None = None, reason: str | None = None) -> None:
-    """Note in status.json whether the run is running, complete, stopped (the same command continues) or failed."""
-    status = {"state": state, "step": step, "reason": reason, "time": round(time.time(), 3)}
-    # With its folder gone or full, a run has said so elsewhere already.
-    with contextlib.suppress(OSError), writing(Path(config.run.dir) / "status.json") as temporary:
-        temporary.write_text(json.dumps(status) + "\n")
+def write_status(config: RunConfig, state: str, **more: Any) -> None:
+    """Note what the run does in status.json; with its folder gone or full, it has said so elsewhere already."""
+    with contextlib.suppress(OSError), writing(Path(config.run.dir) / STATUS_FILE) as temporary:
+        temporary.write_text(json.dumps({"state": state, "time": round(time.time(), 3), **more}) + "\n")
 
 
 def take_run_folder(config: RunConfig) -> IO[str]:
@@ -186,21 +187,6 @@ def take_run_folder(config: RunConfig) -> IO[str]:
         return lock
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
-
-
-def hold(folder: Path) -> IO[str]:
-    """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
-    lock = open(folder / ".lock", "w")  # noqa: SIM115  it is the lock
-    for attempt in range(10):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            # Of a process that was just killed, perhaps.
-            time.sleep(0.5 if attempt < 9 else 0)
-        except OSError:
-            return lock  # a file system without locks
-    raise ValueError(f"run.dir={folder}: another run works there; wait for it, or give another run.dir or run.name")
 
 
 def environment() -> dict[str, Any]:
@@ -225,8 +211,13 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with -dirty if it was changed; None where this is no checkout or there is no git."""
+    """The commit of this checkout, with -dirty if it was changed; None where this is no checkout or there is no git.
+
+    Of code that `launch.slurm` has put into a run folder, that of the checkout it came from.
+    """
     checkout = Path(__file__).parent.parent
+    if (checkout / "COMMIT").exists():
+        return (checkout / "COMMIT").read_text().strip()
     if not (checkout / ".git").exists() or shutil.which("git") is None:
         return None
     git = subprocess.run(["git", "-C", str(checkout), "describe", "--always", "--dirty"], capture_output=True, text=True)

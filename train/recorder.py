@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from configs.run_folder import read_metrics
 from mone_model.accounting import count_flops
 from mone_model.gpt import moe_layers
 from mone_model.loss_record import LossRecord, reduce_losses
@@ -24,7 +25,7 @@ from mone_model.neuron_stats import NeuronUsage, reduce_counters, summarise_expe
 from train import figures
 from train.config import RunConfig
 from train.engines.base import StepResult
-from train.metrics import MetricsWriter, format_line, read_metrics
+from train.metrics import MetricsWriter, format_line
 from train.runtime import Runtime
 
 

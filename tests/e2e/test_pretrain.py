@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.run_folder import hold, read_metrics
 from tests.conftest import ROOT
 from tests.tiny import make_shards
-from train.metrics import read_metrics
-from train.pretrain import hold
 
 STEPS = 8
 OPTIONS = [

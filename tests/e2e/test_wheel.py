@@ -62,6 +62,7 @@ def test_pretrain_trains_from_the_wheel(site: Path) -> None:
     [
         ("mone-pretrain", "model.activation_ratio"),
         ("mone-plan", "cluster.gpu"),
+        ("mone-slurm", "launch.nodes"),
         ("mone-sample", "max_new_tokens"),
         ("mone-tokenizer", "vocab_size"),
         ("mone-tokenize", "shard_tokens"),

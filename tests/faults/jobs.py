@@ -21,10 +21,10 @@ from typing import Any
 
 import psutil
 
+from configs.run_folder import read_metrics, read_status
 from tests.conftest import ROOT
 from tests.e2e.test_pretrain import OPTIONS as TINY
 from tests.tiny import make_shards
-from train.metrics import read_metrics
 
 STEPS = 8
 METRICS = ("train/loss", "train/grad_norm", "validation/loss", "train/tokens")
@@ -193,9 +193,7 @@ def differences(folder: Path, name: str, reference: str = UNDISTURBED) -> list[s
 
 def status(folder: Path, name: str) -> dict[str, Any]:
     """What status.json says."""
-    found = json.loads((folder / "runs" / name / "status.json").read_text())
-    assert isinstance(found, dict)
-    return found
+    return read_status(folder / "runs" / name)
 
 
 def checkpoints(folder: Path, name: str) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from configs.run_folder import read_metrics
 from tests.faults.jobs import (
     STEPS,
     UNDISTURBED,
@@ -26,7 +27,6 @@ from tests.faults.jobs import (
 from tests.faults.rounds import Round, play
 from tests.faults.wandb_server import Server
 from tests.tiny import make_shards
-from train.metrics import read_metrics
 
 FEW_SAVES = "checkpoint.interval=4"
 HUNG = ("run.timeout_minutes=0.3", "checkpoint.interval=0")

@@ -1,0 +1,69 @@
+"""What lies in the folder of a run, for every command that reads it; imports no torch.
+
+status = read_status(folder)          # {"state": "stopped", "step": 100, "reason": "SIGNAL", ...}
+records = read_metrics(folder)        # [{"step": 5, "train/loss": 7.9, ...}, ...]
+with hold(folder): ...                # nobody else trains there
+"""
+
+import fcntl
+import json
+import time
+from pathlib import Path
+from typing import IO, Any
+
+METRICS_FILE = "metrics.jsonl"
+STATUS_FILE = "status.json"
+LOCK_FILE = ".lock"
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run last said of itself; {} if nothing.
+
+    state: running, complete, stopped (in good order, the same command continues) or failed; time: in seconds since 1970;
+    step and reason where there are any; exit_code of what failed.
+    """
+    path = folder / STATUS_FILE
+    found = json.loads(path.read_text()) if path.exists() else {}
+    assert isinstance(found, dict)
+    return found
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run so far; a last line cut short by a kill is left out."""
+    path = folder / METRICS_FILE
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def hold(folder: Path) -> IO[str]:
+    """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
+    lock = open(folder / LOCK_FILE, "w")  # noqa: SIM115  it is the lock
+    for attempt in range(10):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        except BlockingIOError:
+            # Of a process that was just killed, perhaps.
+            time.sleep(0.5 if attempt < 9 else 0)
+        except OSError:
+            return lock  # a file system without locks
+    raise ValueError(f"run.dir={folder}: another run works there; wait for it, or give another run.dir or run.name")
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a process on a machine that shares this file system's locks trains there now."""
+    if not (folder / LOCK_FILE).exists():
+        return False
+    with open(folder / LOCK_FILE) as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass  # a file system without locks
+    return False

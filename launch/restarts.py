@@ -1,0 +1,112 @@
+"""What a Slurm job does about its end: nothing, if the run is complete; else it queues itself again, unless that is in vain.
+
+    python -m launch.restarts begin runs/mine/launch          # at the start of each attempt
+    python -m launch.restarts end runs/mine/launch 1          # with the exit code of its training
+
+attempts.jsonl beside the frozen configuration has a line for each attempt's end. Imports no torch: before a pre-emption
+seconds count.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from configs.run_folder import read_metrics, read_status
+
+ATTEMPTS = "attempts.jsonl"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one start of the job ended."""
+
+    job: str
+    restart: int
+    """0 for the first start."""
+    time: float
+    """Of the end, in seconds since 1970."""
+    outcome: str
+    """complete, stopped (in good order, to be continued) or failed."""
+    step: int
+    """The last step on record."""
+    reason: str
+    """Why, in words."""
+    requeued: bool
+    """Whether the job was queued again."""
+
+
+def main() -> None:
+    """Exit code 0 if the run is complete or goes on, else 1."""
+    verb, folder = sys.argv[1], Path(sys.argv[2])
+    if verb == "begin":
+        (folder / "began").write_text(str(time.time()))
+        return
+    attempt = judge(
+        folder,
+        job=os.environ["SLURM_JOB_ID"],
+        restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        code=int(sys.argv[3]),
+        runs=_runs(os.environ["SLURM_JOB_ID"]),
+    )
+    with open(folder / ATTEMPTS, "a") as file:
+        file.write(json.dumps(asdict(attempt)) + "\n")
+    print(f"== {attempt.outcome} at step {attempt.step}: {attempt.reason}", flush=True)
+    if attempt.requeued:
+        print("== queued again", flush=True)
+        subprocess.run(["scontrol", "requeue", attempt.job], check=True)
+    sys.exit(0 if attempt.requeued or attempt.outcome == "complete" else 1)
+
+
+def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Attempt:
+    """What this attempt came to; code: exit code of its training, runs: whether Slurm still lets the job run."""
+    run = folder.parent
+    options = OmegaConf.load(folder / "launch.yaml")
+    status = read_status(run)
+    if status.get("time", 0.0) < float((folder / "began").read_text()):
+        status = {}  # of an earlier attempt
+    records = read_metrics(run)
+    state, step = status.get("state"), records[-1]["step"] if records else 0
+    outcome, again, reason = "failed", True, f"training ended with exit code {code}"
+    if state == "complete":
+        outcome, again, reason = "complete", False, "all steps are done"
+    elif state == "stopped":
+        outcome, again = "stopped", status["reason"] in ("SIGNAL", "TIME")
+        reason = {"SIGNAL": "asked to stop", "TIME": "run.time_limit is near", "STEP": "run.stop_at_step"}[status["reason"]]
+    elif state == "failed":
+        reason = status["reason"]
+        again = status["exit_code"] not in (2, 3)
+    if not again:
+        return Attempt(job, restart, time.time(), outcome, step, reason, False)
+    earlier = read_attempts(folder)
+    if not runs:
+        again, reason = False, f"{reason}; Slurm has ended the job"
+    elif restart >= options.max_requeues:
+        again, reason = False, f"{reason}; launch.max_requeues={options.max_requeues} is reached"
+    elif outcome == "failed" and earlier and (earlier[-1].outcome, earlier[-1].step) == ("failed", step):
+        again, reason = False, f"{reason}; the attempt before failed at the same step: not tried again"
+    return Attempt(job, restart, time.time(), outcome, step, reason, again)
+
+
+def read_attempts(folder: Path) -> list[Attempt]:
+    """All ended attempts of the jobs of a run, in order; folder: the run's `launch`."""
+    path = folder / ATTEMPTS
+    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _runs(job: str) -> bool:
+    """Whether Slurm has the job as running. Else it was cancelled, or Slurm itself queues it again.
+
+    In the grace time of a pre-emption it still runs; if nothing is asked for then, it ends for good.
+    """
+    shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
+    return "JobState=RUNNING" in shown.stdout
+
+
+if __name__ == "__main__":
+    main()

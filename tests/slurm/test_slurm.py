@@ -1,0 +1,206 @@
+"""Jobs on a real Slurm of two nodes: submitted, stopped, pre-empted, cancelled, hurt; each ends as the undisturbed one."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from configs.run_folder import read_status
+from launch.restarts import Attempt, read_attempts
+from tests.conftest import ROOT
+from tests.faults.jobs import OPTIONS, differences, make_data, recorded
+from tests.slurm.cluster import Slurm, cluster, why_not
+from tests.tiny import make_shards
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+STEPS = 30
+LAUNCH = ("launch.nodes=2", "launch.gpus_per_node=0", "launch.processes_per_node=1", "launch.time=10")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    with cluster(tmp_path_factory.mktemp("slurm") / "cluster") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jobs")
+    make_data(folder)
+    return folder
+
+
+def submit(folder: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    data = "data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]"
+    run = [*OPTIONS, f"training.steps={STEPS}", "evaluation.interval=0", "checkpoint.interval=0"]
+    return subprocess.run(
+        [sys.executable, "-m", "launch.slurm", data, f"run.name={name}", *run, *LAUNCH, *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def submitted(folder: Path, name: str, *options: str) -> str:
+    """The number of the job."""
+    done = submit(folder, name, *options)
+    found = re.match(r"job (\d+): 2 processes on 2 nodes", done.stdout)
+    assert found, done.stdout + done.stderr
+    return found[1]
+
+
+def until(what: Callable[[], object], log: Path, seconds: float = 180) -> None:
+    began = time.monotonic()
+    while not what():
+        assert time.monotonic() - began < seconds, log.read_text() if log.exists() else "no log"
+        time.sleep(0.1)
+
+
+def log_of(folder: Path, name: str) -> Path:
+    return folder / "runs" / name / "launch/log.txt"
+
+
+def wait_for_step(folder: Path, name: str, step: int) -> None:
+    until(lambda: max(recorded(folder / "runs" / name, "train/loss"), default=0) >= step, log_of(folder, name))
+
+
+def attempts(folder: Path, name: str) -> list[Attempt]:
+    return read_attempts(folder / "runs" / name / "launch")
+
+
+def outcomes(folder: Path, name: str) -> list[tuple[str, bool]]:
+    return [(attempt.outcome, attempt.requeued) for attempt in attempts(folder, name)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm: Slurm, folder: Path) -> str:
+    job = submitted(folder, "undisturbed")
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(folder, "undisturbed").read_text()
+    return job
+
+
+def test_a_job_trains_on_both_nodes_with_the_code_and_config_of_its_submission(
+    slurm: Slurm, folder: Path, undisturbed: str
+) -> None:
+    run = folder / "runs/undisturbed"
+    assert "NodeList=n[1-2]" in slurm.shown(undisturbed)
+    assert outcomes(folder, "undisturbed") == [("complete", False)]
+    assert f"step {STEPS}/{STEPS}" in log_of(folder, "undisturbed").read_text()
+    environment = (run / "environment.json").read_text()
+    assert '"world_size": 2' in environment
+    assert str(run / "launch") in environment
+    for package in ("configs", "train", "mone_model"):
+        assert (run / "launch/code" / package / "__init__.py").read_bytes() == (ROOT / package / "__init__.py").read_bytes()
+
+
+def test_before_a_pre_emption_it_saves_and_afterwards_continues(slurm: Slurm, folder: Path, undisturbed: str) -> None:
+    job = submitted(folder, "preempted")
+    wait_for_step(folder, "preempted", 5)
+    wrap = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    other = subprocess.run(wrap, capture_output=True, text=True, check=True).stdout.strip()
+    slurm.wait(other, "COMPLETED")
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(folder, "preempted").read_text()
+    first, *_, last = attempts(folder, "preempted")
+    assert (first.outcome, first.requeued, first.reason) == ("stopped", True, "asked to stop")
+    assert 5 <= first.step < STEPS
+    assert (last.outcome, last.restart) == ("complete", 1)
+    log = log_of(folder, "preempted").read_text()
+    assert log.index("asked to stop") < log.index(f"resumed from runs/preempted/checkpoints/step-{first.step:08d}")
+    assert differences(folder, "preempted") == []
+
+
+def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(slurm: Slurm, folder: Path) -> None:
+    # Slurm's limits are whole minutes; told so early, the first start has some seconds for training.
+    job = submitted(folder, "endless", "training.steps=100000", "launch.time=1", "launch.save_seconds=25")
+    until(lambda: attempts(folder, "endless"), log_of(folder, "endless"))
+    (first,) = attempts(folder, "endless")
+    assert (first.outcome, first.requeued) == ("stopped", True)
+    subprocess.run(["scontrol", "update", f"JobId={job}", "TimeLimit=10"], check=True)
+    slurm.wait(job, "RUNNING")
+    log = log_of(folder, "endless")
+    until(lambda: "resumed from runs/endless/checkpoints" in log.read_text(), log)
+    wait_for_step(folder, "endless", first.step + 3)
+    again = submit(folder, "endless")
+    assert (again.returncode, f"job {job} works there" in again.stderr) == (2, True)
+    subprocess.run(["scancel", job], check=True)
+    assert slurm.wait(job, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
+    until(lambda: read_status(folder / "runs/endless")["state"] == "stopped", log)
+    time.sleep(3)
+    assert slurm.state(job) == "CANCELLED", "a cancelled job does not come back"
+
+
+def test_a_killed_worker_costs_a_restart_within_the_job_then_one_of_the_job(
+    slurm: Slurm, folder: Path, undisturbed: str
+) -> None:
+    job = submitted(folder, "hurt", "checkpoint.interval=10", "launch.max_restarts=0")
+    wait_for_step(folder, "hurt", 15)
+
+    def of_the_job(process: psutil.Process) -> bool:
+        try:
+            environment = process.environ()
+        except psutil.Error:
+            return False
+        return environment.get("SLURM_JOB_ID") == job and environment.get("RANK") == "1"
+
+    victim = next(process for process in psutil.process_iter() if of_the_job(process))
+    victim.kill()
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(folder, "hurt").read_text()
+    assert outcomes(folder, "hurt") == [("failed", True), ("complete", False)]
+    assert differences(folder, "hurt") == []
+
+
+def test_what_fails_at_the_same_step_again_is_given_up(slurm: Slurm, folder: Path) -> None:
+    make_shards(folder / "c", name="c")
+    job = submitted(folder, "hopeless", "data.blend=[{path: c}]")
+    shutil.rmtree(folder / "c")
+    assert slurm.wait(job, "COMPLETED", "FAILED") == "FAILED"
+    assert outcomes(folder, "hopeless") == [("failed", True), ("failed", False)]
+    assert "failed at the same step: not tried again" in log_of(folder, "hopeless").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["parallel.expert=3"], "must divide the number of processes, 2"),
+        (["data.blend=[{path: nowhere}]"], "nowhere"),
+        (["launch.processes_per_node=null"], "launch.gpus_per_node=0: without GPUs say how many processes"),
+        (["launch.save_seconds=601"], "leaves no time for training within launch.time=10 (600 seconds)"),
+        (["launch.time=soon"], "launch.time=soon: must be as Slurm writes it"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_is_queued(folder: Path, options: list[str], message: str) -> None:
+    done = submit(folder, "refused", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (folder / "runs/refused").exists()
+
+
+def test_what_slurm_refuses_is_told(slurm: Slurm, folder: Path) -> None:
+    done = submit(folder, "lost", "launch.partition=nowhere")
+    assert done.returncode == 1
+    assert "invalid partition specified" in done.stderr
+
+
+def test_every_value_reaches_slurm_and_the_job_as_it_was_written(slurm: Slurm, folder: Path) -> None:
+    awkward = """it's "a" $HOME `id` #1 \\ %j"""
+    override = "'" + awkward.replace("'", "\\'") + "'"
+    shown = submit(folder, f"{override}", "run.dir=runs/awkward", f"+launch.environment.MARK={override}", "--dry-run")
+    assert shown.returncode == 0, shown.stderr
+    assert not (folder / "runs/awkward").exists()
+    (export,) = [line for line in shown.stdout.splitlines() if line.startswith("export MARK=")]
+    assert shlex.split(export)[1] == f"MARK={awkward}"
+    script = "\n".join(line for line in shown.stdout.splitlines() if line.startswith(("#!", "#SBATCH")))
+    held = ["sbatch", "--parsable", "--hold"]
+    job = subprocess.run(held, input=script + "\n", capture_output=True, text=True, check=True).stdout.strip()
+    assert f"JobName={awkward} UserId" in slurm.shown(job)
+    subprocess.run(["scancel", job], check=True)
