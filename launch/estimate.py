@@ -1,6 +1,6 @@
 """What a configuration will need on a cluster: memory, messages, time.
 
-estimate = estimate_run(config, cluster)      # .memory .fits .sent .seconds_per_step .hours
+estimate = estimate_run(config, cluster)      # .memory .fits .sent .sent_seconds .compute_seconds
 estimates = propose(config, cluster)          # other layouts that fit, the fastest first
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launch.cluster import ClusterConfig
-from mone_model.accounting import Memory, Sent, count_communication, count_flops, estimate_memory
+from mone_model.accounting import Memory, Sent, count_communication, count_flops
 from mone_model.config import ComputeConfig, ParallelConfig
 from train.config import RunConfig, TrainingConfig
 from train.validation import validate
@@ -49,20 +49,15 @@ def estimate_run(config: RunConfig, cluster: ClusterConfig) -> Estimate:
     """Estimate a configuration that `check_run` has accepted."""
     model, parallel, compute = config.model, config.parallel, config.compute
     world, micro_batches = cluster.world_size, config.micro_batches(cluster.world_size)
-    shards_optimizer = config.deepspeed.zero_stage > 0 if config.engine == "deepspeed" else parallel.distributed_optimizer
-    layout = {
-        "micro_batch_size": config.training.micro_batch_size,
-        "data_parallel_size": config.data_parallel_size(world),
-        "micro_batches": micro_batches,
-    }
-    memory = estimate_memory(
+    memory = config.estimate_memory(world, fused=uses_transformer_engine(config, cluster))
+    sent = count_communication(
         model,
-        dataclasses.replace(parallel, distributed_optimizer=shards_optimizer),
+        parallel,
         compute,
-        fused=uses_transformer_engine(config, cluster),
-        **layout,
+        micro_batch_size=config.training.micro_batch_size,
+        data_parallel_size=config.data_parallel_size(world),
+        micro_batches=micro_batches,
     )
-    sent = count_communication(model, parallel, compute, **layout)
     flops = 3 * count_flops(model).dense * config.training.global_batch_size * model.seq_length
     rate = world * cluster.tflops(compute.precision) * 1e12 * cluster.mfu
     recomputed = {"none": 1.0, "selective": 1.1, "full": 4 / 3}[compute.recompute]

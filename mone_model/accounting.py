@@ -119,15 +119,8 @@ def estimate_memory(
     micro-batches as there are stages, with virtual stages a little more; the last stage those of one, and the logits:
     the larger counts. Not in it: what the allocator and the communication libraries keep for themselves.
     """
-    parameters = count_parameters(model)
     stage = parallel.pipeline
-    embedding = model.padded_vocab_size * model.hidden_size * (2 if stage == 1 and not model.tie_embeddings else 1)
-    all_embeddings = model.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    # Norms and routers are whole on every tensor-parallel rank.
-    replicated = _norms(model) + model.num_layers * model.num_experts * model.hidden_size
-    split = parameters.total - parameters.experts - all_embeddings - replicated
-    dense = (embedding + split / stage) / parallel.tensor + replicated / stage
-    experts = parameters.experts / (stage * parallel.expert * parallel.expert_tensor)
+    dense, experts = _rank_weights(model, parallel)
     weight_bytes = 2 if compute.precision == "bf16" else 4
     state_bytes = 12 if compute.precision == "bf16" else 8
     dense_replicas = data_parallel_size * parallel.context if parallel.distributed_optimizer else 1
@@ -143,10 +136,8 @@ def estimate_memory(
     )
     # Megatron-Core's interleaved schedule begins (stages - 1) chunks of layers more.
     held = stage if parallel.virtual_pipeline is None else stage + (stage - 1) / parallel.virtual_pipeline
-    first, last = (
-        layers * every_layer * min(held, micro_batches or held),
-        layers * every_layer + _loss_activations(model, parallel, compute, tokens, fused),
-    )
+    first = layers * every_layer * min(held, micro_batches or held)
+    last = layers * every_layer + _loss_activations(model, parallel, compute, tokens, fused)
     logits_gradient = tokens * model.padded_vocab_size * (4 + weight_bytes) / parallel.tensor
     return Memory(
         weights=round(weight_bytes * (dense + experts)),
@@ -155,6 +146,19 @@ def estimate_memory(
         activations=round(last if stage == 1 else max(first, last)),
         working=round(max(logits_gradient if stage == 1 or last > first else 0, recomputed)),
     )
+
+
+def _rank_weights(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:
+    """Weights of a rank of the first pipeline stage: those of routed experts apart."""
+    parameters = count_parameters(model)
+    stage = parallel.pipeline
+    embedding = model.padded_vocab_size * model.hidden_size * (2 if stage == 1 and not model.tie_embeddings else 1)
+    all_embeddings = model.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    # Norms and routers are whole on every tensor-parallel rank.
+    replicated = _norms(model) + model.num_layers * model.num_experts * model.hidden_size
+    split = parameters.total - parameters.experts - all_embeddings - replicated
+    dense = (embedding + split / stage) / parallel.tensor + replicated / stage
+    return dense, parameters.experts / (stage * parallel.expert * parallel.expert_tensor)
 
 
 def _layer_activations(
@@ -239,10 +243,7 @@ def count_communication(
     tensor, expert, pipeline = parallel.tensor, parallel.expert * parallel.expert_tensor, parallel.pipeline
     dense_ranks = data_parallel_size * parallel.context
     stage = dense_ranks * tensor
-    held = (
-        estimate_memory(model, parallel, compute, micro_batch_size=1, data_parallel_size=data_parallel_size).weights // item
-    )
-    experts = count_parameters(model).experts // (pipeline * expert)
+    dense, experts = _rank_weights(model, parallel)
     layers = model.num_layers // pipeline
     residual = micro_batches * micro_batch_size * model.seq_length // parallel.context * width * item
     rows = residual // tensor * model.router_topk
@@ -272,15 +273,15 @@ def count_communication(
             stage * pipeline,
             2 * residual // tensor * (parallel.virtual_pipeline or 1),
         ),
-        "data": Sent(dense_ranks, stage, _reduced(held - experts, dense_ranks, item)),
+        "data": Sent(dense_ranks, stage, _reduced(dense, dense_ranks, item)),
         "expert data": Sent(stage // expert, stage, _reduced(experts, stage // expert, item)),
     }
     return {name: part for name, part in sent.items() if part.ranks > 1}
 
 
-def _reduced(weights: int, ranks: int, item: int) -> int:
+def _reduced(weights: float, ranks: int, item: int) -> int:
     """Bytes to reduce fp32 gradients to their owners, and to gather the new weights (or all gradients) from them."""
-    return round(weights * (4 + item) * (ranks - 1) / max(1, ranks))
+    return round(weights * (4 + item) * (ranks - 1) / ranks)
 
 
 def _recomputes_moe(compute: ComputeConfig) -> bool:

@@ -6,13 +6,14 @@ validate(config, world_size)              # train.validation: every rule that sp
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mone_model.accounting import Memory, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 
 TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
@@ -290,6 +291,20 @@ class RunConfig:
     def micro_batches(self, world_size: int) -> int:
         """Micro-batches of one optimizer step on each rank."""
         return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
+
+    def estimate_memory(self, world_size: int, *, fused: bool) -> Memory:
+        """Bytes on the fullest rank; fused: with Transformer Engine's layers."""
+        zero = self.engine == "deepspeed"
+        shares = self.deepspeed.zero_stage > 0 if zero else self.parallel.distributed_optimizer
+        return estimate_memory(
+            self.model,
+            replace(self.parallel, distributed_optimizer=shares),
+            self.compute,
+            micro_batch_size=self.training.micro_batch_size,
+            data_parallel_size=self.data_parallel_size(world_size),
+            micro_batches=self.micro_batches(world_size),
+            fused=fused,
+        )
 
 
 ConfigStore.instance().store(name="run_config", node=RunConfig)

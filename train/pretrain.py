@@ -7,7 +7,6 @@ Compose, validate, build, run, report.
 """
 
 import contextlib
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -226,22 +225,13 @@ def commit() -> str | None:
 
 def describe_run(config: RunConfig, world_size: int) -> str:
     """What is about to run, in a few lines."""
-    from mone_model.accounting import count_flops, count_parameters, estimate_memory
+    from mone_model.accounting import count_flops, count_parameters
     from mone_model.layer_spec import uses_transformer_engine
 
     model, parallel, training = config.model, config.parallel, config.training
     parameters, flops = count_parameters(model), count_flops(model)
     tokens = training.steps * training.global_batch_size * model.seq_length
-    shards_optimizer = config.deepspeed.zero_stage > 0 if config.engine == "deepspeed" else parallel.distributed_optimizer
-    memory = estimate_memory(
-        model,
-        dataclasses.replace(parallel, distributed_optimizer=shards_optimizer),
-        config.compute,
-        micro_batch_size=training.micro_batch_size,
-        data_parallel_size=config.data_parallel_size(world_size),
-        micro_batches=config.micro_batches(world_size),
-        fused=uses_transformer_engine(config.compute),
-    )
+    memory = config.estimate_memory(world_size, fused=uses_transformer_engine(config.compute))
     return "\n".join(
         [
             f"model     {parameters.total / 1e6:.1f}M parameters, {parameters.active / 1e6:.1f}M active; "

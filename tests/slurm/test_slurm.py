@@ -139,9 +139,7 @@ def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(s
     assert slurm.state(job) == "CANCELLED", "a cancelled job does not come back"
 
 
-def test_a_killed_worker_costs_a_restart_within_the_job_then_one_of_the_job(
-    slurm: Slurm, folder: Path, undisturbed: str
-) -> None:
+def test_a_killed_worker_costs_a_restart_of_the_job(slurm: Slurm, folder: Path, undisturbed: str) -> None:
     job = submitted(folder, "hurt", "checkpoint.interval=10", "launch.max_restarts=0")
     wait_for_step(folder, "hurt", 15)
 

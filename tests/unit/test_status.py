@@ -1,11 +1,11 @@
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 from configs.run_folder import hold
 from launch.status import main
+
+Call = Callable[..., tuple[int, str, str]]
 
 
 def made(run: Path, state: str, **more: object) -> Path:
@@ -18,13 +18,7 @@ def made(run: Path, state: str, **more: object) -> Path:
     return run
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    monkeypatch.setattr(sys, "argv", ["status", *map(str, arguments)])
-    main()
-    return capsys.readouterr().out
-
-
-def test_a_line_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_a_run(tmp_path: Path, call_main: Call) -> None:
     alive, killed = made(tmp_path / "alive", "running"), made(tmp_path / "killed", "running")
     stopped = made(tmp_path / "stopped", "stopped", reason="SIGNAL")
     attempts = [{"job": "7", "restart": n, "time": 1.0, "outcome": "failed", "step": 3, "reason": "", "requeued": n == 0}
@@ -32,8 +26,8 @@ def test_a_line_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     (stopped / "launch").mkdir()
     (stopped / "launch/attempts.jsonl").write_text("".join(json.dumps(attempt) + "\n" for attempt in attempts))
     with hold(alive):
-        out = shown(monkeypatch, capsys, "--json", alive, killed, stopped)
-        table = shown(monkeypatch, capsys, alive, killed, stopped)
+        _, out, _ = call_main(main, "--json", str(alive), str(killed), str(stopped))
+        _, table, _ = call_main(main, str(alive), str(killed), str(stopped))
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["state"] for row in rows] == ["running", "ended without a word", "stopped"]
     assert [row["restarts"] for row in rows] == [0, 0, 1]
@@ -43,9 +37,7 @@ def test_a_line_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "3.2500" in table.splitlines()[1]
 
 
-def test_what_is_no_run_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        shown(monkeypatch, capsys, tmp_path / "nothing")
-    assert "nothing: no run there" in capsys.readouterr().err
+def test_what_is_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
+    code, _, error = call_main(main, str(tmp_path / "nothing"))
+    assert code == 2
+    assert "nothing: no run there" in error
