@@ -3,6 +3,7 @@
     parameters = count_parameters(model)          # .total .active .active_expert_params
     flops = count_flops(model)                    # .dense .sparse, forward, per token
     memory = estimate_memory(model, parallel, compute, micro_batch_size=4, data_parallel_size=8)
+    width = equal_active_width(160, 0.25)         # 320 neurons of which 80 are kept cost a token what 160 dense ones do
     parts = count_communication(model, parallel, compute, micro_batch_size=4, ...)  # bytes sent, by parallel dimension
 
 Symbols: D hidden_size, H neurons of an expert, K kept, E experts, r router_topk, S shared neurons, V padded vocabulary,
@@ -49,6 +50,14 @@ def count_parameters(model: ModelConfig) -> Parameters:
         active_experts=active_experts,
         active_expert_params=(1 + 2 * kept / neurons) / 3,
     )
+
+
+def equal_active_width(dense_neurons: int, activation_ratio: float) -> int:
+    """Neurons H of an expert of which a token touches as many weights as of a dense one with `dense_neurons` N.
+
+    H + 2 K = 3 N with K = activation_ratio H, so H = 3 N / (1 + 2 activation_ratio), to the nearest multiple of 8.
+    """
+    return max(8, 8 * round(3 * dense_neurons / (1 + 2 * activation_ratio) / 8))
 
 
 @dataclass(frozen=True)

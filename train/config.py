@@ -13,7 +13,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mone_model.accounting import Memory, estimate_memory
+from mone_model.accounting import Memory, equal_active_width, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 
 TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
@@ -251,6 +251,8 @@ class LoggingConfig:
     """W&B project."""
     wandb_entity: str | None = None
     """W&B team or user; null: the default of the login."""
+    wandb_group: str | None = None
+    """Runs of one group are shown together; null: none. A sweep sets its own name."""
 
     def __post_init__(self) -> None:
         modes = ("offline", "online", "disabled")
@@ -308,6 +310,8 @@ class RunConfig:
 
 
 ConfigStore.instance().store(name="run_config", node=RunConfig)
+# For experiments: moe_ffn_hidden_size: ${equal_active_width:160,${model.activation_ratio}}
+OmegaConf.register_new_resolver("equal_active_width", equal_active_width, replace=True)
 
 
 def load_config(config: DictConfig) -> RunConfig:

@@ -113,6 +113,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             project=config.logging.wandb_project,
             entity=config.logging.wandb_entity,
             name=config.run.name,
+            group=config.logging.wandb_group,
             dir=str(folder),
             id=run_id,
             resume="allow" if run_id else None,
