@@ -17,11 +17,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 Options = TypeVar("Options")
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 class ReportedError(Exception):
@@ -58,13 +60,13 @@ def typed(config: DictConfig, kind: type[Options]) -> Options:
     return options
 
 
-def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Turn a ReportedError into `error: <message>` on stderr and its exit code; others are our mistakes."""
 
     @functools.wraps(main)
-    def run(config: DictConfig) -> None:
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         try:
-            main(config)
+            return main(*args, **kwargs)
         except ReportedError as error:
             # Every process of a distributed job finds the same; one says it.
             if os.environ.get("RANK", "0") == "0":
@@ -77,10 +79,10 @@ def reporting_errors(main: Callable[[DictConfig], None]) -> Callable[[DictConfig
     return run
 
 
-def options_help(name: str) -> str:
-    """One paragraph per option of the dataclass with the dotted `name`: option=default and its docstring."""
+def options_help(name: str, prefix: str = "") -> str:
+    """One paragraph per option of the dataclass with the dotted `name`: prefix, option=default and its docstring."""
     module, _, kind = name.rpartition(".")
-    text = "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), ""))
+    text = "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), prefix))
     return text.replace("$", "$$")  # Hydra's help is a string.Template
 
 

@@ -2,15 +2,21 @@
 
 status = read_status(folder)          # {"state": "stopped", "step": 100, "reason": "SIGNAL", ...}
 records = read_metrics(folder)        # [{"step": 5, "train/loss": 7.9, ...}, ...]
+options = read_config(folder)         # {"model.activation_ratio": 0.25, ...}
+folders = find_runs([Path("runs")])   # those that hold runs, also within sweeps
 with hold(folder): ...                # nobody else trains there
 """
 
 import fcntl
 import json
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from omegaconf import OmegaConf
+
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
@@ -38,6 +44,42 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The run's composed options by their names on the command line; {} if it has not begun."""
+    path = folder / CONFIG_FILE
+    return flat(OmegaConf.to_container(OmegaConf.load(path))) if path.exists() else {}  # type: ignore[arg-type]
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names; lists stay as they are."""
+    options: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and len(value) > 0
+        options |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return options
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """These folders where they hold runs, else the runs in their subfolders, such as the points of a sweep.
+
+    ValueError for one without any.
+    """
+    found = []
+    for folder in folders:
+        runs = _runs_within(folder)
+        if not runs:
+            raise ValueError(f"{folder}: no run there (a run's folder has {CONFIG_FILE})")
+        found += runs
+    return found
+
+
+def _runs_within(folder: Path) -> list[Path]:
+    if (folder / CONFIG_FILE).exists() or (folder / "launch").exists():
+        return [folder]
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    return [run for subfolder in subfolders for run in _runs_within(subfolder)]
 
 
 def hold(folder: Path) -> IO[str]:

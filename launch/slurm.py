@@ -9,7 +9,6 @@ The configuration is composed and checked for that many processes before anythin
 
 import re
 import shlex
-import shutil
 import string
 import subprocess
 import sys
@@ -18,133 +17,24 @@ from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, reporting_errors
 from data_prep.files import writing
+from launch.frozen import freeze
+from launch.options import SlurmOptions
 from mone_model.config import check
-from train.config import RunConfig, describe
-from train.pretrain import commit, prepare
-
-PACKAGES = ("configs", "data_prep", "launch", "mone_model", "train")
-TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<parts>\d+(?::\d+){0,2})")
-FROZEN = """# Composed and checked by launch.slurm; the job runs exactly this. Code: ./code, commit {commit}.
-defaults:
-  - run_config
-  - _self_
-  - override hydra/job_logging: none
-  - override hydra/hydra_logging: none
-hydra:
-  run:
-    dir: .
-  output_subdir: null
-{config}"""
-
-
-@dataclass
-class LaunchSection:
-    """What is asked of Slurm."""
-
-    nodes: int = 1
-    """Machines."""
-    gpus_per_node: int = 8
-    """GPUs on each, and processes; 0 on a cluster without GPUs."""
-    processes_per_node: int | None = None
-    """Processes on each machine; null: one for each GPU."""
-    cpus_per_node: int | None = None
-    """Cores on each machine for the job; null: what the cluster gives."""
-    memory_per_node: str | None = None
-    """Host memory on each machine, e.g. 500G, or 0 for all of it; null: what the cluster gives."""
-    time: str = "24:00:00"
-    """Time limit of one start, as Slurm writes it; the job queues itself again before it."""
-    save_seconds: int = 300
-    """How long before the time limit the run saves and leaves: several times what a step and a checkpoint take."""
-    max_requeues: int = 50
-    """How often the job queues itself again, at most."""
-    max_restarts: int = 1
-    """How often crashed processes are started again within the job; after that the job is queued again."""
-    partition: str | None = None
-    """Partition; null: the cluster's default."""
-    account: str | None = None
-    """Account that pays."""
-    qos: str | None = None
-    """Quality of service."""
-    constraint: str | None = None
-    """Features of nodes, e.g. 'h100&ib'."""
-    container: str | None = None
-    """Container image, started by the pyxis plugin; it must have Python and our dependencies."""
-    container_mounts: list[str] = field(default_factory=list)
-    """Folders that the container sees, as SOURCE:TARGET; add those of the runs and of the data."""
-    modules: list[str] = field(default_factory=list)
-    """Environment modules to load."""
-    environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the training processes, e.g. +launch.environment.NCCL_SOCKET_IFNAME=eth0."""
-    setup: list[str] = field(default_factory=list)
-    """Lines of bash for the job script, as they are, before the training starts, e.g. 'launch.setup=["ulimit -n 65536"]'."""
-    sbatch: list[str] = field(default_factory=list)
-    """More options for sbatch, e.g. '[--exclusive, --reservation=mine]'."""
-    python: str = sys.executable
-    """The interpreter on the nodes."""
-    dry_run: bool = False
-    """Only print the job script, as --dry-run does."""
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "save_seconds"):
-            check(getattr(self, name) >= 1, f"launch.{name}", getattr(self, name), "must be at least 1")
-        for name in ("gpus_per_node", "max_requeues", "max_restarts"):
-            check(getattr(self, name) >= 0, f"launch.{name}", getattr(self, name), "must not be negative")
-        processes = self.processes_per_node
-        check(processes is None or processes >= 1, "launch.processes_per_node", processes, "must be null or at least 1")
-        check(
-            self.gpus_per_node > 0 or processes is not None,
-            "launch.gpus_per_node",
-            self.gpus_per_node,
-            "without GPUs say how many processes: launch.processes_per_node",
-        )
-        check(
-            TIME.fullmatch(self.time) is not None,
-            "launch.time",
-            self.time,
-            "must be as Slurm writes it: HH:MM:SS or D-HH:MM:SS",
-        )
-        check(
-            self.save_seconds < self.seconds,
-            "launch.save_seconds",
-            self.save_seconds,
-            f"leaves no time for training within launch.time={self.time} ({self.seconds} seconds)",
-        )
-        for name, value in self.environment.items():
-            check(name.isidentifier(), "launch.environment", name, "is no name of an environment variable")
-            check("\n" not in value, "launch.environment", name, "must be of one line")
-
-    @property
-    def seconds(self) -> int:
-        """`time` in seconds: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
-        match = TIME.fullmatch(self.time)
-        assert match is not None
-        if match["parts"] is None:
-            days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "h", "m", "s"))
-            return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-        parts = [int(part) for part in match["parts"].split(":")]
-        hours, minutes, seconds = {1: [0, *parts, 0], 2: [0, *parts], 3: parts}[len(parts)]
-        return (hours * 60 + minutes) * 60 + seconds
-
-    @property
-    def processes(self) -> int:
-        """Processes on each machine."""
-        return self.processes_per_node or self.gpus_per_node
-
-    @property
-    def world_size(self) -> int:
-        """Processes of the job."""
-        return self.nodes * self.processes
+from train.config import RunConfig
+from train.pretrain import prepare
 
 
 @dataclass
 class SlurmConfig(RunConfig):
     """A run, and what is asked of Slurm."""
 
-    launch: LaunchSection = field(default_factory=LaunchSection)
+    launch: SlurmOptions = field(default_factory=SlurmOptions)
 
 
 ConfigStore.instance().store(name="slurm_config", node=SlurmConfig)
@@ -163,31 +53,22 @@ class _JobScript(string.Template):
 @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="slurm")
 @reporting_errors
 def _submit(hydra_config: DictConfig) -> None:
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise UserError("--multirun: sweeps are started by `python -m train.pretrain --multirun hydra/launcher=slurm ...`")
     try:
-        launch = OmegaConf.to_object(hydra_config.launch)
-        assert isinstance(launch, LaunchSection)
-        on_gpus = launch.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
-        config, _, _ = prepare(hydra_config, launch.world_size, transformer_engine=on_gpus)
+        options = OmegaConf.to_object(hydra_config.launch)
+        assert isinstance(options, SlurmOptions)
+        config = check_run(hydra_config, options)
     except ValueError as error:
         raise UserError(str(error)) from error
-    assert isinstance(config, SlurmConfig)
-    script = job_script(config)
-    if launch.dry_run:
-        print(script, end="")
-        return
     folder = Path(config.run.dir) / "launch"
-    if active := active_job(folder):
+    if not options.dry_run and (active := active_job(folder)):
         raise UserError(f"run.dir={config.run.dir}: job {active} works there or waits to; `scancel {active}` ends it")
-    freeze(config, script)
-    submitted = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], capture_output=True, text=True)
-    if submitted.returncode != 0:
-        raise NotSubmitted(f"sbatch: {submitted.stderr.strip()} ({folder / 'job.sh'} is what it was given)")
-    job = submitted.stdout.strip().split(";")[0]
-    with writing(folder / "job") as temporary:
-        temporary.write_text(job + "\n")
-    print(f"job {job}: {launch.world_size} processes on {launch.nodes} nodes")
-    print(f"  {folder}/log.txt    what it prints, all its starts one after another")
-    print(f"  python -m launch.status {config.run.dir}")
+    job = submit(config, options)
+    if not options.dry_run:
+        print(f"job {job}: {options.world_size} processes on {options.nodes} nodes")
+        print(f"  {folder}/log.txt    what it prints, all its starts one after another")
+        print(f"  python -m launch.status {config.run.dir}")
 
 
 def main() -> None:
@@ -196,9 +77,39 @@ def main() -> None:
     _submit()
 
 
-def job_script(config: SlurmConfig) -> str:
+def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
+    """The typed configuration of a run, checked for the job's number of processes; ValueError for whatever is wrong."""
+    on_gpus = options.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
+    config, _, _ = prepare(hydra_config, options.world_size, transformer_engine=on_gpus)
+    check("\n" not in config.run.name, "run.name", repr(config.run.name), "must be of one line")
+    return config
+
+
+def submit(config: RunConfig, options: SlurmOptions) -> str:
+    """Freeze a checked run and submit its job; the job's number. With options.dry_run only print the job script.
+
+    UserError if the folder cannot be written, NotSubmitted if Slurm does not take the job.
+    """
+    script = job_script(config, options)
+    if options.dry_run:
+        print(script, end="")
+        return "not submitted"
+    folder = Path(config.run.dir) / "launch"
+    freeze(config, {"launch.yaml": OmegaConf.to_yaml(OmegaConf.structured(options)), "job.sh": script})
+    submitted = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], capture_output=True, text=True)
+    if submitted.returncode != 0:
+        raise NotSubmitted(f"sbatch: {submitted.stderr.strip()} ({folder / 'job.sh'} is what it was given)")
+    job = submitted.stdout.strip().split(";")[0]
+    with writing(folder / "job") as temporary:
+        temporary.write_text(job + "\n")
+    return job
+
+
+def job_script(config: RunConfig, launch: SlurmOptions) -> str:
     """The bash script of the job, every value quoted."""
-    launch, folder = config.launch, Path(config.run.dir).absolute() / "launch"
+    folder = Path(config.run.dir).absolute() / "launch"
+    spec = sys.modules["__main__"].__spec__
+    command = [*(["python", "-m", spec.name] if spec is not None else sys.argv[:1]), *sys.argv[1:]]
     options = {
         "job-name": config.run.name,
         "partition": launch.partition,
@@ -227,7 +138,7 @@ def job_script(config: SlurmConfig) -> str:
         container.append(f"--container-workdir={Path.cwd()}")
     template = _JobScript((Path(__file__).parent / "templates/job.sh").read_text())
     return template.substitute(
-        command=shlex.join(["python", "-m", "launch.slurm", *sys.argv[1:]]).replace("\n", " "),
+        command=shlex.join(command).replace("\n", " "),
         sbatch="\n".join(f"#SBATCH {_quoted(line)}" for line in lines),
         frozen=shlex.quote(str(folder)),
         python=shlex.quote(launch.python),
@@ -240,36 +151,7 @@ def job_script(config: SlurmConfig) -> str:
 
 def _quoted(option: str) -> str:
     """One option of an #SBATCH line, as sbatch reads it: a backslash protects what follows, also within quotes."""
-    check("\n" not in option, "launch.sbatch", option, "every option must be of one line")
     return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[\s'\"\\#]", option) else option
-
-
-def freeze(config: SlurmConfig, script: str) -> None:
-    """Put code, configuration and job script into the run folder.
-
-    UserError if it cannot be written.
-    """
-    folder = Path(config.run.dir) / "launch"
-    described = describe(config)
-    launch = described.pop("launch")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(folder / "code", ignore_errors=True)
-        here = Path(__file__).parent.parent
-        for package in PACKAGES:
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(here / package, folder / "code" / package, ignore=ignored)
-        (folder / "code/COMMIT").write_text(f"{commit()}\n")
-        files = {
-            "frozen.yaml": FROZEN.format(commit=commit(), config=OmegaConf.to_yaml(described)),
-            "launch.yaml": OmegaConf.to_yaml(launch),
-            "job.sh": script,
-        }
-        for name, text in files.items():
-            with writing(folder / name) as temporary:
-                temporary.write_text(text)
-    except OSError as error:
-        raise UserError(f"run.dir={config.run.dir}: cannot be written ({error}); give another run.dir") from error
 
 
 def active_job(folder: Path) -> str | None:

@@ -1,6 +1,6 @@
 """Say how runs are doing, in a table.
 
-python -m launch.status runs/*
+python -m launch.status runs/*               # or a sweep's folder: all its points
 """
 
 import argparse
@@ -10,9 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from configs.run_folder import in_use, read_metrics, read_status
+from configs.run_folder import find_runs, in_use, read_config, read_metrics, read_status
 from launch.restarts import read_attempts
 
 COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last record", "checkpoint", "restarts")
@@ -21,13 +19,14 @@ COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last
 def main() -> None:
     """Print a line a run; exit code 2 if a folder holds none."""
     parser = argparse.ArgumentParser(prog="python -m launch.status", description="Say how runs are doing.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, e.g. runs/*")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep, e.g. runs")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     options = parser.parse_args()
-    if missing := [str(run) for run in options.runs if not (run / "config.yaml").exists() and not (run / "launch").exists()]:
-        print(f"error: {', '.join(missing)}: no run there (a run's folder has config.yaml)", file=sys.stderr)
+    try:
+        rows = [describe(run) for run in find_runs(options.runs)]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    rows = [describe(run) for run in options.runs]
     if options.json:
         print(*map(json.dumps, rows), sep="\n")
         return
@@ -46,15 +45,13 @@ def describe(run: Path) -> dict[str, Any]:
     # A process that was killed could not say so; elsewhere, what it says is all there is.
     if state == "running" and not in_use(run):
         state = "ended without a word"
-    config = run / "config.yaml"
-    steps = OmegaConf.load(config).training.steps if config.exists() else None
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     return {
         "run": str(run),
         "state": state,
         "reason": status.get("reason"),
         "step": latest.get("step", 0),
-        "of": steps,
+        "of": read_config(run).get("training.steps"),
         "loss": latest.get("train/loss"),
         "validation": latest.get("validation/loss"),
         "tokens/s": latest.get("speed/tokens_per_second"),

@@ -1,0 +1,108 @@
+"""How `--multirun` starts the points of a sweep: hydra/launcher=local (the default of train.pretrain) or =slurm.
+
+Hydra looks for plugins in this namespace only, and imports it at the start of every command: nothing heavy on this level.
+"""
+
+import os
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from configs.console import UserError, reporting_errors
+from launch.options import LocalOptions, SlurmOptions
+
+if TYPE_CHECKING:
+    from launch.sweep import Outcome, Point
+
+
+@dataclass
+class LocalLauncherConfig(LocalOptions):
+    """hydra/launcher=local"""
+
+    _target_: str = "hydra_plugins.mone_launchers.LocalLauncher"
+
+
+@dataclass
+class SlurmLauncherConfig(SlurmOptions):
+    """hydra/launcher=slurm"""
+
+    section: ClassVar[str] = "hydra.launcher"
+
+    _target_: str = "hydra_plugins.mone_launchers.SlurmLauncher"
+
+
+ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLauncherConfig)
+ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmLauncherConfig)
+
+
+class _SweepLauncher(Launcher):
+    """Plans all points, starts them, and reports what came of each to Hydra's sweeper."""
+
+    def __init__(self, **options: Any) -> None:
+        """Options stand in the configuration, too, where they are typed."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.loader, self.master = hydra_context.config_loader, config
+
+    @reporting_errors
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """The outcome of each job: its validation loss, for sweepers that search, or SystemExit(1) if it failed."""
+        if "RANK" in os.environ:
+            raise UserError("--multirun: start it without torchrun; hydra.launcher.processes=N gives each run N processes")
+        try:
+            options = OmegaConf.to_object(self.master.hydra.launcher)
+            points, outcomes = self.run(options, job_overrides)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        states = [outcome.state for outcome in outcomes]
+        print("sweep: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)), flush=True)
+        for point, outcome in zip(points, outcomes, strict=True):
+            if outcome.state == "failed":
+                print(f"  failed: {point.name}: {outcome.reason}", flush=True)
+        if "stopped" in states:
+            print("  the same command continues", flush=True)
+        if "complete" in states:
+            print(f"  python -m launch.report {points[0].folder.parent}", flush=True)
+        return [
+            JobReturn(
+                overrides=point.overrides,
+                status=JobStatus.FAILED if outcome.state == "failed" else JobStatus.COMPLETED,
+                _return_value=SystemExit(1) if outcome.state == "failed" else outcome.validation_loss,
+            )
+            for point, outcome in zip(points, outcomes, strict=True)
+        ]
+
+    @abstractmethod
+    def run(self, options: Any, job_overrides: Sequence[Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        """Plan the points of these jobs and start them; ValueError if one cannot run."""
+
+
+class LocalLauncher(_SweepLauncher):
+    """A queue on this machine."""
+
+    def run(self, options: LocalOptions, job_overrides: Sequence[Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        from launch.local_queue import run_points, world_size
+        from launch.sweep import plan_points
+        from train.pretrain import prepare
+
+        processes = world_size(options)
+        points = plan_points(self.master, self.loader, job_overrides, check=lambda config: prepare(config, processes)[0])
+        return points, run_points(points, options)
+
+
+class SlurmLauncher(_SweepLauncher):
+    """A Slurm job a point, submitted and left to themselves."""
+
+    def run(self, options: SlurmOptions, job_overrides: Sequence[Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        from launch.slurm import check_run
+        from launch.sweep import plan_points, submit_points
+
+        points = plan_points(self.master, self.loader, job_overrides, check=lambda config: check_run(config, options))
+        return points, submit_points(points, options)

@@ -1,0 +1,205 @@
+"""Runs on this machine, a stated number at a time: each one torchrun, with its share of the cores or GPUs.
+
+outcomes = run_points(points, LocalOptions(jobs=2))
+"""
+
+import datetime
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configs.console import UserError
+from configs.run_folder import read_metrics, read_status
+from launch.frozen import freeze
+from launch.options import LocalOptions
+from launch.sweep import Outcome, Point, finished, validation_loss
+
+LOG = "log.txt"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of this machine that one of the runs at a time has."""
+
+    cores: list[int]
+    gpus: list[str]
+    """As CUDA_VISIBLE_DEVICES names them."""
+
+    def processes(self, options: LocalOptions) -> int:
+        """Of a run."""
+        return options.processes or max(1, len(self.gpus))
+
+
+def shares(options: LocalOptions) -> list[Share]:
+    """One for each of the runs at a time; UserError if there are too few GPUs."""
+    cores, number = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number)))).split(",")[:number]
+    jobs, processes = options.jobs, options.processes or 1
+    if number and jobs * processes > number:
+        raise UserError(
+            f"hydra.launcher.jobs={jobs}: {jobs} runs of {processes} processes need as many GPUs, and there are {number}; "
+            f"at most hydra.launcher.jobs={max(1, number // processes)}"
+        )
+    # More runs than cores: they share all of them.
+    own = len(cores) >= jobs
+    return [
+        Share(
+            cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs] if own else cores,
+            gpus[job * len(gpus) // jobs : (job + 1) * len(gpus) // jobs],
+        )
+        for job in range(jobs)
+    ]
+
+
+def world_size(options: LocalOptions) -> int:
+    """Processes of each run."""
+    return min(share.processes(options) for share in shares(options))
+
+
+def run_points(points: Sequence[Point], options: LocalOptions) -> list[Outcome]:
+    """Run those that are not finished, telling how far they are; a failed one does not stop the others.
+
+    SIGINT, SIGTERM or SIGUSR1 lets the runs save and stop; a second one kills them.
+    """
+    queue = _Queue(points, options)
+    before = {number: signal.signal(number, queue.on_signal) for number in STOP_SIGNALS}
+    try:
+        return queue.run()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Run:
+    number: int
+    point: Point
+    share: Share
+    process: subprocess.Popen[bytes]
+    began: float
+    first_step: int
+
+
+class _Queue:
+    def __init__(self, points: Sequence[Point], options: LocalOptions) -> None:
+        self.points, self.options = points, options
+        self.outcomes = {number: finished(point) for number, point in enumerate(points) if point.finished}
+        self.waiting = [number for number in range(len(points)) if number not in self.outcomes]
+        self.free, self.running = shares(options), list[_Run]()
+        self.signals, self.began, self.steps_done = 0, time.monotonic(), 0
+
+    def on_signal(self, number: int, frame: object) -> None:
+        self.signals += 1
+
+    def run(self) -> list[Outcome]:
+        if self.outcomes:
+            print(f"{len(self.outcomes)} of {len(self.points)} points are finished already", flush=True)
+        told = asked = time.monotonic()
+        while self.running or (self.waiting and not self.signals):
+            while self.free and self.waiting and not self.signals:
+                self._start(self.waiting.pop(0), self.free.pop(0))
+            time.sleep(0.2)
+            for run in [run for run in self.running if run.process.poll() is not None]:
+                self._end(run)
+            now = time.monotonic()
+            if self.signals and now - asked > 2:
+                # More than once: a process that has just begun does not hear yet.
+                asked = now
+                for run in self.running:
+                    os.killpg(run.process.pid, signal.SIGUSR1 if self.signals == 1 else signal.SIGKILL)
+            if self.running and now - told > self.options.report_seconds:
+                told = now
+                self._tell_progress()
+        for number in self.waiting:
+            self.outcomes[number] = Outcome("stopped", "not started")
+        return [self.outcomes[number] for number in range(len(self.points))]
+
+    def _start(self, number: int, share: Share) -> None:
+        point = self.points[number]
+        freeze(point.config, {})
+        frozen, first_step = (point.folder / "launch").absolute(), _last_step(point.folder)
+        environment = {name: value for name, value in os.environ.items() if name not in ("HEAD", "NODE_RANK", "ADDRESS")}
+        environment |= {
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(frozen / "code"), os.environ.get("PYTHONPATH")])),
+            "PYTHONUNBUFFERED": "1",
+            "NODES": "1",
+            "PROCESSES": str(share.processes(self.options)),
+            "RESTARTS": "0",
+        }
+        if share.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
+        with open(point.folder / LOG, "ab") as log:
+            log.write(f"== {datetime.datetime.now().isoformat(timespec='seconds')}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                ["bash", str(frozen / "code/launch/torchrun"), "--config-dir", str(frozen), "--config-name", "frozen"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                process_group=0,  # so that Ctrl-C reaches the runs through this process alone
+            )
+        os.sched_setaffinity(process.pid, share.cores)
+        self.running.append(_Run(number, point, share, process, time.time(), first_step))
+        self._tell(number, f"started, {point.folder / LOG}")
+
+    def _end(self, run: _Run) -> None:
+        self.running.remove(run)
+        self.free.append(run.share)
+        folder = run.point.folder
+        status = read_status(folder)
+        state = status.get("state") if status.get("time", 0.0) >= run.began else None
+        took = _clock(time.time() - run.began)
+        if state == "complete":
+            loss = validation_loss(folder)
+            outcome = Outcome("complete", f"in {took}" + (f", validation loss {loss:.4f}" if loss is not None else ""), loss)
+        elif state == "stopped":
+            outcome = Outcome("stopped", f"at step {status['step']} after {took}")
+        else:
+            reason = status["reason"] if state == "failed" else _last_error(folder / LOG)
+            code = run.process.returncode
+            outcome = Outcome("failed", f"{reason or f'exit code {code}'} (after {took}; {folder / LOG})")
+        self.outcomes[run.number] = outcome
+        self.steps_done += max(0, _last_step(folder) - run.first_step)
+        self._tell(run.number, f"{outcome.state} {outcome.reason}")
+
+    def _tell(self, number: int, text: str) -> None:
+        width = len(str(len(self.points)))
+        print(f"[{number + 1:>{width}}/{len(self.points)}] {self.points[number].name}: {text}", flush=True)
+
+    def _tell_progress(self) -> None:
+        steps = {run.number: _last_step(run.point.folder) for run in self.running}
+        done = self.steps_done + sum(steps[run.number] - run.first_step for run in self.running)
+        left = sum(run.point.config.training.steps - steps[run.number] for run in self.running)
+        left += sum(
+            self.points[number].config.training.steps - _last_step(self.points[number].folder) for number in self.waiting
+        )
+        eta = _clock((time.monotonic() - self.began) * left / done) if done > 0 else "?"
+        now = ", ".join(f"{run.point.name} {steps[run.number]}/{run.point.config.training.steps}" for run in self.running)
+        counts = f"{len(self.outcomes)} of {len(self.points)} points done, {len(self.waiting)} waiting"
+        print(f"{counts}; running {now}; ETA {eta}", flush=True)
+
+
+def _last_step(folder: Path) -> int:
+    records = read_metrics(folder)
+    return int(records[-1]["step"]) if records else 0
+
+
+def _last_error(log: Path) -> str | None:
+    """The last message for users in a log."""
+    found = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    return found[-1].removeprefix("error: ") if found else None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

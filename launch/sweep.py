@@ -1,0 +1,156 @@
+"""The points of a sweep: composed, checked before any of them starts, looked up, submitted.
+
+points = plan_points(config, loader, job_overrides, check=...)      # UserError names every point that cannot run
+outcomes = run_points(points, options)                              # launch.local_queue: on this machine
+outcomes = submit_points(points, options)                           # as Slurm jobs
+
+A point is a run in a folder of its own, named after what was swept: runs/k_sweep/activation_ratio=0.5,seed=1. Started
+again, a sweep passes over its finished points and continues the others.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from configs.console import ReportedError, UserError
+from configs.run_folder import flat, read_config, read_metrics, read_status
+from launch.options import SlurmOptions
+from launch.slurm import active_job, submit
+from train.config import RunConfig, describe
+
+SUBDIR = "${hydra.job.num}"
+"""Hydra's own default of hydra.sweep.subdir, in whose place a point's name stands."""
+LEARNED = ("model.", "training.", "optimizer.", "deepspeed.", "guard.", "data.blend", "evaluation.", "run.seed", "engine")
+"""Options, by the beginning of their names, that what a run learns and reports depends on."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep."""
+
+    name: str
+    """What was swept and its values here: activation_ratio=0.5,seed=1."""
+    overrides: tuple[str, ...]
+    config: RunConfig
+    finished: bool
+    """Whether its folder holds this very run, complete."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's."""
+        return Path(self.config.run.dir)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a point."""
+
+    state: str
+    """complete, stopped (in good order, to be continued), failed, or submitted."""
+    reason: str
+    """Of what failed, in words; else what there is to say."""
+    validation_loss: float | None = None
+
+
+def plan_points(
+    master: DictConfig, loader: ConfigLoader, jobs: Sequence[Sequence[str]], check: Callable[[DictConfig], RunConfig]
+) -> list[Point]:
+    """The points of these jobs, each with its overrides; UserError if one cannot run, before any has begun.
+
+    check: a composed configuration's typed form; raises ValueError for what is wrong.
+    """
+    swept, sweep = _swept_options(master), Path(master.hydra.sweep.dir)
+    points, problems = [], []
+    for number, overrides in enumerate(jobs):
+        composed = loader.load_sweep_config(master, list(overrides))
+        with read_write(composed), open_dict(composed):
+            composed.hydra.job.id, composed.hydra.job.num = str(number), number
+            HydraConfig.instance().set_config(composed)
+            name = _name(overrides, swept)
+            subdir = OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+            folder = sweep / (name if subdir == SUBDIR else composed.hydra.sweep.subdir)
+            del composed["hydra"]
+            composed.run.name, composed.run.dir = f"{sweep.name}/{name}", str(folder)
+            composed.logging.wandb_group = composed.logging.wandb_group or sweep.name
+        try:
+            config = check(composed)
+            points.append(Point(name, tuple(overrides), config, _finished(config)))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} of {len(jobs)} points cannot run, none was started:", *problems]))
+    folders = [point.folder for point in points]
+    if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
+        raise UserError(f"hydra.sweep: several points would share {', '.join(twice)}; give each a hydra.sweep.subdir")
+    return points
+
+
+def submit_points(points: Sequence[Point], options: SlurmOptions) -> list[Outcome]:
+    """Submit a job for each point that is neither finished nor already with Slurm."""
+    outcomes = []
+    for point in points:
+        if point.finished:
+            outcomes.append(finished(point))
+        elif active := active_job(point.folder / "launch"):
+            outcomes.append(Outcome("submitted", f"job {active} works there or waits to"))
+        else:
+            try:
+                outcomes.append(Outcome("submitted", f"job {submit(point.config, options)}"))
+            except ReportedError as error:
+                outcomes.append(Outcome("failed", str(error)))
+        if not options.dry_run:
+            print(f"{point.name}: {outcomes[-1].state}, {outcomes[-1].reason}", flush=True)
+    if not options.dry_run:
+        print(f"  python -m launch.status {points[0].folder.parent}")
+    return outcomes
+
+
+def finished(point: Point) -> Outcome:
+    """Of a point that was complete before."""
+    return Outcome("complete", "finished before", validation_loss(point.folder))
+
+
+def validation_loss(folder: Path) -> float | None:
+    """The last one on record."""
+    losses = [record["validation/loss"] for record in read_metrics(folder) if "validation/loss" in record]
+    return losses[-1] if losses else None
+
+
+def _finished(config: RunConfig) -> bool:
+    """Whether the run folder holds this run, complete; ValueError if it holds a complete one of other options."""
+    folder = Path(config.run.dir)
+    if read_status(folder).get("state") != "complete":
+        return False
+    ours, saved = flat(describe(config)), read_config(folder)
+    changed = [name for name in ours if name.startswith(LEARNED) and saved.get(name, ours[name]) != ours[name]]
+    if changed == ["training.steps"] and ours["training.steps"] > saved["training.steps"]:
+        return False
+    if changed:
+        raise ValueError(
+            f"{folder} is complete with other options: "
+            f"{', '.join(f'{name}={saved[name]} (now {ours[name]})' for name in changed)}; "
+            "restore them, give another run.name, or move it away"
+        )
+    return True
+
+
+def _swept_options(master: DictConfig) -> list[str]:
+    """The options that are varied: those of hydra.sweeper.params, and those with several values on the command line."""
+    params = master.hydra.sweeper.get("params") or {}
+    given = OverridesParser.create().parse_overrides(list(master.hydra.overrides.task))
+    return [*params, *(override.key_or_group for override in given if override.is_sweep_override())]
+
+
+def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
+    values = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+    keys = [key for key in dict.fromkeys(swept) if key in values] or list(values)
+    last = [key.rpartition(".")[2] for key in keys]
+    short = [name if last.count(name) == 1 else key for name, key in zip(last, keys, strict=True)]
+    pairs = [f"{name}={values[key]}" for name, key in zip(short, keys, strict=True)]
+    return re.sub(r"[^\w.,=+-]+", "_", ",".join(pairs)) or "only"
