@@ -34,6 +34,13 @@ def read_status(folder: Path) -> dict[str, Any]:
     return found
 
 
+def read_state(folder: Path) -> str:
+    """The state of `read_status`, or: not started, ended without a word."""
+    state = str(read_status(folder).get("state", "not started"))
+    # A process that was killed could not say so; elsewhere, what it says is all there is.
+    return "ended without a word" if state == "running" and not in_use(folder) else state
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """All records of a run so far; a last line cut short by a kill is left out."""
     path = folder / METRICS_FILE

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs.run_folder import find_runs, in_use, read_config, read_metrics, read_status
+from configs.run_folder import find_runs, read_config, read_metrics, read_state, read_status
 from launch.restarts import read_attempts
 
 COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last record", "checkpoint", "restarts")
@@ -41,14 +41,10 @@ def describe(run: Path) -> dict[str, Any]:
     status, latest = read_status(run), dict[str, Any]()
     for record in read_metrics(run):
         latest |= record
-    state = status.get("state", "not started")
-    # A process that was killed could not say so; elsewhere, what it says is all there is.
-    if state == "running" and not in_use(run):
-        state = "ended without a word"
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     return {
         "run": str(run),
-        "state": state,
+        "state": read_state(run),
         "reason": status.get("reason"),
         "step": latest.get("step", 0),
         "of": read_config(run).get("training.steps"),
