@@ -109,7 +109,7 @@ def draw_heatmap(path: Path, points: Sequence[Point], metric: str) -> bool:
         for (row, layer), value in np.ndenumerate(values):
             if not np.isnan(value):
                 colour = "white" if value < middle else "black"
-                axes.text(layer, row, f"{value:.2g}", ha="center", va="center", color=colour, fontsize=8)
+                axes.text(layer, row, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(0, layers, -(-layers // 12)))
     axes.set_xlabel("layer")
     axes.set_yticks(range(len(points)), labels(points), fontsize=8)

@@ -150,6 +150,7 @@ def _swept_options(master: DictConfig) -> list[str]:
 def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
     values = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
     keys = [key for key in dict.fromkeys(swept) if key in values] or list(values)
+    keys.sort(key=lambda key: key == "run.seed")  # behind what it repeats
     last = [key.rpartition(".")[2] for key in keys]
     short = [name if last.count(name) == 1 else key for name, key in zip(last, keys, strict=True)]
     pairs = [f"{name}={values[key]}" for name, key in zip(short, keys, strict=True)]
