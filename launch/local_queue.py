@@ -3,6 +3,7 @@
 outcomes = run_points(points, LocalOptions(jobs=2))
 """
 
+import contextlib
 import datetime
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 
 from configs.console import UserError
@@ -114,7 +116,7 @@ class _Queue:
                 # More than once: a process that has just begun does not hear yet.
                 asked = now
                 for run in self.running:
-                    os.killpg(run.process.pid, signal.SIGUSR1 if self.signals == 1 else signal.SIGKILL)
+                    _ask_to_stop(run) if self.signals == 1 else _kill(run)
             if self.running and now - told > self.options.report_seconds:
                 told = now
                 self._tell_progress()
@@ -187,6 +189,21 @@ class _Queue:
         now = ", ".join(f"{run.point.name} {steps[run.number]}/{run.point.config.training.steps}" for run in self.running)
         counts = f"{len(self.outcomes)} of {len(self.points)} points done, {len(self.waiting)} waiting"
         print(f"{counts}; running {now}; ETA {eta}", flush=True)
+
+
+def _ask_to_stop(run: _Run) -> None:
+    """Ask the training processes, which are torchrun's children, each in a session of its own; torchrun itself is deaf."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for worker in psutil.Process(run.process.pid).children():
+            worker.send_signal(signal.SIGUSR1)
+
+
+def _kill(run: _Run) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        agent = psutil.Process(run.process.pid)
+        for process in [*agent.children(recursive=True), agent]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def _last_step(folder: Path) -> int:

@@ -19,13 +19,13 @@ BUCKET = {
 
 
 class Server(ThreadingHTTPServer):
-    """Counts what it was asked; close() makes it unreachable."""
+    """Counts what it was asked, notes the runs it was told of; close() makes it unreachable."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.streamed, self.asked = 0, list[str]()
+        self.streamed, self.asked, self.runs = 0, list[str](), list[dict[str, Any]]()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -48,10 +48,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.streamed += 1
             self.answer({"exitcode": None, "limits": {}})
             return
-        query = json.loads(body).get("query", "") if body else ""
+        request = json.loads(body) if body else {}
+        query = request.get("query", "")
         self.server.asked.append(" ".join(query.split())[:80])
         data: dict[str, Any] = {"viewer": ENTITY, "serverInfo": {"features": [], "cliVersionInfo": {}}}
         if "upsertBucket" in query:
+            self.server.runs.append(request["variables"])
             data = {"upsertBucket": {"bucket": BUCKET, "inserted": True}}
         elif "model(" in query or "bucket(" in query:
             data = {"model": {"bucket": None}, "project": {"run": None}}

@@ -1,0 +1,177 @@
+"""Sweeps as a user types them: `python -m train.pretrain --multirun`, with real runs on this machine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from configs.run_folder import find_runs, read_config, read_metrics, read_status
+from tests.conftest import ROOT
+from tests.faults.jobs import OPTIONS, STEPS, make_data
+from tests.faults.wandb_server import Server
+
+Call = Callable[..., tuple[int, str, str]]
+BLEND = "data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]"
+SWEEP = (*OPTIONS, BLEND, "parallel.expert=1", "evaluation.interval=0", "checkpoint.interval=0", "hydra.launcher.jobs=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sweeps")
+    make_data(folder)
+    return folder
+
+
+def start(folder: Path, name: str, *options: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.pretrain", "--multirun", *SWEEP, f"run.name={name}", *options],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], code: int) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+DIVERGING = ("model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e30", "optimizer.clip_grad=0", "guard.max_dropped=1")
+
+
+@pytest.fixture(scope="module")
+def swept(folder: Path) -> str:
+    """Two ratios at two learning rates, of which one cannot end well."""
+    return finish(start(folder, "swept", *DIVERGING, "logging.wandb_mode=offline"), code=1)
+
+
+def test_every_point_is_a_run_of_its_own_and_a_failed_one_stops_no_other(folder: Path, swept: str) -> None:
+    runs = find_runs([folder / "runs/swept"])
+    assert [run.name for run in runs] == [
+        f"activation_ratio={ratio},lr={rate}" for ratio in ("0.25", "1") for rate in ("0.001", "1e+30")
+    ]
+    for run in runs:
+        options = read_config(run)
+        assert f"activation_ratio={options['model.activation_ratio']:g}," in run.name
+        diverges = options["optimizer.lr"] == 1e30
+        assert read_status(run)["state"] == ("failed" if diverges else "complete")
+        assert (f"  failed: {run.name}: Diverged: " in swept) == diverges
+        assert (run / "log.txt").read_text().count(f"step {STEPS}/{STEPS}") == (not diverges)
+    assert "sweep: 2 complete, 2 failed" in swept
+    assert re.search(r"\[1/4\] activation_ratio=1,lr=0\.001: complete in 0:\d\d:\d\d, validation loss \d\.\d{4}", swept)
+    assert "Traceback" not in swept
+
+
+def test_started_again_it_passes_over_what_is_finished_and_tries_the_rest(folder: Path, swept: str) -> None:
+    metrics = folder / "runs/swept/activation_ratio=1,lr=0.001/metrics.jsonl"
+    before = metrics.stat()
+    output = finish(start(folder, "swept", *DIVERGING), code=1)
+    assert "2 of 4 points are finished already" in output
+    assert "activation_ratio=1,lr=1e+30: started" in output
+    assert metrics.stat() == before
+
+
+def test_wandb_sync_groups_the_runs_of_an_offline_sweep(folder: Path, swept: str) -> None:
+    server = Server()
+    runs = sorted((folder / "runs/swept").glob("*lr=0.001/wandb/offline-run-*"))
+    environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "HOME": str(folder)}
+    try:
+        sync = [sys.executable, "-m", "wandb", "sync", *map(str, runs)]
+        done = subprocess.run(sync, env=environment, capture_output=True, text=True, timeout=120)
+    finally:
+        server.close()
+    assert done.returncode == 0, done.stderr
+    told = {run["displayName"]: run["groupName"] for run in server.runs if run["displayName"]}
+    assert told == {f"swept/activation_ratio={ratio},lr=0.001": "swept" for ratio in ("0.25", "1")}
+
+
+def test_a_signal_lets_its_runs_save_and_the_same_command_continues(folder: Path) -> None:
+    process = start(folder, "endless", "run.seed=1,2,3", "training.steps=100000")
+    runs = [folder / f"runs/endless/seed={seed}" for seed in (1, 2, 3)]
+    began = time.monotonic()
+    while not all(len(read_metrics(run)) >= 3 for run in runs[:2]):
+        assert time.monotonic() - began < 120
+        assert process.poll() is None
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output = finish(process, code=0)
+    assert "sweep: 3 stopped" in output
+    assert "the same command continues" in output
+    for run in runs[:2]:
+        assert read_status(run)["state"] == "stopped"
+        assert len(list((run / "checkpoints").glob("step-*"))) == 1
+    assert not runs[2].exists()
+
+
+def call(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> tuple[int, str, str]:
+    from train.pretrain import main
+
+    monkeypatch.chdir(folder)
+    return call_main(main, "--multirun", *SWEEP, *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["model.num_experts=4,6", "parallel.expert=4", "hydra.launcher.processes=4"], "1 of 2 points cannot run, none was"),
+        (["run.seed=1,2", "data.blend=[{path: nowhere}]"], "seed=2: nowhere"),
+        (["run.seed=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be at least 1"),
+        (["run.seed=1,2", "hydra.sweep.subdir=same"], "several points would share runs/mone/same"),
+    ],
+)
+def test_a_point_that_cannot_run_is_named_before_any_is_started(
+    call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, options: list[str], message: str
+) -> None:
+    code, out, error = call(call_main, monkeypatch, folder, *options)
+    assert (code, out) == (2, "")
+    assert message in error
+    assert not list((folder / "runs").glob("mone/*/"))
+
+
+def test_a_finished_point_is_not_mistaken_for_one_of_other_options(
+    call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, swept: str
+) -> None:
+    options = ["run.name=swept", "model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.2"]
+    code, _, error = call(call_main, monkeypatch, folder, *options)
+    assert code == 2
+    assert "activation_ratio=1,lr=0.001 is complete with other options" in error
+    assert "optimizer.weight_decay=0.1 (now 0.2)" in error
+
+
+def test_torchrun_around_a_sweep_is_refused(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    code, _, error = call(call_main, monkeypatch, folder, "run.seed=1,2")
+    assert code == 2
+    assert "start it without torchrun; hydra.launcher.processes=N" in error
+
+
+@pytest.mark.parametrize(
+    ("experiment", "points", "example"),
+    [
+        ("k_sweep", 12, "activation_ratio=0.125,seed=3"),
+        ("k_sweep_equal_active", 12, "activation_ratio=0.5,seed=1"),
+        ("neuron_balance", 27, "activation_ratio=0.25,neuron_balance_form=masked,neuron_balance_coeff=0.01,seed=2"),
+        ("gate_activation", 30, "activation_ratio=1,activation=relu_squared,seed=1"),
+    ],
+)
+def test_experiments_are_sweeps(
+    call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, experiment: str, points: int, example: str
+) -> None:
+    from train.pretrain import main
+
+    monkeypatch.chdir(folder)
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.processes_per_node=1"]
+    code, out, _ = call_main(main, "--multirun", f"experiment={experiment}", BLEND, *slurm, "hydra.launcher.dry_run=true")
+    assert code == 0
+    names = re.findall(r"^#SBATCH --job-name=(.*)$", out, re.MULTILINE)
+    assert len(set(names)) == len(names) == points
+    assert f"{experiment}/{example}" in names
