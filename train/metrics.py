@@ -8,9 +8,11 @@
 A missing W&B server or login never stops a run: it goes on offline, and the JSONL file has everything.
 """
 
+import contextlib
 import json
 import math
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,11 +39,8 @@ class MetricsWriter:
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held open for the run
         self.unwritten = b""
         self.wandb = _start_wandb(config, folder, wandb_id)
-
-    @property
-    def wandb_id(self) -> str | None:
+        self.wandb_id: str | None = self.wandb.id if self.wandb is not None else wandb_id
         """Id of the W&B run, to continue it after a resume."""
-        return self.wandb.id if self.wandb is not None else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one record."""
@@ -75,13 +74,15 @@ class MetricsWriter:
         """Log what `make` makes of the wandb module."""
         if self.wandb is None:
             return
-        try:
-            import wandb
+        import wandb
 
+        try:
             self.wandb.log(make(wandb), step=step)
         except Exception as error:  # whatever W&B raises, training is worth more
             print(f"W&B stopped taking records ({error}); the run goes on with {self.path}", flush=True)
             self.wandb = None
+            with contextlib.suppress(Exception):  # else it would complain again when this process ends
+                wandb.teardown()
 
     def close(self) -> None:
         """Finish the files."""
@@ -122,12 +123,18 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             settings=wandb.Settings(silent=True, init_timeout=20, **finish),
         )
 
-    for attempt in dict.fromkeys([mode, "offline"]):
-        try:
-            return start(attempt)
-        except Exception as error:  # no network, no login, no server: the run goes on
-            print(f"W&B could not start {attempt} ({error})", flush=True)
-    return None
+    # A request to save and stop may reach every process of a job, as Slurm's do. W&B's would end by it at once, before it has
+    # the last records; SIGTERM it heeds in any case.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        for attempt in dict.fromkeys([mode, "offline"]):
+            try:
+                return start(attempt)
+            except Exception as error:  # no network, no login, no server: the run goes on
+                print(f"W&B could not start {attempt} ({error})", flush=True)
+        return None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 def format_line(step: int, steps: int, values: dict[str, float], eta_seconds: float) -> str:

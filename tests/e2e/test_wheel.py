@@ -47,6 +47,8 @@ def test_pretrain_composes_its_configuration(site: Path) -> None:
     composed = run(site, str(site / "bin/mone-pretrain"), "experiment=demo", "--cfg", "job")
     assert "activation_ratio: 0.25" in composed
     assert "data/demo/shards/bible" in composed
+    launcher = run(site, str(site / "bin/mone-pretrain"), "hydra/launcher=slurm", "--cfg", "hydra")
+    assert "hydra_plugins.mone_launchers.SlurmLauncher" in launcher
 
 
 def test_pretrain_trains_from_the_wheel(site: Path) -> None:
@@ -63,6 +65,7 @@ def test_pretrain_trains_from_the_wheel(site: Path) -> None:
         ("mone-pretrain", "model.activation_ratio"),
         ("mone-plan", "cluster.gpu"),
         ("mone-slurm", "launch.nodes"),
+        ("mone-report", "--output"),
         ("mone-sample", "max_new_tokens"),
         ("mone-tokenizer", "vocab_size"),
         ("mone-tokenize", "shard_tokens"),

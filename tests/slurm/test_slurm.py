@@ -42,8 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def submit(folder: Path, name: str, *options: str) -> subprocess.CompletedProcess[str]:
     data = "data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]"
     run = [*OPTIONS, f"training.steps={STEPS}", "evaluation.interval=0", "checkpoint.interval=0"]
+    return command(folder, "launch.slurm", data, f"run.name={name}", *run, *LAUNCH, *options)
+
+
+def command(folder: Path, module: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "launch.slurm", data, f"run.name={name}", *run, *LAUNCH, *options],
+        [sys.executable, "-m", module, *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -104,7 +108,7 @@ def test_a_job_trains_on_both_nodes_with_the_code_and_config_of_its_submission(
 
 
 def test_before_a_pre_emption_it_saves_and_afterwards_continues(slurm: Slurm, folder: Path, undisturbed: str) -> None:
-    job = submitted(folder, "preempted")
+    job = submitted(folder, "preempted", "logging.wandb_mode=offline")
     wait_for_step(folder, "preempted", 5)
     wrap = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     other = subprocess.run(wrap, capture_output=True, text=True, check=True).stdout.strip()
@@ -117,11 +121,16 @@ def test_before_a_pre_emption_it_saves_and_afterwards_continues(slurm: Slurm, fo
     log = log_of(folder, "preempted").read_text()
     assert log.index("asked to stop") < log.index(f"resumed from runs/preempted/checkpoints/step-{first.step:08d}")
     assert differences(folder, "preempted") == []
+    wandb = [path.name for path in (folder / "runs/preempted/wandb").glob("offline-run-*")]
+    assert len(wandb) == len(attempts(folder, "preempted"))
+    assert len({name.rpartition("-")[2] for name in wandb}) == 1, "all starts are one W&B run"
 
 
 def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(slurm: Slurm, folder: Path) -> None:
     # Slurm's limits are whole minutes; told so early, the first start has some seconds for training.
-    job = submitted(folder, "endless", "training.steps=100000", "launch.time=1", "launch.save_seconds=25")
+    job = submitted(
+        folder, "endless", "training.steps=100000", "launch.time=1", "launch.save_seconds=25", "logging.wandb_mode=offline"
+    )
     until(lambda: attempts(folder, "endless"), log_of(folder, "endless"))
     (first,) = attempts(folder, "endless")
     assert (first.outcome, first.requeued) == ("stopped", True)
@@ -129,6 +138,7 @@ def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(s
     slurm.wait(job, "RUNNING")
     log = log_of(folder, "endless")
     until(lambda: "resumed from runs/endless/checkpoints" in log.read_text(), log)
+    assert "W&B stopped" not in log.read_text(), "it stays until the run that saves has told it the last records"
     wait_for_step(folder, "endless", first.step + 3)
     again = submit(folder, "endless")
     assert (again.returncode, f"job {job} works there" in again.stderr) == (2, True)
@@ -164,6 +174,30 @@ def test_what_fails_at_the_same_step_again_is_given_up(slurm: Slurm, folder: Pat
     assert slurm.wait(job, "COMPLETED", "FAILED") == "FAILED"
     assert outcomes(folder, "hopeless") == [("failed", True), ("failed", False)]
     assert "failed at the same step: not tried again" in log_of(folder, "hopeless").read_text()
+
+
+def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folder: Path) -> None:
+    launcher = ["hydra/launcher=slurm", *(f"hydra.{option.replace('launch.', 'launcher.')}" for option in LAUNCH)]
+    sweep = ["--multirun", "run.name=swept", "run.seed=1,2", "data.blend=[{path: a}]", *OPTIONS, *launcher]
+
+    def submit_sweep(*options: str) -> str:
+        done = command(folder, "train.pretrain", *sweep, *options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    jobs = re.findall(r"^seed=(\d): submitted, job (\d+)$", submit_sweep(), re.MULTILINE)
+    assert [seed for seed, _ in jobs] == ["1", "2"]
+    again = submit_sweep()
+    for seed, job in jobs:
+        assert f"seed={seed}: submitted, job {job} works there or waits to" in again
+        assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(folder, f"swept/seed={seed}").read_text()
+        assert outcomes(folder, f"swept/seed={seed}") == [("complete", False)]
+    assert submit_sweep().count("complete, finished before") == 2
+    refused = command(folder, "train.pretrain", *sweep, "hydra.launcher.save_seconds=601")
+    assert refused.returncode == 2
+    assert "hydra.launcher.save_seconds=601: leaves no time for training within hydra.launcher.time=10" in refused.stderr
+    elsewhere = command(folder, "launch.slurm", "--multirun", "run.seed=1,2", *LAUNCH)
+    assert "train.pretrain --multirun hydra/launcher=slurm" in elsewhere.stderr
 
 
 @pytest.mark.parametrize(

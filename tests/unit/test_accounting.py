@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs
-from mone_model.accounting import count_communication, count_flops, count_parameters, estimate_memory
+from mone_model.accounting import count_communication, count_flops, count_parameters, equal_active_width, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import build_gpt
 from tests.conftest import ROOT
@@ -48,6 +50,20 @@ def test_parameters_equal_those_of_the_built_model(variant: dict[str, Any]) -> N
     counted = count_parameters(model)
     assert counted.total == sum(weight.numel() for weight in built.parameters())
     assert counted.experts == sum(weight.numel() for name, weight in built.named_parameters() if ".experts." in name)
+
+
+@given(dense=st.integers(16, 5000), ratio=st.floats(1 / 64, 1))
+def test_experts_of_equal_active_width_cost_a_token_what_the_dense_one_does(dense: int, ratio: float) -> None:
+    width = equal_active_width(dense, ratio)
+    model = ModelConfig(**SMALL | {"moe_ffn_hidden_size": width, "activation_ratio": ratio})
+    touched = count_parameters(model).active_experts / (model.router_topk * model.num_layers * model.hidden_size)
+    # Half a multiple of 8 neurons off, each with 1 + 2 ratio weights a channel, and half a kept neuron.
+    assert abs(touched - 3 * dense) <= 4 * (1 + 2 * ratio) + 1
+    assert width % 8 == 0
+
+
+def test_the_recorded_sweep_has_equal_active_widths() -> None:
+    assert [equal_active_width(160, ratio) for ratio in (1, 0.5, 0.25, 0.125)] == [160, 240, 320, 384]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

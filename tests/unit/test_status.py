@@ -37,6 +37,14 @@ def test_a_line_a_run(tmp_path: Path, call_main: Call) -> None:
     assert "3.2500" in table.splitlines()[1]
 
 
+def test_a_sweeps_folder_stands_for_its_points(tmp_path: Path, call_main: Call) -> None:
+    (tmp_path / "sweep").mkdir()
+    for seed, state in ((1, "complete"), (2, "failed")):
+        made(tmp_path / f"sweep/seed={seed}", state)
+    _, out, _ = call_main(main, "--json", str(tmp_path))
+    assert [json.loads(line)["run"] for line in out.splitlines()] == [f"{tmp_path}/sweep/seed={seed}" for seed in (1, 2)]
+
+
 def test_what_is_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
     code, _, error = call_main(main, str(tmp_path / "nothing"))
     assert code == 2
