@@ -104,6 +104,9 @@ class _Queue:
     def run(self) -> list[Outcome]:
         if self.outcomes:
             print(f"{len(self.outcomes)} of {len(self.points)} points are finished already", flush=True)
+        for number in self.waiting:
+            # All now: a queue may last for days, and its points are to be compared.
+            freeze(self.points[number].config, {})
         told = asked = time.monotonic()
         while self.running or (self.waiting and not self.signals):
             while self.free and self.waiting and not self.signals:
@@ -126,7 +129,6 @@ class _Queue:
 
     def _start(self, number: int, share: Share) -> None:
         point = self.points[number]
-        freeze(point.config, {})
         frozen, first_step = (point.folder / "launch").absolute(), _last_step(point.folder)
         environment = {name: value for name, value in os.environ.items() if name not in ("HEAD", "NODE_RANK", "ADDRESS")}
         environment |= {

@@ -123,8 +123,8 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             settings=wandb.Settings(silent=True, init_timeout=20, **finish),
         )
 
-    # A request to save and stop may reach every process of a job, as Slurm's do. W&B's would end by it at once, before it has
-    # the last records; SIGTERM it heeds in any case.
+    # A request to save and stop may reach every process of a job, as Slurm's do. W&B's would end by it at once, before it
+    # has the last records; SIGTERM it heeds in any case.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         for attempt in dict.fromkeys([mode, "offline"]):
