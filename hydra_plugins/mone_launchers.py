@@ -5,7 +5,7 @@ Hydra looks for plugins in this namespace only, and imports it at the start of e
 
 import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,7 +58,7 @@ class _SweepLauncher(Launcher):
             raise UserError("--multirun: start it without torchrun; hydra.launcher.processes=N gives each run N processes")
         try:
             options = OmegaConf.to_object(self.master.hydra.launcher)
-            points, outcomes = self.run(options, job_overrides)
+            points, outcomes = self.run(options, dict(enumerate(job_overrides, start=initial_job_idx)))
         except ValueError as error:
             raise UserError(str(error)) from error
         states = [outcome.state for outcome in outcomes]
@@ -68,6 +68,8 @@ class _SweepLauncher(Launcher):
                 print(f"  failed: {point.name}: {outcome.reason}", flush=True)
         if "stopped" in states:
             print("  the same command continues", flush=True)
+        if "submitted" in states:
+            print(f"  python -m launch.status {points[0].folder.parent}", flush=True)
         if "complete" in states:
             print(f"  python -m launch.report {points[0].folder.parent}", flush=True)
         return [
@@ -80,29 +82,29 @@ class _SweepLauncher(Launcher):
         ]
 
     @abstractmethod
-    def run(self, options: Any, job_overrides: Sequence[Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+    def run(self, options: Any, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
         """Plan the points of these jobs and start them; ValueError if one cannot run."""
 
 
 class LocalLauncher(_SweepLauncher):
     """A queue on this machine."""
 
-    def run(self, options: LocalOptions, job_overrides: Sequence[Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
-        from launch.local_queue import run_points, world_size
+    def run(self, options: LocalOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        from launch.local_queue import run_points, shares
         from launch.sweep import plan_points
         from train.pretrain import prepare
 
-        processes = world_size(options)
-        points = plan_points(self.master, self.loader, job_overrides, check=lambda config: prepare(config, processes)[0])
+        processes = shares(options)[0].processes
+        points = plan_points(self.master, self.loader, jobs, check=lambda config: prepare(config, processes)[0])
         return points, run_points(points, options)
 
 
 class SlurmLauncher(_SweepLauncher):
     """A Slurm job a point, submitted and left to themselves."""
 
-    def run(self, options: SlurmOptions, job_overrides: Sequence[Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+    def run(self, options: SlurmOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
         from launch.slurm import check_run
         from launch.sweep import plan_points, submit_points
 
-        points = plan_points(self.master, self.loader, job_overrides, check=lambda config: check_run(config, options))
+        points = plan_points(self.master, self.loader, jobs, check=lambda config: check_run(config, options))
         return points, submit_points(points, options)

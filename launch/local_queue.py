@@ -18,12 +18,13 @@ import psutil
 import torch
 
 from configs.console import UserError
-from configs.run_folder import read_metrics, read_status
+from configs.run_folder import in_use, read_metrics, read_status
 from launch.frozen import freeze
 from launch.options import LocalOptions
 from launch.sweep import Outcome, Point, finished, validation_loss
 
 LOG = "log.txt"
+HEADER = "== started"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -31,39 +32,32 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Share:
     """The part of this machine that one of the runs at a time has."""
 
+    processes: int
     cores: list[int]
     gpus: list[str]
-    """As CUDA_VISIBLE_DEVICES names them."""
-
-    def processes(self, options: LocalOptions) -> int:
-        """Of a run."""
-        return options.processes or max(1, len(self.gpus))
+    """As CUDA_VISIBLE_DEVICES names them; one a process."""
 
 
 def shares(options: LocalOptions) -> list[Share]:
-    """One for each of the runs at a time; UserError if there are too few GPUs."""
-    cores, number = sorted(os.sched_getaffinity(0)), torch.cuda.device_count()
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number)))).split(",")[:number]
-    jobs, processes = options.jobs, options.processes or 1
+    """One for each of the runs at a time, all of as many processes; UserError if there are too few GPUs."""
+    cores, number, jobs = sorted(os.sched_getaffinity(0)), torch.cuda.device_count(), options.jobs
+    processes = options.processes or max(1, number // jobs)
     if number and jobs * processes > number:
         raise UserError(
             f"hydra.launcher.jobs={jobs}: {jobs} runs of {processes} processes need as many GPUs, and there are {number}; "
             f"at most hydra.launcher.jobs={max(1, number // processes)}"
         )
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number)))).split(",")[:number]
     # More runs than cores: they share all of them.
     own = len(cores) >= jobs
     return [
         Share(
+            processes,
             cores[job * len(cores) // jobs : (job + 1) * len(cores) // jobs] if own else cores,
-            gpus[job * len(gpus) // jobs : (job + 1) * len(gpus) // jobs],
+            gpus[job * processes : (job + 1) * processes],
         )
         for job in range(jobs)
     ]
-
-
-def world_size(options: LocalOptions) -> int:
-    """Processes of each run."""
-    return min(share.processes(options) for share in shares(options))
 
 
 def run_points(points: Sequence[Point], options: LocalOptions) -> list[Outcome]:
@@ -104,6 +98,9 @@ class _Queue:
     def run(self) -> list[Outcome]:
         if self.outcomes:
             print(f"{len(self.outcomes)} of {len(self.points)} points are finished already", flush=True)
+        for number in [number for number in self.waiting if in_use(self.points[number].folder)]:
+            self.waiting.remove(number)
+            self.outcomes[number] = Outcome("failed", f"another process trains in {self.points[number].folder} now")
         for number in self.waiting:
             # All now: a queue may last for days, and its points are to be compared.
             freeze(self.points[number].config, {})
@@ -136,13 +133,13 @@ class _Queue:
             "PYTHONPATH": os.pathsep.join(filter(None, [str(frozen / "code"), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
             "NODES": "1",
-            "PROCESSES": str(share.processes(self.options)),
+            "PROCESSES": str(share.processes),
             "RESTARTS": "0",
         }
         if share.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(share.gpus)
         with open(point.folder / LOG, "ab") as log:
-            log.write(f"== {datetime.datetime.now().isoformat(timespec='seconds')}\n".encode())
+            log.write(f"{HEADER} {datetime.datetime.now().isoformat(timespec='seconds')}\n".encode())
             log.flush()
             process = subprocess.Popen(
                 ["bash", str(frozen / "code/launch/torchrun"), "--config-dir", str(frozen), "--config-name", "frozen"],
@@ -214,8 +211,9 @@ def _last_step(folder: Path) -> int:
 
 
 def _last_error(log: Path) -> str | None:
-    """The last message for users in a log."""
-    found = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    """The last message for users in a log, since the last start."""
+    said = log.read_text(errors="replace").rpartition(f"{HEADER} ")[2]
+    found = [line for line in said.splitlines() if line.startswith("error: ")]
     return found[-1].removeprefix("error: ") if found else None
 
 

@@ -61,14 +61,16 @@ def _submit(hydra_config: DictConfig) -> None:
         config = check_run(hydra_config, options)
     except ValueError as error:
         raise UserError(str(error)) from error
+    if options.dry_run:
+        print(job_script(config, options), end="")
+        return
     folder = Path(config.run.dir) / "launch"
-    if not options.dry_run and (active := active_job(folder)):
+    if active := active_job(folder):
         raise UserError(f"run.dir={config.run.dir}: job {active} works there or waits to; `scancel {active}` ends it")
     job = submit(config, options)
-    if not options.dry_run:
-        print(f"job {job}: {options.world_size} processes on {options.nodes} nodes")
-        print(f"  {folder}/log.txt    what it prints, all its starts one after another")
-        print(f"  python -m launch.status {config.run.dir}")
+    print(f"job {job}: {options.world_size} processes on {options.nodes} nodes")
+    print(f"  {folder}/log.txt    what it prints, all its starts one after another")
+    print(f"  python -m launch.status {config.run.dir}")
 
 
 def main() -> None:
@@ -86,16 +88,13 @@ def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
 
 
 def submit(config: RunConfig, options: SlurmOptions) -> str:
-    """Freeze a checked run and submit its job; the job's number. With options.dry_run only print the job script.
+    """Freeze a checked run and submit its job; the job's number.
 
     UserError if the folder cannot be written, NotSubmitted if Slurm does not take the job.
     """
-    script = job_script(config, options)
-    if options.dry_run:
-        print(script, end="")
-        return "not submitted"
     folder = Path(config.run.dir) / "launch"
-    freeze(config, {"launch.yaml": OmegaConf.to_yaml(OmegaConf.structured(options)), "job.sh": script})
+    asked = OmegaConf.to_yaml(OmegaConf.structured(options))
+    freeze(config, {"launch.yaml": asked, "job.sh": job_script(config, options)})
     submitted = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], capture_output=True, text=True)
     if submitted.returncode != 0:
         raise NotSubmitted(f"sbatch: {submitted.stderr.strip()} ({folder / 'job.sh'} is what it was given)")

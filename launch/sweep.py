@@ -1,6 +1,6 @@
 """The points of a sweep: composed, checked before any of them starts, looked up, submitted.
 
-points = plan_points(config, loader, job_overrides, check=...)      # UserError names every point that cannot run
+points = plan_points(config, loader, {0: overrides}, check=...)     # UserError names every point that cannot run
 outcomes = run_points(points, options)                              # launch.local_queue: on this machine
 outcomes = submit_points(points, options)                           # as Slurm jobs
 
@@ -9,7 +9,7 @@ again, a sweep passes over its finished points and continues the others.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from configs.console import ReportedError, UserError
 from configs.run_folder import flat, read_config, read_metrics, read_status
 from launch.options import SlurmOptions
-from launch.slurm import active_job, submit
+from launch.slurm import active_job, job_script, submit
 from train.config import RunConfig, describe
 
 SUBDIR = "${hydra.job.num}"
@@ -52,22 +52,22 @@ class Outcome:
     """What came of a point."""
 
     state: str
-    """complete, stopped (in good order, to be continued), failed, or submitted."""
+    """complete, stopped (in good order, to be continued), failed, submitted, or not submitted (a dry run)."""
     reason: str
     """Of what failed, in words; else what there is to say."""
     validation_loss: float | None = None
 
 
 def plan_points(
-    master: DictConfig, loader: ConfigLoader, jobs: Sequence[Sequence[str]], check: Callable[[DictConfig], RunConfig]
+    master: DictConfig, loader: ConfigLoader, jobs: Mapping[int, Sequence[str]], check: Callable[[DictConfig], RunConfig]
 ) -> list[Point]:
-    """The points of these jobs, each with its overrides; UserError if one cannot run, before any has begun.
+    """The points of these jobs, by number, each with its overrides; UserError if one cannot run, before any has begun.
 
     check: a composed configuration's typed form; raises ValueError for what is wrong.
     """
     swept, sweep = _swept_options(master), Path(master.hydra.sweep.dir)
     points, problems = [], []
-    for number, overrides in enumerate(jobs):
+    for number, overrides in jobs.items():
         composed = loader.load_sweep_config(master, list(overrides))
         with read_write(composed), open_dict(composed):
             composed.hydra.job.id, composed.hydra.job.num = str(number), number
@@ -95,20 +95,24 @@ def submit_points(points: Sequence[Point], options: SlurmOptions) -> list[Outcom
     """Submit a job for each point that is neither finished nor already with Slurm."""
     outcomes = []
     for point in points:
-        if point.finished:
-            outcomes.append(finished(point))
-        elif active := active_job(point.folder / "launch"):
-            outcomes.append(Outcome("submitted", f"job {active} works there or waits to"))
-        else:
-            try:
-                outcomes.append(Outcome("submitted", f"job {submit(point.config, options)}"))
-            except ReportedError as error:
-                outcomes.append(Outcome("failed", str(error)))
+        outcomes.append(_submit(point, options))
         if not options.dry_run:
             print(f"{point.name}: {outcomes[-1].state}, {outcomes[-1].reason}", flush=True)
-    if not options.dry_run:
-        print(f"  python -m launch.status {points[0].folder.parent}")
     return outcomes
+
+
+def _submit(point: Point, options: SlurmOptions) -> Outcome:
+    if options.dry_run:
+        print(job_script(point.config, options), end="")
+        return Outcome("not submitted", "dry run")
+    if point.finished:
+        return finished(point)
+    if active := active_job(point.folder / "launch"):
+        return Outcome("submitted", f"job {active} works there or waits to")
+    try:
+        return Outcome("submitted", f"job {submit(point.config, options)}")
+    except ReportedError as error:
+        return Outcome("failed", str(error))
 
 
 def finished(point: Point) -> Outcome:
