@@ -54,9 +54,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The run's composed options by their names on the command line; {} if it has not begun."""
-    path = folder / CONFIG_FILE
-    return flat(OmegaConf.to_container(OmegaConf.load(path))) if path.exists() else {}  # type: ignore[arg-type]
+    """The run's composed options by their names on the command line; {} if there are none.
+
+    Of a run that is queued and has not begun, those it was queued with.
+    """
+    for path in (folder / CONFIG_FILE, folder / "launch/frozen.yaml"):
+        if path.exists():
+            return flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+    return {}
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -71,15 +76,14 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def find_runs(folders: Iterable[Path]) -> list[Path]:
     """These folders where they hold runs, else the runs in their subfolders, such as the points of a sweep.
 
-    ValueError for one without any.
+    Each once. ValueError for a folder that is not there, or if there is no run in any.
     """
-    found = []
-    for folder in folders:
-        runs = _runs_within(folder)
-        if not runs:
-            raise ValueError(f"{folder}: no run there (a run's folder has {CONFIG_FILE})")
-        found += runs
-    return found
+    folders = list(folders)
+    found = {run.resolve(): run for folder in folders for run in _runs_within(folder)}
+    missing = [folder for folder in folders if not folder.is_dir()] or ([] if found else folders)
+    if missing:
+        raise ValueError(f"{', '.join(map(str, missing))}: no run there (a run's folder has {CONFIG_FILE})")
+    return list(found.values())
 
 
 def _runs_within(folder: Path) -> list[Path]:

@@ -4,6 +4,7 @@ Hydra looks for plugins in this namespace only, and imports it at the start of e
 """
 
 import os
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +55,7 @@ class _SweepLauncher(Launcher):
 
     @reporting_errors
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """The outcome of each job: its validation loss, for sweepers that search, or SystemExit(1) if it failed."""
+        """The outcome of each job: its validation loss, for sweepers that search, or why it failed."""
         if "RANK" in os.environ:
             raise UserError("--multirun: start it without torchrun; hydra.launcher.processes=N gives each run N processes")
         try:
@@ -66,17 +68,20 @@ class _SweepLauncher(Launcher):
         for point, outcome in zip(points, outcomes, strict=True):
             if outcome.state == "failed":
                 print(f"  failed: {point.name}: {outcome.reason}", flush=True)
-        if "stopped" in states:
-            print("  the same command continues", flush=True)
         if "submitted" in states:
             print(f"  python -m launch.status {points[0].folder.parent}", flush=True)
         if "complete" in states:
             print(f"  python -m launch.report {points[0].folder.parent}", flush=True)
+        if "stopped" in states:
+            print("  the same command continues", flush=True)
+            sys.exit(0)  # the sweeper may have more
         return [
             JobReturn(
                 overrides=point.overrides,
                 status=JobStatus.FAILED if outcome.state == "failed" else JobStatus.COMPLETED,
-                _return_value=SystemExit(1) if outcome.state == "failed" else outcome.validation_loss,
+                _return_value=HydraException(f"{point.name}: {outcome.reason}")
+                if outcome.state == "failed"
+                else outcome.validation_loss,
             )
             for point, outcome in zip(points, outcomes, strict=True)
         ]
@@ -95,7 +100,7 @@ class LocalLauncher(_SweepLauncher):
         from train.pretrain import prepare
 
         processes = shares(options)[0].processes
-        points = plan_points(self.master, self.loader, jobs, check=lambda config: prepare(config, processes)[0])
+        points = plan_points(self.master, self.loader, jobs, lambda config, number: prepare(config, number)[0], processes)
         return points, run_points(points, options)
 
 
@@ -106,5 +111,7 @@ class SlurmLauncher(_SweepLauncher):
         from launch.slurm import check_run
         from launch.sweep import plan_points, submit_points
 
-        points = plan_points(self.master, self.loader, jobs, check=lambda config: check_run(config, options))
+        points = plan_points(
+            self.master, self.loader, jobs, lambda config, _: check_run(config, options), options.world_size
+        )
         return points, submit_points(points, options)

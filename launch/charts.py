@@ -30,17 +30,17 @@ def draw_losses(path: Path, points: Sequence[Point]) -> None:
     colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(points)))
     lowest, highest = math.inf, -math.inf
     for point, colour in zip(points, colours, strict=True):
-        curves = [dict(_losses_by_tokens(run)) for run in point.runs]
-        tokens = sorted(set[float].intersection(*(set(curve) for curve in curves)))
+        curves = [dict(_losses_by_tokens(run)) for run in point.counted]
+        tokens = sorted(set[float]().union(*curves))
         if not tokens:
             continue
-        losses = np.array([[curve[count] for count in tokens] for curve in curves])
+        losses = np.array([[curve.get(count, np.nan) for count in tokens] for curve in curves])
         millions = np.array(tokens) / 1e6
-        axes.plot(millions, losses.mean(0), color=colour, linewidth=1.4, label=point.name)
-        axes.fill_between(millions, losses.min(0), losses.max(0), color=colour, alpha=0.2, linewidth=0)
+        axes.plot(millions, np.nanmean(losses, 0), color=colour, linewidth=1.4, label=point.name)
+        axes.fill_between(millions, np.nanmin(losses, 0), np.nanmax(losses, 0), color=colour, alpha=0.2, linewidth=0)
         # The first steps fall so far that nothing else could be seen.
         late = losses[:, len(tokens) // 10 :]
-        lowest, highest = min(lowest, late.min()), max(highest, late.max())
+        lowest, highest = min(lowest, np.nanmin(late)), max(highest, np.nanmax(late))
     if lowest < highest:
         axes.set_ylim(lowest - 0.03 * (highest - lowest), highest)
     axes.set_xlabel("million tokens")

@@ -2,7 +2,8 @@
 
 freeze(config, {"job.sh": script})          # runs/mine/launch: code/, frozen.yaml, job.sh
 
-`--config-dir runs/mine/launch --config-name frozen` then runs it, with runs/mine/launch/code on PYTHONPATH.
+`--config-dir runs/mine/launch --config-name frozen` then runs it, with runs/mine/launch/code on PYTHONPATH
+and PYTHONSAFEPATH set, without which the working directory would come first.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from data_prep.files import writing
 from train.config import RunConfig, describe
 from train.pretrain import commit
 
-PACKAGES = ("configs", "data_prep", "launch", "mone_model", "train")
+PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train")
 FROZEN = """# Composed and checked before it was queued; the job runs exactly this. Code: ./code, commit {commit}.
 defaults:
   - run_config

@@ -18,14 +18,14 @@ import psutil
 import torch
 
 from configs.console import UserError
-from configs.run_folder import in_use, read_metrics, read_status
+from configs.run_folder import read_metrics, read_status
 from launch.frozen import freeze
 from launch.options import LocalOptions
-from launch.sweep import Outcome, Point, finished, validation_loss
+from launch.sweep import Outcome, Point, busy, finished, validation_loss
 
 LOG = "log.txt"
 HEADER = "== started"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,16 @@ def shares(options: LocalOptions) -> list[Share]:
 def run_points(points: Sequence[Point], options: LocalOptions) -> list[Outcome]:
     """Run those that are not finished, telling how far they are; a failed one does not stop the others.
 
-    SIGINT, SIGTERM or SIGUSR1 lets the runs save and stop; a second one kills them.
+    SIGINT, SIGTERM, SIGUSR1 or SIGHUP (unless ignored, as under nohup) lets the runs save and stop; a second one kills them.
     """
     queue = _Queue(points, options)
-    before = {number: signal.signal(number, queue.on_signal) for number in STOP_SIGNALS}
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, queue.on_signal) for number in heeded}
     try:
         return queue.run()
     finally:
+        for run in queue.running:  # there are some only if an exception is on its way
+            _ask_to_stop(run)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -98,16 +101,22 @@ class _Queue:
     def run(self) -> list[Outcome]:
         if self.outcomes:
             print(f"{len(self.outcomes)} of {len(self.points)} points are finished already", flush=True)
-        for number in [number for number in self.waiting if in_use(self.points[number].folder)]:
-            self.waiting.remove(number)
-            self.outcomes[number] = Outcome("failed", f"another process trains in {self.points[number].folder} now")
+        for number in list(self.waiting):
+            if who := busy(self.points[number]):
+                self.waiting.remove(number)
+                self.outcomes[number] = Outcome("failed", who)
         for number in self.waiting:
             # All now: a queue may last for days, and its points are to be compared.
             freeze(self.points[number].config, {})
         told = asked = time.monotonic()
         while self.running or (self.waiting and not self.signals):
             while self.free and self.waiting and not self.signals:
-                self._start(self.waiting.pop(0), self.free.pop(0))
+                number = self.waiting.pop(0)
+                try:
+                    self._start(number, self.free[0])
+                    self.free.pop(0)
+                except OSError as error:
+                    self.outcomes[number] = Outcome("failed", f"could not be started: {error}")
             time.sleep(0.2)
             for run in [run for run in self.running if run.process.poll() is not None]:
                 self._end(run)
@@ -131,6 +140,7 @@ class _Queue:
         environment |= {
             "PYTHON": sys.executable,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(frozen / "code"), os.environ.get("PYTHONPATH")])),
+            "PYTHONSAFEPATH": "1",  # else `python -m` would take the code of the checkout it is started in
             "PYTHONUNBUFFERED": "1",
             "NODES": "1",
             "PROCESSES": str(share.processes),
@@ -212,7 +222,8 @@ def _last_step(folder: Path) -> int:
 
 def _last_error(log: Path) -> str | None:
     """The last message for users in a log, since the last start."""
-    said = log.read_text(errors="replace").rpartition(f"{HEADER} ")[2]
+    text = log.read_text(errors="replace") if log.exists() else ""
+    said = text.rpartition(f"{HEADER} ")[2]
     found = [line for line in said.splitlines() if line.startswith("error: ")]
     return found[-1].removeprefix("error: ") if found else None
 

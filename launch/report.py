@@ -64,14 +64,12 @@ def main() -> None:
 
 
 def write_report(folders: Sequence[Path], output: Path, title: str | None, wandb_mode: str) -> None:
-    """Read the runs, draw, write the page; UserError if no run has begun or the folder cannot be written."""
+    """Read the runs, draw, write the page; UserError if there are none or the folder cannot be written."""
     try:
         runs = read_runs(folders)
+        points = group_runs(runs)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if not runs:
-        raise UserError(f"{', '.join(map(str, folders))}: no run there has begun")
-    points = group_runs(runs)
     title = title or ", ".join(dict.fromkeys(point.group for point in points))
     try:
         losses, validation, layers = draw(points, output)

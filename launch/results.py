@@ -121,6 +121,11 @@ class Point:
         return tuple(run for run in self.runs if run.state == "complete")
 
     @property
+    def counted(self) -> tuple[Run, ...]:
+        """The complete runs; all, where there are none yet."""
+        return self.complete or self.runs
+
+    @property
     def validation(self) -> Spread:
         """Validation loss of complete runs, nats per token."""
         return Spread(tuple(run.validation_loss for run in self.complete if run.validation_loss is not None))
@@ -132,8 +137,8 @@ class Point:
         return Spread(tuple(ours - their for ours, their in pairs if ours is not None and their is not None))
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the runs of its last records."""
-        values = [value for run in self.runs if (value := run.last(metric)) is not None]
+        """Mean over the counted runs of its last records."""
+        values = [value for run in self.counted if (value := run.last(metric)) is not None]
         return statistics.fmean(values) if values else None
 
     @cached_property
@@ -174,7 +179,10 @@ def essential(run: Run) -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Point]:
-    """Put the runs of one group together that differ in their seed alone; in the order of groups, highest ratio first."""
+    """Put the runs of one group together that differ in their seed alone; in the order of groups, highest ratio first.
+
+    ValueError if two do not even differ in that.
+    """
     alike: dict[str, list[Run]] = {}
     for run in runs:
         alike.setdefault(json.dumps([run.group, essential(run)], sort_keys=True), []).append(run)
@@ -185,12 +193,16 @@ def group_runs(runs: Sequence[Run]) -> list[Point]:
         options = [essential(found[0]) for found in members]
         varying = varying_options(options)
         # The width of an expert may follow from its ratio, for instance.
-        of_series = [name for name in varying if name != RATIO and not _follows(name, RATIO, options)]
+        of_series = [name for name in varying if name != RATIO and not _follows(name, options)]
         named = [name for name in varying if name in of_series or name == RATIO]
         for found, its in zip(members, options, strict=True):
             name = ",".join(f"{_short(key)}={shown(its.get(key))}" for key in named) or group
             series = ",".join([group, *(f"{_short(key)}={shown(its.get(key))}" for key in of_series)])
-            points.append(Point(group, name, series, tuple(sorted(found, key=lambda run: run.seed))))
+            found.sort(key=lambda run: run.seed)
+            for run, other in zip(found, found[1:], strict=False):
+                if run.seed == other.seed:
+                    raise ValueError(f"{run.folder} and {other.folder} are the same run, seed {run.seed}: leave one out")
+            points.append(Point(group, name, series, tuple(found)))
     order = list(groups)
     return sorted(points, key=lambda point: (order.index(point.group), point.series, -point.ratio))
 
@@ -213,11 +225,13 @@ def baselines(points: Sequence[Point]) -> dict[str, Point]:
     return {point.series: point for point in points if point.ratio == 1}
 
 
-def _follows(name: str, leader: str, options: Sequence[dict[str, Any]]) -> bool:
-    """Whether an option's value is the same wherever that of the leader is."""
+def _follows(name: str, options: Sequence[dict[str, Any]]) -> bool:
+    """Whether an option is of the model and follows from the ratio: the same wherever that is the same."""
     seen: dict[Any, Any] = {}
-    return len({its[leader] for its in options}) > 1 and all(
-        seen.setdefault(its[leader], its.get(name)) == its.get(name) for its in options
+    return (
+        name.startswith("model.")
+        and len({its[RATIO] for its in options}) > 1
+        and all(seen.setdefault(its[RATIO], its.get(name)) == its.get(name) for its in options)
     )
 
 

@@ -9,6 +9,7 @@ The configuration is composed and checked for that many processes before anythin
 
 import re
 import shlex
+import shutil
 import string
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
     """The typed configuration of a run, checked for the job's number of processes; ValueError for whatever is wrong."""
     on_gpus = options.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
     config, _, _ = prepare(hydra_config, options.world_size, transformer_engine=on_gpus)
+    check(
+        options.dry_run or shutil.which("sbatch") is not None,
+        f"{options.section}.dry_run",
+        options.dry_run,
+        "there is no sbatch on this machine; --dry-run or dry_run=true prints the job script",
+    )
     check("\n" not in config.run.name, "run.name", repr(config.run.name), "must be of one line")
     return config
 
@@ -132,7 +139,8 @@ def job_script(config: RunConfig, launch: SlurmOptions) -> str:
     environment += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
     container = []
     if launch.container is not None:
-        mounts = [*launch.container_mounts, f"{folder.parent}:{folder.parent}"]
+        runs = folder.parent.parent  # the name of a sweep's point has commas, which would be two mounts
+        mounts = [*launch.container_mounts, f"{runs}:{runs}"]
         container = [f"--container-image={launch.container}", f"--container-mounts={','.join(mounts)}"]
         container.append(f"--container-workdir={Path.cwd()}")
     template = _JobScript((Path(__file__).parent / "templates/job.sh").read_text())
@@ -154,12 +162,14 @@ def _quoted(option: str) -> str:
 
 
 def active_job(folder: Path) -> str | None:
-    """The job of this run that Slurm still knows of as waiting or running."""
+    """The job of this run that Slurm still knows of as waiting or running; NotSubmitted if Slurm does not say."""
     path = folder / "job"
-    if not path.exists():
+    if not path.exists() or shutil.which("squeue") is None:
         return None
     job = path.read_text().strip()
     shown = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format=%T"], capture_output=True, text=True)
+    if shown.returncode != 0 and "Invalid job id" not in shown.stderr:
+        raise NotSubmitted(f"squeue does not say whether job {job} is active: {shown.stderr.strip()}")
     return job if shown.stdout.strip() else None
 
 

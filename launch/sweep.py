@@ -1,6 +1,6 @@
 """The points of a sweep: composed, checked before any of them starts, looked up, submitted.
 
-points = plan_points(config, loader, {0: overrides}, check=...)     # UserError names every point that cannot run
+points = plan_points(config, loader, {0: overrides}, check, 1)      # UserError names every point that cannot run
 outcomes = run_points(points, options)                              # launch.local_queue: on this machine
 outcomes = submit_points(points, options)                           # as Slurm jobs
 
@@ -19,14 +19,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from configs.console import ReportedError, UserError
-from configs.run_folder import flat, read_config, read_metrics, read_status
+from configs.run_folder import flat, in_use, read_config, read_metrics, read_status
 from launch.options import SlurmOptions
 from launch.slurm import active_job, job_script, submit
 from train.config import RunConfig, describe
 
 SUBDIR = "${hydra.job.num}"
 """Hydra's own default of hydra.sweep.subdir, in whose place a point's name stands."""
-LEARNED = ("model.", "training.", "optimizer.", "deepspeed.", "guard.", "data.blend", "evaluation.", "run.seed", "engine")
+LEARNED = (
+    *("model.", "training.", "optimizer.", "deepspeed.", "guard.", "data.blend", "evaluation."),
+    *("run.seed", "engine", "compute.precision"),
+)
 """Options, by the beginning of their names, that what a run learns and reports depends on."""
 
 
@@ -39,7 +42,7 @@ class Point:
     overrides: tuple[str, ...]
     config: RunConfig
     finished: bool
-    """Whether its folder holds this very run, complete."""
+    """Whether its folder holds this run, complete."""
 
     @property
     def folder(self) -> Path:
@@ -59,11 +62,15 @@ class Outcome:
 
 
 def plan_points(
-    master: DictConfig, loader: ConfigLoader, jobs: Mapping[int, Sequence[str]], check: Callable[[DictConfig], RunConfig]
+    master: DictConfig,
+    loader: ConfigLoader,
+    jobs: Mapping[int, Sequence[str]],
+    check: Callable[[DictConfig, int], RunConfig],
+    processes: int,
 ) -> list[Point]:
     """The points of these jobs, by number, each with its overrides; UserError if one cannot run, before any has begun.
 
-    check: a composed configuration's typed form; raises ValueError for what is wrong.
+    check: a composed configuration's typed form, for that many processes; raises ValueError for what is wrong.
     """
     swept, sweep = _swept_options(master), Path(master.hydra.sweep.dir)
     points, problems = [], []
@@ -79,12 +86,19 @@ def plan_points(
             composed.run.name, composed.run.dir = f"{sweep.name}/{name}", str(folder)
             composed.logging.wandb_group = composed.logging.wandb_group or sweep.name
         try:
-            config = check(composed)
+            config = check(composed, processes)
             points.append(Point(name, tuple(overrides), config, _finished(config)))
         except ValueError as error:
             problems.append(f"{name}: {error}")
     if problems:
-        raise UserError("\n  ".join([f"{len(problems)} of {len(jobs)} points cannot run, none was started:", *problems]))
+        raise UserError(
+            "\n  ".join(
+                [
+                    f"{len(problems)} of {len(jobs)} points cannot run on {processes} processes each; none was started",
+                    *problems,
+                ]
+            )
+        )
     folders = [point.folder for point in points]
     if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
         raise UserError(f"hydra.sweep: several points would share {', '.join(twice)}; give each a hydra.sweep.subdir")
@@ -107,9 +121,9 @@ def _submit(point: Point, options: SlurmOptions) -> Outcome:
         return Outcome("not submitted", "dry run")
     if point.finished:
         return finished(point)
-    if active := active_job(point.folder / "launch"):
-        return Outcome("submitted", f"job {active} works there or waits to")
     try:
+        if who := busy(point):
+            return Outcome("submitted" if who.startswith("job") else "failed", who)
         return Outcome("submitted", f"job {submit(point.config, options)}")
     except ReportedError as error:
         return Outcome("failed", str(error))
@@ -127,21 +141,25 @@ def validation_loss(folder: Path) -> float | None:
 
 
 def _finished(config: RunConfig) -> bool:
-    """Whether the run folder holds this run, complete; ValueError if it holds a complete one of other options."""
+    """Whether the run folder holds this run, complete; ValueError if it holds one of other options."""
     folder = Path(config.run.dir)
-    if read_status(folder).get("state") != "complete":
-        return False
     ours, saved = flat(describe(config)), read_config(folder)
     changed = [name for name in ours if name.startswith(LEARNED) and saved.get(name, ours[name]) != ours[name]]
-    if changed == ["training.steps"] and ours["training.steps"] > saved["training.steps"]:
-        return False
     if changed:
         raise ValueError(
-            f"{folder} is complete with other options: "
+            f"{folder} holds a run of other options: "
             f"{', '.join(f'{name}={saved[name]} (now {ours[name]})' for name in changed)}; "
             "restore them, give another run.name, or move it away"
         )
-    return True
+    return read_status(folder).get("state") == "complete"
+
+
+def busy(point: Point) -> str | None:
+    """Who trains in the point's folder now, or is about to, if anybody."""
+    if in_use(point.folder):
+        return f"another process trains in {point.folder} now"
+    job = active_job(point.folder / "launch")
+    return f"job {job} works there or waits to" if job else None
 
 
 def _swept_options(master: DictConfig) -> list[str]:

@@ -81,7 +81,7 @@ class MetricsWriter:
         except Exception as error:  # whatever W&B raises, training is worth more
             print(f"W&B stopped taking records ({error}); the run goes on with {self.path}", flush=True)
             self.wandb = None
-            with contextlib.suppress(Exception):  # else it would complain again when this process ends
+            with contextlib.suppress(Exception, SystemExit):  # else it would complain again when this process ends
                 wandb.teardown()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ set -uo pipefail
 # The code and the configuration of the submission, whatever happens to the checkout in the meantime.
 frozen=@frozen
 export PYTHONPATH="$frozen/code${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1
 export PYTHON=@python
 export PYTHONUNBUFFERED=1
 @environment

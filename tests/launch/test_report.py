@@ -55,7 +55,10 @@ def runs(tmp_path: Path) -> Path:
     for ratio, losses in LOSSES.items():
         for seed, loss in enumerate(losses, start=1):
             write_run(tmp_path / f"runs/sweep/activation_ratio={ratio:g},seed={seed}", "sweep", ratio, seed, loss)
-    write_run(tmp_path / "runs/sweep/activation_ratio=0.25,seed=4", "sweep", 0.25, 4, 99.0, "failed")
+    failed = tmp_path / "runs/sweep/activation_ratio=0.25,seed=4"
+    write_run(failed, "sweep", 0.25, 4, 99.0, "failed")
+    cut = (failed / "metrics.jsonl").read_text().splitlines(keepends=True)[:3]
+    (failed / "metrics.jsonl").write_text("".join(cut))
     for ratio, width in ((1.0, 128), (0.25, 256)):
         write_run(tmp_path / f"runs/wide/{width}", "wide", ratio, 1, 4.3, moe_ffn_hidden_size=width)
     return tmp_path / "runs"
@@ -80,6 +83,7 @@ def test_seeds_make_a_point_and_failed_runs_do_not_count(runs: Path) -> None:
     # Seed by seed: 0.06, 0.04, 0.02. Their spread is far below that of either point.
     assert sparse.difference(plain).mean == pytest.approx(0.04)
     assert sparse.difference(plain).spread == pytest.approx(0.02)
+    assert sparse.mean("train/loss") == pytest.approx(4.54 + 1)
 
 
 def test_the_page_has_every_number_and_needs_nothing_beside_itself(
@@ -157,6 +161,15 @@ def test_a_single_running_run_is_reported_too(tmp_path: Path, call_main: Call, m
     write_run(tmp_path / "one", "one", 0.5, 1, 4.0, "running")
     assert call_main(main, "one", "--wandb", "disabled", "--output", "out/here")[0] == 0
     assert "1 ended without a word" in (tmp_path / "out/here/index.html").read_text()
+
+
+def test_the_same_run_twice_is_refused(runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(runs.parent)
+    assert "9 runs" in call_main(main, "runs", "runs/sweep", "--wandb", "disabled")[1], "named twice is read once"
+    shutil.copytree(runs / "sweep/activation_ratio=1,seed=2", runs / "sweep/copy")
+    code, _, error = call_main(main, "runs", "--wandb", "disabled")
+    assert code == 2
+    assert "copy are the same run, seed 2" in error
 
 
 def test_what_holds_no_run_is_named(tmp_path: Path, call_main: Call) -> None:

@@ -1,5 +1,6 @@
 """Sweeps as a user types them: `python -m train.pretrain --multirun`, with real runs on this machine."""
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from configs.run_folder import find_runs, read_config, read_metrics, read_status
@@ -25,12 +27,15 @@ SWEEP = (*OPTIONS, BLEND, "parallel.expert=1", "evaluation.interval=0", "checkpo
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     make_data(folder)
+    # As if somebody edited the checkout, where the command is typed, while the sweep goes on.
+    (folder / "train").mkdir()
+    (folder / "train/__init__.py").write_text("raise SystemExit('the code of the checkout')")
     return folder
 
 
 def start(folder: Path, name: str, *options: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "train.pretrain", "--multirun", *SWEEP, f"run.name={name}", *options],
+        [sys.executable, "-P", "-m", "train.pretrain", "--multirun", *SWEEP, f"run.name={name}", *options],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
@@ -40,9 +45,19 @@ def start(folder: Path, name: str, *options: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], code: int) -> str:
-    output, _ = process.communicate(timeout=300)
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        end(process)
     assert process.returncode == code, output
     return output
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """With all it has started."""
+    if process.poll() is None:
+        for each in [*psutil.Process(process.pid).children(recursive=True), process]:
+            each.kill()
 
 
 DIVERGING = ("model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e30", "optimizer.clip_grad=0", "guard.max_dropped=1")
@@ -95,21 +110,26 @@ def test_wandb_sync_groups_the_runs_of_an_offline_sweep(folder: Path, swept: str
 
 
 def test_a_signal_lets_its_runs_save_and_the_same_command_continues(folder: Path) -> None:
-    process = start(folder, "endless", "run.seed=1,2,3", "training.steps=100000")
-    runs = [folder / f"runs/endless/seed={seed}" for seed in (1, 2, 3)]
-    began = time.monotonic()
-    while not all(len(read_metrics(run)) >= 3 for run in runs[:2]):
-        assert time.monotonic() - began < 120
-        assert process.poll() is None
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    two = ("hydra.launcher.jobs=1", "hydra.launcher.processes=2", "parallel.expert=2")
+    process = start(folder, "endless", "run.seed=1,2", "training.steps=100000", *two)
+    first, second = (folder / f"runs/endless/seed={seed}" for seed in (1, 2))
+    try:
+        began = time.monotonic()
+        while len(read_metrics(first)) < 3:
+            assert time.monotonic() - began < 120
+            assert process.poll() is None
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+    except BaseException:
+        end(process)
+        raise
     output = finish(process, code=0)
-    assert "sweep: 3 stopped" in output
+    assert "sweep: 2 stopped" in output
     assert "the same command continues" in output
-    for run in runs[:2]:
-        assert read_status(run)["state"] == "stopped"
-        assert len(list((run / "checkpoints").glob("step-*"))) == 1
-    assert read_status(runs[2]) == {}
+    assert read_status(first)["state"] == "stopped"
+    assert json.loads((first / "environment.json").read_text())["world_size"] == 2
+    assert len(list((first / "checkpoints").glob("step-*"))) == 1
+    assert read_status(second) == {}
 
 
 def call(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, *options: str) -> tuple[int, str, str]:
@@ -122,7 +142,10 @@ def call(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, *option
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["model.num_experts=4,6", "parallel.expert=4", "hydra.launcher.processes=4"], "1 of 2 points cannot run, none was"),
+        (
+            ["model.num_experts=4,6", "parallel.expert=4", "hydra.launcher.processes=4"],
+            "1 of 2 points cannot run on 4 processes each; none was",
+        ),
         (["run.seed=1,2", "data.blend=[{path: nowhere}]"], "seed=2: nowhere"),
         (["run.seed=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be at least 1"),
         (["run.seed=1,2", "hydra.sweep.subdir=same"], "several points would share runs/mone/same"),
@@ -137,14 +160,14 @@ def test_a_point_that_cannot_run_is_named_before_any_is_started(
     assert not list((folder / "runs").glob("mone/*/"))
 
 
-def test_a_finished_point_is_not_mistaken_for_one_of_other_options(
+def test_a_run_is_not_mistaken_for_one_of_other_options(
     call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, swept: str
 ) -> None:
     options = ["run.name=swept", "model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.2"]
     code, _, error = call(call_main, monkeypatch, folder, *options)
     assert code == 2
-    assert "activation_ratio=1,lr=0.001 is complete with other options" in error
-    assert "optimizer.weight_decay=0.1 (now 0.2)" in error
+    assert "activation_ratio=1,lr=0.001 holds a run of other options: optimizer.weight_decay=0.1 (now 0.2)" in error
+    assert "activation_ratio=0.25,lr=0.01" not in error
 
 
 def test_torchrun_around_a_sweep_is_refused(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, make_data
 
 ADDRESSES = {"mone-a": "10.77.0.1", "mone-b": "10.77.0.2"}
-STEPS = 30
+STEPS = 60
 
 
 def ip(*words: str) -> None:
@@ -31,6 +32,7 @@ def machines() -> Iterator[None]:
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2")
     first, second = ADDRESSES
+    unplug()
     try:
         for name in ADDRESSES:
             ip("netns", "add", name)
@@ -39,9 +41,14 @@ def machines() -> Iterator[None]:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}0")
             ip("-n", name, "link", "set", "lo", "up")
             ip("-n", name, "link", "set", f"{name}0", "up")
+        yield
     except subprocess.CalledProcessError as error:
         pytest.skip(f"network namespaces are not permitted: {error.stderr}")
-    yield
+    finally:
+        unplug()
+
+
+def unplug() -> None:
     for name in ADDRESSES:
         with contextlib.suppress(subprocess.CalledProcessError):
             ip("netns", "del", name)
@@ -68,7 +75,7 @@ def test_two_machines_train_one_model_and_survive_a_crash_on_one(machines: None,
 
     try:
         began = time.monotonic()
-        while max((record["step"] for record in read_metrics(run)), default=0) < 15:
+        while max((record["step"] for record in read_metrics(run)), default=0) < 11:
             assert time.monotonic() - began < 120, logs()
             time.sleep(0.05)
         workers = [child for child in agents["mone-b"].children(recursive=True) if "RANK" in child.environ()]
@@ -84,4 +91,4 @@ def test_two_machines_train_one_model_and_survive_a_crash_on_one(machines: None,
     assert json.loads((run / "environment.json").read_text())["world_size"] == 2
     assert read_status(run)["state"] == "complete"
     assert [record["step"] for record in read_metrics(run) if "train/loss" in record] == list(range(1, STEPS + 1))
-    assert "resumed from runs/both/checkpoints/step-00000010" in logs()
+    assert re.search(r"resumed from runs/both/checkpoints/step-000000\d0 ", logs())

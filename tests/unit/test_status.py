@@ -49,3 +49,7 @@ def test_what_is_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
     code, _, error = call_main(main, str(tmp_path / "nothing"))
     assert code == 2
     assert "nothing: no run there" in error
+    (tmp_path / "refused").mkdir()
+    assert call_main(main, str(tmp_path / "refused"))[0] == 2
+    # Beside others it is nothing to speak of.
+    assert call_main(main, str(tmp_path / "refused"), str(made(tmp_path / "run", "complete")))[0] == 0
