@@ -23,6 +23,8 @@ from launch.frozen import freeze
 from launch.options import LocalOptions
 from launch.sweep import Outcome, Point, busy, finished, validation_loss
 
+NOT_INHERITED = ("HEAD", "NODE_RANK", "ADDRESS", "WANDB_SERVICE")
+"""Environment variables that would tie a run to a launch on several machines, or to this process's own W&B."""
 LOG = "log.txt"
 HEADER = "== started"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -136,7 +138,7 @@ class _Queue:
     def _start(self, number: int, share: Share) -> None:
         point = self.points[number]
         frozen, first_step = (point.folder / "launch").absolute(), _last_step(point.folder)
-        environment = {name: value for name, value in os.environ.items() if name not in ("HEAD", "NODE_RANK", "ADDRESS")}
+        environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment |= {
             "PYTHON": sys.executable,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(frozen / "code"), os.environ.get("PYTHONPATH")])),

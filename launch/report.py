@@ -222,7 +222,7 @@ def send_to_wandb(
             name=f"report of {', '.join(groups)}",
             id=f"report-{hashlib.sha256(','.join(sorted(groups)).encode()).hexdigest()[:12]}",
             resume="allow",
-            dir=str(output),
+            dir=str(output.absolute()),
             mode=mode,  # type: ignore[arg-type]
             settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=FINISH_TIMEOUT),
         )
@@ -234,6 +234,7 @@ def send_to_wandb(
         )
         run.log({f"chart/{picture.path.stem}": wandb.Image(str(picture.path), caption=picture.text) for picture in pictures})
         run.finish()
+        wandb.teardown()
     except Exception as error:  # whatever W&B raises, the page is there
         print(f"no W&B run of the report ({error})", file=sys.stderr)
 

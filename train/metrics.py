@@ -115,7 +115,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             entity=config.logging.wandb_entity,
             name=config.run.name,
             group=config.logging.wandb_group,
-            dir=str(folder),
+            dir=str(folder.absolute()),  # W&B's process may have another working directory
             id=run_id,
             resume="allow" if run_id else None,
             config=describe(config),
