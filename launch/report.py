@@ -22,7 +22,7 @@ from configs.console import ReportedError, UserError
 from data_prep.files import writing
 from launch import charts
 from launch.results import Point, baselines, group_runs, labels, read_runs, shown, varying_options
-from train.metrics import FINISH_TIMEOUT
+from train.metrics import wandb_settings
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ def send_to_wandb(
             resume="allow",
             dir=str(output.absolute()),
             mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, init_timeout=20, finish_timeout=FINISH_TIMEOUT),
+            settings=wandb_settings(),
         )
         run.log(
             {

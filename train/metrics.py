@@ -24,8 +24,9 @@ from configs.run_folder import METRICS_FILE, read_metrics
 from data_prep.files import writing
 from train.config import RunConfig, describe
 
-FINISH_TIMEOUT = 60.0
-"""Seconds that W&B may take for what is not uploaded at the end; `wandb sync` uploads the rest."""
+TIMEOUTS = {"init_timeout": 20.0, "finish_timeout": 60.0}
+"""Seconds that W&B may take to start, and for what is not uploaded at the end; `wandb sync` uploads the rest. What
+WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say comes first."""
 
 
 class MetricsWriter:
@@ -95,6 +96,18 @@ class MetricsWriter:
                 print(f"W&B did not finish ({error})", flush=True)
 
 
+def wandb_settings() -> Any:
+    """How W&B is used: without words, and never waited for long.
+
+    Without a limit a server that went away holds the processors of a finished run for as long as it is retried.
+    """
+    import wandb
+
+    known = wandb.Settings.model_fields
+    ours = {name: value for name, value in TIMEOUTS.items() if name in known and f"WANDB_{name.upper()}" not in os.environ}
+    return wandb.Settings(silent=True, **ours)
+
+
 def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
     mode = config.logging.wandb_mode
     if mode == "disabled":
@@ -104,10 +117,6 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
     if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
         print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): the run goes on offline", flush=True)
         mode = "offline"
-
-    # Without a limit a server that went away holds the processors of a finished run for as long as it is retried.
-    bounded = "finish_timeout" in wandb.Settings.model_fields and "WANDB_FINISH_TIMEOUT" not in os.environ
-    finish: dict[str, Any] = {"finish_timeout": FINISH_TIMEOUT} if bounded else {}
 
     def start(mode: str) -> Any:
         return wandb.init(
@@ -120,7 +129,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
             resume="allow" if run_id else None,
             config=describe(config),
             mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True, init_timeout=20, **finish),
+            settings=wandb_settings(),
         )
 
     # A request to save and stop may reach every process of a job, as Slurm's do. W&B's would end by it at once, before it

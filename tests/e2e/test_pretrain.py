@@ -202,6 +202,7 @@ def test_wandb_without_a_server_goes_on_offline(folder: Path, monkeypatch: pytes
     options = ("logging.wandb_mode=online", "training.steps=3", "logging.figure_interval=0")
     assert "W&B has no login" in finish(start(folder, "no_login", *options))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
     assert "W&B could not start online" in finish(start(folder, "no_server", *options))
     for name in ("no_login", "no_server"):
         assert list(values(folder, name, "train/loss")) == [1, 2, 3]
