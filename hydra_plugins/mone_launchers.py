@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import HydraException
+from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -79,7 +79,7 @@ class _SweepLauncher(Launcher):
             JobReturn(
                 overrides=point.overrides,
                 status=JobStatus.FAILED if outcome.state == "failed" else JobStatus.COMPLETED,
-                _return_value=HydraException(f"{point.name}: {outcome.reason}")
+                _return_value=CompactHydraException(f"{point.name}: {outcome.reason}")
                 if outcome.state == "failed"
                 else outcome.validation_loss,
             )
