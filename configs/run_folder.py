@@ -53,6 +53,16 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_step(records: list[dict[str, Any]]) -> int:
+    """Of a run with these records; 0 without any."""
+    return int(records[-1]["step"]) if records else 0
+
+
+def last_value(records: list[dict[str, Any]], name: str) -> float | None:
+    """Of a metric, where it was defined."""
+    return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The run's composed options by their names on the command line; {} if there are none.
 

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from configs.console import UserError
-from configs.run_folder import read_metrics, read_status
+from configs.run_folder import last_step, read_metrics, read_status
 from launch.frozen import freeze
 from launch.options import LocalOptions
 from launch.sweep import Outcome, Point, busy, finished, validation_loss
@@ -104,9 +104,9 @@ class _Queue:
         if self.outcomes:
             print(f"{len(self.outcomes)} of {len(self.points)} points are finished already", flush=True)
         for number in list(self.waiting):
-            if who := busy(self.points[number]):
+            if taken := busy(self.points[number]):
                 self.waiting.remove(number)
-                self.outcomes[number] = Outcome("failed", who)
+                self.outcomes[number] = Outcome("failed", taken.reason)
         for number in self.waiting:
             # All now: a queue may last for days, and its points are to be compared.
             freeze(self.points[number].config, {})
@@ -218,8 +218,7 @@ def _kill(run: _Run) -> None:
 
 
 def _last_step(folder: Path) -> int:
-    records = read_metrics(folder)
-    return int(records[-1]["step"]) if records else 0
+    return last_step(read_metrics(folder))
 
 
 def _last_error(log: Path) -> str | None:

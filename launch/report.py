@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.console import ReportedError, UserError
+from configs.run_folder import last_step
 from data_prep.files import writing
 from launch import charts
 from launch.results import Point, baselines, group_runs, labels, read_runs, shown, varying_options
@@ -161,7 +162,7 @@ def tabulate_runs(points: Sequence[Point]) -> Table:
     rows = []
     for point in points:
         for run in point.runs:
-            loss, step = run.validation_loss, run.records[-1]["step"] if run.records else 0
+            loss, step = run.validation_loss, last_step(run.records)
             rows.append(
                 (
                     str(run.folder),

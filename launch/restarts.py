@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from configs.run_folder import read_metrics, read_status
+from configs.run_folder import last_step, read_metrics, read_status
 
 ATTEMPTS = "attempts.jsonl"
 
@@ -71,7 +71,7 @@ def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Att
     if status.get("time", 0.0) < float((folder / "began").read_text()):
         status = {}  # of an earlier attempt
     records = read_metrics(run)
-    state, step = status.get("state"), records[-1]["step"] if records else 0
+    state, step = status.get("state"), last_step(records)
     outcome, again, reason = "failed", True, f"training ended with exit code {code}"
     if state == "complete":
         outcome, again, reason = "complete", False, "all steps are done"

@@ -1,8 +1,8 @@
 """What runs came to: read from their folders, put together over seeds, compared.
 
     points = group_runs(read_runs(folders))
-    points[0].validation.mean, points[0].validation.spread, points[0].active_experts
-    varying_options(points)                       # {"model.activation_ratio": [1, 0.5], ...}
+    points[0].validation.mean, points[0].validation.spread, points[0].parameters.active_experts
+    varying_options([point.options for point in points])      # {"model.activation_ratio": [1, 0.5], ...}
 
 A point is what runs have in common that differ in their seed alone; its group is the sweep it belongs to.
 """
@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.run_folder import find_runs, read_config, read_metrics, read_state
+from configs.run_folder import find_runs, last_value, read_config, read_metrics, read_state
 from mone_model.accounting import Parameters, count_flops, count_parameters
 from mone_model.config import ModelConfig
 
@@ -51,8 +51,7 @@ class Run:
 
     def last(self, name: str) -> float | None:
         """The last record of a metric."""
-        series = self.series(name)
-        return series[-1][1] if series else None
+        return last_value(self.records, name)
 
     @property
     def validation_loss(self) -> float | None:
@@ -165,11 +164,13 @@ class Point:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, or in their subfolders; ValueError for a folder without any."""
+    """The runs in these folders, or in their subfolders; ValueError if there are none."""
     runs = []
     for folder in find_runs(folders):
         if options := read_config(folder):
             runs.append(Run(folder, options, read_metrics(folder), read_state(folder)))
+    if not runs:
+        raise ValueError(f"{', '.join(map(str, folders))}: no run there has begun, or is queued")
     return runs
 
 

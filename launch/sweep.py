@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from configs.console import ReportedError, UserError
-from configs.run_folder import flat, in_use, read_config, read_metrics, read_status
+from configs.run_folder import flat, in_use, last_value, read_config, read_metrics, read_status
 from launch.options import SlurmOptions
 from launch.slurm import active_job, job_script, submit
 from train.config import RunConfig, describe
@@ -73,6 +73,7 @@ def plan_points(
     check: a composed configuration's typed form, for that many processes; raises ValueError for what is wrong.
     """
     swept, sweep = _swept_options(master), Path(master.hydra.sweep.dir)
+    subdir = OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
     points, problems = [], []
     for number, overrides in jobs.items():
         composed = loader.load_sweep_config(master, list(overrides))
@@ -80,7 +81,6 @@ def plan_points(
             composed.hydra.job.id, composed.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(composed)
             name = _name(overrides, swept)
-            subdir = OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
             folder = sweep / (name if subdir == SUBDIR else composed.hydra.sweep.subdir)
             del composed["hydra"]
             composed.run.name, composed.run.dir = f"{sweep.name}/{name}", str(folder)
@@ -122,9 +122,7 @@ def _submit(point: Point, options: SlurmOptions) -> Outcome:
     if point.finished:
         return finished(point)
     try:
-        if who := busy(point):
-            return Outcome("submitted" if who.startswith("job") else "failed", who)
-        return Outcome("submitted", f"job {submit(point.config, options)}")
+        return busy(point) or Outcome("submitted", f"job {submit(point.config, options)}")
     except ReportedError as error:
         return Outcome("failed", str(error))
 
@@ -136,8 +134,7 @@ def finished(point: Point) -> Outcome:
 
 def validation_loss(folder: Path) -> float | None:
     """The last one on record."""
-    losses = [record["validation/loss"] for record in read_metrics(folder) if "validation/loss" in record]
-    return losses[-1] if losses else None
+    return last_value(read_metrics(folder), "validation/loss")
 
 
 def _finished(config: RunConfig) -> bool:
@@ -154,12 +151,12 @@ def _finished(config: RunConfig) -> bool:
     return read_status(folder).get("state") == "complete"
 
 
-def busy(point: Point) -> str | None:
-    """Who trains in the point's folder now, or is about to, if anybody."""
-    if in_use(point.folder):
-        return f"another process trains in {point.folder} now"
-    job = active_job(point.folder / "launch")
-    return f"job {job} works there or waits to" if job else None
+def busy(point: Point) -> Outcome | None:
+    """That somebody trains in the point's folder now, or is about to: a job of its own, or a process that is not ours."""
+    # The job first: while it runs, its process is the one in the folder.
+    if job := active_job(point.folder / "launch"):
+        return Outcome("submitted", f"job {job} works there or waits to")
+    return Outcome("failed", f"another process trains in {point.folder} now") if in_use(point.folder) else None
 
 
 def _swept_options(master: DictConfig) -> list[str]:
