@@ -59,15 +59,16 @@ def _submit(hydra_config: DictConfig) -> None:
     try:
         options = OmegaConf.to_object(hydra_config.launch)
         assert isinstance(options, SlurmOptions)
+        folder = Path(hydra_config.run.dir) / "launch"
+        # Before the run is checked: a running job changes what its folder holds.
+        if not options.dry_run and (active := active_job(folder)):
+            raise UserError(f"run.dir={folder.parent}: job {active} works there or waits to; `scancel {active}` ends it")
         config = check_run(hydra_config, options)
     except ValueError as error:
         raise UserError(str(error)) from error
     if options.dry_run:
         print(job_script(config, options), end="")
         return
-    folder = Path(config.run.dir) / "launch"
-    if active := active_job(folder):
-        raise UserError(f"run.dir={config.run.dir}: job {active} works there or waits to; `scancel {active}` ends it")
     job = submit(config, options)
     print(f"job {job}: {options.world_size} processes on {options.nodes} nodes")
     print(f"  {folder}/log.txt    what it prints, all its starts one after another")
