@@ -174,7 +174,7 @@ def _layer_activations(
     model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, tokens: float, fused: bool
 ) -> float:
     """Bytes that one layer keeps for its backward pass of one micro-batch; tokens: of this context-parallel rank."""
-    width, neurons, shared = model.hidden_size, model.moe_ffn_hidden_size, model.shared_expert_ffn_hidden_size
+    width, shared = model.hidden_size, model.shared_expert_ffn_hidden_size
     item = 2 if compute.precision == "bf16" else 4
     modules = {"none": [], "selective": compute.recompute_modules, "full": []}[compute.recompute]
     # Sequence parallelism splits the tokens, tensor parallelism the heads and neurons: everything is divided.
@@ -200,10 +200,7 @@ def _layer_activations(
         square = tokens * model.seq_length * model.num_attention_heads
         attention += square * (4 if item == 4 else 6)
     rows = tokens * model.router_topk
-    # Gate and up, the activated gate, its product with up (here masked), that times the routing weight; the mask.
-    routed = rows * (width * parallel.expert_tensor * item + 5 * neurons * item)
-    if model.active_neurons < neurons:
-        routed += rows * neurons
+    routed = rows * (width * parallel.expert_tensor * item + _kept_by_neurons(model, parallel, compute, item))
     # Logits, probabilities, the routing map; for each row its expert, position and weight.
     routed += tokens * model.num_experts * 9 + rows * 32
     dense = 5 * tokens * shared * item
@@ -211,6 +208,16 @@ def _layer_activations(
     if "moe" not in modules:
         moe += routed + (0 if "shared_experts" in modules else dense)
     return 2 * norm + attention + moe
+
+
+def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
+    """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
+    neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
+    if kept < neurons and parallel.expert_tensor == 1 and model.neuron_balance_coeff == 0:
+        # Gate and up where they count, a bit for each neuron; the hidden activation, unless it is computed again.
+        return 2 * kept * item + neurons / 8 + (0 if compute.experts == "skip" else neurons * item)
+    # Gate and up, the activated gate, its product with up, that times the routing weight; the mask.
+    return 5 * neurons * item + (neurons if kept < neurons else 0)
 
 
 def _loss_activations(

@@ -6,6 +6,7 @@
 Each class checks its own fields; rules that span classes or need the world size live in `train.config.validate`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,13 @@ def relu_squared(x: torch.Tensor) -> torch.Tensor:
     return F.relu(x).square()
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid, "relu_squared": relu_squared}
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "relu_squared": relu_squared,
+}
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
 
@@ -262,8 +269,9 @@ class ComputeConfig:
     """fp32, or bf16 with fp32 master weights and gradients."""
     transformer_impl: str = "auto"
     """local (Megatron-Core's own layers), transformer_engine, or auto: Transformer Engine where it is installed."""
-    experts: str = "grouped"
-    """grouped: one grouped GEMM for all local experts; loop: one GEMM for each, its reference."""
+    experts: str = "auto"
+    """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; skip (CPU, fp32): up and down only of
+    neurons that are kept; auto: on GPUs grouped, on CPUs what is fastest in a measurement at the start."""
     token_dispatcher: str = "alltoall"
     """How tokens travel to their experts: alltoall or allgather."""
     recompute: str = "none"
@@ -275,7 +283,7 @@ class ComputeConfig:
         for name, choices in {
             "precision": ("fp32", "bf16"),
             "transformer_impl": ("auto", "local", "transformer_engine"),
-            "experts": ("grouped", "loop"),
+            "experts": ("auto", "grouped", "loop", "skip"),
             "token_dispatcher": ("alltoall", "allgather"),
             "recompute": ("none", "selective", "full"),
         }.items():

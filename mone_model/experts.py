@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -20,25 +19,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
+from mone_model.expert_methods import GEMMS
+from mone_model.kernels import cpu
 from mone_model.loss_record import LossRecord
-from mone_model.neuron_balance import neuron_balance_loss
-from mone_model.neuron_selection import Selection, select_neurons
+from mone_model.neuron_balance import neuron_balance_loss, sum_by_expert
+from mone_model.neuron_selection import Selection, select_and_gate, select_neurons, unpack
 from mone_model.neuron_stats import NeuronCounters
-
-
-def expert_gemm(x_NK: torch.Tensor, weight_EMK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
-    """One grouped GEMM: rows of expert e times weight[e] transposed. [N, K], [E, M, K], [E] -> [N, M]."""
-    if len(x_NK) == 0:
-        # The grouped GEMM's backward refuses an empty batch; this keeps the weights in the graph.
-        return x_NK @ weight_EMK[0].T
-    offsets_E = tokens_E.cumsum(0).to(device=x_NK.device, dtype=torch.int32)
-    return F.grouped_mm(x_NK, weight_EMK.transpose(1, 2), offs=offsets_E)
-
-
-def expert_gemm_loop(x_NK: torch.Tensor, weight_EMK: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
-    """What `expert_gemm` means: one GEMM for each expert."""
-    rows = x_NK.split(tokens_E.tolist())
-    return torch.cat([x @ weight.T for x, weight in zip(rows, weight_EMK, strict=True)])
 
 
 class NeuronExperts(MegatronModule):
@@ -46,7 +32,7 @@ class NeuronExperts(MegatronModule):
 
     active_neurons: K. Equal to H it is a plain MoE: no selection takes place.
     balance_coeff, balance_form: the neuron balance loss (`mone_model.neuron_balance`).
-    gemm: "grouped" or "loop".
+    method: grouped, loop or skip (`mone_model.expert_methods`); skip leaves no place for a balance loss.
 
     `record` holds the neuron balance loss since it was last read, `counters` what each neuron did, as long as
     `counting_neurons` is set; both count a token once, also under recomputation.
@@ -59,27 +45,29 @@ class NeuronExperts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         *,
         active_neurons: int,
+        activation: str = "silu",
         balance_coeff: float = 0.0,
         balance_form: str = "normalised",
-        gemm: str = "grouped",
+        method: str = "grouped",
         name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         self.num_local_experts = num_local_experts
-        self.active_neurons, self.balance_coeff, self.balance_form = active_neurons, balance_coeff, balance_form
-        self.gemm = {"grouped": expert_gemm, "loop": expert_gemm_loop}[gemm]
+        self.active_neurons, self.activation = active_neurons, activation
+        self.balance_coeff, self.balance_form = balance_coeff, balance_form
+        self.method = method
         self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.num_neurons: int = config.moe_ffn_hidden_size
         width, neurons = config.hidden_size, self.num_neurons // self.etp_group.size()
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
-        # Neuron-major, gate and up in one tensor: one GEMM for both, and the rows of a neuron lie together.
+        # Neuron-major: what belongs to a neuron lies together. Gate and up in one tensor: one GEMM for both.
         self.gate_up_weight = torch.nn.Parameter(torch.empty(num_local_experts, 2, neurons, width, **options))
-        self.down_weight = torch.nn.Parameter(torch.empty(num_local_experts, width, neurons, **options))
-        for weight in (self.gate_up_weight, self.down_weight):
+        self.down_weight = torch.nn.Parameter(torch.empty(num_local_experts, neurons, width, **options))
+        for weight, axis in ((self.gate_up_weight, 2), (self.down_weight, 1)):
             # Also at expert-parallel size 1, or optimizer state could not move between layouts.
             weight.allreduce = False  # type: ignore[attr-defined]
             # Else the gradient norm takes the experts of one tensor-parallel rank only.
-            set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=2, stride=1)
+            set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=axis, stride=1)
         self.record = LossRecord()
         self.counting_neurons = False
         self.counters: NeuronCounters | None = None
@@ -89,63 +77,85 @@ class NeuronExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[N, D] rows sorted by expert, [E] rows of each, [N] routing weights -> [N, D] weighted outputs, no bias."""
         tokens_E = tokens_per_expert_E.to(x_ND.device)
-        gate_up_NH = self.gemm(x_ND, self.gate_up_weight.flatten(1, 2), tokens_E)
-        gate_NH, up_NH = gate_up_NH.chunk(2, dim=-1)
-        gate_NH = self.config.activation_func(gate_NH)
-        hidden_NH = gate_NH * up_NH
-        kept = None
-        if self.active_neurons < self.num_neurons:
-            kept = select_neurons(gate_NH, self.active_neurons, self._split_group)
-            hidden_NH = hidden_NH * kept.mask_NH
-        hidden_NH = (hidden_NH * probs_N[:, None]).to(x_ND.dtype)
-        output_ND = self.gemm(hidden_NH, self.down_weight, tokens_E)
-        # With recomputation the first pass runs without gradients and the second with: either way this runs once.
-        if self.training and torch.is_grad_enabled():
-            output_ND = self._observe(output_ND, gate_NH, kept, tokens_E)
+        # With recomputation the first pass runs without gradients and the second with: either way this counts once.
+        observing = self.training and torch.is_grad_enabled()
+        counting, balancing = observing and self.counting_neurons, observing and self.balance_coeff > 0
+        if self.method == "skip":
+            weights = self.gate_up_weight, self.down_weight
+            output_ND, counts_E2H, threshold_N = cpu.experts(
+                x_ND, *weights, probs_N, tokens_E, self.active_neurons, self.activation, counting
+            )
+            if counting:
+                self._count(tokens_E, threshold_N, counts_E2H[:, 0], counts_E2H[:, 1])
+            return output_ND, None
+        gemm = GEMMS[self.method]
+        gate_NH, up_NH = gemm(x_ND, self.gate_up_weight.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
+        if self.active_neurons < self.num_neurons and self._split_group is None and self.balance_coeff == 0:
+            hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, self.active_neurons, self.activation)
+            if counting:
+                active_NH, mask_NH = self.config.activation_func(gate_NH.detach()), unpack(masks_NW, self.num_neurons)
+        else:
+            active_NH = self.config.activation_func(gate_NH)
+            hidden_NH = (active_NH * up_NH * probs_N[:, None]).to(x_ND.dtype)
+            if self.active_neurons < self.num_neurons or counting or balancing:
+                mask_NH, threshold_N = self._select(active_NH)
+            if self.active_neurons < self.num_neurons:
+                hidden_NH = hidden_NH * mask_NH
+        output_ND = gemm(hidden_NH, self.down_weight, tokens_E)
+        if counting or balancing:
+            load_EH = sum_by_expert(mask_NH.float(), tokens_E)
+            if counting:
+                self._count(tokens_E, threshold_N, load_EH, sum_by_expert(active_NH.detach().float().abs(), tokens_E))
+            if balancing:
+                output_ND = self._attach_balance_loss(output_ND, active_NH, mask_NH, load_EH, tokens_E)
         return output_ND, None
+
+    def _select(self, active_NH: torch.Tensor) -> Selection:
+        """The neurons kept, over all ranks that share the experts."""
+        if self.active_neurons < self.num_neurons:
+            return select_neurons(active_NH, self.active_neurons, self._split_group)
+        smallest_N = active_NH.detach().abs().amin(-1)
+        if self._split_group is not None:
+            dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=self._split_group)
+        return Selection(torch.ones_like(active_NH, dtype=torch.bool), smallest_N)
 
     @property
     def _split_group(self) -> Any:
         """The ranks that hold the other neurons of these experts, or None if all are here."""
         return self.etp_group if self.etp_group.size() > 1 else None
 
-    def _observe(
-        self, output_ND: torch.Tensor, gate_NH: torch.Tensor, kept: Selection | None, tokens_E: torch.Tensor
+    def _count(
+        self, tokens_E: torch.Tensor, threshold_N: torch.Tensor, selected_EH: torch.Tensor, magnitude_EH: torch.Tensor
+    ) -> None:
+        if self.counters is None:
+            self.counters = NeuronCounters(self.num_local_experts, selected_EH.size(1), selected_EH.device)
+        self.counters.add(
+            tokens_per_expert_E=tokens_E, threshold_N=threshold_N, selected_EH=selected_EH, magnitude_EH=magnitude_EH
+        )
+
+    def _attach_balance_loss(
+        self,
+        output_ND: torch.Tensor,
+        active_NH: torch.Tensor,
+        mask_NH: torch.Tensor,
+        load_EH: torch.Tensor,
+        tokens_E: torch.Tensor,
     ) -> torch.Tensor:
-        """Count what the neurons did and attach their balance loss to the output."""
-        balance = self.balance_coeff > 0
-        if not (balance or self.counting_neurons):
-            return output_ND
-        if kept is None:
-            smallest_N = gate_NH.detach().abs().amin(-1)
-            if self._split_group is not None:
-                dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=self._split_group)
-            kept = Selection(torch.ones_like(gate_NH, dtype=torch.bool), smallest_N)
-        if self.counting_neurons:
-            if self.counters is None:
-                self.counters = NeuronCounters(self.num_local_experts, gate_NH.size(1), gate_NH.device)
-            self.counters.add(
-                gate_NH=gate_NH.detach(),
-                mask_NH=kept.mask_NH,
-                threshold_N=kept.threshold_N,
-                tokens_per_expert_E=tokens_E,
-            )
-        if balance:
-            share = neuron_balance_loss(
-                gate_NH=gate_NH,
-                mask_NH=kept.mask_NH,
-                tokens_per_expert_E=tokens_E,
-                k=self.active_neurons,
-                form=self.balance_form,
-                data_group=self.edp_group,
-                expert_group=self.ep_group,
-                tensor_group=self._split_group,
-            )
-            self.record.add("neuron_balance_loss", share)
-            # DDP averages gradients over data-parallel ranks, but the shares of the ranks add up.
-            replicas = parallel_state.get_data_parallel_world_size()
-            output_ND = MoEAuxLossAutoScaler.apply(output_ND, self.balance_coeff * replicas * share)
-        return output_ND
+        share = neuron_balance_loss(
+            gate_NH=active_NH,
+            mask_NH=mask_NH,
+            load_EH=load_EH,
+            tokens_per_expert_E=tokens_E,
+            k=self.active_neurons,
+            form=self.balance_form,
+            data_group=self.edp_group,
+            expert_group=self.ep_group,
+            tensor_group=self._split_group,
+        )
+        self.record.add("neuron_balance_loss", share)
+        # DDP averages gradients over data-parallel ranks, but the shares of the ranks add up.
+        replicas = parallel_state.get_data_parallel_world_size()
+        return MoEAuxLossAutoScaler.apply(output_ND, self.balance_coeff * replicas * share)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -159,11 +169,11 @@ class NeuronExperts(MegatronModule):
                 weight,
                 *sharded_offsets,
                 experts,
-                (axes + 2, self.etp_group.rank(), self.etp_group.size()),
+                (axes + axis, self.etp_group.rank(), self.etp_group.size()),
                 replica_id=(0, 0, self.edp_group.rank()),
                 prepend_axis_num=axes,
             )
-            for name, weight in (("gate_up_weight", self.gate_up_weight), ("down_weight", self.down_weight))
+            for name, weight, axis in (("gate_up_weight", self.gate_up_weight, 2), ("down_weight", self.down_weight, 1))
         }
 
 

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.expert_methods import choose_method
 from mone_model.experts import NeuronExperts
 from mone_model.initial_weights import draw_initial_weights
 from mone_model.layer_spec import block_spec
@@ -35,10 +36,11 @@ def build_gpt(
     meta: build without memory, on the meta device, for counting.
     """
     config = transformer_config(model, parallel, compute)
+    method = "grouped" if meta else choose_method(model, parallel, compute)
     with _on_meta_device() if meta else contextlib.nullcontext():
         gpt = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(model, compute, config, vp_stage),
+            transformer_layer_spec=block_spec(model, compute, config, method=method, vp_stage=vp_stage),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

@@ -30,9 +30,9 @@ def uses_transformer_engine(compute: ComputeConfig) -> bool:
 
 
 def block_spec(
-    model: ModelConfig, compute: ComputeConfig, config: TransformerConfig, vp_stage: int | None = None
+    model: ModelConfig, compute: ComputeConfig, config: TransformerConfig, *, method: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The transformer layers of this pipeline stage and their final norm."""
+    """The transformer layers of this pipeline stage and their final norm; method: of the experts (`expert_methods`)."""
     if uses_transformer_engine(compute):
         layer = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, qk_layernorm=model.qk_layernorm)
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
@@ -52,9 +52,10 @@ def block_spec(
     moe.experts = megatron_versions.experts_builder(
         NeuronExperts,
         active_neurons=model.active_neurons,
+        activation=model.activation,
         balance_coeff=model.neuron_balance_coeff,
         balance_form=model.neuron_balance_form,
-        gemm=compute.experts,
+        method=method,
     )
     if model.shared_expert_neuron_ratio < 1:
         kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)

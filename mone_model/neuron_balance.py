@@ -1,6 +1,6 @@
 """Losses that balance the load among the neurons of an expert (NG-LBL): pure functions.
 
-    share = neuron_balance_loss(gate_NH=gate_NH, mask_NH=kept.mask_NH, tokens_per_expert_E=counts_E, k=k, ...)
+    share = neuron_balance_loss(gate_NH=gate_NH, mask_NH=mask_NH, load_EH=load_EH, tokens_per_expert_E=counts_E, k=k)
     output = MoEAuxLossAutoScaler.apply(output, coeff * share * data_parallel_size)
 
 The formula, for expert i with tokens B_i, T_i = |B_i|, mask m and activated gate G:
@@ -34,6 +34,7 @@ def neuron_balance_loss(
     *,
     gate_NH: torch.Tensor,
     mask_NH: torch.Tensor,
+    load_EH: torch.Tensor,
     tokens_per_expert_E: torch.Tensor,
     k: int,
     form: str = "normalised",
@@ -43,7 +44,8 @@ def neuron_balance_loss(
 ) -> torch.Tensor:
     """This rank's share of L: a scalar whose sum over all ranks of the three groups is the loss, without coefficient.
 
-    gate_NH: [N, h] activated gate, with gradient. mask_NH: [N, h] bool. tokens_per_expert_E: [E] integers, sum N.
+    gate_NH: [N, h] activated gate, with gradient. mask_NH: [N, h] bool. load_EH: [E, h] its sums by expert.
+    tokens_per_expert_E: [E] integers, sum N.
     k: neurons kept per token. form: normalised, unmasked or masked.
     data_group: ranks that hold the same experts and see other tokens. expert_group: ranks that hold other experts.
     tensor_group: ranks that hold the other neurons of the same experts and see the same tokens.
@@ -60,7 +62,6 @@ def neuron_balance_loss(
         raise ValueError(f"form={form}: choose normalised, unmasked or masked")
 
     with torch.no_grad():
-        load_EH = sum_by_expert(mask_NH.float(), tokens_per_expert_E)
         counts_EC = torch.cat([load_EH, tokens_per_expert_E[:, None].float()], dim=1)
         if data_group is not None:
             dist.all_reduce(counts_EC, group=data_group)

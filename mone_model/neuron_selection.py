@@ -1,17 +1,22 @@
 """The top-K neurons of each token in each expert: the one idea of Mixture of Neuron Experts.
 
+    hidden_NH = select_and_gate(x_ND @ w_gate, x_ND @ w_up, probs_N, k).hidden_NH      # at once, or in three steps:
+
     gate_NH = act(x_ND @ w_gate)                     # every neuron of the expert, dense
     kept = select_neurons(gate_NH, k)                # S(x) = argtop-K_j |gate_j|
-    hidden_NH = gate_NH * up_NH * kept.mask_NH       # dropped neurons are silent, forward and backward
+    hidden_NH = gate_NH * up_NH * kept.mask_NH * probs_N1       # dropped neurons are silent, forward and backward
 
 Shapes: N rows (a token in one of its experts), H neurons of the whole expert, h neurons on this rank (h = H without
-expert-tensor parallelism). Source: arXiv 2510.05781.
+expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask. Source: arXiv 2510.05781.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from mone_model.config import ACTIVATIONS
+from mone_model.kernels import cpu
 
 
 class Selection(NamedTuple):
@@ -62,3 +67,119 @@ def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | Non
     equal_NH = score_NH == threshold_N1
     mask_NH = (score_NH > threshold_N1) | (equal_NH & (equal_NH.cumsum(-1) <= wanted_N1))
     return Selection(mask_NH, threshold_N1.squeeze(-1))
+
+
+class Gated(NamedTuple):
+    """Hidden activations, and which neurons they come from."""
+
+    hidden_NH: torch.Tensor
+    """[N, H] act(gate) * up * prob of the neurons kept, zero elsewhere."""
+    masks_NW: torch.Tensor
+    """[N, W] int16: bit j % 16 of word j // 16 is neuron j; `unpack` reads it."""
+    threshold_N: torch.Tensor
+    """[N] fp32: the K-th largest |act(gate)| of the row."""
+
+
+def select_and_gate_reference(
+    gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor, k: int, activation: str = "silu"
+) -> Gated:
+    """What `select_and_gate` means, differentiated by autograd."""
+    active_NH = ACTIVATIONS[activation](gate_NH.float())
+    kept = select_neurons_reference(active_NH, k)
+    hidden_NH = active_NH * up_NH.float() * probs_N.float()[:, None] * kept.mask_NH
+    return Gated(hidden_NH.to(gate_NH.dtype), pack(kept.mask_NH), kept.threshold_N)
+
+
+def select_and_gate(
+    gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor, k: int, activation: str = "silu"
+) -> Gated:
+    """Activate the gate, keep each row's k neurons with the largest |act(gate)| and multiply them with up and weight.
+
+    gate_NH, up_NH: [N, H] *before* the activation, in one dtype; all is computed in fp32. probs_N: [N] routing weights.
+    k: neurons to keep, 1 <= k <= H; among equals the lower index wins. Differentiable in the first three. The backward
+    pass keeps gate and up of the k neurons only, and a bit for each of the H.
+
+    Raises ValueError if k is out of range.
+    """
+    if not 1 <= k <= gate_NH.size(1):
+        raise ValueError(f"k={k}: must be between 1 and the number of neurons, {gate_NH.size(1)}")
+    hidden_NH, masks_NW, _, _, threshold_N = torch.ops.mone.select_and_gate(gate_NH, up_NH, probs_N, k, activation)
+    return Gated(hidden_NH, masks_NW, threshold_N)
+
+
+def pack(mask_NH: torch.Tensor) -> torch.Tensor:
+    """[N, H] bool -> [N, W] int16 words, neuron 0 in the lowest bit of the first."""
+    rows, neurons = mask_NH.shape
+    bits_NW = torch.nn.functional.pad(mask_NH, (0, -neurons % 16)).view(rows, -1, 16).int()
+    return (bits_NW << torch.arange(16, dtype=torch.int32, device=mask_NH.device)).sum(-1).to(torch.int16)
+
+
+def unpack(masks_NW: torch.Tensor, neurons: int) -> torch.Tensor:
+    """[N, W] int16 words -> [N, H] bool."""
+    bits = torch.arange(16, dtype=torch.int32, device=masks_NW.device)
+    return ((masks_NW[:, :, None].int() >> bits) & 1).bool().flatten(1)[:, :neurons]
+
+
+@torch.library.custom_op("mone::select_and_gate", mutates_args=())
+def _select_and_gate(
+    gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    if gate.device.type == "cpu" and cpu.selects(gate):
+        return cpu.select_and_gate(gate, up, probs, k, activation)
+    active = ACTIVATIONS[activation](gate.float())
+    mask, threshold = select_neurons(active, k)
+    hidden = (active * up.float() * probs.float()[:, None] * mask).to(gate.dtype)
+    return hidden, pack(mask), gate[mask].view(-1, k), up[mask].view(-1, k), threshold
+
+
+@_select_and_gate.register_fake
+def _(gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activation: str) -> tuple[torch.Tensor, ...]:
+    rows, neurons = gate.shape
+    return (
+        gate.new_empty(rows, neurons),
+        gate.new_empty(rows, -(-neurons // 16), dtype=torch.int16),
+        gate.new_empty(rows, k),
+        gate.new_empty(rows, k),
+        gate.new_empty(rows, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op("mone::select_and_gate_backward", mutates_args=())
+def _select_and_gate_backward(
+    dhidden: torch.Tensor, masks: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor, probs: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if dhidden.device.type == "cpu" and cpu.selects(dhidden):
+        return cpu.select_and_gate_backward(dhidden, masks, gates, ups, probs, activation)
+    mask = unpack(masks, dhidden.size(1))
+    dkept, kept_up, weight = dhidden[mask].view_as(gates).float(), ups.float(), probs.float()[:, None]
+    with torch.enable_grad():
+        kept_gate = gates.float().requires_grad_()
+        active = ACTIVATIONS[activation](kept_gate)
+        (dkept_gate,) = torch.autograd.grad(active, kept_gate, dkept * kept_up * weight)
+    active = active.detach()
+    dgate, dup = torch.zeros_like(dhidden), torch.zeros_like(dhidden)
+    dgate[mask] = dkept_gate.flatten().to(dgate.dtype)
+    dup[mask] = (dkept * active * weight).flatten().to(dup.dtype)
+    return dgate, dup, (dkept * active * kept_up).sum(-1).to(probs.dtype)
+
+
+@_select_and_gate_backward.register_fake
+def _(dhidden: torch.Tensor, masks: Any, gates: Any, ups: Any, probs: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(dhidden), torch.empty_like(dhidden), torch.empty_like(probs)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, _, probs, _, ctx.activation = inputs
+    _, masks, gates, ups, threshold = output
+    ctx.mark_non_differentiable(masks, gates, ups, threshold)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(masks, gates, ups, probs)
+
+
+def _differentiate(ctx: Any, dhidden: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if dhidden is None:
+        return (None,) * 5
+    return (*torch.ops.mone.select_and_gate_backward(dhidden, *ctx.saved_tensors, ctx.activation), None, None)
+
+
+_select_and_gate.register_autograd(_differentiate, setup_context=_save)

@@ -1,7 +1,7 @@
 """What each neuron did: counters on the device while training, read and reduced only when reported.
 
     counters = NeuronCounters(experts=4, neurons=512, device=device)       # one per layer, this rank's experts
-    counters.add(gate_NH=..., mask_NH=..., threshold_N=..., tokens_per_expert_E=...)
+    counters.add(tokens_per_expert_E=..., threshold_N=..., selected_EH=..., magnitude_EH=...)
     usage = reduce_counters(...)                                             # every layer and expert, all ranks
     summarise_neurons(usage)                                                 # dead share, entropy, Gini, overlap
 
@@ -30,16 +30,19 @@ class NeuronCounters:
     def add(
         self,
         *,
-        gate_NH: torch.Tensor,
-        mask_NH: torch.Tensor,
-        threshold_N: torch.Tensor,
         tokens_per_expert_E: torch.Tensor,
+        threshold_N: torch.Tensor,
+        selected_EH: torch.Tensor,
+        magnitude_EH: torch.Tensor,
     ) -> None:
-        """Count one micro-batch: activated gate, its selection mask and the realised K-th |gate| of each row."""
+        """Count one micro-batch: the realised K-th |gate| of each row, and sums over each expert's rows.
+
+        selected_EH: [E, h] how often each neuron was kept. magnitude_EH: [E, h] sum of its |gate|, kept or not.
+        """
         self.tokens_E += tokens_per_expert_E
         self.threshold_E += sum_by_expert(threshold_N[:, None].float(), tokens_per_expert_E)[:, 0]
-        self.selected_EH += sum_by_expert(mask_NH.float(), tokens_per_expert_E)
-        self.magnitude_EH += sum_by_expert(gate_NH.float().abs(), tokens_per_expert_E)
+        self.selected_EH += selected_EH
+        self.magnitude_EH += magnitude_EH
 
     def reset(self) -> None:
         """Start counting anew."""

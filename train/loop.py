@@ -146,6 +146,7 @@ class Trainer:
             "model": described["model"],
             "parallel": described["parallel"],
             "precision": self.config.compute.precision,
+            "experts": self.config.compute.experts,
             "order": self.data.order,
             "guard": self.guard.state(),
         }

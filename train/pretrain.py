@@ -7,6 +7,7 @@ Compose, validate, build, run, report.
 """
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -107,8 +108,11 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
             raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
         try:
             order, step, read = check_continues(config, manifests, checkpoint)
+            config.compute.experts = agree_on_experts(config, checkpoint)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if runtime.is_main:
+            print(f"experts   compute.experts={config.compute.experts}", flush=True)
         watchdog.enter(step, "building the order of samples")
         samples = read + (config.training.steps - step) * config.training.global_batch_size
         data = load_data(config, manifests, order, samples=samples)
@@ -153,6 +157,29 @@ def check_continues(
     if checkpoint.step > config.training.steps:
         raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
     return order, checkpoint.step, facts["samples"]
+
+
+def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
+    """compute.experts without auto: as the run began, or as is fastest on the first rank; a collective on every rank.
+
+    The rounding of all results depends on it, and a resumed run shall be the same to the bit.
+    """
+    import torch.distributed as dist
+
+    from mone_model.expert_methods import choose_method
+
+    model, parallel, compute = config.model, config.parallel, config.compute
+    if compute.experts != "auto":
+        return choose_method(model, parallel, compute)
+    chosen = [""]
+    if dist.get_rank() == 0:
+        before = "auto" if checkpoint is None else checkpoint.facts.get("experts", "auto")
+        try:
+            chosen = [choose_method(model, parallel, dataclasses.replace(compute, experts=before))]
+        except ValueError:  # another machine than before
+            chosen = [choose_method(model, parallel, compute)]
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
 
 
 def tell_of_problems(problems: list[str]) -> None:

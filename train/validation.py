@@ -6,6 +6,7 @@ validate(config, world_size)              # before anything is built
 import math
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
+from mone_model.expert_methods import check_skip, why_not_skip
 from train.config import RunConfig
 
 
@@ -141,6 +142,7 @@ def _validate_layout(
         parallel.virtual_pipeline,
         "needs parallel.pipeline of at least 2",
     )
+    check_skip(compute, why_not_skip(model, parallel, compute))
     check(
         compute.transformer_impl != "transformer_engine" or transformer_engine,
         "compute.transformer_impl",

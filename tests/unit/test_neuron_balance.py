@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mone_model.neuron_balance import neuron_balance_loss
+from mone_model.neuron_balance import neuron_balance_loss, sum_by_expert
 from mone_model.neuron_selection import select_neurons
 
 K, H = 3, 8
@@ -34,7 +34,9 @@ def by_the_formula(gate_NH: torch.Tensor, mask_NH: torch.Tensor, tokens: list[in
 
 def loss_of(gate_NH: torch.Tensor, tokens: list[int], form: str) -> torch.Tensor:
     mask_NH = select_neurons(gate_NH, K).mask_NH
-    return neuron_balance_loss(gate_NH=gate_NH, mask_NH=mask_NH, tokens_per_expert_E=torch.tensor(tokens), k=K, form=form)
+    counts = torch.tensor(tokens)
+    load_EH = sum_by_expert(mask_NH.float(), counts)
+    return neuron_balance_loss(gate_NH=gate_NH, mask_NH=mask_NH, load_EH=load_EH, tokens_per_expert_E=counts, k=K, form=form)
 
 
 @pytest.mark.parametrize("form", FORMS)

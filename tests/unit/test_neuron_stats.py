@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mone_model.neuron_balance import sum_by_expert
 from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import (
     NeuronCounters,
@@ -22,12 +23,13 @@ K, H = 2, 6
 def usage_of(tokens_E: list[int], gate_NH: torch.Tensor, batches: int = 1) -> NeuronUsage:
     counters = NeuronCounters(len(tokens_E), H, torch.device("cpu"))
     kept = select_neurons(gate_NH, K)
+    tokens = torch.tensor(tokens_E)
     for _ in range(batches):
         counters.add(
-            gate_NH=gate_NH,
-            mask_NH=kept.mask_NH,
+            tokens_per_expert_E=tokens,
             threshold_N=kept.threshold_N,
-            tokens_per_expert_E=torch.tensor(tokens_E),
+            selected_EH=sum_by_expert(kept.mask_NH.float(), tokens),
+            magnitude_EH=sum_by_expert(gate_NH.abs(), tokens),
         )
     return reduce_counters({0: counters}, num_layers=1, num_experts=len(tokens_E), num_neurons=H)
 

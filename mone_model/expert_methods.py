@@ -1,0 +1,134 @@
+"""How the experts are computed on this machine: `compute.experts`, and the measurement behind `auto`.
+
+grouped  one grouped GEMM for the gates and ups of all experts, one for down; the neurons between them are selected
+loop     the same with a GEMM for each expert
+skip     the gates as before, up, down and the backward pass only of neurons that are kept (`mone_model.kernels.cpu`)
+
+method = choose_method(model, ParallelConfig(), compute)
+"""
+
+import functools
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig, check
+from mone_model.kernels import cpu
+from mone_model.neuron_selection import select_and_gate
+
+
+def expert_gemm(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
+    """One grouped GEMM: rows of expert e times weight[e]. [N, K], [E, K, M], [E] -> [N, M]."""
+    if len(x_NK) == 0:
+        # The grouped GEMM's backward refuses an empty batch; this keeps the weights in the graph.
+        return x_NK @ weight_EKM[0]
+    offsets_E = tokens_E.cumsum(0).to(device=x_NK.device, dtype=torch.int32)
+    return F.grouped_mm(x_NK, weight_EKM, offs=offsets_E)
+
+
+def expert_gemm_loop(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
+    """What `expert_gemm` means: one GEMM for each expert."""
+    rows = x_NK.split(tokens_E.tolist())
+    return torch.cat([x @ weight for x, weight in zip(rows, weight_EKM, strict=True)])
+
+
+GEMMS = {"grouped": expert_gemm, "loop": expert_gemm_loop}
+
+
+def choose_method(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str:
+    """The method for these experts on this machine; ValueError if `compute.experts=skip` cannot be had."""
+    obstacle = why_not_skip(model, parallel, compute)
+    if obstacle is None and torch.cuda.is_available():
+        obstacle = "there are no kernels for GPUs"
+    if obstacle is None and not cpu.available():
+        obstacle = "its kernels could not be built here"
+    if compute.experts != "auto":
+        check_skip(compute, obstacle)
+        return compute.experts
+    if torch.cuda.is_available():
+        return "grouped"
+    parts = parallel.expert_tensor
+    shape = (model.hidden_size, model.moe_ffn_hidden_size // parts, max(1, model.active_neurons // parts))
+    return measure(*shape, model.activation, compute.dtype, skipping=obstacle is None).fastest
+
+
+def why_not_skip(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str | None:
+    """What in the configuration forbids `compute.experts=skip`, if anything."""
+    if compute.precision != "fp32":
+        return f"needs compute.precision=fp32, not {compute.precision}"
+    if model.hidden_size % cpu.LANES != 0:
+        return f"needs model.hidden_size to be a multiple of {cpu.LANES}, not {model.hidden_size}"
+    if parallel.expert_tensor > 1:
+        return f"needs whole experts: parallel.expert_tensor=1, not {parallel.expert_tensor}"
+    if model.neuron_balance_coeff > 0:
+        return f"model.neuron_balance_coeff={model.neuron_balance_coeff} needs the gates of dropped neurons"
+    return None
+
+
+def check_skip(compute: ComputeConfig, obstacle: str | None) -> None:
+    """ValueError if skip is asked for and something forbids it."""
+    check(compute.experts != "skip" or obstacle is None, "compute.experts", "skip", f"{obstacle}; auto takes another method")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a forward and backward pass by method."""
+
+    seconds: dict[str, float]
+
+    @property
+    def fastest(self) -> str:
+        """The first method, unless a later one is faster by more than noise: results depend on it in their rounding."""
+        best = next(iter(self.seconds))
+        for method, seconds in self.seconds.items():
+            if seconds < 0.85 * self.seconds[best]:
+                best = method
+        return best
+
+
+@functools.cache
+def measure(
+    width: int,
+    neurons: int,
+    kept: int,
+    activation: str,
+    dtype: torch.dtype,
+    *,
+    skipping: bool,
+    experts: int = 4,
+    rows: int = 256,
+) -> Measured:
+    """Time each method on random experts of this shape, 256 tokens for each; the best of interleaved rounds."""
+    experts, rows = 4, 256
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=dtype).mul_(width**-0.5).requires_grad_()
+
+    tokens_E = torch.full((experts,), rows)
+    inputs = random(experts * rows, width), random(experts, 2, neurons, width), random(experts, neurons, width)
+    probs_N = torch.rand(experts * rows, generator=generator).requires_grad_()
+
+    def run(method: str) -> torch.Tensor:
+        x_ND, gate_up, down = inputs
+        if method == "skip":
+            return cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, kept, activation, False)[0]
+        gate_NH, up_NH = GEMMS[method](x_ND, gate_up.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
+        if kept < neurons:
+            hidden_NH = select_and_gate(gate_NH, up_NH, probs_N, kept, activation).hidden_NH
+        else:
+            hidden_NH = (ACTIVATIONS[activation](gate_NH) * up_NH * probs_N[:, None]).to(dtype)
+        return GEMMS[method](hidden_NH, down, tokens_E)
+
+    seconds = dict.fromkeys([*GEMMS, "skip"] if skipping else GEMMS, math.inf)
+    with torch.enable_grad():
+        for _ in range(4):
+            for method in seconds:
+                start = time.perf_counter()
+                output_ND = run(method)
+                torch.autograd.grad(output_ND, [*inputs, probs_N], torch.ones_like(output_ND))
+                seconds[method] = min(seconds[method], time.perf_counter() - start)
+    return Measured(seconds)

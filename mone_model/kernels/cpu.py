@@ -1,0 +1,245 @@
+"""CPU kernels: selection fused with what surrounds it, and experts that compute only what is kept.
+
+    if cpu.available():                                        # compiled at first use, for this machine, and cached
+        out_ND, counts_E2H, threshold_N = cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, k, "silu", True)
+
+The sources are csrc/*; their reference is `mone_model.neuron_selection` and `mone_model.experts` in torch's own operations.
+Shapes: N rows sorted by expert, E experts, D width, H neurons, K kept, W = ceil(H / 16) words of a mask: bit j % 16 of word
+j // 16 is neuron j.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+# No -ffast-math: the exponential relies on the order of its additions.
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"]
+FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
+# In the order of `dispatch` in csrc/vectors.h.
+ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
+LANES = 16
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be used here; says once why not."""
+    try:
+        _library()
+    except Exception as error:  # whatever a compiler or a linker may have to say
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"CPU kernels: not built ({reason}); torch's own operations serve, slower. A C++ compiler helps.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The compiled sources, from the cache if they were compiled for this very processor before."""
+    from torch.utils import cpp_extension
+
+    sources = sorted(SOURCES.iterdir())
+    built_from = "".join([*FLAGS, _processor(), *(source.read_text() for source in sources)])
+    folder = Path(cpp_extension.get_default_build_root()) / "mone"
+    path = folder / f"cpu-{hashlib.sha256(built_from.encode()).hexdigest()[:16]}.so"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not in place: the lock of torch's own cache outlives a build that is killed, and then all wait for ever.
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            cpp_extension.load(
+                "mone_cpu",
+                [str(source) for source in sources if source.suffix == ".cpp"],
+                extra_cflags=FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=temporary,
+                is_python_module=False,
+                with_cuda=False,
+            )
+            os.replace(Path(temporary) / "mone_cpu.so", path)
+    return ctypes.CDLL(str(path))
+
+
+def _processor() -> str:
+    """What -native depends on: a home folder may be shared by several kinds of machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+def _call(name: str, *arguments: Any) -> None:
+    """Call a function of the library: tensors by address, None as null, numbers as 64-bit integers; threads come last."""
+    converted = [
+        ctypes.c_void_p(argument.data_ptr() if torch.is_tensor(argument) else None)
+        if argument is None or torch.is_tensor(argument)
+        else ctypes.c_int64(argument)
+        for argument in (*arguments, torch.get_num_threads())
+    ]
+    getattr(_library(), name)(*converted)
+
+
+def select_and_gate(
+    gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`mone::select_and_gate` (mone_model.neuron_selection) for fp32 and bf16."""
+    gate, up = _rows(gate), _rows(up)
+    rows, neurons = gate.shape
+    hidden = gate.new_empty(rows, neurons)
+    masks = gate.new_empty(rows, -(-neurons // LANES), dtype=torch.int16)
+    gates, ups, threshold = gate.new_empty(rows, k), gate.new_empty(rows, k), gate.new_empty(rows, dtype=torch.float32)
+    _call(
+        f"select_and_gate_{_DTYPES[gate.dtype]}", rows, neurons, k, ACTIVATIONS.index(activation), gate, gate.stride(0),
+        up, up.stride(0), probs.float().contiguous(), hidden, masks, gates, ups, threshold,
+    )  # fmt: skip
+    return hidden, masks, gates, ups, threshold
+
+
+def select_and_gate_backward(
+    dhidden: torch.Tensor, masks: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor, probs: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its gradients: of gate, up and probs."""
+    dhidden = dhidden.contiguous()
+    dgate, dup, dprobs = torch.empty_like(dhidden), torch.empty_like(dhidden), torch.empty_like(probs, dtype=torch.float32)
+    _call(
+        f"select_and_gate_backward_{_DTYPES[dhidden.dtype]}", *dhidden.shape, gates.size(1), ACTIVATIONS.index(activation),
+        dhidden, masks, gates, ups, probs.float().contiguous(), dgate, dup, dprobs,
+    )  # fmt: skip
+    return dgate, dup, dprobs.to(probs.dtype)
+
+
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+def selects(gate: torch.Tensor) -> bool:
+    """Whether `select_and_gate` can be used for this tensor here."""
+    return gate.dtype in _DTYPES and gate.size(1) <= 65536 and available()
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def computes_experts(weight: torch.Tensor) -> bool:
+    """Whether `experts` can be used for weights like this one, [..., D], here."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(-1) % LANES == 0 and available()
+
+
+def experts(
+    x_ND: torch.Tensor,
+    gate_up_E2HD: torch.Tensor,
+    down_EHD: torch.Tensor,
+    probs_N: torch.Tensor,
+    tokens_E: torch.Tensor,
+    k: int,
+    activation: str,
+    counting: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Weighted outputs of the experts: up, down and all products of the backward pass only where neurons are kept.
+
+    Returns out [N, D]; counts [E, 2, H] float64, in how many rows each neuron was kept and the sum of its |gate|, zeros
+    unless `counting`; threshold [N], the smallest |gate| kept. All inputs fp32; keeps the k gates and ups of each row and
+    which they are for the backward pass: 8 k + H/8 bytes.
+    """
+    offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
+    out_ND, _, _, _, counts_E2H, threshold_N = torch.ops.mone.experts(
+        x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets, k, ACTIVATIONS.index(activation), counting
+    )
+    return out_ND, counts_E2H, threshold_N
+
+
+@torch.library.custom_op("mone::experts", mutates_args=(), device_types="cpu")
+def _experts(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    probs: torch.Tensor,
+    offsets: torch.Tensor,
+    k: int,
+    activation: int,
+    counting: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    out, masks, gates, ups, counts, threshold = _experts_like(x, gate_up, down, probs, offsets, k, activation, counting)
+    sizes = (len(x), len(down), x.size(1), down.size(1), k)
+    _call(
+        "experts_forward", *sizes, offsets, activation, x, gate_up, down, probs,
+        out, masks, gates, ups, threshold, counts if counting else None,
+    )  # fmt: skip
+    return out, masks, gates, ups, counts, threshold
+
+
+@_experts.register_fake
+def _experts_like(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    probs: torch.Tensor,
+    offsets: torch.Tensor,
+    k: int,
+    activation: int,
+    counting: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows, (num_experts, neurons) = len(x), down.shape[:2]
+    return (
+        torch.empty_like(x),
+        x.new_empty(rows, -(-neurons // LANES), dtype=torch.int16),
+        x.new_empty(rows, k),
+        x.new_empty(rows, k),
+        x.new_zeros(num_experts, 2, neurons, dtype=torch.float64),
+        x.new_empty(rows),
+    )
+
+
+@torch.library.custom_op("mone::experts_backward", mutates_args=(), device_types="cpu")
+def _experts_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    probs: torch.Tensor,
+    offsets: torch.Tensor,
+    masks: torch.Tensor,
+    gates: torch.Tensor,
+    ups: torch.Tensor,
+    activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dx, dgate_up, ddown, dprobs = (torch.empty_like(tensor) for tensor in (x, gate_up, down, probs))
+    sizes = (len(x), len(down), x.size(1), down.size(1), gates.size(1))
+    _call(
+        "experts_backward", *sizes, offsets, activation, dy, x, gate_up, down, probs, masks, gates, ups,
+        dx, dprobs, dgate_up, ddown,
+    )  # fmt: skip
+    return dx, dgate_up, ddown, dprobs
+
+
+@_experts_backward.register_fake
+def _(dy: Any, x: Any, gate_up: Any, down: Any, probs: Any, *_: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(tensor) for tensor in (x, gate_up, down, probs))
+
+
+def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    x, gate_up, down, probs, offsets, _, ctx.activation, _ = inputs
+    _, masks, gates, ups, counts, threshold = output
+    ctx.mark_non_differentiable(masks, gates, ups, counts, threshold)
+    ctx.save_for_backward(x, gate_up, down, probs, offsets, masks, gates, ups)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    return (*torch.ops.mone.experts_backward(dy.contiguous(), *ctx.saved_tensors, ctx.activation), None, None, None, None)
+
+
+_experts.register_autograd(_differentiate_experts, setup_context=_save_for_experts)

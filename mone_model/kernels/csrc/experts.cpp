@@ -1,0 +1,366 @@
+// The experts of a layer, forward and backward, computing behind the gate only what is kept.
+//
+// The gate of an expert is dense. Of everything behind it only the K neurons count that a token keeps: up, down and all
+// products of the backward pass are sums over lists of neurons of a token, or of tokens of a neuron. Two loops do all of it:
+//
+//   dots   out[p]  = x . w[list[p]]              up = x W_up^T, d hidden = dy W_down^T
+//   sums   y      += sum_p values[p] w[list[p]]  y = hidden W_down, dx, and over lists of tokens the gradients of the weights
+//
+// Both hold one row in registers and read the other operand from the L1 cache, where a tile of it stays for many rows.
+// Shapes: N rows sorted by expert, E experts, D width (a multiple of 16), H neurons, K kept; offsets [E + 1] rows of experts;
+// masks [N, ceil(H / 16)]: bit j % 16 of word j / 16 is neuron j. All fp32 and row-major.
+#include <omp.h>
+
+#include <vector>
+
+#include "selection.h"
+
+namespace {
+
+constexpr int TILE = 64;    // rows of weights or of tokens that stay in L1
+constexpr int VECTORS = 8;  // and how much of their width: together 32 KB
+constexpr int BLOCK = 128;  // tokens that pass over a tile
+
+// The lists of some rows within one tile of w. Row i of out or y belongs to list[begin[i]] up to list[end[i]]; `list` names
+// rows of w, of which those in the lists lie in `tile`, side by side, the first at `tile`.
+struct Lists {
+  int64_t rows;
+  const int32_t *begin, *end;
+  const uint16_t *list;
+  int first;
+};
+
+template <int WIDTH>
+void dots(const Lists &of, const float *x, int64_t x_stride, const float *tile, float *out, bool add) {
+  constexpr int64_t STRIDE = WIDTH * LANES;
+  const float *w = tile - of.first * STRIDE;
+  for (int64_t i = 0; i < of.rows; i++, x += x_stride) {
+    const int32_t end = of.end[i];
+    Vector row[WIDTH];
+#pragma GCC unroll 8
+    for (int v = 0; v < WIDTH; v++) row[v] = held(load(x + v * LANES));
+    for (int32_t p = of.begin[i]; p < end; p += 4) {
+      const int32_t last = end - 1;
+      const float *w0 = w + of.list[p] * STRIDE, *w1 = w + of.list[std::min(p + 1, last)] * STRIDE;
+      const float *w2 = w + of.list[std::min(p + 2, last)] * STRIDE, *w3 = w + of.list[std::min(p + 3, last)] * STRIDE;
+      Vector a{}, b{}, c{}, d{};
+#pragma GCC unroll 8
+      for (int v = 0; v < WIDTH; v++) {
+        a += row[v] * load(w0 + v * LANES);
+        b += row[v] * load(w1 + v * LANES);
+        c += row[v] * load(w2 + v * LANES);
+        d += row[v] * load(w3 + v * LANES);
+      }
+      store_some(out + p, add_up(a, b, c, d), end - p, add);
+    }
+  }
+}
+
+template <int WIDTH>
+void sums(const Lists &of, const float *values, const float *tile, float *y, int64_t y_stride, bool add) {
+  constexpr int64_t STRIDE = WIDTH * LANES;
+  const float *w = tile - of.first * STRIDE;
+  for (int64_t i = 0; i < of.rows; i++, y += y_stride) {
+    Vector row[WIDTH];
+#pragma GCC unroll 8
+    for (int v = 0; v < WIDTH; v++) row[v] = add ? load(y + v * LANES) : Vector{};
+    for (int32_t p = of.begin[i]; p < of.end[i]; p++) {
+      const Vector value = all(values[p]);
+      const float *from = w + of.list[p] * STRIDE;
+#pragma GCC unroll 8
+      for (int v = 0; v < WIDTH; v++) row[v] += value * load(from + v * LANES);
+    }
+#pragma GCC unroll 8
+    for (int v = 0; v < WIDTH; v++) store(y + v * LANES, row[v]);
+  }
+}
+
+using Dots = void (*)(const Lists &, const float *, int64_t, const float *, float *, bool);
+using Sums = void (*)(const Lists &, const float *, const float *, float *, int64_t, bool);
+template <int... V>
+struct Table {
+  static constexpr Dots dots_of[] = {dots<V>...};
+  static constexpr Sums sums_of[] = {sums<V>...};
+};
+using Widths = Table<1, 2, 3, 4, 5, 6, 7, VECTORS>;
+
+// f(first column, vectors) for the fewest pieces of at most VECTORS, nearly equal.
+template <class F>
+void for_pieces(int width, F f) {
+  const int vectors = width / LANES, pieces = (vectors + VECTORS - 1) / VECTORS;
+  for (int piece = 0; piece < pieces; piece++) {
+    const int first = vectors * piece / pieces, last = vectors * (piece + 1) / pieces;
+    f(first * LANES, last - first);
+  }
+}
+
+struct Experts {
+  int64_t rows, experts, width, neurons, kept;
+  const int64_t *offsets;
+  const float *gate_up, *down;  // [E, 2, H, D], [E, H, D]
+
+  const float *gate_of(int64_t e) const { return gate_up + e * 2 * neurons * width; }
+  const float *up_of(int64_t e) const { return gate_of(e) + neurons * width; }
+  const float *down_of(int64_t e) const { return down + e * neurons * width; }
+};
+
+// Some rows of one expert.
+struct Rows {
+  int64_t expert, first, count;
+};
+
+std::vector<Rows> blocks_of(const Experts &of, int size) {
+  std::vector<Rows> blocks;
+  for (int64_t e = 0; e < of.experts; e++)
+    for (int64_t first = of.offsets[e]; first < of.offsets[e + 1]; first += size)
+      blocks.push_back({e, first, std::min<int64_t>(size, of.offsets[e + 1] - first)});
+  return blocks;
+}
+
+// Which neurons the rows of a block keep: lists [count, K], and where each enters each tile of neurons, counted from the
+// beginning of the first: [tiles + 1, count].
+struct Kept {
+  std::vector<uint16_t> lists;
+  std::vector<int32_t> starts;
+
+  void read(const Experts &of, const uint16_t *masks, int64_t count) {
+    const int64_t words = words_of(of.neurons), tiles = (of.neurons + TILE - 1) / TILE;
+    lists.resize(count * of.kept + LANES);
+    starts.resize((tiles + 1) * count);
+    for (int64_t n = 0; n < count; n++) {
+      const uint16_t *mask = masks + n * words;
+      list_row(mask, of.neurons, lists.data() + n * of.kept);
+      int32_t at = n * of.kept;
+      for (int64_t t = 0; t < tiles; t++) {
+        starts[t * count + n] = at;
+        for (int64_t w = t * TILE / LANES; w < std::min<int64_t>((t + 1) * TILE / LANES, words); w++)
+          at += __builtin_popcount(mask[w]);
+      }
+      starts[tiles * count + n] = at;
+    }
+  }
+};
+
+// Some columns of some rows, side by side: in place they may share few sets of the cache.
+void pack(const float *from, int64_t stride, int64_t rows, int64_t columns, float *to) {
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t k = 0; k < columns; k += LANES) store(to + i * columns + k, load(from + i * stride + k));
+}
+
+// f(lists of the block within a tile, the tile's weights, first column, vectors) for all tiles of w.
+template <class F>
+void for_tiles(const Experts &of, const float *w, int64_t count, const Kept &kept, F f) {
+  for_pieces(of.width, [&](int column, int vectors) {
+    alignas(64) float tile[TILE * VECTORS * LANES];
+    for (int64_t first = 0; first < of.neurons; first += TILE) {
+      pack(w + first * of.width + column, of.width, std::min<int64_t>(TILE, of.neurons - first), vectors * LANES, tile);
+      const int32_t *begin = kept.starts.data() + first / TILE * count;
+      f(Lists{count, begin, begin + count, kept.lists.data(), int(first)}, tile, column, vectors);
+    }
+  });
+}
+
+// out[n, p] = x[n] . w[lists[n, p]] for a block of rows: [count, K]
+void dots_of_block(const Experts &of, const float *x, const float *w, int64_t count, const Kept &kept, float *out) {
+  for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int vectors) {
+    Widths::dots_of[vectors - 1](here, x + column, of.width, tile, out, column > 0);
+  });
+}
+
+// y[n] (+)= sum_p values[n, p] w[lists[n, p]] for a block of rows; values: [count, K]
+void sums_of_block(const Experts &of, const float *values, const float *w, int64_t count, const Kept &kept, float *y,
+                   bool add) {
+  for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int vectors) {
+    Widths::sums_of[vectors - 1](here, values, tile, y + column, of.width, add || here.first > 0);
+  });
+}
+
+// gate[n, j] = x[n] . w[j], dense, four by four.
+void gate_of_block(const Experts &of, const float *x, const float *w, int64_t count, float *gate, int64_t stride) {
+  const int64_t width = of.width;
+  constexpr int TOGETHER = 16;
+  for (int64_t group = 0; group < of.neurons; group += TOGETHER)
+    for (int64_t n = 0; n < count; n += 4) {
+      const float *x0 = x + n * width, *x1 = x + std::min(n + 1, count - 1) * width;
+      const float *x2 = x + std::min(n + 2, count - 1) * width, *x3 = x + std::min(n + 3, count - 1) * width;
+      for (int64_t j = group; j < std::min(group + TOGETHER, of.neurons); j += 4) {
+        const float *rows = w + j * width;
+        Vector a[4] = {}, b[4] = {}, c[4] = {}, d[4] = {};
+        for (int64_t k = 0; k < width; k += LANES) {
+          const Vector r0 = held(load(x0 + k)), r1 = held(load(x1 + k)), r2 = held(load(x2 + k)), r3 = held(load(x3 + k));
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; i++) {
+            const Vector neuron = held(load(rows + i * width + k));
+            a[i] += r0 * neuron;
+            b[i] += r1 * neuron;
+            c[i] += r2 * neuron;
+            d[i] += r3 * neuron;
+          }
+        }
+        float *out = gate + n * stride + j;
+        store_some(out, add_up(a[0], a[1], a[2], a[3]), 4, false);
+        if (n + 1 < count) store_some(out + stride, add_up(b[0], b[1], b[2], b[3]), 4, false);
+        if (n + 2 < count) store_some(out + 2 * stride, add_up(c[0], c[1], c[2], c[3]), 4, false);
+        if (n + 3 < count) store_some(out + 3 * stride, add_up(d[0], d[1], d[2], d[3]), 4, false);
+      }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Outputs [N, D], and what the backward pass needs: masks [N, words], and of the neurons kept the gates before their
+// activation and the ups, [N, K]. threshold: [N] the smallest |gate| kept. counts: [E, 2, H] in how many of an expert's rows
+// each neuron was kept, and the sum of its |gate|; or null.
+void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
+                     int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs, float *out,
+                     uint16_t *masks, float *gates, float *ups, float *threshold, double *counts, int64_t threads) {
+  const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
+  const std::vector<Rows> blocks = blocks_of(of, BLOCK);
+  const int64_t padded = rounded_up(neurons), words = words_of(neurons);
+  // Block by block, so that the sums do not depend on which thread took which.
+  std::vector<float> block_counts(counts ? blocks.size() * 2 * padded : 0);
+#pragma omp parallel num_threads(threads)
+  {
+    Aligned<float> gate(BLOCK * padded), active(padded), chosen_gates(BLOCK * kept + LANES), hidden(BLOCK * kept + LANES);
+    Kept lists;
+    std::fill(gate.data, gate.data + BLOCK * padded, 0.0f);
+#pragma omp for schedule(dynamic)
+    for (size_t b = 0; b < blocks.size(); b++) {
+      const auto [e, first, count] = blocks[b];
+      const float *rows_of_x = x + first * width;
+      uint16_t *block_masks = masks + first * words;
+      float *block_ups = ups + first * kept;
+      gate_of_block(of, rows_of_x, of.gate_of(e), count, gate.data, padded);
+      int32_t guess = FIRST_GUESS;
+      for (int64_t n = 0; n < count; n++) {
+        const float *row = gate.data + n * padded;
+        uint16_t *mask = block_masks + n * words;
+        guess = activate_and_select(activation, row, neurons, kept, guess, active.data, mask);
+        std::memcpy(threshold + first + n, &guess, sizeof(float));
+        compress_row(row, mask, neurons, chosen_gates.data + n * kept);
+        compress_row(active.data, mask, neurons, hidden.data + n * kept);
+        if (counts)
+          for (int64_t j = 0; j < neurons; j += LANES) {
+            float *chosen = block_counts.data() + b * 2 * padded + j, *size = chosen + padded;
+            store(chosen, load(chosen) + only(all(1.0f), mask[j / LANES]));
+            const Integers magnitude = reinterpret_cast<Integers>(load(active.data + j)) & 0x7fffffff;
+            store(size, load(size) + reinterpret_cast<Vector>(magnitude));
+          }
+      }
+      std::copy(chosen_gates.data, chosen_gates.data + count * kept, gates + first * kept);
+      lists.read(of, block_masks, count);
+      dots_of_block(of, rows_of_x, of.up_of(e), count, lists, block_ups);
+      for (int64_t n = 0; n < count; n++)
+        for (int64_t p = n * kept; p < (n + 1) * kept; p++) hidden.data[p] *= block_ups[p] * probs[first + n];
+      sums_of_block(of, hidden.data, of.down_of(e), count, lists, out + first * width, false);
+    }
+  }
+  if (!counts) return;
+  std::fill(counts, counts + 2 * experts * neurons, 0.0);
+  for (size_t b = 0; b < blocks.size(); b++)
+    for (int64_t what = 0; what < 2; what++)
+      for (int64_t j = 0; j < neurons; j++)
+        counts[(blocks[b].expert * 2 + what) * neurons + j] += block_counts[(b * 2 + what) * padded + j];
+}
+
+// Gradients of all inputs from that of the output, `dy`.
+void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
+                      int64_t activation, const float *dy, const float *x, const float *gate_up, const float *down,
+                      const float *probs, const uint16_t *masks, const float *gates, const float *ups, float *dx,
+                      float *dprobs, float *dgate_up, float *ddown, int64_t threads) {
+  const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
+  const std::vector<Rows> blocks = blocks_of(of, BLOCK);
+  // The same numbers in lists of tokens: for TILE rows at a time, neuron by neuron.
+  Aligned<uint16_t> tokens(rows * kept);
+  Aligned<float> hidden(rows * kept), dgate(rows * kept), dup(rows * kept);
+  std::vector<std::vector<int32_t>> starts_of(rows / TILE + 1 + experts);
+  const std::vector<Rows> tiles = blocks_of(of, TILE);
+  std::vector<size_t> first_tile(blocks.size());
+  for (size_t b = 0, t = 0; b < blocks.size(); b++) {
+    first_tile[b] = t;
+    t += (blocks[b].count + TILE - 1) / TILE;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    Aligned<float> h(BLOCK * kept), dg(BLOCK * kept), du(BLOCK * kept);
+    Kept lists;
+    std::vector<int32_t> next(neurons + 1);
+#pragma omp for schedule(dynamic)
+    for (size_t b = 0; b < blocks.size(); b++) {
+      const auto [e, first, count] = blocks[b];
+      lists.read(of, masks + first * words_of(neurons), count);
+      dots_of_block(of, dy + first * width, of.down_of(e), count, lists, h.data);
+      for (int64_t n = 0; n < count; n++) {
+        const float *g = gates + (first + n) * kept, *u = ups + (first + n) * kept;
+        Vector dprob{};
+        for (int64_t p = 0; p < kept; p += LANES) {
+          const int here = std::min<int64_t>(LANES, kept - p);
+          const int64_t at = n * kept + p;
+          const Gradients of_these = differentiate(activation, load_first(h.data + at, here), load_first(g + p, here),
+                                                   load_first(u + p, here), probs[first + n]);
+          dprob += of_these.prob;
+          store_first(dg.data + at, of_these.gate, here);
+          store_first(du.data + at, of_these.up, here);
+          store_first(h.data + at, of_these.hidden, here);
+        }
+        dprobs[first + n] = add_up(dprob, Vector{}, Vector{}, Vector{})[0];
+      }
+      sums_of_block(of, dg.data, of.gate_of(e), count, lists, dx + first * width, false);
+      sums_of_block(of, du.data, of.up_of(e), count, lists, dx + first * width, true);
+      for (int64_t from = 0, t = first_tile[b]; from < count; from += TILE, t++) {
+        const int64_t end = std::min<int64_t>(from + TILE, count), base = (first + from) * kept;
+        std::vector<int32_t> &of_neuron = starts_of[t];
+        of_neuron.assign(neurons + 1, 0);
+        for (int64_t p = from * kept; p < end * kept; p++) of_neuron[lists.lists[p] + 1]++;
+        for (int64_t j = 0; j < neurons; j++) of_neuron[j + 1] += of_neuron[j];
+        std::copy(of_neuron.begin(), of_neuron.end(), next.begin());
+        for (int64_t n = from; n < end; n++)
+          for (int64_t p = n * kept; p < (n + 1) * kept; p++) {
+            const int64_t to = base + next[lists.lists[p]]++;
+            tokens.data[to] = n - from;
+            hidden.data[to] = h.data[p];
+            dgate.data[to] = dg.data[p];
+            dup.data[to] = du.data[p];
+          }
+      }
+    }
+    // Each task owns some neurons of an expert, so that nothing is added by two.
+    constexpr int64_t OWNED = 128;
+    const int64_t shares = (neurons + OWNED - 1) / OWNED;
+#pragma omp for schedule(dynamic) collapse(2)
+    for (int64_t e = 0; e < experts; e++)
+      for (int64_t share = 0; share < shares; share++) {
+        const int64_t begin = share * OWNED, end = std::min(begin + OWNED, neurons);
+        float *dgate_w = dgate_up + e * 2 * neurons * width, *dup_w = dgate_w + neurons * width,
+              *ddown_w = ddown + e * neurons * width;
+        const size_t tile_begin = std::lower_bound(tiles.begin(), tiles.end(), e,
+                                                   [](const Rows &t, int64_t expert) { return t.expert < expert; }) -
+                                  tiles.begin();
+        if (offsets[e] == offsets[e + 1]) {
+          for (float *w : {dgate_w, dup_w, ddown_w}) std::fill(w + begin * width, w + end * width, 0.0f);
+          continue;
+        }
+        struct Product {
+          const float *values, *rows;
+          float *out;
+        };
+        for (const Product &product :
+             {Product{dgate.data, x, dgate_w}, Product{dup.data, x, dup_w}, Product{hidden.data, dy, ddown_w}})
+          for_pieces(width, [&](int column, int vectors) {
+            alignas(64) float tile[TILE * VECTORS * LANES];
+            for (size_t t = tile_begin; t < tiles.size() && tiles[t].expert == e; t++) {
+              const int64_t first = tiles[t].first;
+              const int32_t *range = starts_of[t].data();
+              pack(product.rows + first * width + column, width, tiles[t].count, vectors * LANES, tile);
+              const Lists here{end - begin, range + begin, range + begin + 1, tokens.data + first * kept, 0};
+              Widths::sums_of[vectors - 1](here, product.values + first * kept, tile, product.out + begin * width + column,
+                                           width, t > tile_begin);
+            }
+          });
+      }
+  }
+}
+
+}  // extern "C"

@@ -1,0 +1,228 @@
+// The neurons that each row keeps, and the fused activation, selection and product with up.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "vectors.h"
+
+namespace {
+
+// Which neurons a row keeps stands in a mask: a bit each, in words of LANES.
+
+inline int words_of(int neurons) { return (neurons + LANES - 1) / LANES; }
+
+inline uint16_t bits_of(Integers condition) {
+#ifdef __AVX512DQ__
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(condition));
+#else
+  uint16_t bits = 0;
+  for (int i = 0; i < LANES; i++) bits |= (condition[i] & 1) << i;
+  return bits;
+#endif
+}
+
+// The lanes whose bit is set move to the front.
+inline Vector compress(Vector value, uint16_t bits) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Vector>(_mm512_maskz_compress_ps(bits, reinterpret_cast<__m512>(value)));
+#else
+  Vector packed{};
+  for (int i = 0, to = 0; i < LANES; i++)
+    if (bits >> i & 1) packed[to++] = value[i];
+  return packed;
+#endif
+}
+
+// And back to their places, among zeros.
+inline Vector expand(Vector value, uint16_t bits) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Vector>(_mm512_maskz_expand_ps(bits, reinterpret_cast<__m512>(value)));
+#else
+  Vector spread{};
+  for (int i = 0, from = 0; i < LANES; i++)
+    if (bits >> i & 1) spread[i] = value[from++];
+  return spread;
+#endif
+}
+
+// Zero where the bit is not set.
+inline Vector only(Vector value, uint16_t bits) {
+#ifdef __AVX512F__
+  return reinterpret_cast<Vector>(_mm512_maskz_mov_ps(bits, reinterpret_cast<__m512>(value)));
+#else
+  for (int i = 0; i < LANES; i++) value[i] = bits >> i & 1 ? value[i] : 0;
+  return value;
+#endif
+}
+
+// The chosen of a row, one after another; `to` has room for a vector more.
+template <class T>
+void compress_row(const T *row, const uint16_t *mask, int neurons, float *to) {
+  for (int j = 0; j < neurons; j += LANES) {
+    const uint16_t bits = mask[j / LANES];
+    store(to, compress(load_first(row + j, neurons - j), bits));
+    to += __builtin_popcount(bits);
+  }
+}
+
+// The indices of the chosen, ascending; `list` has room for a vector more.
+void list_row(const uint16_t *mask, int neurons, uint16_t *list) {
+  for (int j = 0; j < neurons; j += LANES) {
+    const uint16_t bits = mask[j / LANES];
+    const Integers lanes = Integers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + j;
+    const Integers packed = reinterpret_cast<Integers>(compress(reinterpret_cast<Vector>(lanes), bits));
+    *reinterpret_cast<Halves *>(list) = __builtin_convertvector(packed, Halves);
+    list += __builtin_popcount(bits);
+  }
+}
+
+inline int total(Integers value) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value));
+#else
+  int sum = 0;
+  for (int i = 0; i < LANES; i++) sum += value[i];
+  return sum;
+#endif
+}
+
+// Mark the neurons of the `kept` largest magnitudes, lower index first among equals; the bits of the smallest of them.
+// Bits of floats without sign are ordered as they are. active: filled up with zeros. guess: of the result.
+int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16_t *mask) {
+  constexpr int64_t TOP = int64_t(1) << 31;  // beyond every NaN
+  const int padded = rounded_up(neurons);
+  const auto row = [&](int j) { return reinterpret_cast<Integers>(load(active + j)) & 0x7fffffff; };
+  // How many reach `low` is at least `kept`, how many reach `high` is less, whatever the row holds.
+  int64_t low = 0, high = TOP;
+  int at_low = padded, at_high = 0;
+  int64_t middle = guess, apart = guess / 512;  // bits are logarithmic: some percent of the value
+  for (int step = 0; at_low > kept && high - low > 1; step++) {
+    const int64_t pivots[] = {std::clamp(middle - apart, low + 1, high - 1), std::clamp(middle, low + 1, high - 1),
+                              std::clamp(middle + apart, low + 1, high - 1)};
+    Integers reached[3] = {};
+    for (int j = 0; j < padded; j += LANES) {
+      const Integers here = row(j);
+#pragma GCC unroll 3
+      for (int i = 0; i < 3; i++) reached[i] -= here >= all(int32_t(pivots[i]));
+    }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; i++) {
+      const int count = total(reached[i]);
+      const bool enough = count >= kept, above = enough && pivots[i] > low, below = !enough && pivots[i] < high;
+      low = above ? pivots[i] : low, at_low = above ? count : at_low;
+      high = below ? pivots[i] : high, at_high = below ? count : at_high;
+    }
+    if (low == 0 || high == TOP) {  // the guess was far off: look ever farther
+      apart *= 4;
+      middle = low == 0 ? high - 2 * apart : low + 2 * apart;
+    } else {  // where it should be if the magnitudes in between were spread evenly, and a bit to both sides
+      const double between = at_low - at_high;
+      middle = low + int64_t((high - low) * ((at_low - kept + 0.5) / between));
+      apart = step % 4 == 3 ? (high - low) / 4 : int64_t((high - low) / (2 * std::sqrt(between))) + 1;
+      if (step % 4 == 3) middle = (low + high) / 2;
+    }
+  }
+  Integers least = all(std::numeric_limits<int32_t>::max());
+  for (int j = 0; j < padded; j += LANES) {
+    const Integers here = row(j), chosen = here >= all(int32_t(low));
+    const Integers candidate = (here & chosen) | (least & ~chosen);
+    least = candidate < least ? candidate : least;
+    mask[j / LANES] = bits_of(chosen);
+  }
+  // Several may have the magnitude `low`, and not all of them fit: the last go.
+  for (int j = padded - 1; at_low > kept; j--)
+    if (row(j / LANES * LANES)[j % LANES] == low) mask[j / LANES] &= ~(1 << j % LANES), at_low--;
+  int32_t result = least[0];
+  for (int i = 1; i < LANES; i++) result = std::min(result, least[i]);
+  return result;
+}
+
+constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of the row before
+
+// hidden = act(gate) * up * prob, and the gradients of its factors.
+struct Gradients {
+  Vector hidden, gate, up, prob;
+};
+inline Gradients differentiate(int activation, Vector dhidden, Vector gate, Vector up, float prob) {
+  return dispatch(activation, [&](auto function) {
+    const Vector value = function.value(gate);
+    return Gradients{value * up * prob, dhidden * up * prob * function.slope(gate), dhidden * value * prob,
+                     dhidden * value * up};
+  });
+}
+
+// Activate a row of gates and mark those kept; active: room for whole vectors.
+template <class T>
+int32_t activate_and_select(int activation, const T *gate, int neurons, int kept, int32_t guess, float *active,
+                            uint16_t *mask) {
+  dispatch(activation, [&](auto function) {
+    for (int j = 0; j < neurons; j += LANES) store(active + j, function.value(load_first(gate + j, neurons - j)));
+  });
+  // Sigmoid(0) is not 0.
+  std::fill(active + neurons, active + rounded_up(neurons), 0.0f);
+  return select(active, neurons, kept, guess, mask);
+}
+
+template <class T>
+void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation, const T *gate, int64_t gate_stride,
+                     const T *up, int64_t up_stride, const float *probs, T *hidden, uint16_t *masks, T *gates, T *ups,
+                     float *threshold, int threads) {
+  const int64_t padded = rounded_up(neurons), words = words_of(neurons);
+#pragma omp parallel num_threads(threads)
+  {
+    Aligned<float> active(padded), chosen(kept + LANES);
+    int32_t guess = FIRST_GUESS;
+    const auto save = [&](const T *from, const uint16_t *mask, T *to) {
+      compress_row(from, mask, neurons, chosen.data);
+      for (int64_t p = 0; p < kept; p += LANES) store_first(to + p, load(chosen.data + p), kept - p);
+    };
+#pragma omp for
+    for (int64_t n = 0; n < rows; n++) {
+      const T *g = gate + n * gate_stride, *u = up + n * up_stride;
+      uint16_t *mask = masks + n * words;
+      guess = activate_and_select(activation, g, neurons, kept, guess, active.data, mask);
+      std::memcpy(threshold + n, &guess, sizeof(float));
+      for (int64_t j = 0; j < neurons; j += LANES) {
+        const Vector product = load(active.data + j) * load_first(u + j, neurons - j) * probs[n];
+        store_first(hidden + n * neurons + j, only(product, mask[j / LANES]), neurons - j);
+      }
+      save(g, mask, gates + n * kept);
+      save(u, mask, ups + n * kept);
+    }
+  }
+}
+
+template <class T>
+void select_and_gate_backward(int64_t rows, int64_t neurons, int64_t kept, int activation, const T *dhidden,
+                              const uint16_t *masks, const T *gates, const T *ups, const float *probs, T *dgate, T *dup,
+                              float *dprobs, int threads) {
+  const int64_t words = words_of(neurons);
+#pragma omp parallel num_threads(threads)
+  {
+    Aligned<float> dh(kept + LANES), dg(kept + LANES), du(kept + LANES);
+#pragma omp for
+    for (int64_t n = 0; n < rows; n++) {
+      const uint16_t *mask = masks + n * words;
+      compress_row(dhidden + n * neurons, mask, neurons, dh.data);
+      Vector dprob{};
+      for (int64_t p = 0; p < kept; p += LANES) {
+        const Gradients of = differentiate(activation, load(dh.data + p), load_first(gates + n * kept + p, kept - p),
+                                           load_first(ups + n * kept + p, kept - p), probs[n]);
+        dprob += of.prob;
+        store(dg.data + p, of.gate);
+        store(du.data + p, of.up);
+      }
+      dprobs[n] = add_up(dprob, Vector{}, Vector{}, Vector{})[0];
+      const float *from_gate = dg.data, *from_up = du.data;
+      for (int64_t j = 0; j < neurons; j += LANES) {
+        const uint16_t bits = mask[j / LANES];
+        store_first(dgate + n * neurons + j, expand(load(from_gate), bits), neurons - j);
+        store_first(dup + n * neurons + j, expand(load(from_up), bits), neurons - j);
+        from_gate += __builtin_popcount(bits), from_up += __builtin_popcount(bits);
+      }
+    }
+  }
+}
+
+}  // namespace

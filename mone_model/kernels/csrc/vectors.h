@@ -1,0 +1,205 @@
+// Vectors of sixteen numbers, by the extensions of GCC and Clang, so that the compiler knows the machine and this code does
+// not; and the activation functions on them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+
+typedef float Vector __attribute__((vector_size(64)));
+typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(64)));
+
+inline Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
+inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
+// Keeps the compiler from loading it again for each use.
+inline Vector held(Vector value) {
+#ifdef __AVX512F__
+  asm("" : "+v"(value));
+#endif
+  return value;
+}
+inline Vector all(float value) { return value - Vector{}; }
+inline Integers all(int32_t value) { return value - Integers{}; }
+inline Vector choose(Integers condition, Vector yes, Vector no) {
+  return reinterpret_cast<Vector>((condition & reinterpret_cast<Integers>(yes)) |
+                                  (~condition & reinterpret_cast<Integers>(no)));
+}
+// NaN stays NaN.
+inline Vector clamped(Vector x, float least, float most) {
+#ifdef __AVX512F__
+  const __m512 low = _mm512_max_ps(_mm512_set1_ps(least), reinterpret_cast<__m512>(x));
+  return reinterpret_cast<Vector>(_mm512_min_ps(_mm512_set1_ps(most), low));
+#else
+  x = choose(x < all(least), all(least), x);
+  return choose(x > all(most), all(most), x);
+#endif
+}
+
+// e^x to about one unit in the last place: 2^n e^r with |r| <= ln 2 / 2 and the polynomial of Cephes' expf.
+inline Vector exponential(Vector x) {
+  x = clamped(x, -87.3f, 88.3f);
+  const Vector shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vector shifted = x * 1.44269504088896341f + shift;
+  const Vector n = shifted - shift;
+  const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Vector p = all(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const Integers exponent = (reinterpret_cast<Integers>(shifted) - reinterpret_cast<Integers>(shift)) << 23;
+  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(p) + exponent);
+}
+
+inline Vector reciprocal(Vector x) {
+#ifdef __AVX512F__
+  // 14 bits, doubled by a step of Newton's method: a division takes several times as long.
+  const Vector r = reinterpret_cast<Vector>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  return r * (2.0f - x * r);
+#else
+  return 1.0f / x;
+#endif
+}
+
+// erf as a rational function, as in Eigen and XLA.
+inline Vector error_function(Vector x) {
+  x = clamped(x, -4.0f, 4.0f);
+  const Vector s = x * x;
+  Vector p = all(-2.72614225801306e-10f);
+  p = p * s + 2.77068142495902e-08f;
+  p = p * s - 2.10102402082508e-06f;
+  p = p * s - 5.69250639462346e-05f;
+  p = p * s - 7.34990630326855e-04f;
+  p = p * s - 2.95459980854025e-03f;
+  p = p * s - 1.60960333262415e-02f;
+  Vector q = all(-1.45660718464996e-05f);
+  q = q * s - 2.13374055278905e-04f;
+  q = q * s - 1.68282697438203e-03f;
+  q = q * s - 7.37332916720468e-03f;
+  q = q * s - 1.42647390514189e-02f;
+  return x * p / q;
+}
+
+struct SiLU {
+  static Vector value(Vector x) { return x * reciprocal(exponential(-x) + 1.0f); }
+  static Vector slope(Vector x) {
+    const Vector s = reciprocal(exponential(-x) + 1.0f);
+    return s * (x * (1.0f - s) + 1.0f);
+  }
+};
+struct GELU {
+  static Vector value(Vector x) { return 0.5f * x * (error_function(x * 0.70710678118654752f) + 1.0f); }
+  static Vector slope(Vector x) {
+    return 0.5f * (error_function(x * 0.70710678118654752f) + 1.0f) + x * 0.39894228040143268f * exponential(-0.5f * x * x);
+  }
+};
+struct ReLU {
+  static Vector value(Vector x) { return choose(x <= Vector{}, Vector{}, x); }
+  static Vector slope(Vector x) { return choose(x > Vector{}, all(1.0f), Vector{}); }
+};
+struct Sigmoid {
+  static Vector value(Vector x) { return reciprocal(exponential(-x) + 1.0f); }
+  static Vector slope(Vector x) {
+    const Vector s = value(x);
+    return s * (1.0f - s);
+  }
+};
+struct ReLUSquared {
+  static Vector value(Vector x) { return ReLU::value(x) * ReLU::value(x); }
+  static Vector slope(Vector x) { return 2.0f * ReLU::value(x); }
+};
+
+// In the order of ACTIVATIONS in kernels/cpu.py.
+template <class F>
+auto dispatch(int activation, F f) {
+  switch (activation) {
+    case 0: return f(SiLU{});
+    case 1: return f(GELU{});
+    case 2: return f(ReLU{});
+    case 3: return f(Sigmoid{});
+    default: return f(ReLUSquared{});
+  }
+}
+
+inline int rounded_up(int n) { return (n + LANES - 1) / LANES * LANES; }
+
+struct BFloat16 {
+  uint16_t bits;
+};
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+
+inline Vector load(const BFloat16 *from) {
+  const Integers bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(from), Integers) << 16;
+  return reinterpret_cast<Vector>(bits);
+}
+inline void store(BFloat16 *to, Vector value) {
+  const Integers bits = reinterpret_cast<Integers>(value);
+  const Integers nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Integers is_nan = value != value;
+  *reinterpret_cast<Halves *>(to) = __builtin_convertvector((nearest & ~is_nan) | (0x7fc0 & is_nan), Halves);
+}
+
+// At the end of a row the vector is filled up with zeros.
+template <class T>
+inline Vector load_first(const T *from, int64_t count) {
+  if (count >= LANES) return load(from);
+  T filled[LANES] = {};
+  std::memcpy(filled, from, count * sizeof(T));
+  return load(filled);
+}
+template <class T>
+inline void store_first(T *to, Vector value, int64_t count) {
+  if (count >= LANES) return store(to, value);
+  T filled[LANES];
+  store(filled, value);
+  std::memcpy(to, filled, count * sizeof(T));
+}
+
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// Store the first `count` of four numbers, or all if there are more to come.
+inline void store_some(float *to, Four four, int count, bool add) {
+#ifdef __AVX512VL__
+  const __mmask8 mask = __mmask8((1u << std::min(count, 4)) - 1);
+  const __m128 before = _mm_maskz_loadu_ps(add ? mask : __mmask8(0), to);
+  _mm_mask_storeu_ps(to, mask, _mm_add_ps(before, reinterpret_cast<__m128>(four)));
+#else
+  for (int i = 0; i < std::min(count, 4); i++) to[i] = add ? to[i] + four[i] : four[i];
+#endif
+}
+
+// The sums of four vectors.
+inline Four add_up(Vector a, Vector b, Vector c, Vector d) {
+  typedef int32_t Mask __attribute__((vector_size(64)));
+  const Mask low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  const Mask high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+  const Vector ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  const Vector cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
+  const Mask first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  const Mask second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  const Vector abcd = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, second);
+  const Four *quarters = reinterpret_cast<const Four *>(&abcd);
+  return (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
+}
+
+template <class T>
+struct Aligned {
+  T *data;
+  explicit Aligned(size_t count) : data(static_cast<T *>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {}
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned &) = delete;
+};
+
+}  // namespace
