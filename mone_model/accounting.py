@@ -184,25 +184,19 @@ def _layer_activations(
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     # Each norm keeps its input and, in fp32, both that and the normalised: then comes what the projections read.
     norm = tokens * width * (item if fused else 8)
-    grouped = groups < queries
     # What the projections read, the rotated queries and keys, the projection itself for its values, and the context.
     attention = tokens * (width + 3 * queries + 3 * groups) * item
-    if not fused:
-        # Grouped keys and values are repeated for each query head; the projection stays only where a norm reads from it.
-        keeps_projection = not grouped or (model.qk_layernorm and item == 4)
-        values = (queries if grouped else 0) + (queries + 2 * groups if keeps_projection else 0)
-        attention = tokens * (width + 3 * queries + values) * item
-        if model.qk_layernorm:
-            copied = queries if grouped and item == 4 else 0
-            attention += tokens * ((queries + groups) * (4 if item == 4 else 8) + copied * 4)
+    if not fused and model.qk_layernorm:
+        # In fp32 the queries of a group are copied out of the projection for their norm.
+        copied = queries if groups < queries and item == 4 else 0
+        attention += tokens * ((queries + groups) * (4 if item == 4 else 8) + copied * 4)
     if not fused and "core_attn" not in modules:
-        # Probabilities in fp32, and as the values are multiplied with them.
-        square = tokens * model.seq_length * model.num_attention_heads
-        attention += square * (4 if item == 4 else 6)
+        # The logarithm of the sum of exponentials for each head.
+        attention += tokens * model.num_attention_heads * 4
     rows = tokens * model.router_topk
     routed = rows * (width * parallel.expert_tensor * item + _kept_by_neurons(model, parallel, compute, item))
     # Logits, probabilities, the routing map; for each row its expert, position and weight.
-    routed += tokens * model.num_experts * 9 + rows * 32
+    routed += tokens * model.num_experts * 9 + rows * 24
     dense = 5 * tokens * shared * item
     moe = tokens * width * item
     if "moe" not in modules:
@@ -213,9 +207,14 @@ def _layer_activations(
 def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
     """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
     neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
-    if kept < neurons and parallel.expert_tensor == 1 and model.neuron_balance_coeff == 0:
-        # Gate and up where they count, a bit for each neuron; the hidden activation, unless it is computed again.
-        return 2 * kept * item + neurons / 8 + (0 if compute.experts == "skip" else neurons * item)
+    balancing = model.neuron_balance_coeff > 0
+    # Gate and up where they count, a bit for each neuron.
+    compressed = 2 * kept * item + neurons / 8
+    if compute.experts == "skip":
+        # The balance loss has a gate of its own, that activated, its size, and that as a share of the row's sum.
+        return compressed + (4 * neurons * item if balancing else 0)
+    if kept < neurons and parallel.expert_tensor == 1 and not balancing:
+        return compressed + neurons * item
     # Gate and up, the activated gate, its product with up, that times the routing weight; the mask.
     return 5 * neurons * item + (neurons if kept < neurons else 0)
 

@@ -63,8 +63,6 @@ def why_not_skip(model: ModelConfig, parallel: ParallelConfig, compute: ComputeC
         return f"needs model.hidden_size to be a multiple of {cpu.LANES}, not {model.hidden_size}"
     if parallel.expert_tensor > 1:
         return f"needs whole experts: parallel.expert_tensor=1, not {parallel.expert_tensor}"
-    if model.neuron_balance_coeff > 0:
-        return f"model.neuron_balance_coeff={model.neuron_balance_coeff} needs the gates of dropped neurons"
     return None
 
 
@@ -115,7 +113,7 @@ def measure(
     def run(method: str) -> torch.Tensor:
         x_ND, gate_up, down = inputs
         if method == "skip":
-            return cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, kept, activation, False)[0]
+            return cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, kept, activation, counting=False).out_ND
         gate_NH, up_NH = GEMMS[method](x_ND, gate_up.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
         if kept < neurons:
             hidden_NH = select_and_gate(gate_NH, up_NH, probs_N, kept, activation).hidden_NH

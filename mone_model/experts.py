@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-from mone_model.expert_methods import GEMMS
+from mone_model.expert_methods import GEMMS, expert_gemm_loop
 from mone_model.kernels import cpu
 from mone_model.loss_record import LossRecord
 from mone_model.neuron_balance import neuron_balance_loss, sum_by_expert
@@ -32,7 +32,7 @@ class NeuronExperts(MegatronModule):
 
     active_neurons: K. Equal to H it is a plain MoE: no selection takes place.
     balance_coeff, balance_form: the neuron balance loss (`mone_model.neuron_balance`).
-    method: grouped, loop or skip (`mone_model.expert_methods`); skip leaves no place for a balance loss.
+    method: grouped, loop or skip (`mone_model.expert_methods`).
 
     `record` holds the neuron balance loss since it was last read, `counters` what each neuron did, as long as
     `counting_neurons` is set; both count a token once, also under recomputation.
@@ -81,12 +81,16 @@ class NeuronExperts(MegatronModule):
         observing = self.training and torch.is_grad_enabled()
         counting, balancing = observing and self.counting_neurons, observing and self.balance_coeff > 0
         if self.method == "skip":
-            weights = self.gate_up_weight, self.down_weight
-            output_ND, counts_E2H, threshold_N = cpu.experts(
-                x_ND, *weights, probs_N, tokens_E, self.active_neurons, self.activation, counting
-            )
+            weights, k = (self.gate_up_weight, self.down_weight), self.active_neurons
+            kept = cpu.experts(x_ND, *weights, probs_N, tokens_E, k, self.activation, counting=counting or balancing)
+            output_ND, load_EH = kept.out_ND, kept.counts_E2H[:, 0]
             if counting:
-                self._count(tokens_E, threshold_N, counts_E2H[:, 0], counts_E2H[:, 1])
+                self._count(tokens_E, kept.threshold_N, load_EH, kept.counts_E2H[:, 1])
+            if balancing:
+                # The loss sees dropped neurons too, and sends them gradients.
+                gate_NH = expert_gemm_loop(x_ND, self.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
+                active_NH, mask_NH = self.config.activation_func(gate_NH), unpack(kept.masks_NW, self.num_neurons)
+                output_ND = self._attach_balance_loss(output_ND, active_NH, mask_NH, load_EH.float(), tokens_E)
             return output_ND, None
         gemm = GEMMS[self.method]
         gate_NH, up_NH = gemm(x_ND, self.gate_up_weight.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)

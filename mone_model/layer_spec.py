@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from mone_model import megatron_versions
+from mone_model.attention import CoreAttention
 from mone_model.config import ComputeConfig, ModelConfig, neurons_kept
 from mone_model.experts import NeuronExperts, SharedNeuronExpert
 from mone_model.router import Router
@@ -42,8 +43,9 @@ def block_spec(
         )
         final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
         if model.qk_layernorm:
-            attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         # Checkpoint names as Transformer Engine's layers give them, where the norm before the experts stands alone.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)

@@ -15,7 +15,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,6 +149,8 @@ def _complete_gloo() -> None:
 
     @functools.wraps(all_reduce)
     def all_reduce_(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+        if dist.get_world_size(group) == 1:
+            return _Stream() if async_op else None
         if op == dist.ReduceOp.AVG:
             tensor.div_(dist.get_world_size(group))
             op = dist.ReduceOp.SUM
@@ -198,6 +200,7 @@ def _complete_gloo() -> None:
 
 def _patch_megatron() -> None:
     """Replace the functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
+    import megatron.core.distributed.param_and_grad_buffer as buffers
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  warns of Apex at import
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -213,3 +216,24 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+    # Gloo copies all gradients and all weights there and back even where a rank is alone with them.
+    coalescing = buffers._coalescing_manager
+
+    @contextlib.contextmanager
+    def coalescing_of_several(group: Any = None, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        if dist.get_world_size(group) > 1:
+            with coalescing(group, *args, **kwargs) as work:
+                yield work
+        else:
+            yield _Stream()
+
+    def of_several(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, group: Any = None, **kwargs: Any) -> Any:
+            return collective(*args, group=group, **kwargs) if dist.get_world_size(group) > 1 else None
+
+        return run
+
+    buffers._coalescing_manager = coalescing_of_several
+    buffers.dist_all_gather_func = of_several(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = of_several(buffers.dist_reduce_scatter_func)

@@ -5,6 +5,7 @@ with distributed(config.parallel, seed=1, timeout_minutes=30) as runtime:    # t
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
 import random
@@ -95,6 +96,7 @@ def distributed(
     else:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if cuda else "gloo"
     store = store or rendezvous()
@@ -106,6 +108,19 @@ def distributed(
     yield Runtime(rank, world_size, device)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """Let this process reuse the memory of freed tensors: returned to the system, each page of it is zeroed anew.
+
+    A training step frees and allocates the same sizes again and again, and those page faults can take a third of it.
+    glibc only; elsewhere it does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 2**30)
+        mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def build_groups(parallel: ParallelConfig) -> None:

@@ -1,7 +1,7 @@
 """CPU kernels: selection fused with what surrounds it, and experts that compute only what is kept.
 
     if cpu.available():                                        # compiled at first use, for this machine, and cached
-        out_ND, counts_E2H, threshold_N = cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, k, "silu", True)
+        kept = cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, k, "silu", counting=True)
 
 The sources are csrc/*; their reference is `mone_model.neuron_selection` and `mone_model.experts` in torch's own operations.
 Shapes: N rows sorted by expert, E experts, D width, H neurons, K kept, W = ceil(H / 16) words of a mask: bit j % 16 of word
@@ -16,7 +16,7 @@ import platform
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -136,6 +136,19 @@ def computes_experts(weight: torch.Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(-1) % LANES == 0 and available()
 
 
+class Kept(NamedTuple):
+    """What the experts computed, and of which neurons."""
+
+    out_ND: torch.Tensor
+    """[N, D] weighted outputs."""
+    masks_NW: torch.Tensor
+    """[N, W] int16, as of `mone_model.neuron_selection.select_and_gate`."""
+    counts_E2H: torch.Tensor
+    """[E, 2, H] float64: in how many rows each neuron was kept, and the sum of its |gate|; zeros unless counting."""
+    threshold_N: torch.Tensor
+    """[N] the smallest |gate| kept."""
+
+
 def experts(
     x_ND: torch.Tensor,
     gate_up_E2HD: torch.Tensor,
@@ -144,19 +157,19 @@ def experts(
     tokens_E: torch.Tensor,
     k: int,
     activation: str,
+    *,
     counting: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Weighted outputs of the experts: up, down and all products of the backward pass only where neurons are kept.
+) -> Kept:
+    """The experts of a layer: up, down and all products of the backward pass only where neurons are kept.
 
-    Returns out [N, D]; counts [E, 2, H] float64, in how many rows each neuron was kept and the sum of its |gate|, zeros
-    unless `counting`; threshold [N], the smallest |gate| kept. All inputs fp32; keeps the k gates and ups of each row and
-    which they are for the backward pass: 8 k + H/8 bytes.
+    All inputs fp32, x sorted by expert. The backward pass keeps the k gates and ups of each row and which they are:
+    8 k + H/8 bytes.
     """
     offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
-    out_ND, _, _, _, counts_E2H, threshold_N = torch.ops.mone.experts(
+    out_ND, masks_NW, _, _, counts_E2H, threshold_N = torch.ops.mone.experts(
         x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets, k, ACTIVATIONS.index(activation), counting
     )
-    return out_ND, counts_E2H, threshold_N
+    return Kept(out_ND, masks_NW, counts_E2H, threshold_N)
 
 
 @torch.library.custom_op("mone::experts", mutates_args=(), device_types="cpu")

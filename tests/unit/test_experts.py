@@ -8,8 +8,11 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.expert_methods import expert_gemm_loop
 from mone_model.experts import NeuronExperts
 from mone_model.gpt import build_gpt, moe_layers
+from mone_model.kernels import cpu
+from mone_model.neuron_selection import select_and_gate_reference
 from tests.tiny import TINY_MODEL
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -69,22 +72,61 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
     return [tensor.float() for tensor in (out_ND.detach(), *gradients)]
 
 
+@pytest.mark.parametrize("method", ["grouped", "loop", "skip"])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str) -> None:
-    experts = make_experts(kept=NEURONS // 4, activation=activation)
+def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, method: str) -> None:
+    experts = make_experts(kept=NEURONS // 4, activation=activation, method=method)
     ours = outputs_and_gradients(experts, list(experts.parameters()))
     for actual, expected in zip(ours, per_token(experts, NEURONS // 4), strict=True):
         assert_relative(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4])
-def test_grouped_gemm_equals_the_loop_over_experts(kept: int) -> None:
-    results = []
-    for method in ("grouped", "loop"):
-        experts = make_experts(kept=kept, method=method)
+@pytest.mark.parametrize("method", ["grouped", "skip"])
+@pytest.mark.parametrize("balance", [0.0, 0.1])
+@pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4, 1])
+def test_every_method_equals_the_loop_over_experts(kept: int, balance: float, method: str) -> None:
+    results, counted = [], []
+    for each in (method, "loop"):
+        experts = make_experts(kept=kept, method=each, balance=balance)
+        experts.counting_neurons = True
         results.append(outputs_and_gradients(experts, list(experts.parameters())))
-    for grouped, loop in zip(*results, strict=True):
-        assert_relative(grouped, loop, 1e-6)
+        counters = experts.counters
+        assert counters is not None
+        counted.append((counters.tokens_E, counters.selected_EH, counters.magnitude_EH, counters.threshold_E))
+    for fast, loop in zip(*results, strict=True):
+        assert_relative(fast, loop, 1e-6)
+    for fast, loop in zip(*counted, strict=True):
+        torch.testing.assert_close(fast, loop, rtol=1e-6, atol=1e-6)  # the smallest gates are differences of larger
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "neurons", "kept"),
+    [
+        ([300, 0, 1, 129], 16, 8, 3),
+        ([3, 200], 144, 72, 18),  # pieces of unequal width, an odd tile
+        ([70], 256, 200, 199),
+        ([64, 128], 48, 1000, 1),
+    ],
+)
+def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: int, neurons: int, kept: int) -> None:
+    generator = torch.Generator().manual_seed(sum(tokens))
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    tokens_E = torch.tensor(tokens)
+    rows, experts = sum(tokens), len(tokens)
+    x_ND, gate_up, down = random(rows, width), random(experts, 2, neurons, width), random(experts, neurons, width)
+    probs_N = torch.rand(rows, generator=generator).requires_grad_()
+    leaves = [x_ND, gate_up, down, probs_N]
+    out = cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, kept, "silu", counting=False).out_ND
+    gate_NH, up_NH = expert_gemm_loop(x_ND, gate_up.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
+    hidden_NH = select_and_gate_reference(gate_NH, up_NH, probs_N, kept).hidden_NH
+    expected = expert_gemm_loop(hidden_NH, down, tokens_E)
+    target = random(rows, width).detach()
+    gradients = zip(torch.autograd.grad(out, leaves, target), torch.autograd.grad(expected, leaves, target), strict=True)
+    for actual, right in [(out, expected), *gradients]:
+        assert_relative(actual, right, 3e-6)
 
 
 def test_ratio_one_equals_megatron_cores_own_experts() -> None:
@@ -126,8 +168,9 @@ def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
         assert torch.equal(ours, other)
 
 
-def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph() -> None:
-    experts = make_experts(kept=6, balance=0.1)
+@pytest.mark.parametrize("method", ["grouped", "loop", "skip"])
+def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(method: str) -> None:
+    experts = make_experts(kept=6, balance=0.1, method=method)
     experts.counting_neurons = True
     x_ND = torch.empty(0, WIDTH, requires_grad=True)
     out_ND, _ = experts(x_ND, torch.zeros(len(TOKENS), dtype=torch.long), torch.empty(0))

@@ -66,6 +66,7 @@ class DeepSpeedEngine:
             lr=config.optimizer.lr,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
             eps=config.optimizer.eps,
+            fused=True,
         )
         self.optimizer.ask = self._decide
         self.scheduler = make_scheduler(config.optimizer, config.training.steps, self.optimizer)
