@@ -22,6 +22,7 @@ import psutil
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
+from benchmarks.turns import HYDRA, LOGGING
 from configs.console import reporting_errors, typed
 from data_prep.corpora import Corpus, CorpusConfig
 from data_prep.encoding import EncoderPool
@@ -52,8 +53,6 @@ class BenchmarkConfig:
     """Memory is measured on the corpus and on so many copies of it."""
 
 
-HYDRA = {"run": {"dir": "."}, "output_subdir": None}
-LOGGING = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
 ConfigStore.instance().store(
     name="benchmark_tokenize", node={"defaults": ["benchmark_schema", "_self_", *LOGGING], "hydra": HYDRA}

@@ -71,6 +71,27 @@ def check_skip(compute: ComputeConfig, obstacle: str | None) -> None:
     check(compute.experts != "skip" or obstacle is None, "compute.experts", "skip", f"{obstacle}; auto takes another method")
 
 
+def compute_experts(
+    method: str,
+    x_ND: torch.Tensor,
+    gate_up_E2HD: torch.Tensor,
+    down_EHD: torch.Tensor,
+    probs_N: torch.Tensor,
+    tokens_E: torch.Tensor,
+    kept: int,
+    activation: str,
+) -> torch.Tensor:
+    """The weighted outputs [N, D] of the experts and nothing else: without counters, losses and ranks."""
+    if method == "skip":
+        return cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, kept, activation, counting=False).out_ND
+    gate_NH, up_NH = GEMMS[method](x_ND, gate_up_E2HD.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
+    if kept < gate_NH.size(1):
+        hidden_NH = select_and_gate(gate_NH, up_NH, probs_N, kept, activation).hidden_NH
+    else:
+        hidden_NH = (ACTIVATIONS[activation](gate_NH) * up_NH * probs_N[:, None]).to(x_ND.dtype)
+    return GEMMS[method](hidden_NH, down_EHD, tokens_E)
+
+
 @dataclass(frozen=True)
 class Measured:
     """Seconds of a forward and backward pass by method."""
@@ -110,23 +131,12 @@ def measure(
     inputs = random(experts * rows, width), random(experts, 2, neurons, width), random(experts, neurons, width)
     probs_N = torch.rand(experts * rows, generator=generator).requires_grad_()
 
-    def run(method: str) -> torch.Tensor:
-        x_ND, gate_up, down = inputs
-        if method == "skip":
-            return cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, kept, activation, counting=False).out_ND
-        gate_NH, up_NH = GEMMS[method](x_ND, gate_up.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
-        if kept < neurons:
-            hidden_NH = select_and_gate(gate_NH, up_NH, probs_N, kept, activation).hidden_NH
-        else:
-            hidden_NH = (ACTIVATIONS[activation](gate_NH) * up_NH * probs_N[:, None]).to(dtype)
-        return GEMMS[method](hidden_NH, down, tokens_E)
-
     seconds = dict.fromkeys([*GEMMS, "skip"] if skipping else GEMMS, math.inf)
     with torch.enable_grad():
         for _ in range(4):
             for method in seconds:
                 start = time.perf_counter()
-                output_ND = run(method)
+                output_ND = compute_experts(method, *inputs, probs_N, tokens_E, kept, activation)
                 torch.autograd.grad(output_ND, [*inputs, probs_N], torch.ones_like(output_ND))
                 seconds[method] = min(seconds[method], time.perf_counter() - start)
     return Measured(seconds)

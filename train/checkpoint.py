@@ -37,7 +37,7 @@ from train.checkpoint_private import noted_errors, results_manager
 from train.config import CheckpointConfig
 
 MANIFEST = "mone.json"
-FORMAT = "mone-checkpoint-2"
+FORMAT = "mone-checkpoint-3"
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a manifest whose step is no number": (lambda path: edit_manifest(path, step="two"), "mone.json cannot be read"),
     "an older format": (
         lambda path: edit_manifest(path, format="mone-checkpoint-1"),
-        "foreign: format mone-checkpoint-1, not mone-checkpoint-2",
+        "foreign: format mone-checkpoint-1, not mone-checkpoint-3",
     ),
 }
 

@@ -1,0 +1,119 @@
+"""Experts at ratios of neurons kept against the same experts at ratio 1: time and memory of forward and backward.
+
+    python -m benchmarks.experts
+    python -m benchmarks.experts width=1024 neurons=512 experts=8 threads=1
+
+fp32. The one to beat is ratio 1 by the fastest method here (`mone_model.expert_methods`). Memory is what autograd keeps for
+the backward pass, without inputs and weights.
+"""
+
+import functools
+import statistics
+from dataclasses import dataclass, field
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
+from configs.console import reporting_errors, typed
+from mone_model.expert_methods import compute_experts
+from train.runtime import keep_freed_memory
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    width: int = 512
+    """Model width D."""
+    neurons: int = 512
+    """Neurons H of an expert."""
+    experts: int = 16
+    """Experts."""
+    rows: int = 4096
+    """Tokens of all experts together; they are spread unevenly, from half to one and a half times the mean."""
+    ratios: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
+    """Shares of neurons kept."""
+    threads: int = 0
+    """Threads; 0: one for each core."""
+    rounds: int = 7
+    """Turns of each."""
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+ConfigStore.instance().store(
+    name="benchmark_experts", node={"defaults": ["benchmark_schema", "_self_", *LOGGING], "hydra": HYDRA}
+)
+
+
+Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def inputs_of(options: BenchmarkConfig) -> tuple[Inputs, torch.Tensor]:
+    """x, gate and up, down, routing weights; rows of each expert."""
+    torch.set_num_threads(options.threads or torch.get_num_threads())
+    keep_freed_memory()
+    torch.manual_seed(0)
+    width, neurons, experts = options.width, options.neurons, options.experts
+    tokens_E = (torch.linspace(0.5, 1.5, experts) * options.rows / experts).long()
+    tokens_E[-1] += options.rows - tokens_E.sum()
+    x_ND, probs_N = torch.randn(options.rows, width), torch.rand(options.rows)
+    gate_up = torch.randn(experts, 2, neurons, width) * width**-0.5
+    down = torch.randn(experts, neurons, width) * neurons**-0.5
+    for tensor in (x_ND, gate_up, down, probs_N):
+        tensor.requires_grad_()
+    return (x_ND, gate_up, down, probs_N), tokens_E
+
+
+def build(options: BenchmarkConfig, method: str, share: float) -> Run:
+    """Forward and backward of the experts."""
+    inputs, tokens_E = inputs_of(options)
+    target = torch.randn(options.rows, options.width)
+    kept = round(share * options.neurons)
+
+    def run() -> None:
+        torch.autograd.grad(compute_experts(method, *inputs, tokens_E, kept, "silu"), inputs, target)
+
+    return run
+
+
+def kept_bytes(options: BenchmarkConfig, method: str, share: float) -> int:
+    """Bytes that the forward pass keeps for the backward pass, inputs and weights aside."""
+    inputs, tokens_E = inputs_of(options)
+    given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = compute_experts(method, *inputs, tokens_E, round(share * options.neurons), "silu")
+    size = sum(storage.nbytes() for place, storage in storages.items() if place not in given)
+    assert out.requires_grad
+    return size
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_experts")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Print time and memory of each ratio and method, over those of ratio 1."""
+    options = typed(hydra_config, BenchmarkConfig)
+    cases = [(method, share) for share in options.ratios for method in ("grouped", "loop", "skip")]
+    contenders = {f"{method} {share:g}": functools.partial(build, options, method, share) for method, share in cases}
+    seconds = take_turns(contenders, options.rounds)
+    best = min((f"{method} 1" for method in ("grouped", "loop", "skip")), key=lambda name: statistics.median(seconds[name]))
+    plain = kept_bytes(options, "grouped", 1.0)
+    print(f"D {options.width}, H {options.neurons}, {options.experts} experts, {options.rows} rows; ratio 1 at best: {best}")
+    print("  ratio  method       ms   over ratio 1         memory over ratio 1 grouped")
+    for method, share in cases:
+        times = seconds[f"{method} {share:g}"]
+        memory = kept_bytes(options, method, share) / plain
+        milliseconds = 1000 * statistics.median(times)
+        print(f"  {share:5.3g}  {method:8} {milliseconds:7.1f}   {ratio(times, seconds[best])}   {memory:.2f}")
+
+
+if __name__ == "__main__":
+    main()

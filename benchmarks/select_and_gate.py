@@ -1,0 +1,88 @@
+"""Selection fused with activation, product and weight, forward and backward, against a product without any selection.
+
+    python -m benchmarks.select_and_gate
+    python -m benchmarks.select_and_gate dtype=bf16
+
+The one to beat is torch's silu(gate) * up. topk: the same selection in torch's operations.
+"""
+
+import functools
+import statistics
+from dataclasses import dataclass, field
+
+import hydra
+import torch
+import torch.nn.functional as F
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
+from configs.console import reporting_errors, typed
+from mone_model.neuron_selection import select_and_gate, select_neurons
+from train.runtime import keep_freed_memory
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    elements: int = 4_194_304
+    """Gates: rows times neurons."""
+    neurons: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
+    """Neurons H of a row."""
+    ratios: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
+    """Shares of neurons kept."""
+    dtype: str = "fp32"
+    """fp32 or bf16."""
+    rounds: int = 9
+    """Turns of each."""
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+ConfigStore.instance().store(
+    name="benchmark_select_and_gate", node={"defaults": ["benchmark_schema", "_self_", *LOGGING], "hydra": HYDRA}
+)
+
+
+def build(options: BenchmarkConfig, how: str, neurons: int, share: float) -> Run:
+    """Forward and backward; how: eager, ours or topk."""
+    keep_freed_memory()
+    torch.manual_seed(0)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    rows, kept = options.elements // neurons, round(share * neurons)
+    gate, up = (torch.randn(rows, neurons).to(dtype).requires_grad_() for _ in range(2))
+    probs = torch.rand(rows).requires_grad_()
+    target = torch.randn(rows, neurons).to(dtype)
+
+    def run() -> None:
+        if how == "ours":
+            torch.autograd.grad(select_and_gate(gate, up, probs, kept).hidden_NH, [gate, up, probs], target)
+        elif how == "topk":
+            active = F.silu(gate)
+            hidden = active * up * select_neurons(active, kept).mask_NH * probs[:, None].to(dtype)
+            torch.autograd.grad(hidden, [gate, up, probs], target)
+        else:
+            torch.autograd.grad(F.silu(gate) * up, [gate, up], target)
+
+    return run
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_select_and_gate")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Print the time over that of silu(gate) * up."""
+    options = typed(hydra_config, BenchmarkConfig)
+    print(f"{options.dtype}, {options.elements} gates, {torch.get_num_threads()} threads")
+    print("     H    K/H  silu * up ms   ours / it            topk / it")
+    for neurons in options.neurons:
+        cases = {("eager", 1.0)} | {(how, share) for share in options.ratios for how in ("ours", "topk")}
+        contenders = {f"{how} {share}": functools.partial(build, options, how, neurons, share) for how, share in cases}
+        seconds = take_turns(contenders, options.rounds)
+        eager = seconds["eager 1.0"]
+        for share in options.ratios:
+            ours, topk = (ratio(seconds[f"{how} {share}"], eager) for how in ("ours", "topk"))
+            print(f"  {neurons:4} {share:6.3g} {1000 * statistics.median(eager):13.1f}   {ours:20} {topk}")
+
+
+if __name__ == "__main__":
+    main()

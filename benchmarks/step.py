@@ -1,0 +1,275 @@
+"""A training step against the same model made by others, and against a plain matrix product.
+
+    python -m benchmarks.step model=mone_tiny
+    python -m benchmarks.step model=mone_small micro_batch_size=2
+
+Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. The others, with fused AdamW
+everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer; Hugging Face's Qwen3-MoE
+with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's own MoE layer in place of each MLP (top-k,
+capacity factor 1: it drops tokens). The last two have no shared expert, and beside them ours has none.
+
+"+ ours": theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
+"""
+
+import contextlib
+import functools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig
+
+from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
+from configs.console import reporting_errors, typed
+from mone_model import cpu_gemm
+from mone_model.accounting import count_flops
+from mone_model.config import ModelConfig
+from train import runtime
+from train.config import RunConfig, load_config
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    model: str = "mone_tiny"
+    """A model of configs/model."""
+    activation_ratio: float = 0.25
+    """Of ours; the others have no such thing."""
+    vocab_size: int = 4096
+    """Rows of the embedding."""
+    micro_batch_size: int = 8
+    """Sequences of a step."""
+    rounds: int = 5
+    """Turns of each."""
+    repeats: int = 3
+    """Steps of a turn."""
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+ConfigStore.instance().store(
+    name="benchmark_step", node={"defaults": ["benchmark_schema", "_self_", *LOGGING], "hydra": HYDRA}
+)
+
+
+def run_config(options: BenchmarkConfig, *, shared: bool) -> RunConfig:
+    """The run to be timed; shared: with the shared expert."""
+    overrides = [
+        f"model={options.model}",
+        "data=demo",
+        f"model.vocab_size={options.vocab_size}",
+        f"model.activation_ratio={options.activation_ratio}",
+        f"training.micro_batch_size={options.micro_batch_size}",
+        f"training.global_batch_size={options.micro_batch_size}",
+        *([] if shared else ["model.shared_expert_ffn_hidden_size=0"]),
+    ]
+    GlobalHydra.instance().clear()  # the benchmark's own
+    with hydra.initialize_config_module("configs", version_base="1.3"):
+        return load_config(hydra.compose("pretrain", overrides=overrides))
+
+
+def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
+    """[B, s + 1] without end."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.training.micro_batch_size, config.model.seq_length + 1)
+    while True:
+        yield torch.randint(0, config.model.padded_vocab_size, shape, generator=generator)
+
+
+def prepare(*, with_ours: bool) -> None:
+    """Leave this process as torch would have it, or give it our matrix products and use of memory."""
+    torch.set_num_threads(torch.get_num_threads())
+    if with_ours:
+        runtime.keep_freed_memory()
+    else:
+        cpu_gemm.remove()
+        runtime.keep_freed_memory = lambda: None
+
+
+def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_ours: bool) -> Run:
+    """A step of our engine; stock: on Megatron-Core's own layers and experts."""
+    from train.engines import megatron
+
+    prepare(with_ours=with_ours)
+    config = run_config(options, shared=shared)
+    group = contextlib.ExitStack()  # stays open as long as the process
+    where = group.enter_context(runtime.distributed(config.parallel, seed=1, timeout_minutes=10))
+    build = build_stock if stock else megatron.build_gpt
+    with mock.patch.object(megatron, "build_gpt", build):
+        engine = megatron.MegatronEngine(config, where)
+    tokens = random_tokens(config)
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for tokens_BS in tokens:
+            size, length = tokens_BS.shape
+            yield {
+                "tokens": tokens_BS[:, :-1].contiguous(),
+                "labels": tokens_BS[:, 1:].contiguous(),
+                "loss_mask": torch.ones(size, length - 1),
+                "position_ids": torch.arange(length - 1).expand(size, -1),
+            }
+
+    endless = batches()
+    group.pop_all()
+    return lambda: engine.train_step(endless, micro_batches=1, accept=lambda loss, grad_norm: True)
+
+
+def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> torch.nn.Module:
+    """Megatron-Core's GPTModel with its local layers, DotProductAttention and SequentialMLP."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from mone_model.config import transformer_config
+
+    return GPTModel(
+        config=transformer_config(model, parallel, compute),
+        transformer_layer_spec=get_gpt_layer_local_spec(
+            num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
+        ),
+        vocab_size=model.padded_vocab_size,
+        max_sequence_length=model.seq_length,
+        share_embeddings_and_output_weights=model.tie_embeddings,
+        position_embedding_type="rope",
+    )
+
+
+def build_transformers(options: BenchmarkConfig, *, with_ours: bool) -> Run:
+    """A step of Qwen3-MoE."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    prepare(with_ours=with_ours)
+    config = run_config(options, shared=False)
+    model = config.model
+    experts = {
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.router_topk,
+        "moe_intermediate_size": model.moe_ffn_hidden_size,
+        "norm_topk_prob": True,
+    }
+    return _step_of(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_attention_of(model), **experts)), config)
+
+
+def build_deepspeed(options: BenchmarkConfig, *, with_ours: bool) -> Run:
+    """A step of Qwen3 with DeepSpeed's MoE layers."""
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    prepare(with_ours=with_ours)
+    config = run_config(options, shared=False)
+    model = config.model
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes, for nothing with one process
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo")
+    settings = Qwen3Config(**_attention_of(model), intermediate_size=model.moe_ffn_hidden_size)
+    qwen = Qwen3ForCausalLM(settings)
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = MoE(model.hidden_size, Qwen3MLP(settings), model.num_experts, k=model.router_topk)
+            self.moe.set_deepspeed_parallelism()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.moe(x)[0]
+
+    for layer in qwen.model.layers:
+        layer.mlp = Experts()
+    return _step_of(qwen, config)
+
+
+def _attention_of(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": model.padded_vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups or model.num_attention_heads,
+        "head_dim": model.head_size,
+        "max_position_embeddings": model.seq_length,
+        "use_cache": False,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def _step_of(model: torch.nn.Module, config: RunConfig) -> Run:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
+    tokens = random_tokens(config)
+
+    def step() -> None:
+        tokens_BS = next(tokens)[:, :-1]
+        model(input_ids=tokens_BS, labels=tokens_BS).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def build_product(size: int = 2048, *, with_ours: bool) -> Run:
+    """A plain fp32 matrix product."""
+    prepare(with_ours=with_ours)
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    return lambda: torch.mm(a, b)
+
+
+PRODUCT_FLOPS = 2 * 2048**3
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_step")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Print the time of each, and ours over theirs."""
+    options = typed(hydra_config, BenchmarkConfig)
+
+    def of(build: Callable[..., Run], *arguments: Any, **more: Any) -> functools.partial[Run]:
+        return functools.partial(build, *arguments, **more)
+
+    ours = functools.partial(build_megatron, options, stock=False, with_ours=True)
+    contenders = {"ours": of(ours, shared=True), "ours, no shared expert": of(ours, shared=False)}
+    for with_ours in (False, True):
+        also = " + ours" if with_ours else ""
+        contenders |= {
+            f"Megatron-Core{also}": of(build_megatron, options, shared=True, stock=True, with_ours=with_ours),
+            f"transformers{also}": of(build_transformers, options, with_ours=with_ours),
+            f"DeepSpeed MoE{also}": of(build_deepspeed, options, with_ours=with_ours),
+            f"matrix product{also}": of(build_product, with_ours=with_ours),
+        }
+    seconds = take_turns(contenders, options.rounds, options.repeats)
+    config = run_config(options, shared=True)
+    tokens = config.training.micro_batch_size * config.model.seq_length
+    print(f"{options.model}, activation_ratio={options.activation_ratio}, {tokens} tokens a step, ", end="")
+    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds of {options.repeats} steps")
+    for name, times in seconds.items():
+        print(f"  {name:30} {1000 * statistics.median(times):8.0f} ms", end="")
+        if name.startswith("matrix product"):
+            print(f"   {PRODUCT_FLOPS / statistics.median(times) / 1e9:.0f} GFLOP/s")
+        elif name.startswith("ours"):
+            print()
+        else:
+            side = "ours" if name.startswith("Megatron-Core") else "ours, no shared expert"
+            print(f"   ours / it: {ratio(seconds[side], times)}")
+    for name, per_token in training_flops(config.model).items():
+        for product in ("matrix product", "matrix product + ours"):
+            rates = zip(seconds["ours"], seconds[product], strict=True)
+            share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
+            print(f"  FLOP/s {name} / those of a {product}: {statistics.median(share):.2f}")
+
+
+def training_flops(model: ModelConfig) -> dict[str, int]:
+    """Per token: of the dense model, and without products of dropped neurons: of an expert's nine, one is always dense."""
+    dense = 3 * count_flops(model).dense
+    product = 2 * model.hidden_size * model.router_topk * model.num_layers
+    neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
+    return {"of the dense model": dense, "left when dropped neurons are skipped": dense - 8 * product * (neurons - kept)}
+
+
+if __name__ == "__main__":
+    main()
