@@ -10,6 +10,7 @@ Shapes: N rows (a token in one of its experts), H neurons of the whole expert, h
 expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask. Source: arXiv 2510.05781.
 """
 
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -120,12 +121,23 @@ def unpack(masks_NW: torch.Tensor, neurons: int) -> torch.Tensor:
     return ((masks_NW[:, :, None].int() >> bits) & 1).bool().flatten(1)[:, :neurons]
 
 
+def _kernels_for(tensor: torch.Tensor) -> Any:
+    """The module of kernels for this device, or None: then torch's own operations serve."""
+    if tensor.device.type == "cpu":
+        return cpu if cpu.selects(tensor) else None
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from mone_model.kernels import triton
+
+    return triton if triton.selects(tensor) else None
+
+
 @torch.library.custom_op("mone::select_and_gate", mutates_args=())
 def _select_and_gate(
     gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    if gate.device.type == "cpu" and cpu.selects(gate):
-        return cpu.select_and_gate(gate, up, probs, k, activation)
+    if kernels := _kernels_for(gate):
+        return kernels.select_and_gate(gate, up, probs, k, activation)
     active = ACTIVATIONS[activation](gate.float())
     mask, threshold = select_neurons(active, k)
     hidden = (active * up.float() * probs.float()[:, None] * mask).to(gate.dtype)
@@ -148,8 +160,8 @@ def _(gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activat
 def _select_and_gate_backward(
     dhidden: torch.Tensor, masks: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor, probs: torch.Tensor, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if dhidden.device.type == "cpu" and cpu.selects(dhidden):
-        return cpu.select_and_gate_backward(dhidden, masks, gates, ups, probs, activation)
+    if kernels := _kernels_for(dhidden):
+        return kernels.select_and_gate_backward(dhidden, masks, gates, ups, probs, activation)
     mask = unpack(masks, dhidden.size(1))
     dkept, kept_up, weight = dhidden[mask].view_as(gates).float(), ups.float(), probs.float()[:, None]
     with torch.enable_grad():

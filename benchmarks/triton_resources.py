@@ -1,0 +1,102 @@
+"""What the GPU kernels need of a GPU: registers, stack and shared memory, for every launch that the autotuner may choose.
+
+    python -m benchmarks.triton_resources
+
+The compiler needs no GPU. A stack holds registers that were spilled; there should be none, or a few bytes where ptxas
+prefers room for one program more. This says nothing of speed.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from mone_model.kernels.triton import GRAIN, backward_kernel, block_size, forward_kernel, launch_options
+
+CAPABILITIES = (80, 90)
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+KERNELS = {"forward": forward_kernel, "backward": backward_kernel}
+NEURONS = (512, 4096, 16384)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel and what it needs."""
+
+    kernel: str
+    dtype: str
+    neurons: int
+    capability: str
+    warps: int
+    registers: int
+    """Of a thread."""
+    stack: int
+    """Bytes of a thread: what was spilled."""
+    shared: int
+    """Bytes of shared memory of a program."""
+
+
+def compile_kernel(
+    kernel: Any, dtype: torch.dtype, neurons: int, options: dict[str, int], capability: int, activation: str
+) -> Any:
+    """Compile a kernel as its launch for rows of so many neurons would; `options` are one of its `launch_options`."""
+    constants = {"ACTIVATION": activation, "GRAIN": GRAIN[dtype], "BLOCK": block_size(neurons), "CHUNK": options["CHUNK"]}
+    pointers = {"masks_ptr": "*i16", "probs_ptr": "*fp32", "dprobs_ptr": "*fp32", "threshold_ptr": "*fp32"}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        else:
+            signature[name] = pointers.get(name, f"*{DTYPES[dtype]}") if name.endswith("_ptr") else "i32"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, {name: constants[name] for name in signature if name in constants}, attributes)
+    # Fused multiply-add is the default of all versions of Triton, but it warns where nobody asked for it.
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": options["num_warps"], "enable_fp_fusion": True},
+    )
+
+
+def resources(name: str, dtype: torch.dtype, neurons: int, capability: int, activation: str = "silu") -> Iterator[Resources]:
+    """Compile the kernel of this name in every launch for rows of so many neurons."""
+    for options in launch_options(neurons):
+        compiled = compile_kernel(KERNELS[name], dtype, neurons, options, capability, activation)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            Path(file.name).write_bytes(compiled.asm["cubin"])
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.partition("Function")[2]))
+        yield Resources(
+            name,
+            DTYPES[dtype],
+            neurons,
+            f"sm_{capability}",
+            options["num_warps"],
+            int(used["REG"]),
+            int(used["STACK"]) + int(used["LOCAL"]),
+            compiled.metadata.shared,
+        )
+
+
+def main() -> None:
+    """Print a table."""
+    print(" ".join(f"{field.name:>10}" for field in fields(Resources)))
+    for name in KERNELS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for neurons in NEURONS:
+                for capability in CAPABILITIES:
+                    for row in resources(name, dtype, neurons, capability):
+                        print(" ".join(f"{value:>10}" for value in astuple(row)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
