@@ -11,6 +11,7 @@ expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask. Sou
 """
 
 import importlib.util
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -156,6 +157,16 @@ def _(gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activat
     )
 
 
+# An operator's own implementation lies below autograd, which therefore cannot differentiate ACTIVATIONS there.
+_ACTIVATION_GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "silu": lambda gradient, x: torch.ops.aten.silu_backward(gradient, x),
+    "gelu": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x),
+    "relu": lambda gradient, x: gradient * (x > 0),
+    "sigmoid": lambda gradient, x: torch.ops.aten.sigmoid_backward(gradient, x.sigmoid()),
+    "relu_squared": lambda gradient, x: 2 * gradient * x.relu(),
+}
+
+
 @torch.library.custom_op("mone::select_and_gate_backward", mutates_args=())
 def _select_and_gate_backward(
     dhidden: torch.Tensor, masks: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor, probs: torch.Tensor, activation: str
@@ -164,11 +175,9 @@ def _select_and_gate_backward(
         return kernels.select_and_gate_backward(dhidden, masks, gates, ups, probs, activation)
     mask = unpack(masks, dhidden.size(1))
     dkept, kept_up, weight = dhidden[mask].view_as(gates).float(), ups.float(), probs.float()[:, None]
-    with torch.enable_grad():
-        kept_gate = gates.float().requires_grad_()
-        active = ACTIVATIONS[activation](kept_gate)
-        (dkept_gate,) = torch.autograd.grad(active, kept_gate, dkept * kept_up * weight)
-    active = active.detach()
+    kept_gate = gates.float()
+    active = ACTIVATIONS[activation](kept_gate)
+    dkept_gate = _ACTIVATION_GRADIENTS[activation](dkept * kept_up * weight, kept_gate)
     dgate, dup = torch.zeros_like(dhidden), torch.zeros_like(dhidden)
     dgate[mask] = dkept_gate.flatten().to(dgate.dtype)
     dup[mask] = (dkept * active * weight).flatten().to(dup.dtype)

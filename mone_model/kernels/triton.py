@@ -72,7 +72,7 @@ def _kth_largest(bits, guess, k, neurons, GRAIN: tl.constexpr):
     first = guess - reach
     second = guess + reach
     while (at_low != k) & (low != top):
-        # What a pass costs is its reduction, so two counts share one: first < second, and what reaches second reaches both.
+        # What a pass costs is its reduction, so two share one: first <= second, and what reaches second reaches both.
         counts = tl.sum(tl.where(bits >= second, 0x10001, (bits >= first).to(tl.int32)))
         at_first = counts & 0xFFFF
         at_second = counts >> 16

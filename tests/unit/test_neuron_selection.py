@@ -1,9 +1,20 @@
+from collections.abc import Callable
+
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mone_model.neuron_selection import select_neurons, select_neurons_reference
+from mone_model.config import ACTIVATIONS
+from mone_model.kernels import cpu
+from mone_model.neuron_selection import (
+    pack,
+    select_and_gate,
+    select_and_gate_reference,
+    select_neurons,
+    select_neurons_reference,
+    unpack,
+)
 
 # Few distinct values, so that ties are the rule.
 TIED_ROWS = st.integers(1, 40).flatmap(
@@ -54,3 +65,112 @@ def test_no_rows_is_no_trouble() -> None:
 def test_refuses_impossible_k(k: int) -> None:
     with pytest.raises(ValueError, match=f"k={k}"):
         select_neurons(torch.zeros(1, 8), k)
+
+
+EXACT = ("relu", "relu_squared")
+"""Activations that all round alike. Others differ in the last bit, torch's own even between places of a row."""
+
+
+def unambiguous(gate_NH: torch.Tensor, k: int, activation: str) -> bool:
+    """Whether the choice of neurons survives errors in the last bits of the activation."""
+    if activation in EXACT or k == gate_NH.size(1):
+        return True
+    best_NK = ACTIVATIONS[activation](gate_NH.float()).abs().topk(k + 1).values
+    return bool((best_NK[:, k - 1] - best_NK[:, k] > 1e-6 + 1e-5 * best_NK[:, k]).all())
+
+
+def assert_gated_as_the_reference(
+    gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor, k: int, activation: str
+) -> None:
+    gate_leaf, up_leaf, probs_leaf = (tensor.clone().requires_grad_() for tensor in (gate_NH, up_NH, probs_N))
+    expected = select_and_gate_reference(gate_leaf, up_leaf, probs_leaf, k, activation)
+    gate_NH, up_NH, probs_N = (tensor.detach().requires_grad_() for tensor in (gate_NH, up_NH, probs_N))
+    gated = select_and_gate(gate_NH, up_NH, probs_N, k, activation)
+    assert torch.equal(gated.masks_NW, expected.masks_NW)
+    target_NH = torch.randn(gate_NH.shape, generator=torch.Generator().manual_seed(k)).to(gate_NH.dtype)
+    gradients = torch.autograd.grad(gated.hidden_NH, [gate_NH, up_NH, probs_N], target_NH)
+    right = torch.autograd.grad(expected.hidden_NH, [gate_leaf, up_leaf, probs_leaf], target_NH)
+    # bf16: rounded once more where torch's own operations serve.
+    relative = 2e-6 if gate_NH.dtype == torch.float32 else 2**-7
+    for ours, theirs in zip((gated.hidden_NH, gated.threshold_N, *gradients), (*expected[::2], *right), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=relative, atol=2e-6 * gate_NH.size(1) ** 0.5)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    neurons=st.integers(1, 300),
+    kept=st.floats(0, 1),
+    values=st.sampled_from([1, 3, 100]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+)
+def test_gating_equals_its_reference(
+    kernels: bool, seed: int, neurons: int, kept: float, values: int, dtype: torch.dtype, activation: str
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    k = max(1, round(kept * neurons))
+    gates_and_ups = torch.randn(5, 2 * neurons, generator=generator)
+    if activation in EXACT:  # few distinct values: ties are the rule
+        gates_and_ups = (gates_and_ups * values).round() / values
+    # The halves of one tensor have rows that lie apart.
+    gate_NH, up_NH = gates_and_ups.to(dtype).chunk(2, dim=1)
+    assume(unambiguous(gate_NH, k, activation))
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels:
+            patch.setattr(cpu, "available", lambda: False)
+        assert cpu.selects(gate_NH) == kernels
+        assert_gated_as_the_reference(gate_NH, up_NH, torch.rand(5, generator=generator), k, activation)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-4, 300.0])
+def test_gating_finds_thresholds_of_any_scale(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_NH = scale * torch.randn(6, 1000, generator=generator)
+    gate_NH[1] *= torch.randn(1000, generator=generator).mul(4).exp()
+    gate_NH[2, ::50] *= 2**14
+    for k in (1, 7, 500, 999, 1000):
+        gated = select_and_gate(gate_NH, torch.ones(6, 1000), torch.ones(6), k, "relu")
+        expected = select_and_gate_reference(gate_NH, torch.ones(6, 1000), torch.ones(6), k, "relu")
+        for ours, theirs in zip(gated, expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_gating_keeps_exactly_k_whatever_a_row_holds() -> None:
+    nan, infinity = float("nan"), float("inf")
+    rows = [[nan], [nan, 1.0, -nan, 2.0, 0.5], [infinity, -infinity, 1.0], [0.0], [-nan, infinity], [3.0, 2.0, 1.0]]
+    gate_NH = torch.tensor([(row * 37)[:37] for row in rows])
+    gate_NH[4, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the last of all NaN
+    for k in (1, 5, 20, 36, 37):
+        gated = select_and_gate(gate_NH, torch.ones(6, 37), torch.ones(6), k)
+        assert unpack(gated.masks_NW, 37).sum(1).tolist() == [k] * 6
+
+
+def test_gating_is_a_proper_operator_of_torch() -> None:
+    gate_NH, up_NH, probs_N = (torch.randn(shape, requires_grad=True) for shape in ((4, 40), (4, 40), (4,)))
+    torch.library.opcheck(torch.ops.mone.select_and_gate.default, (gate_NH, up_NH, probs_N, 10, "silu"))
+    none = select_and_gate(torch.empty(0, 40), torch.empty(0, 40), torch.empty(0), 10)
+    assert [tuple(tensor.shape) for tensor in none] == [(0, 40), (0, 3), (0,)]
+    with pytest.raises(ValueError, match="k=41"):
+        select_and_gate(gate_NH, up_NH, probs_N, 41)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=37, max_size=37), min_size=1, max_size=4))
+def test_masks_are_packed_and_unpacked(rows: list[list[bool]]) -> None:
+    mask_NH = torch.tensor(rows)
+    assert torch.equal(unpack(pack(mask_NH), 37), mask_NH)
+
+
+def test_without_a_compiler_torch_serves_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    monkeypatch.setattr(cpu, "_library", fail)
+    available: Callable[[], bool] = cpu.available.__wrapped__
+    assert not available()
+    assert capsys.readouterr().err.splitlines() == [
+        "CPU kernels: not built (no compiler); torch's own operations serve, slower. A C++ compiler helps."
+    ]

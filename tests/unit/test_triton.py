@@ -195,7 +195,11 @@ def test_keeps_exactly_k_and_stays_in_bounds_whatever_a_row_holds(interpreter: I
         assert (mask_NH & nan_NH).sum(1).tolist() == nan_NH.sum(1).clamp(max=k).tolist()
         reference = select_and_gate_reference(gate_NH[-1:], up_NH[-1:], torch.ones(1), k)
         assert torch.equal(masks_NW[-1:], reference.masks_NW)
-        interpreter("select_and_gate_backward", gate_NH, masks_NW, gates_NK, ups_NK, torch.full((6,), nan), "silu")
+        dgate_NH, dup_NH, _ = interpreter(
+            "select_and_gate_backward", gate_NH, masks_NW, gates_NK, ups_NK, torch.full((6,), nan), "silu"
+        )
+        assert not dgate_NH[~mask_NH].any()
+        assert not dup_NH[~mask_NH].any()
 
 
 def test_says_what_it_can_serve(interpreter: Interpreter) -> None:

@@ -96,7 +96,7 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
   // How many reach `low` is at least `kept`, how many reach `high` is less, whatever the row holds.
   int64_t low = 0, high = TOP;
   int at_low = padded, at_high = 0;
-  int64_t middle = guess, apart = guess / 512;  // bits are logarithmic: some percent of the value
+  int64_t middle = guess, apart = std::max(guess / 512, 1 << 12);  // bits are logarithmic: some percent of the value
   for (int step = 0; at_low > kept && high - low > 1; step++) {
     const int64_t pivots[] = {std::clamp(middle - apart, low + 1, high - 1), std::clamp(middle, low + 1, high - 1),
                               std::clamp(middle + apart, low + 1, high - 1)};
@@ -114,7 +114,7 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
       high = below ? pivots[i] : high, at_high = below ? count : at_high;
     }
     if (low == 0 || high == TOP) {  // the guess was far off: look ever farther
-      apart *= 4;
+      apart = std::min(4 * apart, TOP);
       middle = low == 0 ? high - 2 * apart : low + 2 * apart;
     } else {  // where it should be if the magnitudes in between were spread evenly, and a bit to both sides
       const double between = at_low - at_high;
