@@ -40,14 +40,16 @@ GEMMS = {"grouped": expert_gemm, "loop": expert_gemm_loop}
 
 def choose_method(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str:
     """The method for these experts on this machine; ValueError if `compute.experts=skip` cannot be had."""
+    if compute.experts in GEMMS:
+        return compute.experts
     obstacle = why_not_skip(model, parallel, compute)
     if obstacle is None and torch.cuda.is_available():
         obstacle = "there are no kernels for GPUs"
     if obstacle is None and not cpu.available():
         obstacle = "its kernels could not be built here"
-    if compute.experts != "auto":
+    if compute.experts == "skip":
         check_skip(compute, obstacle)
-        return compute.experts
+        return "skip"
     if torch.cuda.is_available():
         return "grouped"
     parts = parallel.expert_tensor
@@ -117,8 +119,6 @@ def measure(
     dtype: torch.dtype,
     *,
     skipping: bool,
-    experts: int = 4,
-    rows: int = 256,
 ) -> Measured:
     """Time each method on random experts of this shape, 256 tokens for each; the best of interleaved rounds."""
     experts, rows = 4, 256

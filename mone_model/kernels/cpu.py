@@ -131,11 +131,6 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
-def computes_experts(weight: torch.Tensor) -> bool:
-    """Whether `experts` can be used for weights like this one, [..., D], here."""
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.size(-1) % LANES == 0 and available()
-
-
 class Kept(NamedTuple):
     """What the experts computed, and of which neurons."""
 
