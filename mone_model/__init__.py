@@ -1,8 +1,13 @@
 """The Mixture of Neuron Experts transformer, on Megatron-Core."""
 
-import torch
+import os
 
-from mone_model import cpu_gemm, megatron_cpu
+# Read when torch's allocator is first used: large tensors on the CPU lie in large pages, if the system lets them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
+import torch  # noqa: E402
+
+from mone_model import cpu_gemm, megatron_cpu  # noqa: E402
 
 megatron_cpu.install()
 if not torch.cuda.is_available():

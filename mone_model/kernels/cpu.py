@@ -80,14 +80,16 @@ def _processor() -> str:
 
 
 def _call(name: str, *arguments: Any) -> None:
-    """Call a function of the library: tensors by address, None as null, numbers as 64-bit integers; threads come last."""
-    converted = [
-        ctypes.c_void_p(argument.data_ptr() if torch.is_tensor(argument) else None)
-        if argument is None or torch.is_tensor(argument)
-        else ctypes.c_int64(argument)
-        for argument in (*arguments, torch.get_num_threads())
-    ]
-    getattr(_library(), name)(*converted)
+    """Call a function of the library: tensors by address, None as null, int as int64, float as fp32; threads come last."""
+
+    def converted(argument: Any) -> Any:
+        if isinstance(argument, torch.Tensor):
+            return ctypes.c_void_p(argument.data_ptr())
+        if argument is None:
+            return ctypes.c_void_p()
+        return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
+
+    getattr(_library(), name)(*map(converted, (*arguments, torch.get_num_threads())))
 
 
 def select_and_gate(
@@ -251,3 +253,39 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[
 
 
 _experts.register_autograd(_differentiate_experts, setup_context=_save_for_experts)
+
+
+class Decoded(NamedTuple):
+    """What the experts computed for a few rows, and of which neurons."""
+
+    out_ND: torch.Tensor
+    """[N, D] weighted outputs."""
+    masks_NW: torch.Tensor
+    """[N, W] int16, as of `mone_model.neuron_selection.select_and_gate`."""
+
+
+def decode(
+    x_ND: torch.Tensor,
+    gate_up_E2HD: torch.Tensor,
+    down_EHD: torch.Tensor,
+    probs_N: torch.Tensor,
+    tokens_E: torch.Tensor,
+    k: int,
+    activation: str,
+    *,
+    threshold: float | None = None,
+) -> Decoded:
+    """The experts for a few rows, without gradients: up and down of dropped neurons are not even read.
+
+    x and weights in fp32 or bf16, all sums in fp32; D a multiple of 16. threshold: keep the neurons whose |act(gate)|
+    reaches it, in place of the k best.
+    """
+    (rows, width), (num_experts, neurons) = x_ND.shape, down_EHD.shape[:2]
+    out_ND = torch.empty(rows, width, dtype=x_ND.dtype)
+    masks_NW = torch.empty(rows, -(-neurons // LANES), dtype=torch.int16)
+    by_count, by_size = (k, 0.0) if threshold is None else (0, float(threshold))
+    _call(
+        f"decode_{_DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),
+        ACTIVATIONS.index(activation), x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(), out_ND, masks_NW,
+    )  # fmt: skip
+    return Decoded(out_ND, masks_NW)

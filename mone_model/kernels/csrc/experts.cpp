@@ -11,15 +11,18 @@
 // masks [N, ceil(H / 16)]: bit j % 16 of word j / 16 is neuron j. All fp32 and row-major.
 #include <omp.h>
 
+#include <utility>
 #include <vector>
 
+#include "products.h"
 #include "selection.h"
 
 namespace {
 
-constexpr int TILE = 64;    // rows of weights or of tokens that stay in L1
-constexpr int VECTORS = 8;  // and how much of their width: together 32 KB
-constexpr int BLOCK = 128;  // tokens that pass over a tile
+constexpr int BLOCK = 128;                              // tokens that pass over a tile
+constexpr int COLUMNS = 8 * LANES;                      // of the width: half of the registers hold them
+constexpr int TILE = std::min(BLOCK, 8192 / COLUMNS);   // rows of weights or of tokens that stay in L1 so wide, in 32 KB
+static_assert(BLOCK % TILE == 0);
 
 // The lists of some rows within one tile of w. Row i of out or y belongs to list[begin[i]] up to list[end[i]]; `list` names
 // rows of w, of which those in the lists lie in `tile`, side by side, the first at `tile`.
@@ -32,20 +35,19 @@ struct Lists {
 
 template <int WIDTH>
 void dots(const Lists &of, const float *x, int64_t x_stride, const float *tile, float *out, bool add) {
-  constexpr int64_t STRIDE = WIDTH * LANES;
-  const float *w = tile - of.first * STRIDE;
+    const float *w = tile - of.first * WIDTH;
   for (int64_t i = 0; i < of.rows; i++, x += x_stride) {
     const int32_t end = of.end[i];
-    Vector row[WIDTH];
-#pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; v++) row[v] = held(load(x + v * LANES));
+    Vector row[WIDTH / LANES];
+#pragma GCC unroll 16
+    for (int v = 0; v < WIDTH / LANES; v++) row[v] = held(load(x + v * LANES));
     for (int32_t p = of.begin[i]; p < end; p += 4) {
       const int32_t last = end - 1;
-      const float *w0 = w + of.list[p] * STRIDE, *w1 = w + of.list[std::min(p + 1, last)] * STRIDE;
-      const float *w2 = w + of.list[std::min(p + 2, last)] * STRIDE, *w3 = w + of.list[std::min(p + 3, last)] * STRIDE;
+      const float *w0 = w + of.list[p] * WIDTH, *w1 = w + of.list[std::min(p + 1, last)] * WIDTH;
+      const float *w2 = w + of.list[std::min(p + 2, last)] * WIDTH, *w3 = w + of.list[std::min(p + 3, last)] * WIDTH;
       Vector a{}, b{}, c{}, d{};
-#pragma GCC unroll 8
-      for (int v = 0; v < WIDTH; v++) {
+#pragma GCC unroll 16
+      for (int v = 0; v < WIDTH / LANES; v++) {
         a += row[v] * load(w0 + v * LANES);
         b += row[v] * load(w1 + v * LANES);
         c += row[v] * load(w2 + v * LANES);
@@ -58,39 +60,39 @@ void dots(const Lists &of, const float *x, int64_t x_stride, const float *tile, 
 
 template <int WIDTH>
 void sums(const Lists &of, const float *values, const float *tile, float *y, int64_t y_stride, bool add) {
-  constexpr int64_t STRIDE = WIDTH * LANES;
-  const float *w = tile - of.first * STRIDE;
+    const float *w = tile - of.first * WIDTH;
   for (int64_t i = 0; i < of.rows; i++, y += y_stride) {
-    Vector row[WIDTH];
-#pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; v++) row[v] = add ? load(y + v * LANES) : Vector{};
+    Vector row[WIDTH / LANES];
+#pragma GCC unroll 16
+    for (int v = 0; v < WIDTH / LANES; v++) row[v] = add ? load(y + v * LANES) : Vector{};
     for (int32_t p = of.begin[i]; p < of.end[i]; p++) {
       const Vector value = all(values[p]);
-      const float *from = w + of.list[p] * STRIDE;
-#pragma GCC unroll 8
-      for (int v = 0; v < WIDTH; v++) row[v] += value * load(from + v * LANES);
+      const float *from = w + of.list[p] * WIDTH;
+#pragma GCC unroll 16
+      for (int v = 0; v < WIDTH / LANES; v++) row[v] += value * load(from + v * LANES);
     }
-#pragma GCC unroll 8
-    for (int v = 0; v < WIDTH; v++) store(y + v * LANES, row[v]);
+#pragma GCC unroll 16
+    for (int v = 0; v < WIDTH / LANES; v++) store(y + v * LANES, row[v]);
   }
 }
 
 using Dots = void (*)(const Lists &, const float *, int64_t, const float *, float *, bool);
 using Sums = void (*)(const Lists &, const float *, const float *, float *, int64_t, bool);
-template <int... V>
+template <size_t... V>
 struct Table {
-  static constexpr Dots dots_of[] = {dots<V>...};
-  static constexpr Sums sums_of[] = {sums<V>...};
+  static constexpr Dots dots_of[] = {dots<(V + 1) * WORD>...};
+  static constexpr Sums sums_of[] = {sums<(V + 1) * WORD>...};
+  explicit Table(std::index_sequence<V...>) {}
 };
-using Widths = Table<1, 2, 3, 4, 5, 6, 7, VECTORS>;
+using Widths = decltype(Table(std::make_index_sequence<COLUMNS / WORD>()));
 
-// f(first column, vectors) for the fewest pieces of at most VECTORS, nearly equal.
+// f(first column, columns) for the fewest pieces of at most COLUMNS, nearly equal.
 template <class F>
 void for_pieces(int width, F f) {
-  const int vectors = width / LANES, pieces = (vectors + VECTORS - 1) / VECTORS;
+  const int words = width / WORD, pieces = (width + COLUMNS - 1) / COLUMNS;
   for (int piece = 0; piece < pieces; piece++) {
-    const int first = vectors * piece / pieces, last = vectors * (piece + 1) / pieces;
-    f(first * LANES, last - first);
+    const int first = words * piece / pieces, last = words * (piece + 1) / pieces;
+    f(first * WORD, (last - first) * WORD);
   }
 }
 
@@ -133,7 +135,7 @@ struct Kept {
       int32_t at = n * of.kept;
       for (int64_t t = 0; t < tiles; t++) {
         starts[t * count + n] = at;
-        for (int64_t w = t * TILE / LANES; w < std::min<int64_t>((t + 1) * TILE / LANES, words); w++)
+        for (int64_t w = t * TILE / WORD; w < std::min<int64_t>((t + 1) * TILE / WORD, words); w++)
           at += __builtin_popcount(mask[w]);
       }
       starts[tiles * count + n] = at;
@@ -147,63 +149,32 @@ void pack(const float *from, int64_t stride, int64_t rows, int64_t columns, floa
     for (int64_t k = 0; k < columns; k += LANES) store(to + i * columns + k, load(from + i * stride + k));
 }
 
-// f(lists of the block within a tile, the tile's weights, first column, vectors) for all tiles of w.
+// f(lists of the block within a tile, the tile's weights, first column, columns) for all tiles of w.
 template <class F>
 void for_tiles(const Experts &of, const float *w, int64_t count, const Kept &kept, F f) {
-  for_pieces(of.width, [&](int column, int vectors) {
-    alignas(64) float tile[TILE * VECTORS * LANES];
+  for_pieces(of.width, [&](int column, int columns) {
+    alignas(64) float tile[TILE * COLUMNS];
     for (int64_t first = 0; first < of.neurons; first += TILE) {
-      pack(w + first * of.width + column, of.width, std::min<int64_t>(TILE, of.neurons - first), vectors * LANES, tile);
+      pack(w + first * of.width + column, of.width, std::min<int64_t>(TILE, of.neurons - first), columns, tile);
       const int32_t *begin = kept.starts.data() + first / TILE * count;
-      f(Lists{count, begin, begin + count, kept.lists.data(), int(first)}, tile, column, vectors);
+      f(Lists{count, begin, begin + count, kept.lists.data(), int(first)}, tile, column, columns);
     }
   });
 }
 
 // out[n, p] = x[n] . w[lists[n, p]] for a block of rows: [count, K]
 void dots_of_block(const Experts &of, const float *x, const float *w, int64_t count, const Kept &kept, float *out) {
-  for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int vectors) {
-    Widths::dots_of[vectors - 1](here, x + column, of.width, tile, out, column > 0);
+  for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int columns) {
+    Widths::dots_of[columns / WORD - 1](here, x + column, of.width, tile, out, column > 0);
   });
 }
 
 // y[n] (+)= sum_p values[n, p] w[lists[n, p]] for a block of rows; values: [count, K]
 void sums_of_block(const Experts &of, const float *values, const float *w, int64_t count, const Kept &kept, float *y,
                    bool add) {
-  for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int vectors) {
-    Widths::sums_of[vectors - 1](here, values, tile, y + column, of.width, add || here.first > 0);
+  for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int columns) {
+    Widths::sums_of[columns / WORD - 1](here, values, tile, y + column, of.width, add || here.first > 0);
   });
-}
-
-// gate[n, j] = x[n] . w[j], dense, four by four.
-void gate_of_block(const Experts &of, const float *x, const float *w, int64_t count, float *gate, int64_t stride) {
-  const int64_t width = of.width;
-  constexpr int TOGETHER = 16;
-  for (int64_t group = 0; group < of.neurons; group += TOGETHER)
-    for (int64_t n = 0; n < count; n += 4) {
-      const float *x0 = x + n * width, *x1 = x + std::min(n + 1, count - 1) * width;
-      const float *x2 = x + std::min(n + 2, count - 1) * width, *x3 = x + std::min(n + 3, count - 1) * width;
-      for (int64_t j = group; j < std::min(group + TOGETHER, of.neurons); j += 4) {
-        const float *rows = w + j * width;
-        Vector a[4] = {}, b[4] = {}, c[4] = {}, d[4] = {};
-        for (int64_t k = 0; k < width; k += LANES) {
-          const Vector r0 = held(load(x0 + k)), r1 = held(load(x1 + k)), r2 = held(load(x2 + k)), r3 = held(load(x3 + k));
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; i++) {
-            const Vector neuron = held(load(rows + i * width + k));
-            a[i] += r0 * neuron;
-            b[i] += r1 * neuron;
-            c[i] += r2 * neuron;
-            d[i] += r3 * neuron;
-          }
-        }
-        float *out = gate + n * stride + j;
-        store_some(out, add_up(a[0], a[1], a[2], a[3]), 4, false);
-        if (n + 1 < count) store_some(out + stride, add_up(b[0], b[1], b[2], b[3]), 4, false);
-        if (n + 2 < count) store_some(out + 2 * stride, add_up(c[0], c[1], c[2], c[3]), 4, false);
-        if (n + 3 < count) store_some(out + 3 * stride, add_up(d[0], d[1], d[2], d[3]), 4, false);
-      }
-    }
 }
 
 }  // namespace
@@ -232,7 +203,7 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
       const float *rows_of_x = x + first * width;
       uint16_t *block_masks = masks + first * words;
       float *block_ups = ups + first * kept;
-      gate_of_block(of, rows_of_x, of.gate_of(e), count, gate.data, padded);
+      multiply(rows_of_x, of.gate_of(e), count, width, neurons, gate.data, padded);
       int32_t guess = FIRST_GUESS;
       for (int64_t n = 0; n < count; n++) {
         const float *row = gate.data + n * padded;
@@ -244,7 +215,7 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
         if (counts)
           for (int64_t j = 0; j < neurons; j += LANES) {
             float *chosen = block_counts.data() + b * 2 * padded + j, *size = chosen + padded;
-            store(chosen, load(chosen) + only(all(1.0f), mask[j / LANES]));
+            store(chosen, load(chosen) + only(all(1.0f), bits_at(mask, j)));
             const Integers magnitude = reinterpret_cast<Integers>(load(active.data + j)) & 0x7fffffff;
             store(size, load(size) + reinterpret_cast<Vector>(magnitude));
           }
@@ -305,7 +276,7 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
           store_first(du.data + at, of_these.up, here);
           store_first(h.data + at, of_these.hidden, here);
         }
-        dprobs[first + n] = add_up(dprob, Vector{}, Vector{}, Vector{})[0];
+        dprobs[first + n] = total(dprob);
       }
       sums_of_block(of, dg.data, of.gate_of(e), count, lists, dx + first * width, false);
       sums_of_block(of, du.data, of.up_of(e), count, lists, dx + first * width, true);
@@ -348,14 +319,14 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
         };
         for (const Product &product :
              {Product{dgate.data, x, dgate_w}, Product{dup.data, x, dup_w}, Product{hidden.data, dy, ddown_w}})
-          for_pieces(width, [&](int column, int vectors) {
-            alignas(64) float tile[TILE * VECTORS * LANES];
+          for_pieces(width, [&](int column, int columns) {
+            alignas(64) float tile[TILE * COLUMNS];
             for (size_t t = tile_begin; t < tiles.size() && tiles[t].expert == e; t++) {
               const int64_t first = tiles[t].first;
               const int32_t *range = starts_of[t].data();
-              pack(product.rows + first * width + column, width, tiles[t].count, vectors * LANES, tile);
+              pack(product.rows + first * width + column, width, tiles[t].count, columns, tile);
               const Lists here{end - begin, range + begin, range + begin + 1, tokens.data + first * kept, 0};
-              Widths::sums_of[vectors - 1](here, product.values + first * kept, tile, product.out + begin * width + column,
+              Widths::sums_of[columns / WORD - 1](here, product.values + first * kept, tile, product.out + begin * width + column,
                                            width, t > tile_begin);
             }
           });

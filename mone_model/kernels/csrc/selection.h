@@ -8,24 +8,45 @@
 
 namespace {
 
-// Which neurons a row keeps stands in a mask: a bit each, in words of LANES.
+// Which neurons a row keeps stands in a mask: a bit each, in words.
 
-inline int words_of(int neurons) { return (neurons + LANES - 1) / LANES; }
+inline int words_of(int neurons) { return (neurons + WORD - 1) / WORD; }
 
-inline uint16_t bits_of(Integers condition) {
-#ifdef __AVX512DQ__
+// The bits of the vector that begins at neuron j.
+inline unsigned bits_at(const uint16_t *mask, int j) { return mask[j / WORD] >> j % WORD & ((1u << LANES) - 1); }
+// Write them, those of a row in ascending order.
+inline void put_bits(uint16_t *mask, int j, unsigned bits) {
+  uint16_t &word = mask[j / WORD];
+  word = j % WORD == 0 ? bits : word | bits << j % WORD;
+}
+
+inline unsigned bits_of(Integers condition) {
+#if defined(__AVX512DQ__)
   return _mm512_movepi32_mask(reinterpret_cast<__m512i>(condition));
+#elif defined(__AVX__) && !defined(__AVX512F__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(condition));
 #else
-  uint16_t bits = 0;
+  unsigned bits = 0;
   for (int i = 0; i < LANES; i++) bits |= (condition[i] & 1) << i;
   return bits;
 #endif
 }
 
+#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
+// Places 0 to 7, or what `pick` makes of their bytes.
+template <class F>
+inline __m256i places(unsigned bits, F pick) {
+  const uint64_t bytes = _pdep_u64(bits, 0x0101010101010101) * 0xff;
+  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(pick(0x0706050403020100, bytes)));
+}
+#endif
+
 // The lanes whose bit is set move to the front.
-inline Vector compress(Vector value, uint16_t bits) {
-#ifdef __AVX512F__
-  return reinterpret_cast<Vector>(_mm512_maskz_compress_ps(bits, reinterpret_cast<__m512>(value)));
+inline Vector compress(Vector value, unsigned bits) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_compress_ps(bits, value);
+#elif defined(__AVX2__) && defined(__BMI2__)
+  return _mm256_permutevar8x32_ps(value, places(bits, [](uint64_t all, uint64_t set) { return _pext_u64(all, set); }));
 #else
   Vector packed{};
   for (int i = 0, to = 0; i < LANES; i++)
@@ -34,10 +55,25 @@ inline Vector compress(Vector value, uint16_t bits) {
 #endif
 }
 
-// And back to their places, among zeros.
-inline Vector expand(Vector value, uint16_t bits) {
+// Zero where the bit is not set.
+inline Vector only(Vector value, unsigned bits) {
 #ifdef __AVX512F__
-  return reinterpret_cast<Vector>(_mm512_maskz_expand_ps(bits, reinterpret_cast<__m512>(value)));
+  return _mm512_maskz_mov_ps(bits, value);
+#else
+  constexpr int32_t bit_of_lane[] = {1, 2, 4, 8, 16, 32, 64, 128};
+  Integers bit;
+  std::memcpy(&bit, bit_of_lane, sizeof(bit));
+  return choose((all(int32_t(bits)) & bit) != 0, value, Vector{});
+#endif
+}
+
+// Back to their places, among zeros.
+inline Vector expand(Vector value, unsigned bits) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_expand_ps(bits, value);
+#elif defined(__AVX2__) && defined(__BMI2__)
+  const __m256i from = places(bits, [](uint64_t all, uint64_t set) { return _pdep_u64(all, set); });
+  return only(_mm256_permutevar8x32_ps(value, from), bits);
 #else
   Vector spread{};
   for (int i = 0, from = 0; i < LANES; i++)
@@ -46,21 +82,11 @@ inline Vector expand(Vector value, uint16_t bits) {
 #endif
 }
 
-// Zero where the bit is not set.
-inline Vector only(Vector value, uint16_t bits) {
-#ifdef __AVX512F__
-  return reinterpret_cast<Vector>(_mm512_maskz_mov_ps(bits, reinterpret_cast<__m512>(value)));
-#else
-  for (int i = 0; i < LANES; i++) value[i] = bits >> i & 1 ? value[i] : 0;
-  return value;
-#endif
-}
-
 // The chosen of a row, one after another; `to` has room for a vector more.
 template <class T>
 void compress_row(const T *row, const uint16_t *mask, int neurons, float *to) {
   for (int j = 0; j < neurons; j += LANES) {
-    const uint16_t bits = mask[j / LANES];
+    const unsigned bits = bits_at(mask, j);
     store(to, compress(load_first(row + j, neurons - j), bits));
     to += __builtin_popcount(bits);
   }
@@ -68,10 +94,11 @@ void compress_row(const T *row, const uint16_t *mask, int neurons, float *to) {
 
 // The indices of the chosen, ascending; `list` has room for a vector more.
 void list_row(const uint16_t *mask, int neurons, uint16_t *list) {
+  Integers lanes;
+  for (int i = 0; i < LANES; i++) lanes[i] = i;
   for (int j = 0; j < neurons; j += LANES) {
-    const uint16_t bits = mask[j / LANES];
-    const Integers lanes = Integers{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + j;
-    const Integers packed = reinterpret_cast<Integers>(compress(reinterpret_cast<Vector>(lanes), bits));
+    const unsigned bits = bits_at(mask, j);
+    const Integers packed = reinterpret_cast<Integers>(compress(reinterpret_cast<Vector>(lanes + j), bits));
     *reinterpret_cast<Halves *>(list) = __builtin_convertvector(packed, Halves);
     list += __builtin_popcount(bits);
   }
@@ -81,11 +108,12 @@ inline int total(Integers value) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(value));
 #else
-  int sum = 0;
-  for (int i = 0; i < LANES; i++) sum += value[i];
+  int sum = value[0];
+  for (int i = 1; i < LANES; i++) sum += value[i];
   return sum;
 #endif
 }
+inline float total(Vector value) { return add_up(value, Vector{}, Vector{}, Vector{})[0]; }
 
 // Mark the neurons of the `kept` largest magnitudes, lower index first among equals; the bits of the smallest of them.
 // Bits of floats without sign are ordered as they are. active: filled up with zeros. guess: of the result.
@@ -128,11 +156,11 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
     const Integers here = row(j), chosen = here >= all(int32_t(low));
     const Integers candidate = (here & chosen) | (least & ~chosen);
     least = candidate < least ? candidate : least;
-    mask[j / LANES] = bits_of(chosen);
+    put_bits(mask, j, bits_of(chosen));
   }
   // Several may have the magnitude `low`, and not all of them fit: the last go.
   for (int j = padded - 1; at_low > kept; j--)
-    if (row(j / LANES * LANES)[j % LANES] == low) mask[j / LANES] &= ~(1 << j % LANES), at_low--;
+    if (row(j / LANES * LANES)[j % LANES] == low) mask[j / WORD] &= ~(1 << j % WORD), at_low--;
   int32_t result = least[0];
   for (int i = 1; i < LANES; i++) result = std::min(result, least[i]);
   return result;
@@ -185,7 +213,7 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
       std::memcpy(threshold + n, &guess, sizeof(float));
       for (int64_t j = 0; j < neurons; j += LANES) {
         const Vector product = load(active.data + j) * load_first(u + j, neurons - j) * probs[n];
-        store_first(hidden + n * neurons + j, only(product, mask[j / LANES]), neurons - j);
+        store_first(hidden + n * neurons + j, only(product, bits_at(mask, j)), neurons - j);
       }
       save(g, mask, gates + n * kept);
       save(u, mask, ups + n * kept);
@@ -213,10 +241,10 @@ void select_and_gate_backward(int64_t rows, int64_t neurons, int64_t kept, int a
         store(dg.data + p, of.gate);
         store(du.data + p, of.up);
       }
-      dprobs[n] = add_up(dprob, Vector{}, Vector{}, Vector{})[0];
+      dprobs[n] = total(dprob);
       const float *from_gate = dg.data, *from_up = du.data;
       for (int64_t j = 0; j < neurons; j += LANES) {
-        const uint16_t bits = mask[j / LANES];
+        const unsigned bits = bits_at(mask, j);
         store_first(dgate + n * neurons + j, expand(load(from_gate), bits), neurons - j);
         store_first(dup + n * neurons + j, expand(load(from_up), bits), neurons - j);
         from_gate += __builtin_popcount(bits), from_up += __builtin_popcount(bits);

@@ -1,29 +1,39 @@
-// Vectors of sixteen numbers, by the extensions of GCC and Clang, so that the compiler knows the machine and this code does
-// not; and the activation functions on them.
+// Vectors as long as the machine's registers, by the extensions of GCC and Clang, so that the compiler knows the machine and
+// this code hardly does; and the activation functions on them.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
 namespace {
 
+// Numbers in a vector. The compiler would keep longer ones in memory.
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+// Bits in a word of a mask; widths of models are multiples of it, and rows of gates are filled up to one.
+constexpr int WORD = 16;
 
-typedef float Vector __attribute__((vector_size(64)));
-typedef float Unaligned __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t Integers __attribute__((vector_size(64)));
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 inline Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
 inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
 // Keeps the compiler from loading it again for each use.
 inline Vector held(Vector value) {
-#ifdef __AVX512F__
+#ifdef __AVX__
   asm("" : "+v"(value));
 #endif
   return value;
@@ -36,9 +46,10 @@ inline Vector choose(Integers condition, Vector yes, Vector no) {
 }
 // NaN stays NaN.
 inline Vector clamped(Vector x, float least, float most) {
-#ifdef __AVX512F__
-  const __m512 low = _mm512_max_ps(_mm512_set1_ps(least), reinterpret_cast<__m512>(x));
-  return reinterpret_cast<Vector>(_mm512_min_ps(_mm512_set1_ps(most), low));
+#if defined(__AVX512F__)
+  return _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), x));
+#elif defined(__AVX__)
+  return _mm256_min_ps(_mm256_set1_ps(most), _mm256_max_ps(_mm256_set1_ps(least), x));
 #else
   x = choose(x < all(least), all(least), x);
   return choose(x > all(most), all(most), x);
@@ -66,7 +77,7 @@ inline Vector exponential(Vector x) {
 inline Vector reciprocal(Vector x) {
 #ifdef __AVX512F__
   // 14 bits, doubled by a step of Newton's method: a division takes several times as long.
-  const Vector r = reinterpret_cast<Vector>(_mm512_rcp14_ps(reinterpret_cast<__m512>(x)));
+  const Vector r = reinterpret_cast<Vector>(_mm512_rcp14_ps(x));
   return r * (2.0f - x * r);
 #else
   return 1.0f / x;
@@ -133,12 +144,12 @@ auto dispatch(int activation, F f) {
   }
 }
 
-inline int rounded_up(int n) { return (n + LANES - 1) / LANES * LANES; }
+inline int rounded_up(int n) { return (n + WORD - 1) / WORD * WORD; }
 
 struct BFloat16 {
   uint16_t bits;
 };
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 inline Vector load(const BFloat16 *from) {
   const Integers bits = __builtin_convertvector(*reinterpret_cast<const Halves *>(from), Integers) << 16;
@@ -174,24 +185,41 @@ inline void store_some(float *to, Four four, int count, bool add) {
 #ifdef __AVX512VL__
   const __mmask8 mask = __mmask8((1u << std::min(count, 4)) - 1);
   const __m128 before = _mm_maskz_loadu_ps(add ? mask : __mmask8(0), to);
-  _mm_mask_storeu_ps(to, mask, _mm_add_ps(before, reinterpret_cast<__m128>(four)));
+  _mm_mask_storeu_ps(to, mask, _mm_add_ps(before, four));
 #else
-  for (int i = 0; i < std::min(count, 4); i++) to[i] = add ? to[i] + four[i] : four[i];
+  if (count >= 4) {
+    Four *place = reinterpret_cast<Four *>(to);
+    *place = add ? *place + four : four;
+  } else {
+    for (int i = 0; i < count; i++) to[i] = add ? to[i] + four[i] : four[i];
+  }
 #endif
 }
 
-// The sums of four vectors.
+// The sum of each of four vectors.
 inline Four add_up(Vector a, Vector b, Vector c, Vector d) {
-  typedef int32_t Mask __attribute__((vector_size(64)));
-  const Mask low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
-  const Mask high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
+#ifdef __AVX512F__
+  const Integers low = {0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29};
+  const Integers high = {2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31};
   const Vector ab = __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
   const Vector cd = __builtin_shuffle(c, d, low) + __builtin_shuffle(c, d, high);
-  const Mask first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-  const Mask second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+  const Integers first = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+  const Integers second = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
   const Vector abcd = __builtin_shuffle(ab, cd, first) + __builtin_shuffle(ab, cd, second);
   const Four *quarters = reinterpret_cast<const Four *>(&abcd);
   return (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
+#else
+  typedef int32_t Places __attribute__((vector_size(16)));
+  const auto four_of = [](const Vector &vector) {
+    const Four *quarters = reinterpret_cast<const Four *>(&vector);
+    return LANES == 8 ? quarters[0] + quarters[1] : quarters[0];
+  };
+  const Four p = four_of(a), q = four_of(b), r = four_of(c), s = four_of(d);
+  const Places low = {0, 4, 1, 5}, high = {2, 6, 3, 7};
+  const Four pq = __builtin_shuffle(p, q, low) + __builtin_shuffle(p, q, high);
+  const Four rs = __builtin_shuffle(r, s, low) + __builtin_shuffle(r, s, high);
+  return __builtin_shuffle(pq, rs, Places{0, 1, 4, 5}) + __builtin_shuffle(pq, rs, Places{2, 3, 6, 7});
+#endif
 }
 
 template <class T>

@@ -1,0 +1,72 @@
+// Dense products of rows with the weights of neurons.
+#pragma once
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int ROWS = LANES == 16 ? 4 : 3;  // so that sums with four neurons fit into the registers
+
+// gate[r, j] = x[r] . w[j]; reads and writes up to a multiple of four neurons.
+template <int COUNT, class T>
+void multiply_rows(const float *x, const T *w, int64_t width, int64_t neurons, float *gate, int64_t stride) {
+  for (int64_t j = 0; j < neurons; j += 4) {
+    const T *weights = w + j * width;
+    Vector sums[COUNT][4] = {};
+    for (int64_t k = 0; k < width; k += LANES) {
+      Vector rows[COUNT];
+#pragma GCC unroll 4
+      for (int r = 0; r < COUNT; r++) rows[r] = held(load(x + r * width + k));
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const Vector weight = held(load(weights + i * width + k));
+#pragma GCC unroll 4
+        for (int r = 0; r < COUNT; r++) sums[r][i] += rows[r] * weight;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < COUNT; r++)
+      store_some(gate + r * stride + j, add_up(sums[r][0], sums[r][1], sums[r][2], sums[r][3]), 4, false);
+  }
+}
+
+// One row, with weights that come from memory: one after another, as the hardware expects, and asked for ahead.
+template <class T>
+void multiply_row(const float *x, const T *w, int64_t width, int64_t neurons, float *gate) {
+  constexpr int64_t AHEAD = 4096 / sizeof(T);
+  for (int64_t j = 0; j < neurons; j += 4) {
+    Vector sums[4];
+    for (int i = 0; i < 4; i++) {
+      const T *weights = w + (j + i) * width;
+      Vector parts[WORD / LANES] = {};
+      for (int64_t k = 0; k < width; k += WORD) {
+        __builtin_prefetch(weights + k + AHEAD);
+#pragma GCC unroll 4
+        for (int p = 0; p < WORD / LANES; p++) parts[p] += load(x + k + p * LANES) * load(weights + k + p * LANES);
+      }
+      sums[i] = parts[0];
+      for (int p = 1; p < WORD / LANES; p++) sums[i] += parts[p];
+    }
+    store_some(gate + j, add_up(sums[0], sums[1], sums[2], sums[3]), 4, false);
+  }
+}
+
+// The same for any number of rows; the weights are read once.
+template <class T>
+void multiply(const float *x, const T *w, int64_t count, int64_t width, int64_t neurons, float *gate, int64_t stride) {
+  if (count == 1) return multiply_row(x, w, width, neurons, gate);
+  constexpr int64_t TOGETHER = 16;  // neurons whose weights stay in L1 for all rows
+  for (int64_t j = 0; j < neurons; j += TOGETHER) {
+    const int64_t here = std::min(TOGETHER, neurons - j);
+    int64_t n = 0;
+    const auto rows = [&](auto together) {
+      for (; n + together <= count; n += together)
+        multiply_rows<together>(x + n * width, w + j * width, width, here, gate + n * stride + j, stride);
+    };
+    rows(std::integral_constant<int, ROWS>());
+    rows(std::integral_constant<int, 2>());
+    rows(std::integral_constant<int, 1>());
+  }
+}
+
+}  // namespace
