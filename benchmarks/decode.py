@@ -45,7 +45,7 @@ class BenchmarkConfig:
     """fp32 or bf16: weights and activations."""
     rounds: int = 9
     """Turns of each."""
-    repeats: int = 20
+    repeats: int = 100
     """Tokens of a turn."""
 
 
@@ -122,9 +122,7 @@ def build_transformers(options: BenchmarkConfig, implementation: str) -> Run:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-    config = Qwen3MoeConfig(
-        hidden_size=options.width, num_experts=options.experts, moe_intermediate_size=options.neurons
-    )
+    config = Qwen3MoeConfig(hidden_size=options.width, num_experts=options.experts, moe_intermediate_size=options.neurons)
     config._experts_implementation = implementation
     modules = []
     for gate_up, down in weights_of(options):

@@ -5,9 +5,9 @@ import os
 # Read when torch's allocator is first used: large tensors on the CPU lie in large pages, if the system lets them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-import torch  # noqa: E402
+import torch
 
-from mone_model import cpu_gemm, megatron_cpu  # noqa: E402
+from mone_model import cpu_gemm, megatron_cpu
 
 megatron_cpu.install()
 if not torch.cuda.is_available():

@@ -25,17 +25,28 @@ class CoreAttention(MegatronModule):
         self.dropout = config.attention_dropout
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None = None, **_: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: None = None,
+        *,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        **_: Any,
     ) -> torch.Tensor:
-        """[s, b, heads, c] queries, [s, b, groups, c] keys and values -> [s, b, heads * c]."""
+        """[s, b, heads, c] queries, [s, b, groups, c] keys and values -> [s, b, heads * c].
+
+        attn_mask_type: no_mask for one query, the last token's, with the keys and values of all before it from a cache.
+        """
         assert attention_mask is None, "every token sees those before it"
-        assert len(query) == len(key), "and all of them are here"
+        causal = attn_mask_type == AttnMaskType.causal
+        assert len(query) == (len(key) if causal else 1), "and all of them are here"
         dropout = self.dropout if self.training else 0.0
         # As in DotProductAttention: ranks that hold other heads drop other scores.
         forking = dropout > 0 and not self.config.sequence_parallel
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         with tensor_parallel.get_cuda_rng_tracker().fork() if forking else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) != k.size(1)
+                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
             )
         return context.permute(2, 0, 1, 3).flatten(2)

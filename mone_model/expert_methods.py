@@ -61,8 +61,8 @@ def why_not_skip(model: ModelConfig, parallel: ParallelConfig, compute: ComputeC
     """What in the configuration forbids `compute.experts=skip`, if anything."""
     if compute.precision != "fp32":
         return f"needs compute.precision=fp32, not {compute.precision}"
-    if model.hidden_size % cpu.LANES != 0:
-        return f"needs model.hidden_size to be a multiple of {cpu.LANES}, not {model.hidden_size}"
+    if model.hidden_size % cpu.WORD != 0:
+        return f"needs model.hidden_size to be a multiple of {cpu.WORD}, not {model.hidden_size}"
     if parallel.expert_tensor > 1:
         return f"needs whole experts: parallel.expert_tensor=1, not {parallel.expert_tensor}"
     return None
@@ -140,3 +140,42 @@ def measure(
                 torch.autograd.grad(output_ND, [*inputs, probs_N], torch.ones_like(output_ND))
                 seconds[method] = min(seconds[method], time.perf_counter() - start)
     return Measured(seconds)
+
+
+@torch.no_grad()
+def measure_few_rows(width: int, neurons: int, kept: int, activation: str, dtype: torch.dtype, method: str) -> int:
+    """Up to how many rows (tokens times their experts) `cpu.decode` is faster here than this method; 0: never.
+
+    The weights that are passed through are larger than caches, as those of a model that writes text are.
+    """
+    size = 3 * neurons * width * dtype.itemsize
+    experts = min(16, max(2, _BEYOND_CACHES // size))
+    layers = min(8, max(1, _BEYOND_CACHES // (experts * size)))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).mul_(width**-0.5).to(dtype)
+
+    first = random(experts, 2, neurons, width), random(experts, neurons, width)
+    weights = [first, *((first[0].clone(), first[1].clone()) for _ in range(layers - 1))]
+    fastest = 0
+    for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+        x_ND, probs_N, tokens_E = random(rows, width), torch.ones(rows), torch.zeros(experts, dtype=torch.long)
+        for row in range(rows):
+            tokens_E[row % experts] += 1
+        few = dense = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            for layer in weights:
+                cpu.decode(x_ND, *layer, probs_N, tokens_E, kept, activation)
+            middle = time.perf_counter()
+            for layer in weights:
+                compute_experts(method, x_ND, *layer, probs_N, tokens_E, kept, activation)
+            few, dense = min(few, middle - start), min(dense, time.perf_counter() - middle)
+        if few > dense:
+            break
+        fastest = rows
+    return fastest
+
+
+_BEYOND_CACHES = 2**27  # bytes

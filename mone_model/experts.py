@@ -34,6 +34,9 @@ class NeuronExperts(MegatronModule):
     balance_coeff, balance_form: the neuron balance loss (`mone_model.neuron_balance`).
     method: grouped, loop or skip (`mone_model.expert_methods`).
 
+    `threshold` and `few_rows` are for inference (`mone_model.inference`): with a threshold, all neurons are kept whose
+    |gate| reaches it; up to so many rows, only what is kept is read.
+
     `record` holds the neuron balance loss since it was last read, `counters` what each neuron did, as long as
     `counting_neurons` is set; both count a token once, also under recomputation.
     """
@@ -56,6 +59,8 @@ class NeuronExperts(MegatronModule):
         self.active_neurons, self.activation = active_neurons, activation
         self.balance_coeff, self.balance_form = balance_coeff, balance_form
         self.method = method
+        self.threshold: float | None = None
+        self.few_rows = 0
         self.ep_group, self.etp_group, self.edp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
         self.num_neurons: int = config.moe_ffn_hidden_size
         width, neurons = config.hidden_size, self.num_neurons // self.etp_group.size()
@@ -77,11 +82,14 @@ class NeuronExperts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[N, D] rows sorted by expert, [E] rows of each, [N] routing weights -> [N, D] weighted outputs, no bias."""
         tokens_E = tokens_per_expert_E.to(x_ND.device)
+        weights, k = (self.gate_up_weight, self.down_weight), self.active_neurons
+        if len(x_ND) <= self.few_rows and not torch.is_grad_enabled():
+            decoded = cpu.decode(x_ND, *weights, probs_N, tokens_E, k, self.activation, threshold=self.threshold)
+            return decoded.out_ND, None
         # With recomputation the first pass runs without gradients and the second with: either way this counts once.
         observing = self.training and torch.is_grad_enabled()
         counting, balancing = observing and self.counting_neurons, observing and self.balance_coeff > 0
-        if self.method == "skip":
-            weights, k = (self.gate_up_weight, self.down_weight), self.active_neurons
+        if self.method == "skip" and self.threshold is None:
             kept = cpu.experts(x_ND, *weights, probs_N, tokens_E, k, self.activation, counting=counting or balancing)
             output_ND, load_EH = kept.out_ND, kept.counts_E2H[:, 0]
             if counting:
@@ -92,18 +100,19 @@ class NeuronExperts(MegatronModule):
                 active_NH, mask_NH = self.config.activation_func(gate_NH), unpack(kept.masks_NW, self.num_neurons)
                 output_ND = self._attach_balance_loss(output_ND, active_NH, mask_NH, load_EH.float(), tokens_E)
             return output_ND, None
-        gemm = GEMMS[self.method]
+        gemm = GEMMS["loop" if self.method == "skip" else self.method]
+        selecting = self.threshold is not None or k < self.num_neurons
         gate_NH, up_NH = gemm(x_ND, self.gate_up_weight.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
-        if self.active_neurons < self.num_neurons and self._split_group is None and self.balance_coeff == 0:
-            hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, self.active_neurons, self.activation)
+        if selecting and self.threshold is None and self._split_group is None and self.balance_coeff == 0:
+            hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, k, self.activation)
             if counting:
                 active_NH, mask_NH = self.config.activation_func(gate_NH.detach()), unpack(masks_NW, self.num_neurons)
         else:
             active_NH = self.config.activation_func(gate_NH)
             hidden_NH = (active_NH * up_NH * probs_N[:, None]).to(x_ND.dtype)
-            if self.active_neurons < self.num_neurons or counting or balancing:
+            if selecting or counting or balancing:
                 mask_NH, threshold_N = self._select(active_NH)
-            if self.active_neurons < self.num_neurons:
+            if selecting:
                 hidden_NH = hidden_NH * mask_NH
         output_ND = gemm(hidden_NH, self.down_weight, tokens_E)
         if counting or balancing:
@@ -116,6 +125,8 @@ class NeuronExperts(MegatronModule):
 
     def _select(self, active_NH: torch.Tensor) -> Selection:
         """The neurons kept, over all ranks that share the experts."""
+        if self.threshold is not None:
+            return Selection(active_NH.abs() >= self.threshold, active_NH.new_full(active_NH.shape[:1], self.threshold))
         if self.active_neurons < self.num_neurons:
             return select_neurons(active_NH, self.active_neurons, self._split_group)
         smallest_N = active_NH.detach().abs().amin(-1)

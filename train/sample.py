@@ -5,6 +5,7 @@
 One process, whatever layout the run had; the newest checkpoint, unless `step` names another.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,6 +44,8 @@ class SampleConfig:
     """Choose among this many likeliest tokens; 0: among all."""
     seed: int = 0
     """Of the choice."""
+    thresholds: str | None = None
+    """File that train.calibrate wrote: keep the neurons that reach its thresholds; null: the K best of each token."""
     trust: bool = False
     """Load a checkpoint even if it brings pickled code along, which loading then executes."""
 
@@ -58,13 +61,27 @@ def main(hydra_config: DictConfig) -> None:
     run = load_run_config(Path(options.run))
     tokenizer = load_tokenizer(load_manifest(run.data.blend[0].path).tokenizer_path)
     generator = torch.Generator().manual_seed(options.seed)
+    thresholds_L = load_thresholds(Path(options.thresholds), run) if options.thresholds is not None else None
+    from mone_model.inference import prepare_inference
     from train.runtime import distributed
 
     with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
         model = load_model(run, Path(options.run) / "checkpoints", options.step, trust=options.trust)
+        prepare_inference(model, thresholds_L)
         for prompt in options.prompts:
             text = continue_text(model, tokenizer, prompt, options, generator)
             print(f"{prompt} ...{text}\n", flush=True)
+
+
+def load_thresholds(path: Path, config: RunConfig) -> list[float]:
+    """What `train.calibrate` wrote for this model; UserError for anything else."""
+    try:
+        thresholds_L = json.loads(path.read_text())["thresholds"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"thresholds={path}: no such file of train.calibrate ({error})") from error
+    if len(thresholds_L) != config.model.num_layers:
+        raise UserError(f"thresholds={path}: has {len(thresholds_L)} layers, the run's model {config.model.num_layers}")
+    return thresholds_L
 
 
 def load_run_config(folder: Path) -> RunConfig:
@@ -107,16 +124,25 @@ def continue_text(
     model: "GPTModel", tokenizer: Tokenizer, prompt: str, options: SampleConfig, generator: torch.Generator
 ) -> str:
     """What the model writes after `prompt`."""
+    from megatron.core.inference.contexts import StaticInferenceContext
+
     device = next(model.parameters()).device
     tokens: list[int] = tokenizer.encode([prompt])[0]
     start = len(tokens)
     if start == 0:
         raise UserError("prompts: one is empty")
     window = model.max_sequence_length
+    cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=window)
+    unread = tokens[-window:]
     while len(tokens) - start < options.max_new_tokens:
-        context_BS = torch.tensor([tokens[-window:]], device=device)
-        positions_BS = torch.arange(context_BS.size(1), device=device)[None]
-        logits_V = model(context_BS, positions_BS, None)[0, -1, : tokenizer.vocab_size].float().cpu()
+        if cache.sequence_len_offset + len(unread) > window:
+            cache.reset()
+            unread = tokens[-(window + 1) // 2 :]  # the older half is forgotten
+        tokens_BS = torch.tensor([unread], device=device)
+        positions_BS = cache.sequence_len_offset + torch.arange(len(unread), device=device)[None]
+        logits_BSV = model(tokens_BS, positions_BS, None, inference_context=cache, runtime_gather_output=True)
+        cache.sequence_len_offset += len(unread)
+        logits_V = logits_BSV[0, -1, : tokenizer.vocab_size].float().cpu()
         if options.temperature == 0:
             token = int(logits_V.argmax())
         else:
@@ -127,6 +153,7 @@ def continue_text(
         if token == tokenizer.eod_id:
             break
         tokens.append(token)
+        unread = [token]
     # Decoded as a whole: a continuation on its own would lose the space it begins with.
     return tokenizer.decode(tokens)[len(tokenizer.decode(tokens[:start])) :]
 

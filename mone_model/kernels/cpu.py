@@ -26,7 +26,7 @@ FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno
 FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
 # In the order of `dispatch` in csrc/vectors.h.
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
-LANES = 16
+WORD = 16
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def _library() -> ctypes.CDLL:
                 is_python_module=False,
                 with_cuda=False,
             )
-            os.replace(Path(temporary) / "mone_cpu.so", path)
+            os.replace(next(Path(temporary).glob("*.so")), path)
     return ctypes.CDLL(str(path))
 
 
@@ -81,15 +81,12 @@ def _processor() -> str:
 
 def _call(name: str, *arguments: Any) -> None:
     """Call a function of the library: tensors by address, None as null, int as int64, float as fp32; threads come last."""
-
-    def converted(argument: Any) -> Any:
-        if isinstance(argument, torch.Tensor):
-            return ctypes.c_void_p(argument.data_ptr())
-        if argument is None:
-            return ctypes.c_void_p()
-        return ctypes.c_float(argument) if isinstance(argument, float) else ctypes.c_int64(argument)
-
-    getattr(_library(), name)(*map(converted, (*arguments, torch.get_num_threads())))
+    function = getattr(_library(), name)
+    if function.argtypes is None:
+        types = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
+        function.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
+    plain = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    function(*plain, torch.get_num_threads())
 
 
 def select_and_gate(
@@ -99,7 +96,7 @@ def select_and_gate(
     gate, up = _rows(gate), _rows(up)
     rows, neurons = gate.shape
     hidden = gate.new_empty(rows, neurons)
-    masks = gate.new_empty(rows, -(-neurons // LANES), dtype=torch.int16)
+    masks = gate.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
     gates, ups, threshold = gate.new_empty(rows, k), gate.new_empty(rows, k), gate.new_empty(rows, dtype=torch.float32)
     _call(
         f"select_and_gate_{_DTYPES[gate.dtype]}", rows, neurons, k, ACTIVATIONS.index(activation), gate, gate.stride(0),
@@ -203,7 +200,7 @@ def _experts_like(
     rows, (num_experts, neurons) = len(x), down.shape[:2]
     return (
         torch.empty_like(x),
-        x.new_empty(rows, -(-neurons // LANES), dtype=torch.int16),
+        x.new_empty(rows, -(-neurons // WORD), dtype=torch.int16),
         x.new_empty(rows, k),
         x.new_empty(rows, k),
         x.new_zeros(num_experts, 2, neurons, dtype=torch.float64),
@@ -282,10 +279,11 @@ def decode(
     """
     (rows, width), (num_experts, neurons) = x_ND.shape, down_EHD.shape[:2]
     out_ND = torch.empty(rows, width, dtype=x_ND.dtype)
-    masks_NW = torch.empty(rows, -(-neurons // LANES), dtype=torch.int16)
+    masks_NW = torch.empty(rows, -(-neurons // WORD), dtype=torch.int16)
     by_count, by_size = (k, 0.0) if threshold is None else (0, float(threshold))
     _call(
         f"decode_{_DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),
-        ACTIVATIONS.index(activation), x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(), out_ND, masks_NW,
+        ACTIVATIONS.index(activation), x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(),
+        out_ND, masks_NW,
     )  # fmt: skip
     return Decoded(out_ND, masks_NW)

@@ -1,7 +1,7 @@
 // The experts of a layer for a few rows, forward only: time is reading weights, and those of dropped neurons are not read.
 //
-// The gates of an expert with rows are read whole; up and down of the neurons that a row keeps. Tasks are CHUNK neurons of an
-// expert, for all of its rows. Shapes as in experts.cpp; weights, inputs and outputs in T, all sums in fp32.
+// The gates of an expert with rows are read whole; up and down of the neurons that a row keeps. Tasks are CHUNK neurons of
+// an expert, for all of its rows. Shapes as in experts.cpp; weights, inputs and outputs in T, all sums in fp32.
 #include <omp.h>
 
 #include <cmath>
@@ -15,11 +15,11 @@ namespace {
 
 constexpr int64_t CHUNK = 128;
 
-// y = sum_p values[p] (x . up[list[p]]) down[list[p]], four neurons at a time. While one of the two weights is multiplied, the other
-// is on its way: no hardware guesses which rows come next.
+// y = sum_p values[p] (x . up[list[p]]) down[list[p]], four neurons at a time. While one of the two weights is multiplied,
+// the other is on its way: no hardware guesses which rows come next.
 template <class T>
-void add_kept(const float *x, const T *up, const T *down, int64_t width, const uint16_t *list, const float *values, int count,
-              float *y) {
+void add_kept(const float *x, const T *up, const T *down, int64_t width, const uint16_t *list, const float *values,
+              int count, float *y) {
   std::fill(y, y + width, 0.0f);
   for (int p = 0; p < count; p += 4) {
     const int last = count - 1;
@@ -75,8 +75,7 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
       tasks.push_back({e, row, rows_of_experts[e], chunk});
   Aligned<float> active(rows * padded), parts(rows * chunks * width), inputs(std::is_same_v<T, float> ? 0 : rows * width);
   const float *x32 = inputs.data;
-  if constexpr (std::is_same_v<T, float>)
-    x32 = x;
+  if constexpr (std::is_same_v<T, float>) x32 = x;
   else
     for (int64_t i = 0; i < rows * width; i += LANES) store(inputs.data + i, load(x + i));
 
@@ -138,12 +137,12 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
 
 extern "C" {
 
-#define DECODE(name, T)                                                                                                      \
-  void decode_##name(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, float threshold,           \
-                     const int64_t *rows_of_experts, int64_t activation, const T *x, const T *gate_up, const T *down,        \
-                     const float *probs, T *out, uint16_t *masks, int64_t threads) {                                         \
-    decode(rows, experts, width, neurons, kept, threshold, rows_of_experts, activation, x, gate_up, down, \
-           probs, out, masks, threads);                                                                                      \
+#define DECODE(name, T)                                                                                               \
+  void decode_##name(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, float threshold,    \
+                     const int64_t *rows_of_experts, int64_t activation, const T *x, const T *gate_up, const T *down, \
+                     const float *probs, T *out, uint16_t *masks, int64_t threads) {                                  \
+    decode(rows, experts, width, neurons, kept, threshold, rows_of_experts, activation, x, gate_up, down, probs, out, \
+           masks, threads);                                                                                           \
   }
 DECODE(fp32, float)
 DECODE(bf16, BFloat16)

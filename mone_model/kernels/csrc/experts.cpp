@@ -4,11 +4,12 @@
 // products of the backward pass are sums over lists of neurons of a token, or of tokens of a neuron. Two loops do all of it:
 //
 //   dots   out[p]  = x . w[list[p]]              up = x W_up^T, d hidden = dy W_down^T
-//   sums   y      += sum_p values[p] w[list[p]]  y = hidden W_down, dx, and over lists of tokens the gradients of the weights
+//   sums   y      += sum_p values[p] w[list[p]]  y = hidden W_down, dx, and over lists of tokens the gradients of the
+//   weights
 //
 // Both hold one row in registers and read the other operand from the L1 cache, where a tile of it stays for many rows.
-// Shapes: N rows sorted by expert, E experts, D width (a multiple of 16), H neurons, K kept; offsets [E + 1] rows of experts;
-// masks [N, ceil(H / 16)]: bit j % 16 of word j / 16 is neuron j. All fp32 and row-major.
+// Shapes: N rows sorted by expert, E experts, D width (a multiple of 16), H neurons, K kept; offsets [E + 1] rows of
+// experts; masks [N, ceil(H / 16)]: bit j % 16 of word j / 16 is neuron j. All fp32 and row-major.
 #include <omp.h>
 
 #include <utility>
@@ -19,9 +20,9 @@
 
 namespace {
 
-constexpr int BLOCK = 128;                              // tokens that pass over a tile
-constexpr int COLUMNS = 8 * LANES;                      // of the width: half of the registers hold them
-constexpr int TILE = std::min(BLOCK, 8192 / COLUMNS);   // rows of weights or of tokens that stay in L1 so wide, in 32 KB
+constexpr int BLOCK = 128;                             // tokens that pass over a tile
+constexpr int COLUMNS = 8 * LANES;                     // of the width: half of the registers hold them
+constexpr int TILE = std::min(BLOCK, 8192 / COLUMNS);  // rows of weights or of tokens that stay in L1 so wide, in 32 KB
 static_assert(BLOCK % TILE == 0);
 
 // The lists of some rows within one tile of w. Row i of out or y belongs to list[begin[i]] up to list[end[i]]; `list` names
@@ -35,7 +36,7 @@ struct Lists {
 
 template <int WIDTH>
 void dots(const Lists &of, const float *x, int64_t x_stride, const float *tile, float *out, bool add) {
-    const float *w = tile - of.first * WIDTH;
+  const float *w = tile - of.first * WIDTH;
   for (int64_t i = 0; i < of.rows; i++, x += x_stride) {
     const int32_t end = of.end[i];
     Vector row[WIDTH / LANES];
@@ -60,7 +61,7 @@ void dots(const Lists &of, const float *x, int64_t x_stride, const float *tile, 
 
 template <int WIDTH>
 void sums(const Lists &of, const float *values, const float *tile, float *y, int64_t y_stride, bool add) {
-    const float *w = tile - of.first * WIDTH;
+  const float *w = tile - of.first * WIDTH;
   for (int64_t i = 0; i < of.rows; i++, y += y_stride) {
     Vector row[WIDTH / LANES];
 #pragma GCC unroll 16
@@ -185,8 +186,9 @@ extern "C" {
 // activation and the ups, [N, K]. threshold: [N] the smallest |gate| kept. counts: [E, 2, H] in how many of an expert's rows
 // each neuron was kept, and the sum of its |gate|; or null.
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
-                     int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs, float *out,
-                     uint16_t *masks, float *gates, float *ups, float *threshold, double *counts, int64_t threads) {
+                     int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs,
+                     float *out, uint16_t *masks, float *gates, float *ups, float *threshold, double *counts,
+                     int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of, BLOCK);
   const int64_t padded = rounded_up(neurons), words = words_of(neurons);
@@ -326,8 +328,8 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
               const int32_t *range = starts_of[t].data();
               pack(product.rows + first * width + column, width, tiles[t].count, columns, tile);
               const Lists here{end - begin, range + begin, range + begin + 1, tokens.data + first * kept, 0};
-              Widths::sums_of[columns / WORD - 1](here, product.values + first * kept, tile, product.out + begin * width + column,
-                                           width, t > tile_begin);
+              Widths::sums_of[columns / WORD - 1](here, product.values + first * kept, tile,
+                                                  product.out + begin * width + column, width, t > tile_begin);
             }
           });
       }

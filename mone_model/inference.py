@@ -1,0 +1,95 @@
+"""A trained model on one process for inference: for a few tokens its experts read only the neurons that they keep.
+
+    prepare_inference(model)                                # exact: the K best of each token in each expert
+    counts_LM = count_magnitudes(model, batches)
+    thresholds_L = find_thresholds(counts_LM, ratio=0.25)   # or all neurons that reach a threshold,
+    prepare_inference(model, thresholds_L)                  # so many of them on average
+
+Shapes: L layers, M magnitudes, N rows (a token in one of its experts), D width, H neurons, B sequences of s tokens.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from mone_model.config import ACTIVATIONS
+from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
+from mone_model.gpt import moe_layers
+from mone_model.kernels import cpu
+
+
+def prepare_inference(model: torch.nn.Module, thresholds_L: Sequence[float] | None = None) -> int:
+    """Evaluation mode, selection by these thresholds (None: by the K best), and the faster experts for few rows.
+
+    Returns up to how many rows they serve, as measured on this machine; 0 where they cannot (GPUs, no compiler).
+    """
+    model.eval()
+    few_rows = 0
+    for layer, experts, _ in moe_layers(model):
+        weight, neurons = experts.gate_up_weight, experts.num_neurons
+        width = weight.size(-1)
+        here = weight.device.type == "cpu" and weight.size(2) == neurons and width % cpu.WORD == 0 and cpu.available()
+        if layer == 0 and here and weight.dtype in (torch.float32, torch.bfloat16):
+            few_rows = measure_few_rows(
+                width, neurons, experts.active_neurons, experts.activation, weight.dtype, experts.method
+            )
+        experts.threshold = None if thresholds_L is None else thresholds_L[layer]
+        experts.few_rows = few_rows
+    return few_rows
+
+
+@torch.no_grad()
+def count_magnitudes(model: torch.nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """[L, 2^16] how often |act(gate)| of a neuron had each magnitude, rounded down to 9 significant bits, dropped or not.
+
+    batches: [B, s] tokens, on which the model runs as it is.
+    """
+    layers = {layer: experts for layer, experts, _ in moe_layers(model)}
+    counts_LM = torch.zeros(len(layers), 2**16, dtype=torch.int64)
+
+    def count(layer: int) -> Callable[..., None]:
+        experts = layers[layer]
+
+        def before_forward(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            x_ND, tokens_E = inputs[:2]
+            gate_NH = expert_gemm_loop(x_ND, experts.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
+            magnitude_NH = ACTIVATIONS[experts.activation](gate_NH).float().abs()
+            bits = magnitude_NH.view(torch.int32) >> _DROPPED_BITS
+            counts_LM[layer] += torch.bincount(bits.flatten(), minlength=2**16).cpu()
+
+        return before_forward
+
+    hooks = [experts.register_forward_pre_hook(count(layer)) for layer, experts in layers.items()]
+    try:
+        for tokens_BS in batches:
+            positions_BS = torch.arange(tokens_BS.size(1), device=tokens_BS.device).expand_as(tokens_BS)
+            model(tokens_BS, positions_BS, None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counts_LM
+
+
+def find_thresholds(counts_LM: torch.Tensor, *, ratio: float, per: str = "layer") -> list[float]:
+    """For each layer the largest threshold that at least this share of its neurons reaches on average.
+
+    counts_LM: from `count_magnitudes`. per: `layer`, or `model` for one threshold in all layers.
+    """
+    if per == "model":
+        counts_LM = counts_LM.sum(0, keepdim=True).expand_as(counts_LM)
+    last_L = (_shares_from(counts_LM) >= ratio).sum(-1) - 1
+    return (last_L.int() << _DROPPED_BITS).view(torch.float32).tolist()
+
+
+def shares_reaching(counts_LM: torch.Tensor, thresholds_L: Sequence[float]) -> list[float]:
+    """For each layer the share of neurons that its threshold, one of `find_thresholds`, keeps on average."""
+    places_L1 = torch.tensor(thresholds_L).view(torch.int32)[:, None] >> _DROPPED_BITS
+    return _shares_from(counts_LM).gather(-1, places_L1.long())[:, 0].tolist()
+
+
+def _shares_from(counts_LM: torch.Tensor) -> torch.Tensor:
+    """[L, 2^16] share of each magnitude and all larger ones."""
+    return counts_LM.flip(-1).cumsum(-1).flip(-1).double() / counts_LM.sum(-1, keepdim=True)
+
+
+_DROPPED_BITS = 15  # of the 23 that fp32 has behind the first

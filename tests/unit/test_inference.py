@@ -1,0 +1,221 @@
+"""A trained model that writes: experts for a few rows, selection by thresholds, the cache of keys and values."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.models.gpt import GPTModel
+
+from mone_model import expert_methods, inference
+from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
+from mone_model.gpt import build_gpt, moe_layers
+from mone_model.inference import count_magnitudes, find_thresholds, prepare_inference, shares_reaching
+from mone_model.kernels import cpu
+from mone_model.neuron_selection import unpack
+from tests.tiny import TINY_MODEL
+from train.sample import SampleConfig, continue_text
+
+MODEL = ModelConfig(**TINY_MODEL)
+Few = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def few(tokens: list[int], width: int, neurons: int, dtype: torch.dtype = torch.float32) -> Few:
+    """x, gate and up, down, routing weights, rows of each expert."""
+    generator = torch.Generator().manual_seed(sum(tokens) + width + neurons)
+    rows, experts = sum(tokens), len(tokens)
+    x, gate_up = torch.randn(rows, width, generator=generator), torch.randn(experts, 2, neurons, width, generator=generator)
+    down, probs = torch.randn(experts, neurons, width, generator=generator), torch.rand(rows, generator=generator)
+    return x.to(dtype), gate_up.mul_(width**-0.5).to(dtype), down.mul_(neurons**-0.5).to(dtype), probs, torch.tensor(tokens)
+
+
+def dense(inputs: Few, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gates after their activation and ups, [N, H] fp32."""
+    x, gate_up, _, _, tokens_E = inputs
+    both_N2H = expert_gemm_loop(x.float(), gate_up.float().flatten(1, 2).transpose(1, 2), tokens_E)
+    gate_NH, up_NH = both_N2H.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate_NH), up_NH
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    words=st.integers(1, 20),
+    neurons=st.integers(1, 300),
+    share=st.floats(0, 1),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+)
+def test_a_few_rows_equal_the_reference(tokens: list[int], words: int, neurons: int, share: float, activation: str) -> None:
+    inputs, k = few(tokens, 16 * words, neurons), max(1, round(share * neurons))
+    x, gate_up, down, probs, tokens_E = inputs
+    decoded = cpu.decode(*inputs, k, activation)
+    mask_NH = unpack(decoded.masks_NW, neurons)
+    assert (mask_NH.sum(-1) == k).all()
+    gate_NH, up_NH = dense(inputs, activation)
+    # Gates of other rounding order near ties otherwise: which neurons are best is judged with some slack.
+    kept, dropped = gate_NH.abs().masked_fill(~mask_NH, torch.inf), gate_NH.abs().masked_fill(mask_NH, -1)
+    assert (kept.amin(-1) >= dropped.amax(-1) - 1e-5).all()
+    expected = expert_gemm_loop(gate_NH * up_NH * mask_NH * probs[:, None], down, tokens_E)
+    torch.testing.assert_close(decoded.out_ND, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_a_threshold_keeps_all_that_reach_it(activation: str, dtype: torch.dtype) -> None:
+    inputs = few([1, 0, 3], 48, 70, dtype)
+    gate_NH, up_NH = dense(inputs, activation)
+    # Between two magnitudes, so that rounding does not matter.
+    sizes = gate_NH.abs().flatten().unique()
+    middle = len(sizes) // 2
+    threshold = float((sizes[middle] + sizes[middle + 1]) / 2)
+    mask_NH = gate_NH.abs() >= threshold
+    decoded = cpu.decode(*inputs, 1, activation, threshold=threshold)
+    assert torch.equal(unpack(decoded.masks_NW, 70), mask_NH)
+    expected = expert_gemm_loop(gate_NH * up_NH * mask_NH * inputs[3][:, None], inputs[2].float(), inputs[4])
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(decoded.out_ND.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    inputs, threads, results = few([2, 1, 1], 64, 500), torch.get_num_threads(), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(cpu.decode(*inputs, 50, "silu"))
+    torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert torch.equal(result.out_ND, results[0].out_ND)
+        assert torch.equal(result.masks_NW, results[0].masks_NW)
+
+
+@pytest.fixture
+def model(one_process: None) -> GPTModel:
+    return build_gpt(MODEL, ParallelConfig(), ComputeConfig(experts="loop"), seed=3).eval()
+
+
+def logits_of(model: GPTModel, tokens_BS: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
+
+
+@contextlib.contextmanager
+def watching_decode() -> Iterator[list[cpu.Decoded]]:
+    """What `cpu.decode` gives inside the block."""
+    given_back: list[cpu.Decoded] = []
+    decode = cpu.decode
+
+    def watched(*arguments: Any, **options: Any) -> cpu.Decoded:
+        given_back.append(decode(*arguments, **options))
+        return given_back[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "decode", watched)
+        yield given_back
+
+
+def random_tokens(rows: int, seed: int) -> torch.Tensor:
+    return torch.randint(64, (rows, 16), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("by_threshold", [False, True])
+def test_few_rows_change_nothing_but_the_rounding(
+    model: GPTModel, monkeypatch: pytest.MonkeyPatch, by_threshold: bool
+) -> None:
+    tokens_BS = random_tokens(2, 0)
+    thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25) if by_threshold else None
+    results, served = [], []
+    for rows in (0, 10_000):
+        monkeypatch.setattr(inference, "measure_few_rows", lambda *_, rows=rows: rows)
+        assert prepare_inference(model, thresholds) == rows
+        with watching_decode() as decoded:
+            results.append(logits_of(model, tokens_BS))
+        served.append([len(each.out_ND) for each in decoded])
+    assert served == [[], [2 * 16 * MODEL.router_topk] * MODEL.num_layers]
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
+
+
+def test_training_does_not_take_the_path_for_few_rows(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "measure_few_rows", lambda *_: 10_000)
+    prepare_inference(model)
+    monkeypatch.setattr(cpu, "decode", None)
+    tokens_BS = random_tokens(1, 0)
+    model(tokens_BS, torch.arange(16)[None], None, labels=tokens_BS).sum().backward()
+    assert all(experts.down_weight.grad is not None for _, experts, _ in moe_layers(model))
+
+
+@pytest.mark.parametrize("per", ["layer", "model"])
+def test_thresholds_keep_the_share_asked_for(model: GPTModel, per: str) -> None:
+    counts_LM = count_magnitudes(model, [random_tokens(8, seed) for seed in range(2)])
+    rows = 2 * 8 * 16 * MODEL.router_topk
+    assert counts_LM.sum(-1).tolist() == [rows * MODEL.moe_ffn_hidden_size] * MODEL.num_layers
+    thresholds = find_thresholds(counts_LM, ratio=0.25, per=per)
+    shares = torch.tensor(shares_reaching(counts_LM, thresholds))
+    if per == "model":
+        assert len(set(thresholds)) == 1
+        shares = shares.mean()
+    assert ((shares >= 0.25) & (shares < 0.26)).all()
+    prepare_inference(model, thresholds)
+    for _, experts, _ in moe_layers(model):
+        experts.few_rows = 10_000
+    with watching_decode() as decoded:
+        logits_of(model, random_tokens(8, 0))
+    kept = torch.stack([unpack(each.masks_NW, MODEL.moe_ffn_hidden_size).float().mean() for each in decoded])
+    assert abs(kept.mean() - 0.25) < 0.02
+
+
+def test_a_threshold_of_zero_keeps_all(model: GPTModel) -> None:
+    assert find_thresholds(count_magnitudes(model, [random_tokens(1, 0)]), ratio=1.0)[0] >= 0
+    zeros = torch.zeros(2, 2**16, dtype=torch.int64)
+    zeros[:, 0] = 5
+    assert find_thresholds(zeros, ratio=0.5) == [0.0, 0.0]
+    assert shares_reaching(zeros, [0.0, 0.0]) == [1.0, 1.0]
+
+
+def test_the_switch_is_where_the_dense_experts_become_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def takes(seconds: Callable[[int], float]) -> Callable[..., None]:
+        return lambda rows, *_: clock.__setitem__(0, clock[0] + seconds(rows))
+
+    def measured(of_few: Callable[[int], float]) -> int:
+        monkeypatch.setattr(cpu, "decode", lambda x_ND, *_: takes(of_few)(len(x_ND)))
+        monkeypatch.setattr(expert_methods, "compute_experts", lambda _, x_ND, *__: takes(lambda rows: 5)(len(x_ND)))
+        return measure_few_rows(32, 64, 8, "silu", torch.float32, "loop")
+
+    assert measured(lambda rows: 1 + rows) == 4
+    assert measured(lambda rows: 6) == 0
+    assert measured(lambda rows: 1) == 256
+
+
+class Words:
+    """A tokenizer of numbers."""
+
+    vocab_size, eod_id = 64, -1
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(f"{token} " for token in tokens)
+
+
+def test_what_a_model_writes_does_not_depend_on_the_cache(model: GPTModel) -> None:
+    options = SampleConfig(run="", temperature=0, max_new_tokens=11)
+    prompt = "3 1 4 1 5"
+    written = continue_text(model, Words(), prompt, options, torch.Generator())  # type: ignore[arg-type]
+    tokens = Words().encode([prompt])[0]
+    for _ in range(11):
+        tokens.append(int(logits_of(model, torch.tensor([tokens]))[0, -1, :64].argmax()))
+    assert written == Words().decode(tokens[5:])
+
+
+def test_a_model_writes_more_than_its_window_holds(model: GPTModel) -> None:
+    options = SampleConfig(run="", temperature=0, max_new_tokens=40)
+    prompt = " ".join(map(str, range(1, 21)))  # longer than seq_length, too
+    written = continue_text(model, Words(), prompt, options, torch.Generator())  # type: ignore[arg-type]
+    assert len(written.split()) == 40

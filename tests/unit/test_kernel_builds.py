@@ -1,0 +1,58 @@
+"""The CPU kernels, compiled for processors of other kinds, compute the same."""
+
+import platform
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils import cpp_extension
+
+from mone_model.kernels import cpu
+from mone_model.neuron_selection import select_and_gate
+
+
+def everything() -> list[torch.Tensor]:
+    """Outputs, masks and gradients of all kernels on numbers that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tokens_E = torch.tensor([3, 0, 140, 7])
+    x_ND, gate_up, down = random(150, 176), random(4, 2, 70, 176) / 13, random(4, 70, 176) / 8
+    probs_N = torch.rand(150, generator=generator)
+    for tensor in (x_ND, gate_up, down, probs_N):
+        tensor.requires_grad_()
+    kept = cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, 17, "silu", counting=True)
+    results = [*kept, *torch.autograd.grad(kept.out_ND, [x_ND, gate_up, down, probs_N], random(150, 176))]
+    with torch.no_grad():
+        results += cpu.decode(x_ND, gate_up, down, probs_N, tokens_E, 17, "gelu")
+        weights = gate_up.bfloat16(), down.bfloat16()
+        results += cpu.decode(x_ND.bfloat16(), *weights, probs_N, tokens_E, 17, "silu", threshold=0.4)
+    for dtype in (torch.float32, torch.bfloat16):
+        gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
+        gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
+        results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
+    return [result.detach() for result in results]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
+def test_processors_without_wide_registers_compute_the_same(
+    processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    expected = everything()
+    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS[:-1], f"-march={processor}"])
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: tmp_path)
+    cpu._library.cache_clear()
+    try:
+        actual = everything()
+    finally:
+        cpu._library.cache_clear()
+    assert list(tmp_path.glob("mone/cpu-*.so"))
+    for ours, theirs in zip(actual, expected, strict=True):
+        if ours.dtype == torch.int16:
+            assert torch.equal(ours, theirs)
+        else:
+            tolerance = 1e-2 if ours.dtype == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=tolerance)

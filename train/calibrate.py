@@ -1,0 +1,120 @@
+"""Thresholds for a trained model: keep the neurons whose |gate| reaches one, in place of the K best of each token.
+
+    python -m train.calibrate run=runs/demo
+    python -m train.sample run=runs/demo thresholds=runs/demo/thresholds.json
+
+With a threshold no neuron waits for the gates of the others. Half of the validation sequences set the thresholds, on the
+other half the loss with them is compared with that of the K best.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from configs.console import UserError, reporting_errors, typed
+from data_prep.files import writing
+from train.sample import load_model, load_run_config
+
+if TYPE_CHECKING:
+    from train.data import Batch, RunData
+
+
+@dataclass
+class CalibrateConfig:
+    """What to calibrate, and on how much."""
+
+    run: str = MISSING
+    """Folder of the run."""
+    step: int | None = None
+    """Checkpoint to take; null: the newest."""
+    ratio: float | None = None
+    """Share of an expert's neurons to keep on average; null: the activation ratio of the run."""
+    per: str = "layer"
+    """One threshold for each `layer`, or one for the whole `model`."""
+    sequences: int = 64
+    """Validation sequences, from all sources alike."""
+    output: str | None = None
+    """File to write; null: thresholds.json in the folder of the run."""
+    trust: bool = False
+    """Load a checkpoint even if it brings pickled code along, which loading then executes."""
+
+    def __post_init__(self) -> None:
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise UserError(f"ratio={self.ratio}: must be in (0, 1], or null")
+        if self.per not in ("layer", "model"):
+            raise UserError(f"per={self.per}: choose layer or model")
+
+
+ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="calibrate")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Write the thresholds, and print what they keep and cost."""
+    options = typed(hydra_config, CalibrateConfig)
+    run = load_run_config(Path(options.run))
+    ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
+    output = Path(options.output or Path(options.run) / "thresholds.json")
+    from mone_model.inference import count_magnitudes, find_thresholds, prepare_inference, shares_reaching
+    from train.data import load_data, load_manifests, plan_order
+    from train.runtime import distributed
+
+    with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
+        try:
+            manifests = load_manifests(run)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        data = load_data(run, manifests, plan_order(run, manifests, None, 0), samples=1)
+        setting, held_out = (list(validation_sequences(data, start, options.sequences // 2)) for start in (0, 1))
+        if not held_out:
+            raise UserError(f"sequences={options.sequences}: needs two of a source; the validation data of the run has less")
+        model = load_model(run, Path(options.run) / "checkpoints", options.step, trust=options.trust)
+        thresholds_L = find_thresholds(
+            count_magnitudes(model, (batch["tokens"] for batch in setting)), ratio=ratio, per=options.per
+        )
+        shares_L = shares_reaching(count_magnitudes(model, (batch["tokens"] for batch in held_out)), thresholds_L)
+        exact = mean_loss(model, held_out)
+        prepare_inference(model, thresholds_L)
+        loss = mean_loss(model, held_out)
+    with writing(output) as temporary:
+        written = {"thresholds": thresholds_L, "ratio": ratio, "per": options.per, "loss": loss, "loss_of_k_best": exact}
+        temporary.write_text(json.dumps(written, indent=1) + "\n")
+    print(f"keeping {ratio:.1%} of the neurons on average; on {len(held_out)} held-out sequences:")
+    print("  layer  threshold   kept")
+    for layer, (threshold, share) in enumerate(zip(thresholds_L, shares_L, strict=True)):
+        print(f"  {layer:5} {threshold:10.4g}  {share:5.1%}")
+    kept = f"the {run.model.active_neurons} best" if run.model.activation_ratio < 1 else "all neurons"
+    print(f"loss {loss:.4f} nats per token, with {kept} of each token {exact:.4f}")
+    print(f"written: {output}")
+
+
+def validation_sequences(data: "RunData", start: int, count: int) -> Iterator["Batch"]:
+    """[1, s] each: every second validation sequence of the sources in turn, from the first or the second on."""
+    longest = max(map(len, data.validation.values()), default=0)
+    places = ((source, i) for i in range(start, longest, 2) for source in data.validation.values() if i < len(source))
+    for source, i in itertools.islice(places, count):
+        yield {name: tensor[None] for name, tensor in source[i].items()}
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, batches: list["Batch"]) -> float:
+    """Nats per token."""
+    total = tokens = 0.0
+    for batch in batches:
+        loss_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+        total += float((loss_BS * batch["loss_mask"]).sum())
+        tokens += float(batch["loss_mask"].sum())
+    return total / tokens
+
+
+if __name__ == "__main__":
+    main()
