@@ -8,7 +8,7 @@ everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer;
 with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's own MoE layer in place of each MLP (top-k,
 capacity factor 1: it drops tokens). The last two have no shared expert, and beside them ours has none.
 
-"+ ours": theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
+Then theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
 """
 
 import contextlib
@@ -226,41 +226,51 @@ PRODUCT_FLOPS = 2 * 2048**3
 @hydra.main(version_base="1.3", config_path=None, config_name="benchmark_step")
 @reporting_errors
 def main(hydra_config: DictConfig) -> None:
-    """Print the time of each, and ours over theirs."""
+    """Let all take turns, twice."""
     options = typed(hydra_config, BenchmarkConfig)
 
     def of(build: Callable[..., Run], *arguments: Any, **more: Any) -> functools.partial[Run]:
         return functools.partial(build, *arguments, **more)
 
-    ours = functools.partial(build_megatron, options, stock=False, with_ours=True)
-    contenders = {"ours": of(ours, shared=True), "ours, no shared expert": of(ours, shared=False)}
-    for with_ours in (False, True):
-        also = " + ours" if with_ours else ""
-        contenders |= {
-            f"Megatron-Core{also}": of(build_megatron, options, shared=True, stock=True, with_ours=with_ours),
-            f"transformers{also}": of(build_transformers, options, with_ours=with_ours),
-            f"DeepSpeed MoE{also}": of(build_deepspeed, options, with_ours=with_ours),
-            f"matrix product{also}": of(build_product, with_ours=with_ours),
-        }
-    seconds = take_turns(contenders, options.rounds, options.repeats)
     config = run_config(options, shared=True)
     tokens = config.training.micro_batch_size * config.model.seq_length
     print(f"{options.model}, activation_ratio={options.activation_ratio}, {tokens} tokens a step, ", end="")
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds of {options.repeats} steps")
+    # Not all at once: each has weights, gradients and moments of its own.
+    for with_ours in (False, True):
+        ours = functools.partial(build_megatron, options, stock=False, with_ours=True)
+        seconds = take_turns(
+            {
+                "ours": of(ours, shared=True),
+                "ours, no shared expert": of(ours, shared=False),
+                "Megatron-Core": of(build_megatron, options, shared=True, stock=True, with_ours=with_ours),
+                "transformers": of(build_transformers, options, with_ours=with_ours),
+                "DeepSpeed MoE": of(build_deepspeed, options, with_ours=with_ours),
+                "matrix product": of(build_product, with_ours=with_ours),
+            },
+            options.rounds,
+            options.repeats,
+        )
+        print("Theirs with our matrix products and use of memory:" if with_ours else "Theirs as they are:")
+        report(seconds, config.model, tokens)
+
+
+def report(seconds: dict[str, list[float]], model: ModelConfig, tokens: int) -> None:
+    """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product."""
     for name, times in seconds.items():
-        print(f"  {name:30} {1000 * statistics.median(times):8.0f} ms", end="")
-        if name.startswith("matrix product"):
+        print(f"  {name:24} {1000 * statistics.median(times):8.0f} ms", end="")
+        if name == "matrix product":
             print(f"   {PRODUCT_FLOPS / statistics.median(times) / 1e9:.0f} GFLOP/s")
         elif name.startswith("ours"):
             print()
         else:
-            side = "ours" if name.startswith("Megatron-Core") else "ours, no shared expert"
+            side = "ours" if name == "Megatron-Core" else "ours, no shared expert"
             print(f"   ours / it: {ratio(seconds[side], times)}")
-    for name, per_token in training_flops(config.model).items():
-        for product in ("matrix product", "matrix product + ours"):
-            rates = zip(seconds["ours"], seconds[product], strict=True)
-            share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
-            print(f"  FLOP/s {name} / those of a {product}: {statistics.median(share):.2f}")
+    for name, per_token in training_flops(model).items():
+        rates = zip(seconds["ours"], seconds["matrix product"], strict=True)
+        share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
+        print(f"  FLOP/s {name} / those of the matrix product: {statistics.median(share):.2f}", end="")
+        print(f" [{min(share):.2f}, {max(share):.2f}]")
 
 
 def training_flops(model: ModelConfig) -> dict[str, int]:

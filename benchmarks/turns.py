@@ -12,6 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from configs.console import ReportedError
+
 Run = Callable[[], Any]
 # For the configuration of a benchmark: nothing is written.
 HYDRA = {"run": {"dir": "."}, "output_subdir": None}
@@ -30,17 +32,27 @@ def take_turns(contenders: dict[str, functools.partial[Run]], rounds: int, repea
         workers[name] = spawn.Process(target=_work, args=(build, there, repeats), daemon=True), here
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     try:
-        for process, connection in workers.values():
+        for name, (process, connection) in workers.items():
             process.start()
-            connection.recv()  # built: one after another, since building uses all cores too
+            _answer(name, process, connection)  # built: one after another, since building uses all cores too
         for _ in range(rounds):
-            for name, (_, connection) in workers.items():
+            for name, (process, connection) in workers.items():
                 connection.send("run")
-                seconds[name].append(connection.recv())
+                seconds[name].append(_answer(name, process, connection))
     finally:
         for process, _ in workers.values():
             process.kill()
     return seconds
+
+
+def _answer(name: str, process: Any, connection: Connection) -> Any:
+    """What a contender says; ReportedError if it died."""
+    while not connection.poll(1):
+        if not process.is_alive():
+            raise ReportedError(
+                f"{name}: its process died with exit code {process.exitcode}; -9 means memory: make it smaller"
+            )
+    return connection.recv()
 
 
 def _work(build: functools.partial[Run], connection: Connection, repeats: int) -> None:
