@@ -3,7 +3,7 @@
     cpu_gemm.install()         # mone_model's __init__ does, where there is no GPU
     x @ w.T                    # by oneDNN, forward and backward; nothing else changes
 
-Does nothing on other processors. Measured by `python -m benchmarks.gemm`.
+Does nothing on other processors. `python -m benchmarks.step` shows the difference.
 """
 
 import warnings

@@ -48,3 +48,14 @@ def test_raw_text_becomes_a_model_that_writes(
     written = sampled.split("...")[1].replace(".", " ").split()
     assert len(written) >= 3
     assert sum(word in WORDS for word in written) > len(written) / 2
+
+    calibrated = run("train.calibrate", "run=runs/words", "sequences=20")
+    thresholds = json.loads((tmp_path / "runs/words/thresholds.json").read_text())
+    assert len(thresholds["thresholds"]) == 2
+    assert abs(thresholds["loss"] - thresholds["loss_of_k_best"]) < 0.1
+    assert "kept" in calibrated
+    again = run("train.sample", "run=runs/words", 'prompts=["the river"]', "thresholds=runs/words/thresholds.json")
+    assert again.startswith("the river ...")
+    refused = command("train.sample", "run=runs/words", "thresholds=runs/words/config.yaml")
+    assert refused.returncode == 2
+    assert "error: thresholds=runs/words/config.yaml: no such file of train.calibrate" in refused.stderr
