@@ -27,38 +27,40 @@ def take_turns(contenders: dict[str, functools.partial[Run]], rounds: int, repea
     """
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
-    for name, build in contenders.items():
-        here, there = spawn.Pipe()
-        workers[name] = spawn.Process(target=_work, args=(build, there, repeats), daemon=True), here
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     try:
-        for name, (process, connection) in workers.items():
+        for name, build in contenders.items():
+            here, there = spawn.Pipe()
+            process = spawn.Process(target=_work, args=(build, there, repeats), daemon=True)
+            workers[name] = process, here
             process.start()
-            _answer(name, process, connection)  # built: one after another, since building uses all cores too
+            there.close()  # only the contender has it now: its death ends what is read here
+            _ask(name, *workers[name])  # built: one after another, since building uses all cores too
         for _ in range(rounds):
-            for name, (process, connection) in workers.items():
-                connection.send("run")
-                seconds[name].append(_answer(name, process, connection))
+            for name, worker in workers.items():
+                seconds[name].append(_ask(name, *worker))
     finally:
         for process, _ in workers.values():
             process.kill()
     return seconds
 
 
-def _answer(name: str, process: Any, connection: Connection) -> Any:
-    """What a contender says; ReportedError if it died."""
-    while not connection.poll(1):
-        if not process.is_alive():
-            raise ReportedError(
-                f"{name}: its process died with exit code {process.exitcode}; -9 means memory: make it smaller"
-            )
-    return connection.recv()
+def _ask(name: str, process: Any, connection: Connection) -> float:
+    """Let a contender take its turn: its seconds; ReportedError if it died."""
+    try:
+        connection.send("run")
+        return connection.recv()  # type: ignore[no-any-return]
+    except (EOFError, OSError) as error:
+        process.join()
+        died = f"its process died with exit code {process.exitcode}"
+        raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
 
 
 def _work(build: functools.partial[Run], connection: Connection, repeats: int) -> None:
+    connection.recv()
     run = build()
     run()
-    connection.send("built")
+    connection.send(0.0)
     while connection.recv():
         start = time.perf_counter()
         for _ in range(repeats):

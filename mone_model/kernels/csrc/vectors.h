@@ -44,6 +44,7 @@ inline Vector choose(Integers condition, Vector yes, Vector no) {
   return reinterpret_cast<Vector>((condition & reinterpret_cast<Integers>(yes)) |
                                   (~condition & reinterpret_cast<Integers>(no)));
 }
+inline Vector magnitude(Vector x) { return reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) & 0x7fffffff); }
 // NaN stays NaN.
 inline Vector clamped(Vector x, float least, float most) {
 #if defined(__AVX512F__)
