@@ -49,7 +49,7 @@ def _ask(name: str, process: Any, connection: Connection) -> float:
     """Let a contender take its turn: its seconds; ReportedError if it died."""
     try:
         connection.send("run")
-        return connection.recv()  # type: ignore[no-any-return]
+        return connection.recv()
     except (EOFError, OSError) as error:
         process.join()
         died = f"its process died with exit code {process.exitcode}"
