@@ -2,9 +2,6 @@
 //
 // The gates of an expert with rows are read whole; up and down of the neurons that a row keeps. Tasks are CHUNK neurons of
 // an expert, for all of its rows. Shapes as in experts.cpp; weights, inputs and outputs in T, all sums in fp32.
-#include <omp.h>
-
-#include <cmath>
 #include <type_traits>
 #include <vector>
 
@@ -54,8 +51,7 @@ void add_kept(const float *x, const T *up, const T *down, int64_t width, const u
 // The neurons of a chunk whose magnitude reaches the threshold.
 void mark_by_threshold(const float *active, int64_t neurons, float threshold, uint16_t *mask) {
   for (int64_t j = 0; j < neurons; j += LANES) {
-    const Vector magnitude = reinterpret_cast<Vector>(reinterpret_cast<Integers>(load(active + j)) & 0x7fffffff);
-    put_bits(mask, j, bits_of(magnitude >= all(threshold)));
+    put_bits(mask, j, bits_of(magnitude(load(active + j)) >= all(threshold)));
   }
   if (neurons % WORD != 0) mask[neurons / WORD] &= (1 << neurons % WORD) - 1;
 }
@@ -79,17 +75,13 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
   else
     for (int64_t i = 0; i < rows * width; i += LANES) store(inputs.data + i, load(x + i));
 
-  const auto activate = [&](const Task &task) {
+  const auto begin = [&](const Task &task) {
     const int64_t first = task.chunk * CHUNK, count = std::min(CHUNK, neurons - first);
     float *gates = active.data + task.row * padded + first;
     multiply(x32 + task.row * width, gate_up + (task.expert * 2 * neurons + first) * width, task.count, width, count, gates,
              padded);
     for (int64_t n = 0; n < task.count; n++, gates += padded) {
-      dispatch(activation, [&](auto function) {
-        for (int64_t j = 0; j < count; j += LANES) store(gates + j, function.value(load(gates + j)));
-      });
-      // Only the last chunk has places to fill; sigmoid(0) is not 0.
-      std::fill(gates + count, gates + rounded_up(count), 0.0f);
+      activate(activation, gates, count, gates);
       if (kept == 0) mark_by_threshold(gates, count, threshold, masks + (task.row + n) * words + first / WORD);
     }
   };
@@ -113,10 +105,10 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
   {
     if (kept == 0) {
 #pragma omp for schedule(dynamic)
-      for (size_t t = 0; t < tasks.size(); t++) activate(tasks[t]), finish(tasks[t]);
+      for (size_t t = 0; t < tasks.size(); t++) begin(tasks[t]), finish(tasks[t]);
     } else {
 #pragma omp for schedule(dynamic)
-      for (size_t t = 0; t < tasks.size(); t++) activate(tasks[t]);
+      for (size_t t = 0; t < tasks.size(); t++) begin(tasks[t]);
 #pragma omp for
       for (int64_t n = 0; n < rows; n++) select(active.data + n * padded, neurons, kept, FIRST_GUESS, masks + n * words);
 #pragma omp for schedule(dynamic)

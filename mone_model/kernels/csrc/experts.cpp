@@ -218,8 +218,7 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
           for (int64_t j = 0; j < neurons; j += LANES) {
             float *chosen = block_counts.data() + b * 2 * padded + j, *size = chosen + padded;
             store(chosen, load(chosen) + only(all(1.0f), bits_at(mask, j)));
-            const Integers magnitude = reinterpret_cast<Integers>(load(active.data + j)) & 0x7fffffff;
-            store(size, load(size) + reinterpret_cast<Vector>(magnitude));
+            store(size, load(size) + magnitude(load(active.data + j)));
           }
       }
       std::copy(chosen_gates.data, chosen_gates.data + count * kept, gates + first * kept);

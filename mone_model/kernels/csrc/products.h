@@ -7,11 +7,12 @@ namespace {
 
 constexpr int ROWS = LANES == 16 ? 4 : 3;  // so that sums with four neurons fit into the registers
 
-// gate[r, j] = x[r] . w[j]; reads and writes up to a multiple of four neurons.
+// gate[r, j] = x[r] . w[j]; writes up to a multiple of four neurons, reading the last again.
 template <int COUNT, class T>
 void multiply_rows(const float *x, const T *w, int64_t width, int64_t neurons, float *gate, int64_t stride) {
   for (int64_t j = 0; j < neurons; j += 4) {
-    const T *weights = w + j * width;
+    const T *weights[4];
+    for (int i = 0; i < 4; i++) weights[i] = w + std::min(j + i, neurons - 1) * width;
     Vector sums[COUNT][4] = {};
     for (int64_t k = 0; k < width; k += LANES) {
       Vector rows[COUNT];
@@ -19,7 +20,7 @@ void multiply_rows(const float *x, const T *w, int64_t width, int64_t neurons, f
       for (int r = 0; r < COUNT; r++) rows[r] = held(load(x + r * width + k));
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++) {
-        const Vector weight = held(load(weights + i * width + k));
+        const Vector weight = held(load(weights[i] + k));
 #pragma GCC unroll 4
         for (int r = 0; r < COUNT; r++) sums[r][i] += rows[r] * weight;
       }
@@ -37,7 +38,7 @@ void multiply_row(const float *x, const T *w, int64_t width, int64_t neurons, fl
   for (int64_t j = 0; j < neurons; j += 4) {
     Vector sums[4];
     for (int i = 0; i < 4; i++) {
-      const T *weights = w + (j + i) * width;
+      const T *weights = w + std::min(j + i, neurons - 1) * width;
       Vector parts[WORD / LANES] = {};
       for (int64_t k = 0; k < width; k += WORD) {
         __builtin_prefetch(weights + k + AHEAD);

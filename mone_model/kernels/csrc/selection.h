@@ -120,7 +120,7 @@ inline float total(Vector value) { return add_up(value, Vector{}, Vector{}, Vect
 int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16_t *mask) {
   constexpr int64_t TOP = int64_t(1) << 31;  // beyond every NaN
   const int padded = rounded_up(neurons);
-  const auto row = [&](int j) { return reinterpret_cast<Integers>(load(active + j)) & 0x7fffffff; };
+  const auto row = [&](int j) { return reinterpret_cast<Integers>(magnitude(load(active + j))); };
   // How many reach `low` is at least `kept`, how many reach `high` is less, whatever the row holds.
   int64_t low = 0, high = TOP;
   int at_low = padded, at_high = 0;
@@ -180,15 +180,21 @@ inline Gradients differentiate(int activation, Vector dhidden, Vector gate, Vect
   });
 }
 
-// Activate a row of gates and mark those kept; active: room for whole vectors.
+// active = act(gate) for a row or a part of it, filled up with zeros to whole words; may be done in place.
 template <class T>
-int32_t activate_and_select(int activation, const T *gate, int neurons, int kept, int32_t guess, float *active,
-                            uint16_t *mask) {
+void activate(int activation, const T *gate, int neurons, float *active) {
   dispatch(activation, [&](auto function) {
     for (int j = 0; j < neurons; j += LANES) store(active + j, function.value(load_first(gate + j, neurons - j)));
   });
   // Sigmoid(0) is not 0.
   std::fill(active + neurons, active + rounded_up(neurons), 0.0f);
+}
+
+// Activate a row of gates and mark those kept; active: room for whole words.
+template <class T>
+int32_t activate_and_select(int activation, const T *gate, int neurons, int kept, int32_t guess, float *active,
+                            uint16_t *mask) {
+  activate(activation, gate, neurons, active);
   return select(active, neurons, kept, guess, mask);
 }
 
