@@ -1,19 +1,23 @@
 """A trained model on one process for inference: for a few tokens its experts read only the neurons that they keep.
 
     prepare_inference(model)                                # exact: the K best of each token in each expert
-    counts_LM = count_magnitudes(model, batches)
+    with counting_magnitudes(model) as counts_LM:
+        model(tokens_BS, position_ids_BS, None)
     thresholds_L = find_thresholds(counts_LM, ratio=0.25)   # or all neurons that reach a threshold,
     prepare_inference(model, thresholds_L)                  # so many of them on average
 
 Shapes: L layers, M magnitudes, N rows (a token in one of its experts), D width, H neurons, B sequences of s tokens.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from mone_model.config import ACTIVATIONS
 from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
+from mone_model.experts import NeuronExperts
 from mone_model.gpt import moe_layers
 from mone_model.kernels import cpu
 
@@ -38,42 +42,32 @@ def prepare_inference(model: torch.nn.Module, thresholds_L: Sequence[float] | No
     return few_rows
 
 
-@torch.no_grad()
-def count_magnitudes(model: torch.nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+@contextlib.contextmanager
+def counting_magnitudes(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """[L, 2^16] how often |act(gate)| of a neuron had each magnitude, rounded down to 9 significant bits, dropped or not.
 
-    batches: [B, s] tokens, on which the model runs as it is.
+    Filled by whatever passes through the model inside the block.
     """
     layers = {layer: experts for layer, experts, _ in moe_layers(model)}
     counts_LM = torch.zeros(len(layers), 2**16, dtype=torch.int64)
 
-    def count(layer: int) -> Callable[..., None]:
-        experts = layers[layer]
+    @torch.no_grad()
+    def count(layer: int, experts: NeuronExperts, inputs: tuple[torch.Tensor, ...]) -> None:
+        x_ND, tokens_E = inputs[:2]
+        gate_NH = expert_gemm_loop(x_ND, experts.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
+        bits = ACTIVATIONS[experts.activation](gate_NH).float().abs().view(torch.int32) >> _DROPPED_BITS
+        counts_LM[layer] += torch.bincount(bits.flatten(), minlength=2**16).cpu()
 
-        def before_forward(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x_ND, tokens_E = inputs[:2]
-            gate_NH = expert_gemm_loop(x_ND, experts.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
-            magnitude_NH = ACTIVATIONS[experts.activation](gate_NH).float().abs()
-            bits = magnitude_NH.view(torch.int32) >> _DROPPED_BITS
-            counts_LM[layer] += torch.bincount(bits.flatten(), minlength=2**16).cpu()
-
-        return before_forward
-
-    hooks = [experts.register_forward_pre_hook(count(layer)) for layer, experts in layers.items()]
-    try:
-        for tokens_BS in batches:
-            positions_BS = torch.arange(tokens_BS.size(1), device=tokens_BS.device).expand_as(tokens_BS)
-            model(tokens_BS, positions_BS, None)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return counts_LM
+    with contextlib.ExitStack() as hooks:
+        for layer, experts in layers.items():
+            hooks.callback(experts.register_forward_pre_hook(functools.partial(count, layer)).remove)
+        yield counts_LM
 
 
 def find_thresholds(counts_LM: torch.Tensor, *, ratio: float, per: str = "layer") -> list[float]:
     """For each layer the largest threshold that at least this share of its neurons reaches on average.
 
-    counts_LM: from `count_magnitudes`. per: `layer`, or `model` for one threshold in all layers.
+    counts_LM: from `counting_magnitudes`. per: `layer`, or `model` for one threshold in all layers.
     """
     if per == "model":
         counts_LM = counts_LM.sum(0, keepdim=True).expand_as(counts_LM)

@@ -64,7 +64,7 @@ def main(hydra_config: DictConfig) -> None:
     run = load_run_config(Path(options.run))
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
-    from mone_model.inference import count_magnitudes, find_thresholds, prepare_inference, shares_reaching
+    from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
     from train.data import load_data, load_manifests, plan_order
     from train.runtime import distributed
 
@@ -78,11 +78,12 @@ def main(hydra_config: DictConfig) -> None:
         if not held_out:
             raise UserError(f"sequences={options.sequences}: needs two of a source; the validation data of the run has less")
         model = load_model(run, Path(options.run) / "checkpoints", options.step, trust=options.trust)
-        thresholds_L = find_thresholds(
-            count_magnitudes(model, (batch["tokens"] for batch in setting)), ratio=ratio, per=options.per
-        )
-        shares_L = shares_reaching(count_magnitudes(model, (batch["tokens"] for batch in held_out)), thresholds_L)
-        exact = mean_loss(model, held_out)
+        with counting_magnitudes(model) as counts_LM:
+            mean_loss(model, setting)
+        thresholds_L = find_thresholds(counts_LM, ratio=ratio, per=options.per)
+        with counting_magnitudes(model) as counts_LM:
+            exact = mean_loss(model, held_out)
+        shares_L = shares_reaching(counts_LM, thresholds_L)
         prepare_inference(model, thresholds_L)
         loss = mean_loss(model, held_out)
     with writing(output) as temporary:

@@ -67,6 +67,7 @@ def test_pretrain_trains_from_the_wheel(site: Path) -> None:
         ("mone-slurm", "launch.nodes"),
         ("mone-report", "--output"),
         ("mone-sample", "max_new_tokens"),
+        ("mone-calibrate", "per=layer"),
         ("mone-tokenizer", "vocab_size"),
         ("mone-tokenize", "shard_tokens"),
         ("mone-verify", "path"),

@@ -15,7 +15,7 @@ from mone_model import expert_methods, inference
 from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
 from mone_model.gpt import build_gpt, moe_layers
-from mone_model.inference import count_magnitudes, find_thresholds, prepare_inference, shares_reaching
+from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
 from mone_model.kernels import cpu
 from mone_model.neuron_selection import unpack
 from tests.tiny import TINY_MODEL
@@ -115,6 +115,13 @@ def watching_decode() -> Iterator[list[cpu.Decoded]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "decode", watched)
         yield given_back
+
+
+def count_magnitudes(model: GPTModel, batches: list[torch.Tensor]) -> torch.Tensor:
+    with counting_magnitudes(model) as counts_LM:
+        for tokens_BS in batches:
+            logits_of(model, tokens_BS)
+    return counts_LM
 
 
 def random_tokens(rows: int, seed: int) -> torch.Tensor:
