@@ -35,7 +35,7 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 	    output=$(DATA)/shards/$$source workers=2 || exit 1; \
 	done
 
-test: .venv/installed  ## all tests, on two cores within 25 minutes
+test: .venv/installed  ## all tests, 19 to 28 minutes on two cores
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
