@@ -60,18 +60,21 @@ ConfigStore.instance().store(
 
 def run_config(options: BenchmarkConfig, *, shared: bool) -> RunConfig:
     """The run to be timed; shared: with the shared expert."""
-    overrides = [
+    return compose(
         f"model={options.model}",
-        "data=demo",
         f"model.vocab_size={options.vocab_size}",
         f"model.activation_ratio={options.activation_ratio}",
         f"training.micro_batch_size={options.micro_batch_size}",
-        f"training.global_batch_size={options.micro_batch_size}",
         *([] if shared else ["model.shared_expert_ffn_hidden_size=0"]),
-    ]
+    )
+
+
+def compose(*overrides: str) -> RunConfig:
+    """The configuration of `train.pretrain` with these options."""
+    overrides = ("data=demo", "training.global_batch_size=${training.micro_batch_size}", *overrides)
     GlobalHydra.instance().clear()  # the benchmark's own
     with hydra.initialize_config_module("configs", version_base="1.3"):
-        return load_config(hydra.compose("pretrain", overrides=overrides))
+        return load_config(hydra.compose("pretrain", overrides=list(overrides)))
 
 
 def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
@@ -97,12 +100,18 @@ def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_
     from train.engines import megatron
 
     prepare(with_ours=with_ours)
-    config = run_config(options, shared=shared)
-    group = contextlib.ExitStack()  # stays open as long as the process
-    where = group.enter_context(runtime.distributed(config.parallel, seed=1, timeout_minutes=10))
     build = build_stock if stock else megatron.build_gpt
     with mock.patch.object(megatron, "build_gpt", build):
-        engine = megatron.MegatronEngine(config, where)
+        return megatron_step(run_config(options, shared=shared))
+
+
+def megatron_step(config: RunConfig) -> Run:
+    """A step of our engine over one micro-batch of this process."""
+    from train.engines.megatron import MegatronEngine
+
+    group = contextlib.ExitStack()  # stays open as long as the process
+    where = group.enter_context(runtime.distributed(config.parallel, seed=1, timeout_minutes=10))
+    engine = MegatronEngine(config, where)
     tokens = random_tokens(config)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:

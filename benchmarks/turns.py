@@ -1,11 +1,13 @@
-"""Contenders take turns, each in a process of its own, so that a slow minute of the machine hits all of them.
+"""Contenders take turns, each in processes of its own, so that a slow minute of the machine hits all of them.
 
-seconds = take_turns({"ours": Contender(build_ours), "theirs": Contender(build_theirs)}, rounds=5)
+seconds = take_turns({"ours": functools.partial(build_ours), "theirs": functools.partial(build_theirs)}, rounds=5)
 print(ratio(seconds["ours"], seconds["theirs"]))       # 0.61 [0.58, 0.64]
 """
 
 import functools
 import multiprocessing
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
@@ -20,44 +22,71 @@ HYDRA = {"run": {"dir": "."}, "output_subdir": None}
 LOGGING = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
 
 
-def take_turns(contenders: dict[str, functools.partial[Run]], rounds: int, repeats: int = 1) -> dict[str, list[float]]:
+def take_turns(
+    contenders: dict[str, functools.partial[Run]],
+    rounds: int,
+    repeats: int = 1,
+    processes: dict[str, int] | None = None,
+) -> dict[str, list[float]]:
     """Seconds of each contender in each round: the mean of `repeats` runs after one that is not counted.
 
     contenders: by name, what builds it; called in the contender's process and returns what is timed.
+    processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
+    that of the slowest.
     """
     spawn = multiprocessing.get_context("spawn")
-    workers: dict[str, tuple[Any, Connection]] = {}
+    workers: dict[str, list[tuple[Any, Connection]]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     try:
         for name, build in contenders.items():
-            here, there = spawn.Pipe()
-            process = spawn.Process(target=_work, args=(build, there, repeats), daemon=True)
-            workers[name] = process, here
-            process.start()
-            there.close()  # only the contender has it now: its death ends what is read here
-            _ask(name, *workers[name])  # built: one after another, since building uses all cores too
+            workers[name] = []
+            for environment in _environments((processes or {}).get(name, 1)):
+                here, there = spawn.Pipe()
+                process = spawn.Process(target=_work, args=(build, there, repeats, environment), daemon=True)
+                workers[name].append((process, here))
+                process.start()
+                there.close()  # only the contender has it now: its death ends what is read here
+            _ask(name, workers[name])  # built: one after another, since building uses all cores too
         for _ in range(rounds):
-            for name, worker in workers.items():
-                seconds[name].append(_ask(name, *worker))
+            for name, members in workers.items():
+                seconds[name].append(_ask(name, members))
     finally:
-        for process, _ in workers.values():
+        for process, _ in (member for members in workers.values() for member in members):
             process.kill()
     return seconds
 
 
-def _ask(name: str, process: Any, connection: Connection) -> float:
+def _environments(count: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of so many processes; nothing to a single one."""
+    if count == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [{name: str(value) for name, value in (common | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(count)]
+
+
+def _ask(name: str, members: list[tuple[Any, Connection]]) -> float:
     """Let a contender take its turn: its seconds; ReportedError if it died."""
-    try:
-        connection.send("run")
-        return connection.recv()
-    except (EOFError, OSError) as error:
-        process.join()
-        died = f"its process died with exit code {process.exitcode}"
-        raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
+    seconds = []
+    for start in (True, False):
+        for process, connection in members:
+            try:
+                if start:
+                    connection.send("run")
+                else:
+                    seconds.append(connection.recv())
+            except (EOFError, OSError) as error:
+                process.join()
+                died = f"its process died with exit code {process.exitcode}"
+                raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
+    return max(seconds)
 
 
-def _work(build: functools.partial[Run], connection: Connection, repeats: int) -> None:
+def _work(build: functools.partial[Run], connection: Connection, repeats: int, environment: dict[str, str]) -> None:
     connection.recv()
+    os.environ.update(environment)
     run = build()
     run()
     connection.send(0.0)

@@ -1,0 +1,254 @@
+"""A training step against its own cost model as tokens, experts, neurons, layers and expert parallelism grow.
+
+    python -m benchmarks.scaling figure=scaling.png
+
+The cost of a step is what its floating-point operations, the bytes that it moves and those that its processes send would
+take at this machine's own speed, measured in the same turns: of a plain matrix product, of adding two long vectors, of an
+all-to-all between two processes. A step that grows as it should stays at the same multiple of its cost.
+
+Forward, backward, clipping and AdamW on random tokens, fp32. One option at a time leaves its place in the base; expert
+parallelism spreads the same experts and tokens over as many processes, all on these cores.
+"""
+
+import functools
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import hydra
+import numpy as np
+import torch
+import torch.distributed as dist
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from benchmarks.step import PRODUCT_FLOPS, build_product, compose, megatron_step, prepare, training_flops
+from benchmarks.turns import HYDRA, LOGGING, Run, take_turns
+from configs.console import reporting_errors, typed
+from data_prep.files import writing
+from mone_model.accounting import count_communication, estimate_memory
+from train.config import RunConfig
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    model: str = "mone_tiny"
+    """A model of configs/model: the base."""
+    activation_ratio: float = 0.25
+    """Share of neurons kept."""
+    vocab_size: int = 4096
+    """Rows of the embedding."""
+    experts: str = "skip"
+    """compute.experts of all; the operations counted are those of this method."""
+    sequences: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
+    """Sequences of a step: tokens over the model's length. The middle one is the base's."""
+    num_experts: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    """Experts of a layer."""
+    neurons: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])
+    """Neurons H of an expert."""
+    layers: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
+    """Layers."""
+    expert_parallel: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Processes over which the experts are spread."""
+    rounds: int = 5
+    """Turns of each."""
+    repeats: int = 2
+    """Steps of a turn."""
+    figure: Path | None = None
+    """Where to draw it, a PNG."""
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+ConfigStore.instance().store(
+    name="benchmark_scaling", node={"defaults": ["benchmark_schema", "_self_", *LOGGING], "hydra": HYDRA}
+)
+
+
+def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
+    """Runs by what grows and how far."""
+    sequences = options.sequences[len(options.sequences) // 2]
+    base = {
+        "model": options.model,
+        "model.vocab_size": options.vocab_size,
+        "model.activation_ratio": options.activation_ratio,
+        "compute.experts": options.experts,
+        "training.micro_batch_size": sequences,
+    }
+
+    def run(**changed: int) -> RunConfig:
+        return compose(*(f"{name}={value}" for name, value in (base | changed).items()))
+
+    def spread(processes: int) -> dict[str, int]:
+        return {"parallel.expert": processes, "training.micro_batch_size": sequences // processes}
+
+    length = run().model.seq_length
+    return {
+        "tokens": {n * length: run(**{"training.micro_batch_size": n}) for n in options.sequences},
+        "experts": {n: run(**{"model.num_experts": n}) for n in options.num_experts},
+        "neurons of an expert": {n: run(**{"model.moe_ffn_hidden_size": n}) for n in options.neurons},
+        "layers": {n: run(**{"model.num_layers": n}) for n in options.layers},
+        "expert-parallel processes": {n: run(**spread(n)) for n in options.expert_parallel},
+    }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a step owes, of all its processes together."""
+
+    flops: float
+    moved: float
+    """Bytes read from or written to memory."""
+    sent: float
+    """Bytes that go to another process."""
+
+    def seconds(self, product: float, add: float, send: float) -> float:
+        """On a machine that takes so long for the three yardsticks."""
+        return self.flops / PRODUCT_FLOPS * product + self.moved / ADDED_BYTES * add + self.sent / EXCHANGED_BYTES * send
+
+
+def cost_of(config: RunConfig) -> Cost:
+    """The operations of `training_flops`, and bytes: of weights, and of activations that wait for the backward pass.
+
+    Weights are read by both passes; their gradients cleared, written, and added to the accumulated ones (three more); the
+    optimizer reads gradients for the norm, scales them (two), and reads four numbers and writes three for each weight.
+    Activations are written and read once.
+    """
+    processes, size = config.parallel.expert, config.training.micro_batch_size
+    tokens = processes * size * config.model.seq_length
+    described = config.model, config.parallel, config.compute
+    memory = estimate_memory(*described, micro_batch_size=size, data_parallel_size=processes)
+    sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
+    skipped = "left when dropped neurons are skipped" if config.compute.experts == "skip" else "of the dense model"
+    # Of the optimizer's bytes half are a number for each of its weights.
+    moved = 7 * memory.weights + 10 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
+    return Cost(
+        flops=training_flops(config.model)[skipped] * tokens,
+        moved=processes * moved,
+        sent=processes * sum(part.bytes for part in sent.values()),
+    )
+
+
+def build_step(config: RunConfig) -> Run:
+    """A training step."""
+    prepare(with_ours=True)
+    return megatron_step(config)
+
+
+ADDED, EXCHANGED = 2**25, 2**22
+ADDED_BYTES = 3 * 4 * ADDED
+# Of what two processes have, each keeps half.
+EXCHANGED_BYTES = 2 * 4 * EXCHANGED // 2
+
+
+def build_add() -> Run:
+    """Add two vectors larger than the caches."""
+    a, b, out = torch.ones(ADDED), torch.ones(ADDED), torch.ones(ADDED)
+    return lambda: torch.add(a, b, out=out)
+
+
+def build_exchange() -> Run:
+    """An all-to-all of tensors larger than the caches."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    there, here = torch.ones(EXCHANGED), torch.ones(EXCHANGED)
+    return lambda: dist.all_to_all_single(here, there)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A step of one size."""
+
+    size: int
+    cost: Cost
+    expected: float
+    """Seconds by the cost model, of the median round."""
+    seconds: list[float]
+
+    @property
+    def multiple(self) -> float:
+        """How many times the cost it takes."""
+        return statistics.median(self.seconds) / self.expected
+
+
+def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]:
+    """Let the sizes of a series take turns with the yardsticks."""
+    steps = {str(size): functools.partial(build_step, config) for size, config in runs.items()}
+    yardsticks = {
+        "product": functools.partial(build_product, with_ours=True),
+        "add": functools.partial(build_add),
+        "exchange": functools.partial(build_exchange),
+    }
+    processes = {str(size): config.parallel.expert for size, config in runs.items()} | {"exchange": 2}
+    seconds = take_turns(steps | yardsticks, options.rounds, options.repeats, processes)
+    speeds = [statistics.median(seconds[name]) for name in yardsticks]
+    costs = {size: cost_of(config) for size, config in runs.items()}
+    return [Point(size, cost, cost.seconds(*speeds), seconds[str(size)]) for size, cost in costs.items()]
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_scaling")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Print, and draw, each step beside its cost."""
+    options = typed(hydra_config, BenchmarkConfig)
+    print(f"{options.model}, activation_ratio={options.activation_ratio}, experts={options.experts}, ", end="")
+    print(f"{torch.get_num_threads()} cores, {options.rounds} rounds of {options.repeats} steps", flush=True)
+    found = {}
+    for name, runs in series_of(options).items():
+        found[name] = measure(runs, options)
+        report(name, found[name])
+    multiples = [point.multiple for points in found.values() for point in points]
+    print(f"all: {statistics.median(multiples):.2f} [{min(multiples):.2f}, {max(multiples):.2f}] times the cost")
+    if options.figure is not None:
+        draw(options.figure, found)
+        print(f"drawn: {options.figure}")
+
+
+def line_through(points: list[Point]) -> tuple[float, float, float]:
+    """Seconds at no cost, seconds per second of cost, and R^2 of the line."""
+    x, y = [point.expected for point in points], [statistics.median(point.seconds) for point in points]
+    slope, begin = np.polyfit(x, y, 1)
+    return float(begin), float(slope), float(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def report(name: str, points: list[Point]) -> None:
+    """Print a series."""
+    begin, slope, r_squared = line_through(points)
+    print(f"{name}: {1000 * begin:.0f} ms + {slope:.2f} x cost, R^2 {r_squared:.4f}")
+    for point in points:
+        cost, times = point.cost, [1000 * seconds for seconds in point.seconds]
+        print(f"  {point.size:6}  {cost.flops / 1e9:8.1f} GFLOP {cost.moved / 1e9:7.2f} GB moved ", end="")
+        print(f"{cost.sent / 1e6:7.1f} MB sent: {1000 * point.expected:7.0f} ms   measured ", end="")
+        print(f"{statistics.median(times):7.0f} [{min(times):.0f}, {max(times):.0f}]   {point.multiple:.2f}", flush=True)
+
+
+def draw(path: Path, found: dict[str, list[Point]]) -> None:
+    """A panel a series: measured steps over what grows, and the line through their cost."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panels = plt.subplots(1, len(found), figsize=(3 * len(found), 3), layout="constrained")
+    for axes, (name, points) in zip(panels, found.items(), strict=True):
+        begin, slope, r_squared = line_through(points)
+        x = [point.size for point in points]
+        middle = np.array([statistics.median(point.seconds) for point in points])
+        spread = [middle - [min(p.seconds) for p in points], [max(p.seconds) for p in points] - middle]
+        axes.plot(x, [begin + slope * point.expected for point in points], color="grey", label="cost model")
+        axes.errorbar(x, middle, np.maximum(spread, 0), color="black", fmt="o", markersize=4, label="measured")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(x, [str(size) for size in x])
+        axes.set_xlabel(name)
+        axes.set_title(f"R² = {r_squared:.3f}", fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds of a step")
+    panels[0].legend(fontsize=8)
+    with writing(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
