@@ -36,6 +36,8 @@ class BenchmarkConfig:
     """fp32 or bf16."""
     rounds: int = 9
     """Turns of each."""
+    repeats: int = 10
+    """Passes of a turn."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -77,7 +79,7 @@ def main(hydra_config: DictConfig) -> None:
     for neurons in options.neurons:
         cases = {("eager", 1.0)} | {(how, share) for share in options.ratios for how in ("ours", "topk")}
         contenders = {f"{how} {share}": functools.partial(build, options, how, neurons, share) for how, share in cases}
-        seconds = take_turns(contenders, options.rounds)
+        seconds = take_turns(contenders, options.rounds, options.repeats)
         eager = seconds["eager 1.0"]
         for share in options.ratios:
             ours, topk = (ratio(seconds[f"{how} {share}"], eager) for how in ("ours", "topk"))

@@ -32,12 +32,21 @@ inline unsigned bits_of(Integers condition) {
 #endif
 }
 
-#if defined(__AVX2__) && defined(__BMI2__) && !defined(__AVX512F__)
-// Places 0 to 7, or what `pick` makes of their bytes.
-template <class F>
-inline __m256i places(unsigned bits, F pick) {
-  const uint64_t bytes = _pdep_u64(bits, 0x0101010101010101) * 0xff;
-  return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(pick(0x0706050403020100, bytes)));
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// By the bits of a vector: the lanes that are set, one after another, and for each lane how many of them come before it.
+struct Places {
+  uint8_t of_set[256][8] = {}, before[256][8] = {};
+  constexpr Places() {
+    for (int bits = 0; bits < 256; bits++)
+      for (int lane = 0, set = 0; lane < 8; lane++) {
+        before[bits][lane] = set;
+        if (bits >> lane & 1) of_set[bits][set++] = lane;
+      }
+  }
+};
+constexpr Places PLACES;
+inline Vector permute(Vector value, const uint8_t *places) {
+  return _mm256_permutevar8x32_ps(value, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(places))));
 }
 #endif
 
@@ -45,8 +54,8 @@ inline __m256i places(unsigned bits, F pick) {
 inline Vector compress(Vector value, unsigned bits) {
 #if defined(__AVX512F__)
   return _mm512_maskz_compress_ps(bits, value);
-#elif defined(__AVX2__) && defined(__BMI2__)
-  return _mm256_permutevar8x32_ps(value, places(bits, [](uint64_t all, uint64_t set) { return _pext_u64(all, set); }));
+#elif defined(__AVX2__)
+  return permute(value, PLACES.of_set[bits]);
 #else
   Vector packed{};
   for (int i = 0, to = 0; i < LANES; i++)
@@ -71,9 +80,8 @@ inline Vector only(Vector value, unsigned bits) {
 inline Vector expand(Vector value, unsigned bits) {
 #if defined(__AVX512F__)
   return _mm512_maskz_expand_ps(bits, value);
-#elif defined(__AVX2__) && defined(__BMI2__)
-  const __m256i from = places(bits, [](uint64_t all, uint64_t set) { return _pdep_u64(all, set); });
-  return only(_mm256_permutevar8x32_ps(value, from), bits);
+#elif defined(__AVX2__)
+  return only(permute(value, PLACES.before[bits]), bits);
 #else
   Vector spread{};
   for (int i = 0, from = 0; i < LANES; i++)
@@ -121,6 +129,8 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
   constexpr int64_t TOP = int64_t(1) << 31;  // beyond every NaN
   const int padded = rounded_up(neurons);
   const auto row = [&](int j) { return reinterpret_cast<Integers>(magnitude(load(active + j))); };
+  // AVX2 has no "greater or equal".
+  const auto reaches = [](Integers bits, int64_t pivot) { return bits > all(int32_t(pivot - 1)); };
   // How many reach `low` is at least `kept`, how many reach `high` is less, whatever the row holds.
   int64_t low = 0, high = TOP;
   int at_low = padded, at_high = 0;
@@ -132,7 +142,7 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
     for (int j = 0; j < padded; j += LANES) {
       const Integers here = row(j);
 #pragma GCC unroll 3
-      for (int i = 0; i < 3; i++) reached[i] -= here >= all(int32_t(pivots[i]));
+      for (int i = 0; i < 3; i++) reached[i] -= reaches(here, pivots[i]);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < 3; i++) {
@@ -151,12 +161,18 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
       if (step % 4 == 3) middle = (low + high) / 2;
     }
   }
-  Integers least = all(std::numeric_limits<int32_t>::max());
-  for (int j = 0; j < padded; j += LANES) {
-    const Integers here = row(j), chosen = here >= all(int32_t(low));
-    const Integers candidate = (here & chosen) | (least & ~chosen);
-    least = candidate < least ? candidate : least;
-    put_bits(mask, j, bits_of(chosen));
+  const Integers largest = all(std::numeric_limits<int32_t>::max());
+  Integers least = largest;
+  for (int j = 0; j < padded; j += WORD) {
+    unsigned word = 0;
+#pragma GCC unroll 4
+    for (int part = 0; part < WORD; part += LANES) {
+      const Integers here = row(j + part), chosen = reaches(here, low);
+      const Integers candidate = here | (~chosen & largest);
+      least = candidate < least ? candidate : least;
+      word |= bits_of(chosen) << part;
+    }
+    mask[j / WORD] = word;
   }
   // Several may have the magnitude `low`, and not all of them fit: the last go.
   for (int j = padded - 1; at_low > kept; j--)
@@ -205,24 +221,27 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
   const int64_t padded = rounded_up(neurons), words = words_of(neurons);
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> active(padded), chosen(kept + LANES);
+    Aligned<float> active(padded), chosen_gates(kept + LANES), chosen_ups(kept + LANES);
     int32_t guess = FIRST_GUESS;
-    const auto save = [&](const T *from, const uint16_t *mask, T *to) {
-      compress_row(from, mask, neurons, chosen.data);
-      for (int64_t p = 0; p < kept; p += LANES) store_first(to + p, load(chosen.data + p), kept - p);
-    };
 #pragma omp for
     for (int64_t n = 0; n < rows; n++) {
       const T *g = gate + n * gate_stride, *u = up + n * up_stride;
       uint16_t *mask = masks + n * words;
       guess = activate_and_select(activation, g, neurons, kept, guess, active.data, mask);
       std::memcpy(threshold + n, &guess, sizeof(float));
-      for (int64_t j = 0; j < neurons; j += LANES) {
-        const Vector product = load(active.data + j) * load_first(u + j, neurons - j) * probs[n];
-        store_first(hidden + n * neurons + j, only(product, bits_at(mask, j)), neurons - j);
+      for (int64_t j = 0, at = 0; j < neurons; j += LANES) {
+        const unsigned bits = bits_at(mask, j);
+        const Vector of_up = load_first(u + j, neurons - j);
+        store_first(hidden + n * neurons + j, only(load(active.data + j) * of_up * probs[n], bits), neurons - j);
+        store(chosen_gates.data + at, compress(load_first(g + j, neurons - j), bits));
+        store(chosen_ups.data + at, compress(of_up, bits));
+        at += __builtin_popcount(bits);
       }
-      save(g, mask, gates + n * kept);
-      save(u, mask, ups + n * kept);
+      // Whole vectors may reach into the next row, which another thread writes.
+      for (int64_t p = 0; p < kept; p += LANES) {
+        store_first(gates + n * kept + p, load(chosen_gates.data + p), kept - p);
+        store_first(ups + n * kept + p, load(chosen_ups.data + p), kept - p);
+      }
     }
   }
 }
