@@ -6,8 +6,8 @@ The cost of a step is what its floating-point operations, the bytes that it move
 take at this machine's own speed, measured in the same turns: of a plain matrix product, of adding two long vectors, of an
 all-to-all between two processes. A step that grows as it should stays at the same multiple of its cost.
 
-Forward, backward, clipping and AdamW on random tokens, fp32. One option at a time leaves its place in the base; expert
-parallelism spreads the same experts and tokens over as many processes, all on these cores.
+Forward, backward, clipping and AdamW on random tokens, fp32. One option at a time leaves its place in the base (a list of
+one leaves its series out); expert parallelism spreads the same experts and tokens over as many processes on these cores.
 """
 
 import functools
@@ -42,7 +42,7 @@ class BenchmarkConfig:
     """Rows of the embedding."""
     experts: str = "skip"
     """compute.experts of all; the operations counted are those of this method."""
-    sequences: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
+    sequences: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
     """Sequences of a step: tokens over the model's length. The middle one is the base's."""
     num_experts: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
     """Experts of a layer."""
@@ -52,7 +52,7 @@ class BenchmarkConfig:
     """Layers."""
     expert_parallel: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     """Processes over which the experts are spread."""
-    rounds: int = 5
+    rounds: int = 4
     """Turns of each."""
     repeats: int = 2
     """Steps of a turn."""
@@ -84,13 +84,14 @@ def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
         return {"parallel.expert": processes, "training.micro_batch_size": sequences // processes}
 
     length = run().model.seq_length
-    return {
+    series = {
         "tokens": {n * length: run(**{"training.micro_batch_size": n}) for n in options.sequences},
         "experts": {n: run(**{"model.num_experts": n}) for n in options.num_experts},
         "neurons of an expert": {n: run(**{"model.moe_ffn_hidden_size": n}) for n in options.neurons},
         "layers": {n: run(**{"model.num_layers": n}) for n in options.layers},
         "expert-parallel processes": {n: run(**spread(n)) for n in options.expert_parallel},
     }
+    return {name: runs for name, runs in series.items() if len(runs) > 1}
 
 
 @dataclass(frozen=True)
@@ -201,21 +202,15 @@ def main(hydra_config: DictConfig) -> None:
     multiples = [point.multiple for points in found.values() for point in points]
     print(f"all: {statistics.median(multiples):.2f} [{min(multiples):.2f}, {max(multiples):.2f}] times the cost")
     if options.figure is not None:
-        draw(options.figure, found)
+        draw(options.figure, found, statistics.median(multiples))
         print(f"drawn: {options.figure}")
 
 
-def line_through(points: list[Point]) -> tuple[float, float, float]:
-    """Seconds at no cost, seconds per second of cost, and R^2 of the line."""
+def report(name: str, points: list[Point]) -> None:
+    """Print a series, and the line through its points."""
     x, y = [point.expected for point in points], [statistics.median(point.seconds) for point in points]
     slope, begin = np.polyfit(x, y, 1)
-    return float(begin), float(slope), float(np.corrcoef(x, y)[0, 1] ** 2)
-
-
-def report(name: str, points: list[Point]) -> None:
-    """Print a series."""
-    begin, slope, r_squared = line_through(points)
-    print(f"{name}: {1000 * begin:.0f} ms + {slope:.2f} x cost, R^2 {r_squared:.4f}")
+    print(f"{name}: {1000 * begin:.0f} ms + {slope:.2f} x cost, R^2 {np.corrcoef(x, y)[0, 1] ** 2:.4f}")
     for point in points:
         cost, times = point.cost, [1000 * seconds for seconds in point.seconds]
         print(f"  {point.size:6}  {cost.flops / 1e9:8.1f} GFLOP {cost.moved / 1e9:7.2f} GB moved ", end="")
@@ -223,29 +218,27 @@ def report(name: str, points: list[Point]) -> None:
         print(f"{statistics.median(times):7.0f} [{min(times):.0f}, {max(times):.0f}]   {point.multiple:.2f}", flush=True)
 
 
-def draw(path: Path, found: dict[str, list[Point]]) -> None:
-    """A panel a series: measured steps over what grows, and the line through their cost."""
+def draw(path: Path, found: dict[str, list[Point]], multiple: float) -> None:
+    """A panel a series: measured steps over what grows, and one multiple of their cost for all."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found), figsize=(3 * len(found), 3), layout="constrained")
-    for axes, (name, points) in zip(panels, found.items(), strict=True):
-        begin, slope, r_squared = line_through(points)
+    figure, panels = plt.subplots(1, len(found), figsize=(3 * len(found), 3), squeeze=False, layout="constrained")
+    for axes, (name, points) in zip(panels[0], found.items(), strict=True):
         x = [point.size for point in points]
         middle = np.array([statistics.median(point.seconds) for point in points])
         spread = [middle - [min(p.seconds) for p in points], [max(p.seconds) for p in points] - middle]
-        axes.plot(x, [begin + slope * point.expected for point in points], color="grey", label="cost model")
+        axes.plot(x, [multiple * point.expected for point in points], color="grey", label=f"{multiple:.2f} x cost")
         axes.errorbar(x, middle, np.maximum(spread, 0), color="black", fmt="o", markersize=4, label="measured")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(x, [str(size) for size in x])
         axes.set_xlabel(name)
-        axes.set_title(f"R² = {r_squared:.3f}", fontsize=9)
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("seconds of a step")
-    panels[0].legend(fontsize=8)
+    panels[0, 0].set_ylabel("seconds of a step")
+    panels[0, 0].legend(fontsize=8)
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

@@ -79,13 +79,17 @@ def _processor() -> str:
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
 
 
+# To ask for torch.Tensor takes many times as long.
+_PLAIN = (int, float, type(None))
+
+
 def _call(name: str, *arguments: Any) -> None:
     """Call a function of the library: tensors by address, None as null, int as int64, float as fp32; threads come last."""
     function = getattr(_library(), name)
     if function.argtypes is None:
         types = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
         function.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
-    plain = [argument.data_ptr() if isinstance(argument, torch.Tensor) else argument for argument in arguments]
+    plain = [argument if isinstance(argument, _PLAIN) else argument.data_ptr() for argument in arguments]
     function(*plain, torch.get_num_threads())
 
 
@@ -278,8 +282,7 @@ def decode(
     reaches it, in place of the k best.
     """
     (rows, width), (num_experts, neurons) = x_ND.shape, down_EHD.shape[:2]
-    out_ND = torch.empty(rows, width, dtype=x_ND.dtype)
-    masks_NW = torch.empty(rows, -(-neurons // WORD), dtype=torch.int16)
+    out_ND, masks_NW = x_ND.new_empty(rows, width), x_ND.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
     by_count, by_size = (k, 0.0) if threshold is None else (0, float(threshold))
     _call(
         f"decode_{_DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),

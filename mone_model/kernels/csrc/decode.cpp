@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 128;
+constexpr int64_t CHUNK = 256;
 
 // y = sum_p values[p] (x . up[list[p]]) down[list[p]], four neurons at a time. While one of the two weights is multiplied,
 // the other is on its way: no hardware guesses which rows come next.
