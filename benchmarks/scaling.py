@@ -23,7 +23,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.step import PRODUCT_FLOPS, build_product, compose, megatron_step, prepare, training_flops
-from benchmarks.turns import HYDRA, LOGGING, Run, take_turns
+from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
 from configs.console import reporting_errors, typed
 from data_prep.files import writing
 from mone_model.accounting import count_communication, estimate_memory
@@ -163,14 +163,14 @@ class Point:
 
     size: int
     cost: Cost
-    expected: float
-    """Seconds by the cost model, of the median round."""
+    expected: list[float]
+    """Seconds by the cost model, of each round."""
     seconds: list[float]
 
     @property
-    def multiple(self) -> float:
-        """How many times the cost it takes."""
-        return statistics.median(self.seconds) / self.expected
+    def multiples(self) -> list[float]:
+        """How many times the cost it takes, in each round."""
+        return [measured / expected for measured, expected in zip(self.seconds, self.expected, strict=True)]
 
 
 def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]:
@@ -183,9 +183,9 @@ def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]
     }
     processes = {str(size): config.parallel.expert for size, config in runs.items()} | {"exchange": 2}
     seconds = take_turns(steps | yardsticks, options.rounds, options.repeats, processes)
-    speeds = [statistics.median(seconds[name]) for name in yardsticks]
+    speeds = list(zip(*(seconds[name] for name in yardsticks), strict=True))
     costs = {size: cost_of(config) for size, config in runs.items()}
-    return [Point(size, cost, cost.seconds(*speeds), seconds[str(size)]) for size, cost in costs.items()]
+    return [Point(size, cost, [cost.seconds(*of) for of in speeds], seconds[str(size)]) for size, cost in costs.items()]
 
 
 @hydra.main(version_base="1.3", config_path=None, config_name="benchmark_scaling")
@@ -199,7 +199,7 @@ def main(hydra_config: DictConfig) -> None:
     for name, runs in series_of(options).items():
         found[name] = measure(runs, options)
         report(name, found[name])
-    multiples = [point.multiple for points in found.values() for point in points]
+    multiples = [statistics.median(point.multiples) for points in found.values() for point in points]
     print(f"all: {statistics.median(multiples):.2f} [{min(multiples):.2f}, {max(multiples):.2f}] times the cost")
     if options.figure is not None:
         draw(options.figure, found, statistics.median(multiples))
@@ -208,37 +208,41 @@ def main(hydra_config: DictConfig) -> None:
 
 def report(name: str, points: list[Point]) -> None:
     """Print a series, and the line through its points."""
-    x, y = [point.expected for point in points], [statistics.median(point.seconds) for point in points]
+    x = [statistics.median(point.expected) for point in points]
+    y = [statistics.median(point.seconds) for point in points]
     slope, begin = np.polyfit(x, y, 1)
     print(f"{name}: {1000 * begin:.0f} ms + {slope:.2f} x cost, R^2 {np.corrcoef(x, y)[0, 1] ** 2:.4f}")
-    for point in points:
-        cost, times = point.cost, [1000 * seconds for seconds in point.seconds]
-        print(f"  {point.size:6}  {cost.flops / 1e9:8.1f} GFLOP {cost.moved / 1e9:7.2f} GB moved ", end="")
-        print(f"{cost.sent / 1e6:7.1f} MB sent: {1000 * point.expected:7.0f} ms   measured ", end="")
-        print(f"{statistics.median(times):7.0f} [{min(times):.0f}, {max(times):.0f}]   {point.multiple:.2f}", flush=True)
+    for point, expected, measured in zip(points, x, y, strict=True):
+        cost = point.cost
+        print(f"  {point.size:6}  {cost.flops / 1e9:6.1f} GFLOP, {cost.moved / 1e9:5.2f} GB moved, ", end="")
+        print(f"{cost.sent / 1e6:5.1f} MB sent: {1000 * expected:6.0f} ms   measured {1000 * measured:6.0f}   ", end="")
+        print(f"measured / cost: {ratio(point.seconds, point.expected)}", flush=True)
 
 
 def draw(path: Path, found: dict[str, list[Point]], multiple: float) -> None:
-    """A panel a series: measured steps over what grows, and one multiple of their cost for all."""
+    """A panel a series: measured steps over what grows, with their spread, and one multiple of the cost for all."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found), figsize=(3 * len(found), 3), squeeze=False, layout="constrained")
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(2.6 * len(found), 3), sharey=True, squeeze=False, layout="constrained"
+    )
     for axes, (name, points) in zip(panels[0], found.items(), strict=True):
         x = [point.size for point in points]
-        middle = np.array([statistics.median(point.seconds) for point in points])
-        spread = [middle - [min(p.seconds) for p in points], [max(p.seconds) for p in points] - middle]
-        axes.plot(x, [multiple * point.expected for point in points], color="grey", label=f"{multiple:.2f} x cost")
-        axes.errorbar(x, middle, np.maximum(spread, 0), color="black", fmt="o", markersize=4, label="measured")
+        cost = np.array([statistics.median(point.expected) for point in points])
+        # In the machine's speed of the median round.
+        low, middle, high = (cost * [of(point.multiples) for point in points] for of in (min, statistics.median, max))
+        axes.plot(x, multiple * cost, color="grey", label=f"{multiple:.2f} x cost")
+        axes.errorbar(x, middle, [middle - low, high - middle], color="black", fmt="o", markersize=4, label="measured")
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+        axes.set_yscale("log")
         axes.set_xticks(x, [str(size) for size in x])
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("seconds of a step")
-    panels[0, 0].legend(fontsize=8)
+    panels[0, 0].legend(fontsize=8, loc="upper left")
     with writing(path) as temporary:
         figure.savefig(temporary, dpi=130)
 

@@ -16,12 +16,13 @@ def largest(actual: list[float], expected: list[float]) -> float:
     return max(abs(a - e) / abs(e) for a, e in zip(actual, expected, strict=True))
 
 
-def row(layout: str, processes: int, found: dict[str, Any], one: dict[str, Any]) -> str:
+def row(layout: str, processes: int, found: dict[str, Any]) -> str:
     """Largest relative differences over all cases of a layout."""
     cases = [
-        (found[f"{layout}/{case}"], one[f"one/{case}"]) for case in ("smooth/unmasked", "sparse/normalised", "sparse/masked")
+        (found[f"{layout}/{case}"], found[f"one/{case}"])
+        for case in ("smooth/unmasked", "sparse/normalised", "sparse/masked")
     ]
-    steps = [(found[f"{layout}/{kind}/steps"], one[f"one/{kind}/steps"]) for kind in ("smooth", "sparse")]
+    steps = [(found[f"{layout}/{kind}/steps"], found[f"one/{kind}/steps"]) for kind in ("smooth", "sparse")]
     gradients = max(
         ((a["gradients"][name] - g).norm() / g.norm()).item() for a, e in cases for name, g in e["gradients"].items()
     )
@@ -38,11 +39,10 @@ def main() -> None:
     print("| layout | processes | loss | gradient norm | each weight's gradient | auxiliary losses |")
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        one = run_cases(1, cases_of(1), Path(folder))
-        for processes, layouts in LAYOUTS.items():
-            found = run_cases(processes, cases_of(processes), Path(folder)) if processes > 1 else one
-            for layout in layouts if processes > 1 else ():
-                print(row(layout, processes, found, one), flush=True)
+        found = run_cases({processes: cases_of(processes) for processes in LAYOUTS}, Path(folder))
+    for processes, layouts in LAYOUTS.items():
+        for layout in layouts if processes > 1 else ():
+            print(row(layout, processes, found))
 
 
 if __name__ == "__main__":

@@ -96,10 +96,7 @@ def results(folder: Path) -> dict[str, Any]:
     cases[2]["later ZeRO 3, loaded"] = case_of(2, {"parallel": EP2}, run_steps=0, load=str(later))
     for name, (processes, options) in UNINTERRUPTED.items():
         cases[processes][f"uninterrupted {name}"] = case_of(processes, options, run_steps=2 * STEPS)
-    collected: dict[str, Any] = {}
-    for processes, of_processes in cases.items():
-        collected |= run_cases(processes, of_processes, folder)
-    return collected
+    return run_cases(cases, folder)
 
 
 @pytest.mark.parametrize(("saved", "name"), [(saved, name) for (_, saved, _, _), name in zip(LOADED, NAMES, strict=True)])

@@ -118,11 +118,7 @@ def disturbed_cases() -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What every case computed."""
-    folder = tmp_path_factory.mktemp("engines")
-    collected: dict[str, dict[str, Any]] = {}
-    for processes in SETTINGS:
-        collected |= run_cases(processes, cases_of(processes), folder)
-    return collected
+    return run_cases({processes: cases_of(processes) for processes in SETTINGS}, tmp_path_factory.mktemp("engines"))
 
 
 def assert_equal_training(actual: dict[str, Any], expected: dict[str, Any], relative: float = 1e-5) -> None:

@@ -72,7 +72,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 **options,
                 "parallel": parallel,
                 "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001},
-                "run_steps": 10 if kind == "smooth" else 3,
+                "run_steps": 5 if kind == "smooth" else 3,
             }
         if layout in ("one", "pp2", "tp2_pp2_vpp2"):
             cases[f"{layout}/tied_embeddings"] = {
@@ -107,9 +107,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every case of every layout."""
-    folder = tmp_path_factory.mktemp("layouts")
-    found = [run_cases(processes, cases_of(processes), folder) for processes in LAYOUTS]
-    return {name: result for results in found for name, result in results.items()}
+    return run_cases({processes: cases_of(processes) for processes in LAYOUTS}, tmp_path_factory.mktemp("layouts"))
 
 
 NAMES = [layout for layouts in LAYOUTS.values() for layout in layouts if layout != "one"]

@@ -1,7 +1,7 @@
-"""Runs many cases in one set of processes and writes what each computed.
+"""Runs many cases on real processes and writes what each computed.
 
-results = run_cases(2, {"dp2": {}, "ep2": {"parallel": {"expert": 2}}}, folder)      # from a test
-torchrun --nproc-per-node 2 -m tests.distributed.worker cases.json results.pt        # what that starts
+results = run_cases({1: {"one": {}}, 2: {"dp2": {}, "ep2": {"parallel": {"expert": 2}}}}, folder)      # from a test
+python -m tests.distributed.worker cases.json results.pt                                               # what that starts
 """
 
 import contextlib
@@ -10,7 +10,9 @@ import functools
 import itertools
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -42,7 +44,7 @@ from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine
 from train.guards import StepGuard
 from train.recorder import auxiliary_loss_names
-from train.runtime import Runtime, distributed, rendezvous, set_seeds
+from train.runtime import Runtime, distributed, set_seeds
 
 
 def sequence(index: int, length: int) -> Batch:
@@ -67,18 +69,17 @@ def batches(config: RunConfig, repeat: bool) -> Iterator[Batch]:
         first += 0 if repeat else micro * size
 
 
-def run_cases(processes: int, cases: dict[str, dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """What every case computed, by real processes over gloo."""
-    asked, computed = folder / f"{processes}.json", folder / f"{processes}.pt"
+def run_cases(cases: dict[int, dict[str, dict[str, Any]]], folder: Path) -> dict[str, Any]:
+    """What every case computed, over gloo; by the number of processes and by name, all names being different."""
+    asked, computed = folder / "cases.json", folder / "results.pt"
     asked.write_text(json.dumps(cases))
     run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        + ["-m", "tests.distributed.worker", str(asked), str(computed)],
+        [sys.executable, "-m", "tests.distributed.worker", str(asked), str(computed)],
         cwd=Path(__file__).parent.parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr[-5000:]
     results: dict[str, Any] = torch.load(computed)
@@ -342,19 +343,15 @@ TIED_K = 5
 
 
 def main() -> None:
-    """Run the cases of each layout in a forked process: its groups, of three threads each, do not end before it does."""
-    cases = json.loads(Path(sys.argv[1]).read_text())
-    if any(case.get("engine") == "deepspeed" for case in cases.values()):
+    """Run the cases of each layout in forked processes: they need not import anew, and groups do not end before they do."""
+    cases = {int(processes): of_them for processes, of_them in json.loads(Path(sys.argv[1]).read_text()).items()}
+    parts = {name: Path(f"{sys.argv[2]}.{index}") for index, name in enumerate(itertools.chain(*cases.values()))}
+    if any(case.get("engine") == "deepspeed" for of_them in cases.values() for case in of_them.values()):
         import deepspeed  # noqa: F401  takes seconds, and each process would do it anew
-    for number, (_, alike) in enumerate(itertools.groupby(enumerate(cases), lambda item: layout_of(cases[item[1]]))):
-        items = [(index, name, cases[name]) for index, name in alike]
-        child = multiprocessing.get_context("fork").Process(target=run_and_write, args=(number, items))
-        child.start()
-        child.join()
-        if child.exitcode != 0:
-            sys.exit(f"{[name for _, name, _ in items]}: failed with code {child.exitcode}")
-    if os.environ["RANK"] == "0":
-        torch.save({name: torch.load(part(index)) for index, name in enumerate(cases)}, sys.argv[2])
+    for processes, of_them in cases.items():
+        for _, alike in itertools.groupby(of_them.items(), lambda item: layout_of(item[1])):
+            run_in_processes(processes, {name: (case, parts[name]) for name, case in alike})
+    torch.save({name: torch.load(part) for name, part in parts.items()}, sys.argv[2])
 
 
 def layout_of(case: dict[str, Any]) -> list[Any]:
@@ -364,22 +361,42 @@ def layout_of(case: dict[str, Any]) -> list[Any]:
     return [getattr(parallel, degree) for degree in degrees]
 
 
-def run_and_write(number: int, items: list[tuple[int, str, dict[str, Any]]]) -> None:
-    """The cases of one layout, from their groups to their results on disk."""
-    store = dist.PrefixStore(str(number), rendezvous())
-    with distributed(config_of(items[0][2]).parallel, seed=1, timeout_minutes=2, store=store) as runtime:
-        for index, name, case in items:
+Items = dict[str, tuple[dict[str, Any], Path]]
+
+
+def run_in_processes(count: int, items: Items) -> None:
+    """The cases of one layout by so many processes; ends this process if one of them fails."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_and_write, args=(rank, count, port, items)) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    running: dict[Any, Any] = {process.sentinel: process for process in ranks}
+    while running:
+        for sentinel in multiprocessing.connection.wait(list(running)):
+            ended = running.pop(sentinel)
+            ended.join()
+            if ended.exitcode != 0:
+                for process in running.values():
+                    process.kill()
+                sys.exit(f"{list(items)}: a process ended with code {ended.exitcode}")
+
+
+def run_and_write(rank: int, count: int, port: int, items: Items) -> None:
+    """One rank of the cases of one layout, from their groups to their results on disk."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}, MASTER_ADDR="localhost")
+    (first, _), *_ = items.values()
+    with distributed(config_of(first).parallel, seed=1, timeout_minutes=2) as runtime:
+        for name, (case, part) in items.items():
             try:
                 result = run_case(case, runtime)
             except Exception as error:
                 raise RuntimeError(f"case {name}") from error
             if runtime.is_main:
-                torch.save(result, part(index))
-
-
-def part(index: int) -> Path:
-    """The file with the results of one case."""
-    return Path(f"{sys.argv[2]}.{index}")
+                torch.save(result, part)
 
 
 if __name__ == "__main__":
