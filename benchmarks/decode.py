@@ -46,7 +46,7 @@ class BenchmarkConfig:
     """fp32 or bf16: weights and activations."""
     rounds: int = 9
     """Turns of each."""
-    repeats: int = 100
+    repeats: int = 300
     """Tokens of a turn."""
 
 

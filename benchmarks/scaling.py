@@ -22,7 +22,7 @@ import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from benchmarks.step import PRODUCT_FLOPS, build_product, compose, megatron_step, prepare, training_flops
+from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compose, megatron_step, prepare, training_flops
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
 from configs.console import reporting_errors, typed
 from data_prep.files import writing
@@ -121,11 +121,10 @@ def cost_of(config: RunConfig) -> Cost:
     described = config.model, config.parallel, config.compute
     memory = estimate_memory(*described, micro_batch_size=size, data_parallel_size=processes)
     sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
-    skipped = "left when dropped neurons are skipped" if config.compute.experts == "skip" else "of the dense model"
     # Of the optimizer's bytes half are a number for each of its weights.
     moved = 7 * memory.weights + 10 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
     return Cost(
-        flops=training_flops(config.model)[skipped] * tokens,
+        flops=training_flops(config.model)[SKIPPED if config.compute.experts == "skip" else DENSE] * tokens,
         moved=processes * moved,
         sent=processes * sum(part.bytes for part in sent.values()),
     )

@@ -242,6 +242,7 @@ def main(hydra_config: DictConfig) -> None:
         return functools.partial(build, *arguments, **more)
 
     config = run_config(options, shared=True)
+    models = {"ours": config.model, "ours, no shared expert": run_config(options, shared=False).model}
     tokens = config.training.micro_batch_size * config.model.seq_length
     print(f"{options.model}, activation_ratio={options.activation_ratio}, {tokens} tokens a step, ", end="")
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds of {options.repeats} steps")
@@ -261,11 +262,15 @@ def main(hydra_config: DictConfig) -> None:
             options.repeats,
         )
         print("Theirs with our matrix products and use of memory:" if with_ours else "Theirs as they are:")
-        report(seconds, config.model, tokens)
+        report(seconds, models, tokens)
 
 
-def report(seconds: dict[str, list[float]], model: ModelConfig, tokens: int) -> None:
-    """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product."""
+def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], tokens: int) -> None:
+    """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product.
+
+    "bound": the same ratio if ours did nothing but the operations left when dropped neurons are skipped, as fast as the
+    plain product.
+    """
     for name, times in seconds.items():
         print(f"  {name:24} {1000 * statistics.median(times):8.0f} ms", end="")
         if name == "matrix product":
@@ -274,8 +279,10 @@ def report(seconds: dict[str, list[float]], model: ModelConfig, tokens: int) -> 
             print()
         else:
             side = "ours" if name == "Megatron-Core" else "ours, no shared expert"
-            print(f"   ours / it: {ratio(seconds[side], times)}")
-    for name, per_token in training_flops(model).items():
+            owed = training_flops(models[side])[SKIPPED] * tokens / PRODUCT_FLOPS
+            bound = ratio([owed * product for product in seconds["matrix product"]], times)
+            print(f"   ours / it: {ratio(seconds[side], times)}   bound: {bound}")
+    for name, per_token in training_flops(models["ours"]).items():
         rates = zip(seconds["ours"], seconds["matrix product"], strict=True)
         share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
         print(f"  FLOP/s {name} / those of the matrix product: {statistics.median(share):.2f}", end="")
@@ -287,7 +294,10 @@ def training_flops(model: ModelConfig) -> dict[str, int]:
     dense = 3 * count_flops(model).dense
     product = 2 * model.hidden_size * model.router_topk * model.num_layers
     neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
-    return {"of the dense model": dense, "left when dropped neurons are skipped": dense - 8 * product * (neurons - kept)}
+    return {DENSE: dense, SKIPPED: dense - 8 * product * (neurons - kept)}
+
+
+DENSE, SKIPPED = "of the dense model", "left when dropped neurons are skipped"
 
 
 if __name__ == "__main__":

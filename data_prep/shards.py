@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import numpy as np
 
@@ -182,7 +183,13 @@ def dtype_of(vocab_size: int) -> str:
 
 def megatron_indexed_dataset() -> Any:
     """Megatron-Core's module of the format: imported late, which takes seconds, and without its warnings."""
-    with warnings.catch_warnings(action="ignore"):
+    import torch
+
+    def leave(function: Any = None, **options: Any) -> Any:
+        return leave if function is None else function
+
+    # With it come Megatron-Core's layers; to prepare the compilation of some takes as long again, and nothing here runs one.
+    with warnings.catch_warnings(action="ignore"), mock.patch.object(torch, "compile", leave):
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 

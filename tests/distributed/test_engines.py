@@ -9,7 +9,7 @@ import torch
 from tests.distributed.test_layouts import LOSSES, SMOOTH, SPARSE
 from tests.distributed.worker import run_cases
 
-STEPS = 20
+STEPS = 12
 # With all neurons kept the normalised form of NG-LBL is constant. The others bend where a gate is 0, and a gate that
 # rounding puts on the other side changes the loss for good, between layouts of one engine too: a few steps must do there.
 ALL_LOSSES = SMOOTH | LOSSES | {"neuron_balance_coeff": 0.01, "num_layers": 2}
@@ -53,7 +53,7 @@ DISTURBED: dict[str, dict[str, Any]] = {
 
 
 def case_of(layout: str, processes: int, micro_batches: int, **more: Any) -> dict[str, Any]:
-    """20 steps of some micro-batches, of four sequences over all ranks."""
+    """Steps of some micro-batches, of four sequences over all ranks."""
     training = {"micro_batch_size": 4 // processes, "global_batch_size": 4 * micro_batches}
     return {"parallel": PARALLEL[layout], "training": training, "model": ALL_LOSSES, "run_steps": STEPS} | more
 
