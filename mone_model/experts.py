@@ -19,7 +19,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
-from mone_model.expert_methods import GEMMS, expert_gemm_loop
+from mone_model.expert_methods import GEMMS
 from mone_model.kernels import cpu
 from mone_model.loss_record import LossRecord
 from mone_model.neuron_balance import neuron_balance_loss, sum_by_expert
@@ -90,14 +90,15 @@ class NeuronExperts(MegatronModule):
         observing = self.training and torch.is_grad_enabled()
         counting, balancing = observing and self.counting_neurons, observing and self.balance_coeff > 0
         if self.method == "skip" and self.threshold is None:
-            kept = cpu.experts(x_ND, *weights, probs_N, tokens_E, k, self.activation, counting=counting or balancing)
+            kept = cpu.experts(
+                x_ND, *weights, probs_N, tokens_E, k, self.activation, counting=counting or balancing, with_gates=balancing
+            )
             output_ND, load_EH = kept.out_ND, kept.counts_E2H[:, 0]
             if counting:
                 self._count(tokens_E, kept.threshold_N, load_EH, kept.counts_E2H[:, 1])
             if balancing:
                 # The loss sees dropped neurons too, and sends them gradients.
-                gate_NH = expert_gemm_loop(x_ND, self.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
-                active_NH, mask_NH = self.config.activation_func(gate_NH), unpack(kept.masks_NW, self.num_neurons)
+                active_NH, mask_NH = self.config.activation_func(kept.gate_NH), unpack(kept.masks_NW, self.num_neurons)
                 output_ND = self._attach_balance_loss(output_ND, active_NH, mask_NH, load_EH.float(), tokens_E)
             return output_ND, None
         gemm = GEMMS["loop" if self.method == "skip" else self.method]

@@ -145,6 +145,8 @@ class Kept(NamedTuple):
     """[E, 2, H] float64: in how many rows each neuron was kept, and the sum of its |gate|; zeros unless counting."""
     threshold_N: torch.Tensor
     """[N] the smallest |gate| kept."""
+    gate_NH: torch.Tensor
+    """[N, H] the gates before their activation, of dropped neurons too, differentiable; [0, H] unless with_gates."""
 
 
 def experts(
@@ -157,17 +159,19 @@ def experts(
     activation: str,
     *,
     counting: bool,
+    with_gates: bool = False,
 ) -> Kept:
     """The experts of a layer: up, down and all products of the backward pass only where neurons are kept.
 
     All inputs fp32, x sorted by expert. The backward pass keeps the k gates and ups of each row and which they are:
-    8 k + H/8 bytes.
+    8 k + H/8 bytes. with_gates: for losses that see dropped neurons too.
     """
     offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
-    out_ND, masks_NW, _, _, counts_E2H, threshold_N = torch.ops.mone.experts(
-        x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets, k, ACTIVATIONS.index(activation), counting
-    )
-    return Kept(out_ND, masks_NW, counts_E2H, threshold_N)
+    out_ND, masks_NW, _, _, counts_E2H, threshold_N, gate_NH = torch.ops.mone.experts(
+        x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets,
+        k, ACTIVATIONS.index(activation), counting, with_gates,
+    )  # fmt: skip
+    return Kept(out_ND, masks_NW, counts_E2H, threshold_N, gate_NH)
 
 
 @torch.library.custom_op("mone::experts", mutates_args=(), device_types="cpu")
@@ -180,14 +184,16 @@ def _experts(
     k: int,
     activation: int,
     counting: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    out, masks, gates, ups, counts, threshold = _experts_like(x, gate_up, down, probs, offsets, k, activation, counting)
+    with_gates: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    outputs = _experts_like(x, gate_up, down, probs, offsets, k, activation, counting, with_gates)
+    out, masks, gates, ups, counts, threshold, all_gates = outputs
     sizes = (len(x), len(down), x.size(1), down.size(1), k)
     _call(
         "experts_forward", *sizes, offsets, activation, x, gate_up, down, probs,
-        out, masks, gates, ups, threshold, counts if counting else None,
+        out, masks, gates, ups, threshold, counts if counting else None, all_gates if with_gates else None,
     )  # fmt: skip
-    return out, masks, gates, ups, counts, threshold
+    return outputs
 
 
 @_experts.register_fake
@@ -200,7 +206,8 @@ def _experts_like(
     k: int,
     activation: int,
     counting: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    with_gates: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, (num_experts, neurons) = len(x), down.shape[:2]
     return (
         torch.empty_like(x),
@@ -209,12 +216,14 @@ def _experts_like(
         x.new_empty(rows, k),
         x.new_zeros(num_experts, 2, neurons, dtype=torch.float64),
         x.new_empty(rows),
+        x.new_empty(rows if with_gates else 0, neurons),
     )
 
 
 @torch.library.custom_op("mone::experts_backward", mutates_args=(), device_types="cpu")
 def _experts_backward(
     dy: torch.Tensor,
+    dgate: torch.Tensor | None,
     x: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
@@ -231,26 +240,34 @@ def _experts_backward(
         "experts_backward", *sizes, offsets, activation, dy, x, gate_up, down, probs, masks, gates, ups,
         dx, dprobs, dgate_up, ddown,
     )  # fmt: skip
+    if dgate is not None:
+        bounds = offsets.tolist()
+        for expert, rows in enumerate(map(slice, bounds, bounds[1:])):
+            dx[rows] += dgate[rows] @ gate_up[expert, 0]
+            dgate_up[expert, 0] += dgate[rows].T @ x[rows]
     return dx, dgate_up, ddown, dprobs
 
 
 @_experts_backward.register_fake
-def _(dy: Any, x: Any, gate_up: Any, down: Any, probs: Any, *_: Any) -> tuple[torch.Tensor, ...]:
+def _(dy: Any, dgate: Any, x: Any, gate_up: Any, down: Any, probs: Any, *_: Any) -> tuple[torch.Tensor, ...]:
     return tuple(torch.empty_like(tensor) for tensor in (x, gate_up, down, probs))
 
 
 def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, gate_up, down, probs, offsets, _, ctx.activation, _ = inputs
-    _, masks, gates, ups, counts, threshold = output
-    ctx.mark_non_differentiable(masks, gates, ups, counts, threshold)
+    x, gate_up, down, probs, offsets, _, ctx.activation, _, with_gates = inputs
+    _, masks, gates, ups, counts, threshold, all_gates = output
+    ctx.mark_non_differentiable(masks, gates, ups, counts, threshold, *(() if with_gates else (all_gates,)))
     ctx.save_for_backward(x, gate_up, down, probs, offsets, masks, gates, ups)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 8
-    return (*torch.ops.mone.experts_backward(dy.contiguous(), *ctx.saved_tensors, ctx.activation), None, None, None, None)
+def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> tuple[torch.Tensor | None, ...]:
+    dgate, x = others[-1], ctx.saved_tensors[0]
+    if dy is None and dgate is None:
+        return (None,) * 9
+    dy = torch.zeros_like(x) if dy is None else dy.contiguous()
+    gradients = torch.ops.mone.experts_backward(dy, dgate, *ctx.saved_tensors, ctx.activation)
+    return (*gradients, None, None, None, None, None)
 
 
 _experts.register_autograd(_differentiate_experts, setup_context=_save_for_experts)

@@ -132,7 +132,8 @@ def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: i
 def test_skipping_is_a_proper_operator_of_torch() -> None:
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((7, 16), (3, 2, 24, 16), (3, 24, 16), (7,))]
     offsets = torch.tensor([0, 2, 2, 7])
-    torch.library.opcheck(torch.ops.mone.experts.default, (*leaves, offsets, 5, 0, True))
+    for counting, with_gates in ((True, False), (False, True)):
+        torch.library.opcheck(torch.ops.mone.experts.default, (*leaves, offsets, 5, 0, counting, with_gates))
 
 
 def test_ratio_one_equals_megatron_cores_own_experts() -> None:

@@ -184,11 +184,11 @@ extern "C" {
 
 // Outputs [N, D], and what the backward pass needs: masks [N, words], and of the neurons kept the gates before their
 // activation and the ups, [N, K]. threshold: [N] the smallest |gate| kept. counts: [E, 2, H] in how many of an expert's rows
-// each neuron was kept, and the sum of its |gate|; or null.
+// each neuron was kept, and the sum of its |gate|; or null. all_gates: [N, H] before their activation, or null.
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
                      int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs,
                      float *out, uint16_t *masks, float *gates, float *ups, float *threshold, double *counts,
-                     int64_t threads) {
+                     float *all_gates, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of, BLOCK);
   const int64_t padded = rounded_up(neurons), words = words_of(neurons);
@@ -222,6 +222,8 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
           }
       }
       std::copy(chosen_gates.data, chosen_gates.data + count * kept, gates + first * kept);
+      for (int64_t n = 0; all_gates && n < count; n++)
+        std::copy(gate.data + n * padded, gate.data + n * padded + neurons, all_gates + (first + n) * neurons);
       lists.read(of, block_masks, count);
       dots_of_block(of, rows_of_x, of.up_of(e), count, lists, block_ups);
       for (int64_t n = 0; n < count; n++)
