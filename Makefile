@@ -35,7 +35,7 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 	    output=$(DATA)/shards/$$source workers=2 || exit 1; \
 	done
 
-test: .venv/installed  ## all tests, 19 to 28 minutes on two cores
+test: .venv/installed  ## all tests, under 25 minutes on two cores
 	$(BIN)/python -m pytest
 
 lint: .venv/installed
