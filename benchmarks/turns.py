@@ -7,12 +7,13 @@ print(ratio(seconds["ours"], seconds["theirs"]))       # 0.61 [0.58, 0.64]
 import functools
 import multiprocessing
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from configs.console import ReportedError
 
@@ -40,7 +41,7 @@ def take_turns(
     try:
         for name, build in contenders.items():
             workers[name] = []
-            for environment in _environments((processes or {}).get(name, 1)):
+            for environment in torchrun_environments((processes or {}).get(name, 1)):
                 here, there = spawn.Pipe()
                 process = spawn.Process(target=_work, args=(build, there, repeats, environment), daemon=True)
                 workers[name].append((process, here))
@@ -56,32 +57,26 @@ def take_turns(
     return seconds
 
 
-def _environments(count: int) -> list[dict[str, str]]:
+def torchrun_environments(count: int) -> list[dict[str, str]]:
     """What torchrun would tell each of so many processes; nothing to a single one."""
     if count == 1:
         return [{}]
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": get_free_port()}
     return [{name: str(value) for name, value in (common | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(count)]
 
 
 def _ask(name: str, members: list[tuple[Any, Connection]]) -> float:
     """Let a contender take its turn: its seconds; ReportedError if it died."""
-    seconds = []
-    for start in (True, False):
-        for process, connection in members:
-            try:
-                if start:
-                    connection.send("run")
-                else:
-                    seconds.append(connection.recv())
-            except (EOFError, OSError) as error:
-                process.join()
-                died = f"its process died with exit code {process.exitcode}"
-                raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
-    return max(seconds)
+    try:
+        for _, connection in members:
+            connection.send("run")
+        return max([connection.recv() for _, connection in members])
+    except (EOFError, OSError) as error:
+        ended = wait([process.sentinel for process, _ in members])
+        dead = next(process for process, _ in members if process.sentinel in ended)
+        dead.join()
+        died = f"its process died with exit code {dead.exitcode}"
+        raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
 
 
 def _work(build: functools.partial[Run], connection: Connection, repeats: int, environment: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -27,6 +26,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
+from benchmarks.turns import torchrun_environments
 from mone_model.accounting import estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import moe_layers
@@ -366,11 +366,8 @@ Items = dict[str, tuple[dict[str, Any], Path]]
 
 def run_in_processes(count: int, items: Items) -> None:
     """The cases of one layout by so many processes; ends this process if one of them fails."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=run_and_write, args=(rank, count, port, items)) for rank in range(count)]
+    ranks = [fork.Process(target=run_and_write, args=(place, items)) for place in torchrun_environments(count)]
     for process in ranks:
         process.start()
     running: dict[Any, Any] = {process.sentinel: process for process in ranks}
@@ -384,10 +381,9 @@ def run_in_processes(count: int, items: Items) -> None:
                 sys.exit(f"{list(items)}: a process ended with code {ended.exitcode}")
 
 
-def run_and_write(rank: int, count: int, port: int, items: Items) -> None:
-    """One rank of the cases of one layout, from their groups to their results on disk."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()}, MASTER_ADDR="localhost")
+def run_and_write(place: dict[str, str], items: Items) -> None:
+    """One rank, by its environment, of the cases of one layout, from their groups to their results on disk."""
+    os.environ.update(place)
     (first, _), *_ = items.values()
     with distributed(config_of(first).parallel, seed=1, timeout_minutes=2) as runtime:
         for name, (case, part) in items.items():

@@ -50,9 +50,7 @@ void add_kept(const float *x, const T *up, const T *down, int64_t width, const u
 
 // The neurons of a chunk whose magnitude reaches the threshold.
 void mark_by_threshold(const float *active, int64_t neurons, float threshold, uint16_t *mask) {
-  for (int64_t j = 0; j < neurons; j += LANES) {
-    put_bits(mask, j, bits_of(magnitude(load(active + j)) >= all(threshold)));
-  }
+  mark(rounded_up(neurons), mask, [&](int j) { return magnitude(load(active + j)) >= all(threshold); });
   if (neurons % WORD != 0) mask[neurons / WORD] &= (1 << neurons % WORD) - 1;
 }
 

@@ -14,11 +14,6 @@ inline int words_of(int neurons) { return (neurons + WORD - 1) / WORD; }
 
 // The bits of the vector that begins at neuron j.
 inline unsigned bits_at(const uint16_t *mask, int j) { return mask[j / WORD] >> j % WORD & ((1u << LANES) - 1); }
-// Write them, those of a row in ascending order.
-inline void put_bits(uint16_t *mask, int j, unsigned bits) {
-  uint16_t &word = mask[j / WORD];
-  word = j % WORD == 0 ? bits : word | bits << j % WORD;
-}
 
 inline unsigned bits_of(Integers condition) {
 #if defined(__AVX512DQ__)
@@ -30,6 +25,17 @@ inline unsigned bits_of(Integers condition) {
   for (int i = 0; i < LANES; i++) bits |= (condition[i] & 1) << i;
   return bits;
 #endif
+}
+
+// Fill whole words of a mask: chosen(j) says which neurons of the vector that begins at j are.
+template <class F>
+inline void mark(int padded, uint16_t *mask, F chosen) {
+  for (int j = 0; j < padded; j += WORD) {
+    unsigned word = 0;
+#pragma GCC unroll 4
+    for (int part = 0; part < WORD; part += LANES) word |= bits_of(chosen(j + part)) << part;
+    mask[j / WORD] = word;
+  }
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -163,17 +169,11 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
   }
   const Integers largest = all(std::numeric_limits<int32_t>::max());
   Integers least = largest;
-  for (int j = 0; j < padded; j += WORD) {
-    unsigned word = 0;
-#pragma GCC unroll 4
-    for (int part = 0; part < WORD; part += LANES) {
-      const Integers here = row(j + part), chosen = reaches(here, low);
-      const Integers candidate = here | (~chosen & largest);
-      least = candidate < least ? candidate : least;
-      word |= bits_of(chosen) << part;
-    }
-    mask[j / WORD] = word;
-  }
+  mark(padded, mask, [&](int j) {
+    const Integers here = row(j), chosen = reaches(here, low), candidate = here | (~chosen & largest);
+    least = candidate < least ? candidate : least;
+    return chosen;
+  });
   // Several may have the magnitude `low`, and not all of them fit: the last go.
   for (int j = padded - 1; at_low > kept; j--)
     if (row(j / LANES * LANES)[j % LANES] == low) mask[j / WORD] &= ~(1 << j % WORD), at_low--;
