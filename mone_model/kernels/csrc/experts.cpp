@@ -268,18 +268,19 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
       dots_of_block(of, dy + first * width, of.down_of(e), count, lists, h.data);
       for (int64_t n = 0; n < count; n++) {
         const float *g = gates + (first + n) * kept, *u = ups + (first + n) * kept;
-        Vector dprob{};
-        for (int64_t p = 0; p < kept; p += LANES) {
-          const int here = std::min<int64_t>(LANES, kept - p);
-          const int64_t at = n * kept + p;
-          const Gradients of_these = differentiate(activation, load_first(h.data + at, here), load_first(g + p, here),
-                                                   load_first(u + p, here), probs[first + n]);
-          dprob += of_these.prob;
-          store_first(dg.data + at, of_these.gate, here);
-          store_first(du.data + at, of_these.up, here);
-          store_first(h.data + at, of_these.hidden, here);
-        }
-        dprobs[first + n] = total(dprob);
+        float *hidden_row = h.data + n * kept, *dgate_row = dg.data + n * kept, *dup_row = du.data + n * kept;
+        dprobs[first + n] = dispatch(activation, [=, prob = probs[first + n]](auto function) {
+          Vector dprob{};
+          each_vector(kept, [=, &dprob](int64_t p, auto here) {
+            const Gradients of_these = differentiate(function, load_first(hidden_row + p, here), load_first(g + p, here),
+                                                     load_first(u + p, here), prob);
+            dprob += of_these.prob;
+            store_first(dgate_row + p, of_these.gate, here);
+            store_first(dup_row + p, of_these.up, here);
+            store_first(hidden_row + p, of_these.hidden, here);
+          });
+          return total(dprob);
+        });
       }
       sums_of_block(of, dg.data, of.gate_of(e), count, lists, dx + first * width, false);
       sums_of_block(of, du.data, of.up_of(e), count, lists, dx + first * width, true);

@@ -13,7 +13,10 @@ namespace {
 inline int words_of(int neurons) { return (neurons + WORD - 1) / WORD; }
 
 // The bits of the vector that begins at neuron j.
-inline unsigned bits_at(const uint16_t *mask, int j) { return mask[j / WORD] >> j % WORD & ((1u << LANES) - 1); }
+inline unsigned bits_at(const uint16_t *mask, size_t j) {
+  if (LANES == 8) return reinterpret_cast<const uint8_t *>(mask)[j / 8];  // little-endian
+  return mask[j / WORD] >> j % WORD & ((1u << LANES) - 1);
+}
 
 inline unsigned bits_of(Integers condition) {
 #if defined(__AVX512DQ__)
@@ -39,20 +42,21 @@ inline void mark(int padded, uint16_t *mask, F chosen) {
 }
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
-// By the bits of a vector: the lanes that are set, one after another, and for each lane how many of them come before it.
+// By the bits of a vector: the lanes that are set, one after another; and for each lane how many of them come before it,
+// negative if it is set.
 struct Places {
   uint8_t of_set[256][8] = {}, before[256][8] = {};
   constexpr Places() {
     for (int bits = 0; bits < 256; bits++)
       for (int lane = 0, set = 0; lane < 8; lane++) {
-        before[bits][lane] = set;
+        before[bits][lane] = set | (bits >> lane & 1) << 7;
         if (bits >> lane & 1) of_set[bits][set++] = lane;
       }
   }
 };
 constexpr Places PLACES;
-inline Vector permute(Vector value, const uint8_t *places) {
-  return _mm256_permutevar8x32_ps(value, _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(places))));
+inline __m256i extended(const uint8_t *places) {
+  return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(places)));
 }
 #endif
 
@@ -61,7 +65,7 @@ inline Vector compress(Vector value, unsigned bits) {
 #if defined(__AVX512F__)
   return _mm512_maskz_compress_ps(bits, value);
 #elif defined(__AVX2__)
-  return permute(value, PLACES.of_set[bits]);
+  return _mm256_permutevar8x32_ps(value, extended(PLACES.of_set[bits]));
 #else
   Vector packed{};
   for (int i = 0, to = 0; i < LANES; i++)
@@ -74,6 +78,8 @@ inline Vector compress(Vector value, unsigned bits) {
 inline Vector only(Vector value, unsigned bits) {
 #ifdef __AVX512F__
   return _mm512_maskz_mov_ps(bits, value);
+#elif defined(__AVX2__)
+  return _mm256_blendv_ps(Vector{}, value, _mm256_castsi256_ps(extended(PLACES.before[bits])));
 #else
   constexpr int32_t bit_of_lane[] = {1, 2, 4, 8, 16, 32, 64, 128};
   Integers bit;
@@ -87,7 +93,7 @@ inline Vector expand(Vector value, unsigned bits) {
 #if defined(__AVX512F__)
   return _mm512_maskz_expand_ps(bits, value);
 #elif defined(__AVX2__)
-  return only(permute(value, PLACES.before[bits]), bits);
+  return only(_mm256_permutevar8x32_ps(value, extended(PLACES.before[bits])), bits);
 #else
   Vector spread{};
   for (int i = 0, from = 0; i < LANES; i++)
@@ -99,11 +105,11 @@ inline Vector expand(Vector value, unsigned bits) {
 // The chosen of a row, one after another; `to` has room for a vector more.
 template <class T>
 void compress_row(const T *row, const uint16_t *mask, int neurons, float *to) {
-  for (int j = 0; j < neurons; j += LANES) {
+  each_vector(neurons, [=](int64_t j, auto count) mutable {
     const unsigned bits = bits_at(mask, j);
-    store(to, compress(load_first(row + j, neurons - j), bits));
+    store(to, compress(load_first(row + j, count), bits));
     to += __builtin_popcount(bits);
-  }
+  });
 }
 
 // The indices of the chosen, ascending; `list` has room for a vector more.
@@ -126,6 +132,12 @@ inline int total(Integers value) {
   for (int i = 1; i < LANES; i++) sum += value[i];
   return sum;
 #endif
+}
+inline int32_t smallest(Integers value) {
+  value = held(value);  // or the caller's would live in memory, for the sake of its indices
+  int32_t result = value[0];
+  for (int i = 1; i < LANES; i++) result = std::min(result, value[i]);
+  return result;
 }
 inline float total(Vector value) { return add_up(value, Vector{}, Vector{}, Vector{})[0]; }
 
@@ -177,9 +189,7 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
   // Several may have the magnitude `low`, and not all of them fit: the last go.
   for (int j = padded - 1; at_low > kept; j--)
     if (row(j / LANES * LANES)[j % LANES] == low) mask[j / WORD] &= ~(1 << j % WORD), at_low--;
-  int32_t result = least[0];
-  for (int i = 1; i < LANES; i++) result = std::min(result, least[i]);
-  return result;
+  return smallest(least);
 }
 
 constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of the row before
@@ -188,19 +198,17 @@ constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of
 struct Gradients {
   Vector hidden, gate, up, prob;
 };
-inline Gradients differentiate(int activation, Vector dhidden, Vector gate, Vector up, float prob) {
-  return dispatch(activation, [&](auto function) {
-    const Vector value = function.value(gate);
-    return Gradients{value * up * prob, dhidden * up * prob * function.slope(gate), dhidden * value * prob,
-                     dhidden * value * up};
-  });
+template <class Activation>
+inline Gradients differentiate(Activation function, Vector dhidden, Vector gate, Vector up, float prob) {
+  const Vector value = function.value(gate);
+  return {value * up * prob, dhidden * up * prob * function.slope(gate), dhidden * value * prob, dhidden * value * up};
 }
 
 // active = act(gate) for a row or a part of it, filled up with zeros to whole words; may be done in place.
 template <class T>
 void activate(int activation, const T *gate, int neurons, float *active) {
   dispatch(activation, [&](auto function) {
-    for (int j = 0; j < neurons; j += LANES) store(active + j, function.value(load_first(gate + j, neurons - j)));
+    each_vector(neurons, [=](int64_t j, auto count) { store(active + j, function.value(load_first(gate + j, count))); });
   });
   // Sigmoid(0) is not 0.
   std::fill(active + neurons, active + rounded_up(neurons), 0.0f);
@@ -229,19 +237,22 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
       uint16_t *mask = masks + n * words;
       guess = activate_and_select(activation, g, neurons, kept, guess, active.data, mask);
       std::memcpy(threshold + n, &guess, sizeof(float));
-      for (int64_t j = 0, at = 0; j < neurons; j += LANES) {
+      each_vector(neurons, [=, prob = probs[n], from = active.data, to = hidden + n * neurons, to_gates = chosen_gates.data,
+                            to_ups = chosen_ups.data](int64_t j, auto count) mutable {
         const unsigned bits = bits_at(mask, j);
-        const Vector of_up = load_first(u + j, neurons - j);
-        store_first(hidden + n * neurons + j, only(load(active.data + j) * of_up * probs[n], bits), neurons - j);
-        store(chosen_gates.data + at, compress(load_first(g + j, neurons - j), bits));
-        store(chosen_ups.data + at, compress(of_up, bits));
-        at += __builtin_popcount(bits);
-      }
+        const Vector of_up = load_first(u + j, count);
+        // Memory idles while the next row is selected.
+        if (j % WORD == 0) __builtin_prefetch(g + gate_stride + j, 0, 2), __builtin_prefetch(u + up_stride + j, 0, 2);
+        store_first(to + j, only(load(from + j) * of_up * prob, bits), count);
+        store(to_gates, compress(load_first(g + j, count), bits));
+        store(to_ups, compress(of_up, bits));
+        to_gates += __builtin_popcount(bits), to_ups += __builtin_popcount(bits);
+      });
       // Whole vectors may reach into the next row, which another thread writes.
-      for (int64_t p = 0; p < kept; p += LANES) {
-        store_first(gates + n * kept + p, load(chosen_gates.data + p), kept - p);
-        store_first(ups + n * kept + p, load(chosen_ups.data + p), kept - p);
-      }
+      each_vector(kept, [=, from_gates = chosen_gates.data, from_ups = chosen_ups.data](int64_t p, auto count) {
+        store_first(gates + n * kept + p, load(from_gates + p), count);
+        store_first(ups + n * kept + p, load(from_ups + p), count);
+      });
     }
   }
 }
@@ -258,22 +269,24 @@ void select_and_gate_backward(int64_t rows, int64_t neurons, int64_t kept, int a
     for (int64_t n = 0; n < rows; n++) {
       const uint16_t *mask = masks + n * words;
       compress_row(dhidden + n * neurons, mask, neurons, dh.data);
-      Vector dprob{};
-      for (int64_t p = 0; p < kept; p += LANES) {
-        const Gradients of = differentiate(activation, load(dh.data + p), load_first(gates + n * kept + p, kept - p),
-                                           load_first(ups + n * kept + p, kept - p), probs[n]);
-        dprob += of.prob;
-        store(dg.data + p, of.gate);
-        store(du.data + p, of.up);
-      }
-      dprobs[n] = total(dprob);
-      const float *from_gate = dg.data, *from_up = du.data;
-      for (int64_t j = 0; j < neurons; j += LANES) {
+      dprobs[n] = dispatch(activation, [&](auto function) {
+        Vector dprob{};
+        for (int64_t p = 0; p < kept; p += LANES) {
+          const Gradients of = differentiate(function, load(dh.data + p), load_first(gates + n * kept + p, kept - p),
+                                             load_first(ups + n * kept + p, kept - p), probs[n]);
+          dprob += of.prob;
+          store(dg.data + p, of.gate);
+          store(du.data + p, of.up);
+        }
+        return total(dprob);
+      });
+      each_vector(neurons, [=, from_gate = dg.data, from_up = du.data, to_gate = dgate + n * neurons,
+                            to_up = dup + n * neurons](int64_t j, auto count) mutable {
         const unsigned bits = bits_at(mask, j);
-        store_first(dgate + n * neurons + j, expand(load(from_gate), bits), neurons - j);
-        store_first(dup + n * neurons + j, expand(load(from_up), bits), neurons - j);
+        store_first(to_gate + j, expand(load(from_gate), bits), count);
+        store_first(to_up + j, expand(load(from_up), bits), count);
         from_gate += __builtin_popcount(bits), from_up += __builtin_popcount(bits);
-      }
+      });
     }
   }
 }

@@ -31,8 +31,9 @@ typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 
 inline Vector load(const float *from) { return *reinterpret_cast<const Unaligned *>(from); }
 inline void store(float *to, Vector value) { *reinterpret_cast<Unaligned *>(to) = value; }
-// Keeps the compiler from loading it again for each use.
-inline Vector held(Vector value) {
+// Keeps the compiler from loading it again for each use, and from keeping it in memory.
+template <class V>
+inline V held(V value) {
 #ifdef __AVX__
   asm("" : "+v"(value));
 #endif
@@ -177,6 +178,14 @@ inline void store_first(T *to, Vector value, int64_t count) {
   T filled[LANES];
   store(filled, value);
   std::memcpy(to, filled, count * sizeof(T));
+}
+
+// f(j, count) for each vector of a row; only the last may have fewer lanes, and the compiler knows.
+template <class F>
+inline void each_vector(int64_t size, F f) {
+  int64_t j = 0;
+  for (; j + LANES <= size; j += LANES) f(j, std::integral_constant<int64_t, LANES>());
+  if (j < size) f(j, size - j);
 }
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
