@@ -12,11 +12,11 @@ It is the only file that knows. Processes started by `spawn` install it when the
 import contextlib
 import functools
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -30,19 +30,38 @@ def install() -> None:
     if torch.cuda.is_available() or getattr(torch.cuda, "_mone_on_cpu", False):
         return
     torch.cuda._mone_on_cpu = True  # type: ignore[attr-defined]
-    # Megatron-Core's jit_fuser is torch.compile: it would compile dozens of tiny functions on first use.
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.config.disable = True
-    else:
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     _redirect_devices()
     _replace_streams()
     _redirect_random_state()
     _complete_gloo()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _leaner_imports():
         # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
         warnings.simplefilter("ignore", UserWarning)
         _patch_megatron()
+
+
+@contextlib.contextmanager
+def _leaner_imports() -> Iterator[None]:
+    """Import Megatron-Core without what takes a quarter of its time and serves nothing here.
+
+    torch.compile, by which it would fuse dozens of tiny functions on first use, and W&B, for its timers and inference.
+    """
+    if "megatron.core" in sys.modules:
+        torch._dynamo.config.disable = True  # too late: they are wrapped, and wait for their first use
+        yield
+        return
+
+    def leave(function: Any = None, **options: Any) -> Any:
+        return leave if function is None else function
+
+    others = {name: module for name, module in sys.modules.items() if name == "wandb"}
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        with mock.patch.object(torch, "compile", leave):
+            yield
+    finally:
+        del sys.modules["wandb"]
+        sys.modules.update(others)
 
 
 class _Stream:

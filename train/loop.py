@@ -7,6 +7,7 @@ reason = trainer.train()
 
 import contextlib
 import functools
+import gc
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -64,12 +65,17 @@ class Trainer:
 
         Raises Diverged when too many steps were dropped, DataError when a shard changed, SaveFailed for the last checkpoint.
         """
+        # Megatron-Core collects garbage in each save: what was made up to here lives as long as the run.
+        gc.collect()
+        gc.freeze()
         try:
             return self._train()
         except (Diverged, DataError):
             # Every rank raises them after the same step; a checkpoint that is being written is from before.
             self.finish_saving(wait=True)
             raise
+        finally:
+            gc.unfreeze()
 
     def _train(self) -> StopReason:
         config, logging, steps = self.config, self.config.logging, self.config.training.steps

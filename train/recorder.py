@@ -22,7 +22,6 @@ from mone_model.accounting import count_flops
 from mone_model.gpt import moe_layers
 from mone_model.loss_record import LossRecord, reduce_losses
 from mone_model.neuron_stats import NeuronUsage, reduce_counters, summarise_experts, summarise_neurons
-from train import figures
 from train.config import RunConfig
 from train.engines.base import StepResult
 from train.metrics import MetricsWriter, format_line
@@ -146,6 +145,8 @@ class Recorder:
         """Draw the losses and finish the files."""
         if self.writer is None:
             return
+        from train import figures  # half a second that every rank would spend at its start
+
         path = self.folder / "figures/loss.png"
         with self._without_room():
             figures.draw_losses(path, read_metrics(self.folder), unigram_entropy)
@@ -183,6 +184,8 @@ class Recorder:
 
     def _draw_usage(self, step: int, usage: NeuronUsage) -> None:
         assert self.writer is not None
+        from train import figures
+
         load, use = self.folder / "figures/expert_load.png", self.folder / "figures/neuron_use.png"
         with self._without_room():
             figures.draw_expert_load(load, usage, step)

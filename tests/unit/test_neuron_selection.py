@@ -156,6 +156,19 @@ def test_gating_is_a_proper_operator_of_torch() -> None:
         select_and_gate(gate_NH, up_NH, probs_N, 41)
 
 
+def test_gating_compiles_in_one_piece() -> None:
+    inputs = [torch.randn(shape, requires_grad=True) for shape in ((4, 40), (4, 40), (4,))]
+
+    def gate_and_square(gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor) -> torch.Tensor:
+        return select_and_gate(gate_NH, up_NH, probs_N, 10).hidden_NH.square()
+
+    compiled = torch.compile(gate_and_square, backend="aot_eager", fullgraph=True)
+    ours, right = compiled(*inputs).sum(), gate_and_square(*inputs).sum()
+    assert torch.equal(ours, right)
+    for gradient, expected in zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(right, inputs), strict=True):
+        assert torch.equal(gradient, expected)
+
+
 @given(st.lists(st.lists(st.booleans(), min_size=37, max_size=37), min_size=1, max_size=4))
 def test_masks_are_packed_and_unpacked(rows: list[list[bool]]) -> None:
     mask_NH = torch.tensor(rows)
