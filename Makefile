@@ -36,7 +36,7 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 	done
 
 test: .venv/installed  ## all tests, under 25 minutes on two cores
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 lint: .venv/installed
 	$(BIN)/ruff check .
