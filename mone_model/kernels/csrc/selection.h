@@ -229,7 +229,7 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
   const int64_t padded = rounded_up(neurons), words = words_of(neurons);
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> active(padded), chosen_gates(kept + LANES), chosen_ups(kept + LANES);
+    Aligned<float> active(padded);
     int32_t guess = FIRST_GUESS;
 #pragma omp for
     for (int64_t n = 0; n < rows; n++) {
@@ -237,21 +237,18 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
       uint16_t *mask = masks + n * words;
       guess = activate_and_select(activation, g, neurons, kept, guess, active.data, mask);
       std::memcpy(threshold + n, &guess, sizeof(float));
-      each_vector(neurons, [=, prob = probs[n], from = active.data, to = hidden + n * neurons, to_gates = chosen_gates.data,
-                            to_ups = chosen_ups.data](int64_t j, auto count) mutable {
+      each_vector(neurons, [=, prob = probs[n], from = active.data, to = hidden + n * neurons, to_gates = gates + n * kept,
+                            to_ups = ups + n * kept, left = kept](int64_t j, auto count) mutable {
         const unsigned bits = bits_at(mask, j);
         const Vector of_up = load_first(u + j, count);
         // Memory idles while the next row is selected.
         if (j % WORD == 0) __builtin_prefetch(g + gate_stride + j, 0, 2), __builtin_prefetch(u + up_stride + j, 0, 2);
         store_first(to + j, only(load(from + j) * of_up * prob, bits), count);
-        store(to_gates, compress(load_first(g + j, count), bits));
-        store(to_ups, compress(of_up, bits));
-        to_gates += __builtin_popcount(bits), to_ups += __builtin_popcount(bits);
-      });
-      // Whole vectors may reach into the next row, which another thread writes.
-      each_vector(kept, [=, from_gates = chosen_gates.data, from_ups = chosen_ups.data](int64_t p, auto count) {
-        store_first(gates + n * kept + p, load(from_gates + p), count);
-        store_first(ups + n * kept + p, load(from_ups + p), count);
+        // Whole vectors would reach into the next row, which another thread writes.
+        store_first(to_gates, compress(load_first(g + j, count), bits), left);
+        store_first(to_ups, compress(of_up, bits), left);
+        const int here = __builtin_popcount(bits);
+        to_gates += here, to_ups += here, left -= here;
       });
     }
   }
