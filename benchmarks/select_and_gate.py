@@ -34,9 +34,9 @@ class BenchmarkConfig:
     """Shares of neurons kept."""
     dtype: str = "fp32"
     """fp32 or bf16."""
-    rounds: int = 9
+    rounds: int = 7
     """Turns of each."""
-    repeats: int = 10
+    repeats: int = 40
     """Passes of a turn."""
 
 
