@@ -54,6 +54,7 @@ def take_turns(
     finally:
         for process, _ in (member for members in workers.values() for member in members):
             process.kill()
+            process.join()  # its memory is needed by those who come next
     return seconds
 
 
