@@ -54,14 +54,15 @@ def _leaner_imports() -> Iterator[None]:
     def leave(function: Any = None, **options: Any) -> Any:
         return leave if function is None else function
 
-    others = {name: module for name, module in sys.modules.items() if name == "wandb"}
-    sys.modules["wandb"] = None  # type: ignore[assignment]
+    hidden = "wandb" not in sys.modules
+    if hidden:
+        sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         with mock.patch.object(torch, "compile", leave):
             yield
     finally:
-        del sys.modules["wandb"]
-        sys.modules.update(others)
+        if hidden:
+            del sys.modules["wandb"]
 
 
 class _Stream:
