@@ -267,20 +267,9 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
       lists.read(of, masks + first * words_of(neurons), count);
       dots_of_block(of, dy + first * width, of.down_of(e), count, lists, h.data);
       for (int64_t n = 0; n < count; n++) {
-        const float *g = gates + (first + n) * kept, *u = ups + (first + n) * kept;
-        float *hidden_row = h.data + n * kept, *dgate_row = dg.data + n * kept, *dup_row = du.data + n * kept;
-        dprobs[first + n] = dispatch(activation, [=, prob = probs[first + n]](auto function) {
-          Vector dprob{};
-          each_vector(kept, [=, &dprob](int64_t p, auto here) {
-            const Gradients of_these = differentiate(function, load_first(hidden_row + p, here), load_first(g + p, here),
-                                                     load_first(u + p, here), prob);
-            dprob += of_these.prob;
-            store_first(dgate_row + p, of_these.gate, here);
-            store_first(dup_row + p, of_these.up, here);
-            store_first(hidden_row + p, of_these.hidden, here);
-          });
-          return total(dprob);
-        });
+        const int64_t at = n * kept, row = first + n;
+        dprobs[row] = differentiate(activation, kept, probs[row], h.data + at, gates + row * kept, ups + row * kept,
+                                    dg.data + at, du.data + at);
       }
       sums_of_block(of, dg.data, of.gate_of(e), count, lists, dx + first * width, false);
       sums_of_block(of, du.data, of.up_of(e), count, lists, dx + first * width, true);

@@ -194,14 +194,23 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
 
 constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of the row before
 
-// hidden = act(gate) * up * prob, and the gradients of its factors.
-struct Gradients {
-  Vector hidden, gate, up, prob;
-};
-template <class Activation>
-inline Gradients differentiate(Activation function, Vector dhidden, Vector gate, Vector up, float prob) {
-  const Vector value = function.value(gate);
-  return {value * up * prob, dhidden * up * prob * function.slope(gate), dhidden * value * prob, dhidden * value * up};
+// Of the neurons that a row keeps, hidden = act(gate) * up * prob in place of its gradient, and the gradients of the factors;
+// returned is that of prob.
+template <class T>
+float differentiate(int activation, int64_t kept, float prob, float *hidden, const T *gates, const T *ups, float *dgates,
+                    float *dups) {
+  return dispatch(activation, [=](auto function) {
+    Vector dprob{};
+    each_vector(kept, [=, &dprob](int64_t p, auto count) {
+      const Vector dhidden = load_first(hidden + p, count), gate = load_first(gates + p, count);
+      const Vector up = load_first(ups + p, count), value = function.value(gate);
+      dprob += dhidden * value * up;
+      store_first(dgates + p, dhidden * up * prob * function.slope(gate), count);
+      store_first(dups + p, dhidden * value * prob, count);
+      store_first(hidden + p, value * up * prob, count);
+    });
+    return total(dprob);
+  });
 }
 
 // active = act(gate) for a row or a part of it, filled up with zeros to whole words; may be done in place.
@@ -266,17 +275,7 @@ void select_and_gate_backward(int64_t rows, int64_t neurons, int64_t kept, int a
     for (int64_t n = 0; n < rows; n++) {
       const uint16_t *mask = masks + n * words;
       compress_row(dhidden + n * neurons, mask, neurons, dh.data);
-      dprobs[n] = dispatch(activation, [&](auto function) {
-        Vector dprob{};
-        for (int64_t p = 0; p < kept; p += LANES) {
-          const Gradients of = differentiate(function, load(dh.data + p), load_first(gates + n * kept + p, kept - p),
-                                             load_first(ups + n * kept + p, kept - p), probs[n]);
-          dprob += of.prob;
-          store(dg.data + p, of.gate);
-          store(du.data + p, of.up);
-        }
-        return total(dprob);
-      });
+      dprobs[n] = differentiate(activation, kept, probs[n], dh.data, gates + n * kept, ups + n * kept, dg.data, du.data);
       each_vector(neurons, [=, from_gate = dg.data, from_up = du.data, to_gate = dgate + n * neurons,
                             to_up = dup + n * neurons](int64_t j, auto count) mutable {
         const unsigned bits = bits_at(mask, j);
