@@ -321,6 +321,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         recompute = {"recompute_granularity": "selective", "recompute_modules": list(compute.recompute_modules)}
     elif compute.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    exchanging = parallel.expert * parallel.expert_tensor > 1 or model.expert_capacity_factor is not None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -351,7 +352,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         moe_router_bias_update_rate=model.expert_bias_update_rate,
         moe_expert_capacity_factor=model.expert_capacity_factor,
         moe_router_dtype="fp32",
-        moe_token_dispatcher_type=compute.token_dispatcher,
+        # alltoall sorts the rows of several ranks by expert, and copies them all where there is but one.
+        moe_token_dispatcher_type=compute.token_dispatcher if exchanging else "allgather",
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,

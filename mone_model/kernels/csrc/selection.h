@@ -102,14 +102,16 @@ inline Vector expand(Vector value, unsigned bits) {
 #endif
 }
 
-// The chosen of a row, one after another; `to` has room for a vector more.
+// The chosen of a row, one after another, and how many they are; `to` has room for a vector more.
 template <class T>
-void compress_row(const T *row, const uint16_t *mask, int neurons, float *to) {
-  each_vector(neurons, [=](int64_t j, auto count) mutable {
+int64_t compress_row(const T *row, const uint16_t *mask, int neurons, float *to) {
+  float *const first = to;
+  each_vector(neurons, [=, &to](int64_t j, auto count) {
     const unsigned bits = bits_at(mask, j);
     store(to, compress(load_first(row + j, count), bits));
     to += __builtin_popcount(bits);
   });
+  return to - first;
 }
 
 // The indices of the chosen, ascending; `list` has room for a vector more.
@@ -214,22 +216,20 @@ float differentiate(int activation, int64_t kept, float prob, float *hidden, con
 }
 
 // active = act(gate) for a row or a part of it, filled up with zeros to whole words; may be done in place.
-template <class T>
-void activate(int activation, const T *gate, int neurons, float *active) {
+// meanwhile(j): what else to do at every word.
+template <class T, class F>
+void activate(int activation, const T *gate, int neurons, float *active, F meanwhile) {
   dispatch(activation, [&](auto function) {
-    each_vector(neurons, [=](int64_t j, auto count) { store(active + j, function.value(load_first(gate + j, count))); });
+    each_vector(neurons, [=](int64_t j, auto count) {
+      if (j % WORD == 0) meanwhile(j);
+      store(active + j, function.value(load_first(gate + j, count)));
+    });
   });
   // Sigmoid(0) is not 0.
   std::fill(active + neurons, active + rounded_up(neurons), 0.0f);
 }
 
-// Activate a row of gates and mark those kept; active: room for whole words.
-template <class T>
-int32_t activate_and_select(int activation, const T *gate, int neurons, int kept, int32_t guess, float *active,
-                            uint16_t *mask) {
-  activate(activation, gate, neurons, active);
-  return select(active, neurons, kept, guess, mask);
-}
+constexpr auto nothing = [](int64_t) {};
 
 template <class T>
 void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation, const T *gate, int64_t gate_stride,
@@ -243,14 +243,19 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
 #pragma omp for
     for (int64_t n = 0; n < rows; n++) {
       const T *g = gate + n * gate_stride, *u = up + n * up_stride;
+      T *to = hidden + n * neurons, *to_gates = gates + n * kept, *to_ups = ups + n * kept;
       uint16_t *mask = masks + n * words;
-      guess = activate_and_select(activation, g, neurons, kept, guess, active.data, mask);
+      // Memory would idle until the row is selected: it fetches what will be written.
+      activate(activation, g, neurons, active.data, [=](int64_t j) {
+        __builtin_prefetch(to + j, 1, 2);
+        if (j < kept) __builtin_prefetch(to_gates + j, 1, 2), __builtin_prefetch(to_ups + j, 1, 2);
+      });
+      guess = select(active.data, neurons, kept, guess, mask);
       std::memcpy(threshold + n, &guess, sizeof(float));
-      each_vector(neurons, [=, prob = probs[n], from = active.data, to = hidden + n * neurons, to_gates = gates + n * kept,
-                            to_ups = ups + n * kept, left = kept](int64_t j, auto count) mutable {
+      each_vector(neurons, [=, prob = probs[n], from = active.data, left = kept](int64_t j, auto count) mutable {
         const unsigned bits = bits_at(mask, j);
         const Vector of_up = load_first(u + j, count);
-        // Memory idles while the next row is selected.
+        // And the next row.
         if (j % WORD == 0) __builtin_prefetch(g + gate_stride + j, 0, 2), __builtin_prefetch(u + up_stride + j, 0, 2);
         store_first(to + j, only(load(from + j) * of_up * prob, bits), count);
         // Whole vectors would reach into the next row, which another thread writes.
@@ -267,22 +272,30 @@ template <class T>
 void select_and_gate_backward(int64_t rows, int64_t neurons, int64_t kept, int activation, const T *dhidden,
                               const uint16_t *masks, const T *gates, const T *ups, const float *probs, T *dgate, T *dup,
                               float *dprobs, int threads) {
+  // A part of a row at a time: reading, computing and writing whole rows would hardly overlap.
+  constexpr int64_t PART = 256;
   const int64_t words = words_of(neurons);
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> dh(kept + LANES), dg(kept + LANES), du(kept + LANES);
+    Aligned<float> dh(PART + LANES), dg(PART + LANES), du(PART + LANES);
 #pragma omp for
     for (int64_t n = 0; n < rows; n++) {
-      const uint16_t *mask = masks + n * words;
-      compress_row(dhidden + n * neurons, mask, neurons, dh.data);
-      dprobs[n] = differentiate(activation, kept, probs[n], dh.data, gates + n * kept, ups + n * kept, dg.data, du.data);
-      each_vector(neurons, [=, from_gate = dg.data, from_up = du.data, to_gate = dgate + n * neurons,
-                            to_up = dup + n * neurons](int64_t j, auto count) mutable {
-        const unsigned bits = bits_at(mask, j);
-        store_first(to_gate + j, expand(load(from_gate), bits), count);
-        store_first(to_up + j, expand(load(from_up), bits), count);
-        from_gate += __builtin_popcount(bits), from_up += __builtin_popcount(bits);
-      });
+      const T *of_gates = gates + n * kept, *of_ups = ups + n * kept;
+      float dprob = 0;
+      for (int64_t first = 0; first < neurons; first += PART) {
+        const int64_t size = std::min(PART, neurons - first), at = n * neurons + first;
+        const uint16_t *mask = masks + n * words + first / WORD;
+        const int64_t here = compress_row(dhidden + at, mask, size, dh.data);
+        dprob += differentiate(activation, here, probs[n], dh.data, of_gates, of_ups, dg.data, du.data);
+        of_gates += here, of_ups += here;
+        each_vector(size, [=, from_gate = dg.data, from_up = du.data](int64_t j, auto count) mutable {
+          const unsigned bits = bits_at(mask, j);
+          store_first(dgate + at + j, expand(load(from_gate), bits), count);
+          store_first(dup + at + j, expand(load(from_up), bits), count);
+          from_gate += __builtin_popcount(bits), from_up += __builtin_popcount(bits);
+        });
+      }
+      dprobs[n] = dprob;
     }
   }
 }
