@@ -9,6 +9,9 @@ with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's 
 capacity factor 1: it drops tokens). The last two have no shared expert, and beside them ours has none.
 
 Then theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
+
+"bound" is the least that any experts could reach: ours without its MoE layers, as measured, and no more of those than the
+operations left when dropped neurons are skipped, at the speed of the plain product.
 """
 
 import contextlib
@@ -95,11 +98,15 @@ def prepare(*, with_ours: bool) -> None:
         runtime.keep_freed_memory = lambda: None
 
 
-def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_ours: bool) -> Run:
-    """A step of our engine; stock: on Megatron-Core's own layers and experts."""
+def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_ours: bool, moe: bool = True) -> Run:
+    """A step of our engine; stock: on Megatron-Core's own layers and experts; moe=False: MoE layers do nothing."""
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
     from train.engines import megatron
 
     prepare(with_ours=with_ours)
+    if not moe:
+        MoELayer.forward = lambda self, hidden, *_, **__: (hidden, None)
     build = build_stock if stock else megatron.build_gpt
     with mock.patch.object(megatron, "build_gpt", build):
         return megatron_step(run_config(options, shared=shared))
@@ -253,6 +260,7 @@ def main(hydra_config: DictConfig) -> None:
             {
                 "ours": of(ours, shared=True),
                 "ours, no shared expert": of(ours, shared=False),
+                "ours, no MoE layers": of(ours, shared=False, moe=False),
                 "Megatron-Core": of(build_megatron, options, shared=True, stock=True, with_ours=with_ours),
                 "transformers": of(build_transformers, options, with_ours=with_ours),
                 "DeepSpeed MoE": of(build_deepspeed, options, with_ours=with_ours),
@@ -266,11 +274,8 @@ def main(hydra_config: DictConfig) -> None:
 
 
 def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], tokens: int) -> None:
-    """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product.
-
-    "bound": the same ratio if ours did nothing but the operations left when dropped neurons are skipped, as fast as the
-    plain product.
-    """
+    """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product."""
+    rest, product = seconds["ours, no MoE layers"], seconds["matrix product"]
     for name, times in seconds.items():
         print(f"  {name:24} {1000 * statistics.median(times):8.0f} ms", end="")
         if name == "matrix product":
@@ -279,22 +284,27 @@ def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], toke
             print()
         else:
             side = "ours" if name == "Megatron-Core" else "ours, no shared expert"
-            owed = training_flops(models[side])[SKIPPED] * tokens / PRODUCT_FLOPS
-            bound = ratio([owed * product for product in seconds["matrix product"]], times)
-            print(f"   ours / it: {ratio(seconds[side], times)}   bound: {bound}")
+            owed = moe_flops(models[side]) * tokens / PRODUCT_FLOPS
+            bound = [besides + owed * alone for besides, alone in zip(rest, product, strict=True)]
+            print(f"   ours / it: {ratio(seconds[side], times)}   bound: {ratio(bound, times)}")
     for name, per_token in training_flops(models["ours"]).items():
-        rates = zip(seconds["ours"], seconds["matrix product"], strict=True)
+        rates = zip(seconds["ours"], product, strict=True)
         share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
         print(f"  FLOP/s {name} / those of the matrix product: {statistics.median(share):.2f}", end="")
         print(f" [{min(share):.2f}, {max(share):.2f}]")
 
 
 def training_flops(model: ModelConfig) -> dict[str, int]:
-    """Per token: of the dense model, and without products of dropped neurons: of an expert's nine, one is always dense."""
+    """Per token: of the dense model, and without products of dropped neurons."""
     dense = 3 * count_flops(model).dense
-    product = 2 * model.hidden_size * model.router_topk * model.num_layers
-    neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
-    return {DENSE: dense, SKIPPED: dense - 8 * product * (neurons - kept)}
+    return {DENSE: dense, SKIPPED: dense - moe_flops(model, skipping=False) + moe_flops(model)}
+
+
+def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
+    """Per token, of the neurons of all MoE layers: one product of the nine of an expert is always dense."""
+    kept = model.active_neurons if skipping else model.moe_ffn_hidden_size
+    routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * kept)
+    return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)
 
 
 DENSE, SKIPPED = "of the dense model", "left when dropped neurons are skipped"

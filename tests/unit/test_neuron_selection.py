@@ -100,7 +100,7 @@ def assert_gated_as_the_reference(
 @settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    neurons=st.integers(1, 300),
+    neurons=st.integers(1, 600),
     kept=st.floats(0, 1),
     values=st.sampled_from([1, 3, 100]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
