@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
+from mone_model.kernels import cpu_layers
+
 _CPU = torch.device("cpu")
 
 
@@ -221,6 +223,7 @@ def _complete_gloo() -> None:
 def _patch_megatron() -> None:
     """Replace the functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  warns of Apex at import
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
@@ -236,6 +239,23 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
+
+    rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
+
+    def rotate(
+        x: torch.Tensor,
+        angles: torch.Tensor,
+        rotary_interleaved: bool = False,
+        *args: Any,
+        mscale: float = 1.0,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        plain = not (rotary_interleaved or args or kwargs.get("multi_latent_attention")) and mscale == 1.0
+        if plain and angles.numel() == len(x) * x.size(-1) and cpu_layers.usable(x):
+            return cpu_layers.rotate(x, angles)
+        return rotate_by_torch(x, angles, rotary_interleaved, *args, mscale=mscale, **kwargs)
+
+    rope_utils._apply_rotary_pos_emb_bshd = rotate
 
     # Gloo copies all gradients and all weights there and back even where a rank is alone with them.
     coalescing = buffers._coalescing_manager

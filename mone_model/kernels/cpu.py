@@ -1,6 +1,6 @@
 """CPU kernels: selection fused with what surrounds it, and experts that compute only what is kept.
 
-    if cpu.available():                                        # compiled at first use, for this machine, and cached
+    if cpu.available():
         kept = cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, k, "silu", counting=True)
 
 The sources are csrc/*; their reference is `mone_model.neuron_selection` and `mone_model.experts` in torch's own operations.
@@ -8,89 +8,15 @@ Shapes: N rows sorted by expert, E experts, D width, H neurons, K kept, W = ceil
 j // 16 is neuron j.
 """
 
-import ctypes
-import functools
-import hashlib
-import os
-import platform
-import sys
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-SOURCES = Path(__file__).parent / "csrc"
-# No -ffast-math: the exponential relies on the order of its additions.
-FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"]
-FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
+from mone_model.kernels.cpu_library import available, call
+
 # In the order of `dispatch` in csrc/vectors.h.
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
 WORD = 16
-
-
-@functools.cache
-def available() -> bool:
-    """Whether the kernels can be used here; says once why not."""
-    try:
-        _library()
-    except Exception as error:  # whatever a compiler or a linker may have to say
-        reason = str(error).strip().splitlines()[0]
-        print(
-            f"CPU kernels: not built ({reason}); torch's own operations serve, slower. A C++ compiler helps.",
-            file=sys.stderr,
-        )
-        return False
-    return True
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The compiled sources, from the cache if they were compiled for this very processor before."""
-    from torch.utils import cpp_extension
-
-    sources = sorted(SOURCES.iterdir())
-    built_from = "".join([*FLAGS, _processor(), *(source.read_text() for source in sources)])
-    folder = Path(cpp_extension.get_default_build_root()) / "mone"
-    path = folder / f"cpu-{hashlib.sha256(built_from.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        # Not in place: the lock of torch's own cache outlives a build that is killed, and then all wait for ever.
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            cpp_extension.load(
-                "mone_cpu",
-                [str(source) for source in sources if source.suffix == ".cpp"],
-                extra_cflags=FLAGS,
-                extra_ldflags=["-fopenmp"],
-                build_directory=temporary,
-                is_python_module=False,
-                with_cuda=False,
-            )
-            os.replace(next(Path(temporary).glob("*.so")), path)
-    return ctypes.CDLL(str(path))
-
-
-def _processor() -> str:
-    """What -native depends on: a home folder may be shared by several kinds of machines."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
-
-
-# To ask for torch.Tensor takes many times as long.
-_PLAIN = (int, float, type(None))
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Call a function of the library: tensors by address, None as null, int as int64, float as fp32; threads come last."""
-    function = getattr(_library(), name)
-    if function.argtypes is None:
-        types = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
-        function.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
-    plain = [argument if isinstance(argument, _PLAIN) else argument.data_ptr() for argument in arguments]
-    function(*plain, torch.get_num_threads())
 
 
 def select_and_gate(
@@ -102,7 +28,7 @@ def select_and_gate(
     hidden = gate.new_empty(rows, neurons)
     masks = gate.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
     gates, ups, threshold = gate.new_empty(rows, k), gate.new_empty(rows, k), gate.new_empty(rows, dtype=torch.float32)
-    _call(
+    call(
         f"select_and_gate_{_DTYPES[gate.dtype]}", rows, neurons, k, ACTIVATIONS.index(activation), gate, gate.stride(0),
         up, up.stride(0), probs.float().contiguous(), hidden, masks, gates, ups, threshold,
     )  # fmt: skip
@@ -115,7 +41,7 @@ def select_and_gate_backward(
     """Its gradients: of gate, up and probs."""
     dhidden = dhidden.contiguous()
     dgate, dup, dprobs = torch.empty_like(dhidden), torch.empty_like(dhidden), torch.empty_like(probs, dtype=torch.float32)
-    _call(
+    call(
         f"select_and_gate_backward_{_DTYPES[dhidden.dtype]}", *dhidden.shape, gates.size(1), ACTIVATIONS.index(activation),
         dhidden, masks, gates, ups, probs.float().contiguous(), dgate, dup, dprobs,
     )  # fmt: skip
@@ -189,7 +115,7 @@ def _experts(
     outputs = _experts_like(x, gate_up, down, probs, offsets, k, activation, counting, with_gates)
     out, masks, gates, ups, counts, threshold, all_gates = outputs
     sizes = (len(x), len(down), x.size(1), down.size(1), k)
-    _call(
+    call(
         "experts_forward", *sizes, offsets, activation, x, gate_up, down, probs,
         out, masks, gates, ups, threshold, counts if counting else None, all_gates if with_gates else None,
     )  # fmt: skip
@@ -236,7 +162,7 @@ def _experts_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dx, dgate_up, ddown, dprobs = (torch.empty_like(tensor) for tensor in (x, gate_up, down, probs))
     sizes = (len(x), len(down), x.size(1), down.size(1), gates.size(1))
-    _call(
+    call(
         "experts_backward", *sizes, offsets, activation, dy, x, gate_up, down, probs, masks, gates, ups,
         dx, dprobs, dgate_up, ddown,
     )  # fmt: skip
@@ -301,7 +227,7 @@ def decode(
     (rows, width), (num_experts, neurons) = x_ND.shape, down_EHD.shape[:2]
     out_ND, masks_NW = x_ND.new_empty(rows, width), x_ND.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
     by_count, by_size = (k, 0.0) if threshold is None else (0, float(threshold))
-    _call(
+    call(
         f"decode_{_DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),
         ACTIVATIONS.index(activation), x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(),
         out_ND, masks_NW,

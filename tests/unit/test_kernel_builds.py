@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from mone_model.kernels import cpu
+from mone_model.kernels import cpu, cpu_layers, cpu_library
 from mone_model.neuron_selection import select_and_gate
 
 
@@ -33,6 +33,9 @@ def everything() -> list[torch.Tensor]:
         gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
+    x, weight = random(70, 3, 46).requires_grad_(), random(46).requires_grad_()
+    y = cpu_layers.rotate(cpu_layers.rms_norm(x, weight, 1e-5), random(70, 1, 23).repeat(1, 1, 2))
+    results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 46))]
     return [result.detach() for result in results]
 
 
@@ -42,13 +45,13 @@ def test_processors_without_wide_registers_compute_the_same(
     processor: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected = everything()
-    monkeypatch.setattr(cpu, "FLAGS", [*cpu.FLAGS[:-1], f"-march={processor}"])
+    monkeypatch.setattr(cpu_library, "FLAGS", [*cpu_library.FLAGS[:-1], f"-march={processor}"])
     monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: tmp_path)
-    cpu._library.cache_clear()
+    cpu_library._library.cache_clear()
     try:
         actual = everything()
     finally:
-        cpu._library.cache_clear()
+        cpu_library._library.cache_clear()
     assert list(tmp_path.glob("mone/cpu-*.so"))
     for ours, theirs in zip(actual, expected, strict=True):
         if ours.dtype == torch.int16:

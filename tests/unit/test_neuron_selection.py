@@ -6,7 +6,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mone_model.config import ACTIVATIONS
-from mone_model.kernels import cpu
+from mone_model.kernels import cpu, cpu_library
 from mone_model.neuron_selection import (
     pack,
     select_and_gate,
@@ -181,8 +181,8 @@ def test_without_a_compiler_torch_serves_and_says_so_once(
     def fail() -> None:
         raise RuntimeError("no compiler\nat all")
 
-    monkeypatch.setattr(cpu, "_library", fail)
-    available: Callable[[], bool] = cpu.available.__wrapped__
+    monkeypatch.setattr(cpu_library, "_library", fail)
+    available: Callable[[], bool] = cpu_library.available.__wrapped__
     assert not available()
     assert capsys.readouterr().err.splitlines() == [
         "CPU kernels: not built (no compiler); torch's own operations serve, slower. A C++ compiler helps."

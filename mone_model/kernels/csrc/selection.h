@@ -141,7 +141,6 @@ inline int32_t smallest(Integers value) {
   for (int i = 1; i < LANES; i++) result = std::min(result, value[i]);
   return result;
 }
-inline float total(Vector value) { return add_up(value, Vector{}, Vector{}, Vector{})[0]; }
 
 // Mark the neurons of the `kept` largest magnitudes, lower index first among equals; the bits of the smallest of them.
 // Bits of floats without sign are ordered as they are. active: filled up with zeros. guess: of the result.

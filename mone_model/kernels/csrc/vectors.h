@@ -250,6 +250,8 @@ inline Four add_up(Vector a, Vector b, Vector c, Vector d) {
 #endif
 }
 
+inline float total(Vector value) { return add_up(value, Vector{}, Vector{}, Vector{})[0]; }
+
 template <class T>
 struct Aligned {
   T *data;

@@ -1,0 +1,78 @@
+"""RMSNorm and rotary position embeddings on the CPU in one pass each, for which torch needs a dozen operations.
+
+    if cpu_layers.usable(x):
+        y = cpu_layers.rms_norm(x, weight, eps)              # as torch.nn.functional.rms_norm
+        y = cpu_layers.rotate(x, angles)                     # as Megatron-Core's apply_rotary_pos_emb
+
+The source is csrc/layers.cpp. fp32, differentiable once.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from mone_model.kernels.cpu_library import available, call
+
+
+def usable(x: torch.Tensor) -> bool:
+    """Whether the kernels can be used for this tensor here."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and available()
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [..., D], weight [D]."""
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """Turn each pair of numbers by the angle of its position (RoPE, arXiv 2104.09864): j and j + c/2 are a pair.
+
+    x: [s, ..., c]. angles: [s, ..., c] with all but the first and last dimension 1, the second half as the first.
+    """
+    angles = angles.flatten(0, -2)[:, : x.size(-1) // 2]
+    return _Rotation.apply(x, angles.cos(), angles.sin())
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        rows, y = _rows(x), torch.empty(x.shape)
+        scales = torch.empty(len(rows))
+        call("rms_norm", *rows.shape, rows, rows.stride(0), weight, eps, y, scales)
+        ctx.save_for_backward(rows, weight, scales)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        rows, weight, scales = ctx.saved_tensors
+        dy = dy.contiguous()
+        dx, dweight = torch.empty_like(dy), torch.empty_like(weight)
+        call("rms_norm_backward", *rows.shape, dy, rows, rows.stride(0), weight, scales, dx, dweight)
+        return dx, dweight, None
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cosines, sines)
+        return _rotated(x, cosines, sines)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        cosines, sines = ctx.saved_tensors
+        return _rotated(dy, cosines, -sines), None, None
+
+
+def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    rows, y = _rows(x), torch.empty(x.shape)
+    call("rotate", *rows.shape, rows, rows.stride(0), len(rows) // len(cosines), cosines, sines, y)
+    return y
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., D] -> [N, D], whose rows may lie apart; copied only if need be."""
+    rows = x.reshape(-1, x.size(-1))
+    return rows if rows.stride(1) == 1 else rows.contiguous()
