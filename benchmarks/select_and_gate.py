@@ -34,9 +34,9 @@ class BenchmarkConfig:
     """Shares of neurons kept."""
     dtype: str = "fp32"
     """fp32 or bf16."""
-    rounds: int = 7
+    rounds: int = 31
     """Turns of each."""
-    repeats: int = 40
+    repeats: int = 12
     """Passes of a turn."""
 
 
