@@ -2,11 +2,13 @@
 
     python -m benchmarks.step model=mone_tiny
     python -m benchmarks.step model=mone_small micro_batch_size=2
+    python -m benchmarks.step profile=true                          # where a step of ours spends its time
 
 Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. The others, with fused AdamW
-everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer; Hugging Face's Qwen3-MoE
-with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's own MoE layer in place of each MLP (top-k,
-capacity factor 1: it drops tokens). The last two have no shared expert, and beside them ours has none.
+everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer, though with our dispatcher and search for
+the largest logit; Hugging Face's Qwen3-MoE with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's
+own MoE layer in place of each MLP (top-k, capacity factor 1: it drops tokens). The last two have no shared expert, and
+beside them ours has none.
 
 Then theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
 
@@ -33,6 +35,7 @@ from configs.console import reporting_errors, typed
 from mone_model import cpu_gemm
 from mone_model.accounting import count_flops
 from mone_model.config import ModelConfig
+from mone_model.kernels import cpu_layers
 from train import runtime
 from train.config import RunConfig, load_config
 
@@ -53,6 +56,8 @@ class BenchmarkConfig:
     """Turns of each."""
     repeats: int = 3
     """Steps of a turn."""
+    profile: bool = False
+    """Instead, torch's profile of `rounds` steps of ours."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -105,7 +110,7 @@ def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_
     from train.engines import megatron
 
     prepare(with_ours=with_ours)
-    if not moe:
+    if not moe:  # for the life of this process
         MoELayer.forward = lambda self, hidden, *_, **__: (hidden, None)
     build = build_stock if stock else megatron.build_gpt
     with mock.patch.object(megatron, "build_gpt", build):
@@ -143,6 +148,7 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
 
     from mone_model.config import transformer_config
 
+    cpu_layers.usable = lambda *tensors: False  # for the life of this process
     return GPTModel(
         config=transformer_config(model, parallel, compute),
         transformer_layer_spec=get_gpt_layer_local_spec(
@@ -248,6 +254,8 @@ def main(hydra_config: DictConfig) -> None:
     def of(build: Callable[..., Run], *arguments: Any, **more: Any) -> functools.partial[Run]:
         return functools.partial(build, *arguments, **more)
 
+    if options.profile:
+        return print_profile(options)
     config = run_config(options, shared=True)
     models = {"ours": config.model, "ours, no shared expert": run_config(options, shared=False).model}
     tokens = config.training.micro_batch_size * config.model.seq_length
@@ -275,7 +283,7 @@ def main(hydra_config: DictConfig) -> None:
 
 def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], tokens: int) -> None:
     """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product."""
-    rest, product = seconds["ours, no MoE layers"], seconds["matrix product"]
+    without_moe, product = seconds["ours, no MoE layers"], seconds["matrix product"]
     for name, times in seconds.items():
         print(f"  {name:24} {1000 * statistics.median(times):8.0f} ms", end="")
         if name == "matrix product":
@@ -285,13 +293,29 @@ def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], toke
         else:
             side = "ours" if name == "Megatron-Core" else "ours, no shared expert"
             owed = moe_flops(models[side]) * tokens / PRODUCT_FLOPS
-            bound = [besides + owed * alone for besides, alone in zip(rest, product, strict=True)]
+            bound = [rest + owed * alone for rest, alone in zip(without_moe, product, strict=True)]
             print(f"   ours / it: {ratio(seconds[side], times)}   bound: {ratio(bound, times)}")
     for name, per_token in training_flops(models["ours"]).items():
         rates = zip(seconds["ours"], product, strict=True)
         share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
         print(f"  FLOP/s {name} / those of the matrix product: {statistics.median(share):.2f}", end="")
         print(f" [{min(share):.2f}, {max(share):.2f}]")
+
+
+def print_profile(options: BenchmarkConfig) -> None:
+    """Milliseconds of a step, without the shared expert, in each kind of operation that takes a hundredth of it."""
+    step = build_megatron(options, shared=False, stock=False, with_ours=True)
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        for _ in range(options.rounds):
+            step()
+    milliseconds = {event.key: event.self_cpu_time_total / 1000 / options.rounds for event in profiler.key_averages()}
+    whole = sum(milliseconds.values())
+    for name, part in sorted(milliseconds.items(), key=lambda item: -item[1]):
+        if part > whole / 100:
+            print(f"  {part:6.1f} ms  {name}")
+    print(f"  {whole:6.1f} ms  in all")
 
 
 def training_flops(model: ModelConfig) -> dict[str, int]:
@@ -301,7 +325,7 @@ def training_flops(model: ModelConfig) -> dict[str, int]:
 
 
 def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
-    """Per token, of the neurons of all MoE layers: one product of the nine of an expert is always dense."""
+    """Per token, of the neurons of all MoE layers; skipping: of those dropped only the product that finds them, of nine."""
     kept = model.active_neurons if skipping else model.moe_ffn_hidden_size
     routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * kept)
     return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)

@@ -273,7 +273,7 @@ class ComputeConfig:
     """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; skip (CPU, fp32): up and down only of
     neurons that are kept; auto: on GPUs grouped, on CPUs what is fastest in a measurement at the start."""
     token_dispatcher: str = "alltoall"
-    """How tokens travel to their experts: alltoall or allgather."""
+    """How tokens travel to their experts: alltoall or allgather. Where a rank has all experts, none travels."""
     recompute: str = "none"
     """Activation recomputation: none, selective (recompute_modules) or full (whole layers)."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
@@ -321,7 +321,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         recompute = {"recompute_granularity": "selective", "recompute_modules": list(compute.recompute_modules)}
     elif compute.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    exchanging = parallel.expert * parallel.expert_tensor > 1 or model.expert_capacity_factor is not None
+    # Where nothing travels, alltoall would sort and copy rows that are sorted. Only alltoall knows capacities.
+    alone = parallel.expert * parallel.expert_tensor == 1 and model.expert_capacity_factor is None
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -352,8 +353,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         moe_router_bias_update_rate=model.expert_bias_update_rate,
         moe_expert_capacity_factor=model.expert_capacity_factor,
         moe_router_dtype="fp32",
-        # alltoall sorts the rows of several ranks by expert, and copies them all where there is but one.
-        moe_token_dispatcher_type=compute.token_dispatcher if exchanging else "allgather",
+        moe_token_dispatcher_type="allgather" if alone else compute.token_dispatcher,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,

@@ -18,7 +18,7 @@ from mone_model.router import Router
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, told of sequence parallelism: Megatron-Core's own wrapper refuses it. On CPUs by our kernel."""
+    """torch's RMSNorm, told of sequence parallelism, which Megatron-Core's own refuses; in fp32 on CPUs by our kernel."""
 
     eps: float
 
@@ -28,7 +28,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""
-        if cpu_layers.usable(x):
+        if cpu_layers.usable(x, self.weight):
             return cpu_layers.rms_norm(x, self.weight, self.eps)
         return super().forward(x)
 

@@ -1,4 +1,4 @@
-"""Make Megatron-Core run on CPU and gloo. Does nothing where CUDA exists.
+"""Make Megatron-Core run on CPU and gloo, and not slower than it must. Does nothing where CUDA exists.
 
 Megatron-Core assumes CUDA in places: device strings, streams, the CUDA random generator, collectives that only
 NCCL has. This module redirects them, once, before anything of Megatron-Core runs:
@@ -40,6 +40,7 @@ def install() -> None:
         # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
         warnings.simplefilter("ignore", UserWarning)
         _patch_megatron()
+        _speed_up_megatron()
 
 
 @contextlib.contextmanager
@@ -223,9 +224,7 @@ def _complete_gloo() -> None:
 def _patch_megatron() -> None:
     """Replace the functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
     import megatron.core.distributed.param_and_grad_buffer as buffers
-    import megatron.core.models.common.embeddings.rope_utils as rope_utils
     import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  warns of Apex at import
-    import megatron.core.tensor_parallel.cross_entropy as cross_entropy
     import megatron.core.tensor_parallel.random as random
     import megatron.core.transformer.moe.moe_utils as moe_utils
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
@@ -240,29 +239,6 @@ def _patch_megatron() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
-
-    rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
-
-    def rotate(
-        x: torch.Tensor,
-        angles: torch.Tensor,
-        rotary_interleaved: bool = False,
-        *args: Any,
-        mscale: float = 1.0,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        plain = not (rotary_interleaved or args or kwargs.get("multi_latent_attention")) and mscale == 1.0
-        if plain and angles.numel() == len(x) * x.size(-1) and cpu_layers.usable(x):
-            return cpu_layers.rotate(x, angles)
-        return rotate_by_torch(x, angles, rotary_interleaved, *args, mscale=mscale, **kwargs)
-
-    rope_utils._apply_rotary_pos_emb_bshd = rotate
-
-    def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = logits.float()
-        return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
-
-    cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(largest)
 
     # Gloo copies all gradients and all weights there and back even where a rank is alone with them.
     coalescing = buffers._coalescing_manager
@@ -284,3 +260,25 @@ def _patch_megatron() -> None:
     buffers._coalescing_manager = coalescing_of_several
     buffers.dist_all_gather_func = of_several(buffers.dist_all_gather_func)
     buffers.dist_reduce_scatter_func = of_several(buffers.dist_reduce_scatter_func)
+
+
+def _speed_up_megatron() -> None:
+    """Replace what torch computes slowly on CPUs."""
+    import megatron.core.models.common.embeddings.rope_utils as rope_utils
+    import megatron.core.tensor_parallel.cross_entropy as cross_entropy
+
+    rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
+
+    def rotate(x: torch.Tensor, angles: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        plain = not any(args) and not any(value for name, value in kwargs.items() if (name, value) != ("mscale", 1.0))
+        one_each = angles.shape == (len(x), *[1] * (x.dim() - 2), x.size(-1))
+        if plain and one_each and x.numel() > 0 and cpu_layers.usable(x, angles):
+            return cpu_layers.rotate(x, angles)
+        return rotate_by_torch(x, angles, *args, **kwargs)
+
+    def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.float()
+        return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
+
+    rope_utils._apply_rotary_pos_emb_bshd = rotate
+    cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(largest)

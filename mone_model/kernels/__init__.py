@@ -1,1 +1,1 @@
-"""The fast paths of neuron selection and the experts, one module for each kind of machine; imported where they are used."""
+"""The fast paths of neuron selection and the experts, and on CPUs of what surrounds them; imported where they are used."""

@@ -1,7 +1,8 @@
 """RMSNorm and rotary position embeddings on the CPU in one pass each, for which torch needs a dozen operations.
 
-    if cpu_layers.usable(x):
+    if cpu_layers.usable(x, weight):
         y = cpu_layers.rms_norm(x, weight, eps)              # as torch.nn.functional.rms_norm
+    if cpu_layers.usable(x, angles):
         y = cpu_layers.rotate(x, angles)                     # as Megatron-Core's apply_rotary_pos_emb
 
 The source is csrc/layers.cpp. fp32, differentiable once.
@@ -15,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from mone_model.kernels.cpu_library import available, call
 
 
-def usable(x: torch.Tensor) -> bool:
-    """Whether the kernels can be used for this tensor here."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and available()
+def usable(*tensors: torch.Tensor) -> bool:
+    """Whether the kernels can be used for these tensors here."""
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and available()
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,15 +31,15 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
     x: [s, ..., c]. angles: [s, ..., c] with all but the first and last dimension 1, the second half as the first.
     """
-    angles = angles.flatten(0, -2)[:, : x.size(-1) // 2]
+    angles = angles.flatten(0, -2)[:, : x.size(-1) // 2].contiguous()
     return _Rotation.apply(x, angles.cos(), angles.sin())
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        rows, y = _rows(x), torch.empty(x.shape)
-        scales = torch.empty(len(rows))
+        rows, y = _as_rows(x), x.new_empty(x.shape)
+        scales = x.new_empty(len(rows))
         call("rms_norm", *rows.shape, rows, rows.stride(0), weight, eps, y, scales)
         ctx.save_for_backward(rows, weight, scales)
         return y
@@ -67,12 +68,12 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    rows, y = _rows(x), torch.empty(x.shape)
+    rows, y = _as_rows(x), x.new_empty(x.shape)
     call("rotate", *rows.shape, rows, rows.stride(0), len(rows) // len(cosines), cosines, sines, y)
     return y
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
     """[..., D] -> [N, D], whose rows may lie apart; copied only if need be."""
     rows = x.reshape(-1, x.size(-1))
     return rows if rows.stride(1) == 1 else rows.contiguous()

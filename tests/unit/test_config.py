@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept, transformer_config
+from tests.tiny import TINY_MODEL
 from train.config import (
     CheckpointConfig,
     DataConfig,
@@ -174,6 +175,23 @@ def test_layouts_that_are_right_pass() -> None:
         (ParallelConfig(pipeline=2, virtual_pipeline=2, tensor=2), 4),
     ]:
         validate(run_config(parallel=parallel), world_size)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "capacity", "dispatcher"),
+    [
+        (ParallelConfig(), None, "allgather"),
+        (ParallelConfig(expert=2), None, "alltoall"),
+        (ParallelConfig(expert_tensor=2), None, "alltoall"),
+        (ParallelConfig(), 1.0, "alltoall"),
+    ],
+)
+def test_rows_are_sent_only_where_somebody_else_has_experts(
+    parallel: ParallelConfig, capacity: float | None, dispatcher: str
+) -> None:
+    model = ModelConfig(**TINY_MODEL, expert_capacity_factor=capacity)
+    config = transformer_config(model, parallel, ComputeConfig())
+    assert config.moe_token_dispatcher_type == dispatcher
 
 
 def test_a_described_config_loads_again() -> None:

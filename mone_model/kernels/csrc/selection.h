@@ -195,7 +195,7 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
 
 constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of the row before
 
-// Of the neurons that a row keeps, hidden = act(gate) * up * prob in place of its gradient, and the gradients of the factors;
+// Of neurons that a row keeps, hidden = act(gate) * up * prob in place of its gradient, and the gradients of the factors;
 // returned is that of prob.
 template <class T>
 float differentiate(int activation, int64_t kept, float prob, float *hidden, const T *gates, const T *ups, float *dgates,
@@ -244,7 +244,7 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
       const T *g = gate + n * gate_stride, *u = up + n * up_stride;
       T *to = hidden + n * neurons, *to_gates = gates + n * kept, *to_ups = ups + n * kept;
       uint16_t *mask = masks + n * words;
-      // Memory would idle until the row is selected: it fetches what will be written.
+      // While the row is activated and selected, memory would idle: it fetches what will be written,
       activate(activation, g, neurons, active.data, [=](int64_t j) {
         __builtin_prefetch(to + j, 1, 2);
         if (j < kept) __builtin_prefetch(to_gates + j, 1, 2), __builtin_prefetch(to_ups + j, 1, 2);
@@ -254,7 +254,7 @@ void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation
       each_vector(neurons, [=, prob = probs[n], from = active.data, left = kept](int64_t j, auto count) mutable {
         const unsigned bits = bits_at(mask, j);
         const Vector of_up = load_first(u + j, count);
-        // And the next row.
+        // and while that is written, the next row.
         if (j % WORD == 0) __builtin_prefetch(g + gate_stride + j, 0, 2), __builtin_prefetch(u + up_stride + j, 0, 2);
         store_first(to + j, only(load(from + j) * of_up * prob, bits), count);
         // Whole vectors would reach into the next row, which another thread writes.

@@ -165,11 +165,11 @@ inline void store(BFloat16 *to, Vector value) {
 }
 
 #if defined(__AVX512F__)
-inline __mmask16 first(int64_t count) { return __mmask16((1u << count) - 1); }
+inline __mmask16 first_lanes(int64_t count) { return __mmask16((1u << count) - 1); }
 inline Vector load_lanes(const float *from, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, from); }
 inline void store_lanes(float *to, Vector value, __mmask16 lanes) { _mm512_mask_storeu_ps(to, lanes, value); }
 #elif defined(__AVX2__)
-inline __m256i first(int64_t count) {
+inline __m256i first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 inline Vector load_lanes(const float *from, __m256i lanes) { return _mm256_maskload_ps(from, lanes); }
@@ -181,7 +181,7 @@ template <class T>
 inline Vector load_first(const T *from, int64_t count) {
   if (count >= LANES) return load(from);
 #ifdef __AVX2__
-  if constexpr (std::is_same_v<T, float>) return load_lanes(from, first(count));
+  if constexpr (std::is_same_v<T, float>) return load_lanes(from, first_lanes(count));
 #endif
   T filled[LANES] = {};
   std::memcpy(filled, from, count * sizeof(T));
@@ -191,7 +191,7 @@ template <class T>
 inline void store_first(T *to, Vector value, int64_t count) {
   if (count >= LANES) return store(to, value);
 #ifdef __AVX2__
-  if constexpr (std::is_same_v<T, float>) return store_lanes(to, value, first(count));
+  if constexpr (std::is_same_v<T, float>) return store_lanes(to, value, first_lanes(count));
 #endif
   T filled[LANES];
   store(filled, value);
