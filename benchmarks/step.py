@@ -7,8 +7,8 @@
 Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. The others, with fused AdamW
 everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer, though with our dispatcher and search for
 the largest logit; Hugging Face's Qwen3-MoE with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's
-own MoE layer in place of each MLP (top-k, capacity factor 1: it drops tokens). The last two have no shared expert, and
-beside them ours has none.
+own MoE layer in place of each MLP: by its defaults (top-k, capacity factor 1: it drops tokens), and told to drop none, as
+all others do. Those after Megatron-Core have no shared expert, and beside them ours has none.
 
 Then theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
 
@@ -177,8 +177,8 @@ def build_transformers(options: BenchmarkConfig, *, with_ours: bool) -> Run:
     return _step_of(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_attention_of(model), **experts)), config)
 
 
-def build_deepspeed(options: BenchmarkConfig, *, with_ours: bool) -> Run:
-    """A step of Qwen3 with DeepSpeed's MoE layers."""
+def build_deepspeed(options: BenchmarkConfig, *, drop_tokens: bool, with_ours: bool) -> Run:
+    """A step of Qwen3 with DeepSpeed's MoE layers; drop_tokens: those beyond an expert's capacity."""
     import deepspeed
     from deepspeed.moe.layer import MoE
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -196,7 +196,8 @@ def build_deepspeed(options: BenchmarkConfig, *, with_ours: bool) -> Run:
     class Experts(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.moe = MoE(model.hidden_size, Qwen3MLP(settings), model.num_experts, k=model.router_topk)
+            routing: dict[str, Any] = {"k": model.router_topk, "drop_tokens": drop_tokens}
+            self.moe = MoE(model.hidden_size, Qwen3MLP(settings), model.num_experts, **routing)
             self.moe.set_deepspeed_parallelism()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -271,7 +272,8 @@ def main(hydra_config: DictConfig) -> None:
                 "ours, no MoE layers": of(ours, shared=False, moe=False),
                 "Megatron-Core": of(build_megatron, options, shared=True, stock=True, with_ours=with_ours),
                 "transformers": of(build_transformers, options, with_ours=with_ours),
-                "DeepSpeed MoE": of(build_deepspeed, options, with_ours=with_ours),
+                "DeepSpeed MoE": of(build_deepspeed, options, drop_tokens=True, with_ours=with_ours),
+                "DeepSpeed MoE, dropless": of(build_deepspeed, options, drop_tokens=False, with_ours=with_ours),
                 "matrix product": of(build_product, with_ours=with_ours),
             },
             options.rounds,
