@@ -1,7 +1,5 @@
-"""RMSNorm and rotary position embeddings on the CPU in one pass each, for which torch needs a dozen operations.
+"""Rotary position embeddings on the CPU in one pass, for which torch needs a dozen operations.
 
-    if cpu_layers.usable(x, weight):
-        y = cpu_layers.rms_norm(x, weight, eps)              # as torch.nn.functional.rms_norm
     if cpu_layers.usable(x, angles):
         y = cpu_layers.rotate(x, angles)                     # as Megatron-Core's apply_rotary_pos_emb
 
@@ -21,11 +19,6 @@ def usable(*tensors: torch.Tensor) -> bool:
     return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and available()
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [..., D], weight [D]."""
-    return _RMSNorm.apply(x, weight, eps)
-
-
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Turn each pair of numbers by the angle of its position (RoPE, arXiv 2104.09864): j and j + c/2 are a pair.
 
@@ -33,25 +26,6 @@ def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """
     angles = angles.flatten(0, -2)[:, : x.size(-1) // 2].contiguous()
     return _Rotation.apply(x, angles.cos(), angles.sin())
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        rows, y = _as_rows(x), x.new_empty(x.shape)
-        scales = x.new_empty(len(rows))
-        call("rms_norm", *rows.shape, rows, rows.stride(0), weight, eps, y, scales)
-        ctx.save_for_backward(rows, weight, scales)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, weight, scales = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx, dweight = torch.empty_like(dy), torch.empty_like(weight)
-        call("rms_norm_backward", *rows.shape, dy, rows, rows.stride(0), weight, scales, dx, dweight)
-        return dx, dweight, None
 
 
 class _Rotation(torch.autograd.Function):
