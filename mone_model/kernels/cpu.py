@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mone_model.kernels.cpu_library import available, call
+from mone_model.kernels.cpu_library import available, call, rows_of
 
 # In the order of `dispatch` in csrc/vectors.h.
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
@@ -23,7 +23,7 @@ def select_and_gate(
     gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activation: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mone::select_and_gate` (mone_model.neuron_selection) for fp32 and bf16."""
-    gate, up = _rows(gate), _rows(up)
+    gate, up = rows_of(gate), rows_of(up)
     rows, neurons = gate.shape
     hidden = gate.new_empty(rows, neurons)
     masks = gate.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
@@ -54,10 +54,6 @@ _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 def selects(gate: torch.Tensor) -> bool:
     """Whether `select_and_gate` can be used for this tensor here."""
     return gate.dtype in _DTYPES and gate.size(1) <= 65536 and available()
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
 class Kept(NamedTuple):

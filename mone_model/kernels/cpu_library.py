@@ -84,3 +84,9 @@ def call(name: str, *arguments: Any) -> None:
         function.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
     plain = [argument if isinstance(argument, _PLAIN) else argument.data_ptr() for argument in arguments]
     function(*plain, torch.get_num_threads())
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., H] -> [N, H]: rows may lie apart, the numbers of a row not; copied only if need be."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()

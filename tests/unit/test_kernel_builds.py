@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from mone_model.kernels import cpu, cpu_layers, cpu_library
+from mone_model.kernels import cpu, cpu_library, cpu_rotary
 from mone_model.neuron_selection import select_and_gate
 
 
@@ -34,7 +34,7 @@ def everything() -> list[torch.Tensor]:
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
     x = random(70, 3, 46).requires_grad_()
-    y = cpu_layers.rotate(x, random(70, 1, 23).repeat(1, 1, 2))
+    y = cpu_rotary.rotate(x, random(70, 1, 23).repeat(1, 1, 2))
     results += [y, *torch.autograd.grad(y, x, random(70, 3, 46))]
     return [result.detach() for result in results]
 

@@ -79,7 +79,7 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
     multiply(x32 + task.row * width, gate_up + (task.expert * 2 * neurons + first) * width, task.count, width, count, gates,
              padded);
     for (int64_t n = 0; n < task.count; n++, gates += padded) {
-      activate(activation, gates, count, gates, nothing);
+      activate(activation, gates, count, gates);
       if (kept == 0) mark_by_threshold(gates, count, threshold, masks + (task.row + n) * words + first / WORD);
     }
   };

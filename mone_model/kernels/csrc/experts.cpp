@@ -210,7 +210,7 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
       for (int64_t n = 0; n < count; n++) {
         const float *row = gate.data + n * padded;
         uint16_t *mask = block_masks + n * words;
-        activate(activation, row, neurons, active.data, nothing);
+        activate(activation, row, neurons, active.data);
         guess = select(active.data, neurons, kept, guess, mask);
         std::memcpy(threshold + first + n, &guess, sizeof(float));
         compress_row(row, mask, neurons, chosen_gates.data + n * kept);

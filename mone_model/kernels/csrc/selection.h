@@ -214,10 +214,12 @@ float differentiate(int activation, int64_t kept, float prob, float *hidden, con
   });
 }
 
+constexpr auto nothing = [](int64_t) {};
+
 // active = act(gate) for a row or a part of it, filled up with zeros to whole words; may be done in place.
 // meanwhile(j): what else to do at every word.
-template <class T, class F>
-void activate(int activation, const T *gate, int neurons, float *active, F meanwhile) {
+template <class T, class F = decltype(nothing)>
+void activate(int activation, const T *gate, int neurons, float *active, F meanwhile = nothing) {
   dispatch(activation, [&](auto function) {
     each_vector(neurons, [=](int64_t j, auto count) {
       if (j % WORD == 0) meanwhile(j);
@@ -227,8 +229,6 @@ void activate(int activation, const T *gate, int neurons, float *active, F meanw
   // Sigmoid(0) is not 0.
   std::fill(active + neurons, active + rounded_up(neurons), 0.0f);
 }
-
-constexpr auto nothing = [](int64_t) {};
 
 template <class T>
 void select_and_gate(int64_t rows, int64_t neurons, int64_t kept, int activation, const T *gate, int64_t gate_stride,

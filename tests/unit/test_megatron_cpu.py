@@ -1,4 +1,4 @@
-"""Rotary embeddings on the CPU against torch's operations in fp64."""
+"""What Megatron-Core computes otherwise on CPUs: rotary embeddings and the largest logits, against torch's operations."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mone_model.kernels import cpu_layers
+from mone_model.kernels import cpu_rotary
 
 Layer = Callable[..., torch.Tensor]
 
@@ -47,7 +47,7 @@ def test_rotation_turns_pairs_by_their_angle(seed: int, length: int, half: int, 
         turned = pairs * torch.polar(torch.ones(1, dtype=torch.double), angles[..., :half].double())
         return torch.cat([turned.real, turned.imag], dim=-1)
 
-    assert_equal(lambda x: cpu_layers.rotate(x, angles), turn, x, threads=threads)
+    assert_equal(lambda x: cpu_rotary.rotate(x, angles), turn, x, threads=threads)
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_megatron_core_rotates_the_same_with_and_without_the_kernel(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(24, 2, 3, 32, generator=generator).to(dtype)
     angles = torch.randn(24, 1, 1, rotated // 2, generator=generator).repeat(1, 1, 1, 2)
-    kernel = mock.Mock(wraps=cpu_layers.rotate)
-    monkeypatch.setattr(cpu_layers, "rotate", kernel)
+    kernel = mock.Mock(wraps=cpu_rotary.rotate)
+    monkeypatch.setattr(cpu_rotary, "rotate", kernel)
     results = [rope_utils._apply_rotary_pos_emb_bshd(x, angles, **options)]
     assert kernel.called == by_kernel
-    monkeypatch.setattr(cpu_layers, "usable", lambda *tensors: False)
+    monkeypatch.setattr(cpu_rotary, "usable", lambda *tensors: False)
     results.append(rope_utils._apply_rotary_pos_emb_bshd(x, angles, **options))
     torch.testing.assert_close(*results)
 

@@ -1,9 +1,9 @@
 """Rotary position embeddings on the CPU in one pass, for which torch needs a dozen operations.
 
-    if cpu_layers.usable(x, angles):
-        y = cpu_layers.rotate(x, angles)                     # as Megatron-Core's apply_rotary_pos_emb
+    if cpu_rotary.usable(x, angles):
+        y = cpu_rotary.rotate(x, angles)                     # as Megatron-Core's apply_rotary_pos_emb
 
-The source is csrc/layers.cpp. fp32, differentiable once.
+The source is csrc/rotary.cpp. fp32, differentiable once.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mone_model.kernels.cpu_library import available, call
+from mone_model.kernels.cpu_library import available, call, rows_of
 
 
 def usable(*tensors: torch.Tensor) -> bool:
@@ -42,12 +42,6 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    rows, y = _as_rows(x), x.new_empty(x.shape)
+    rows, y = rows_of(x), x.new_empty(x.shape)
     call("rotate", *rows.shape, rows, rows.stride(0), len(rows) // len(cosines), cosines, sines, y)
     return y
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., D] -> [N, D], whose rows may lie apart; copied only if need be."""
-    rows = x.reshape(-1, x.size(-1))
-    return rows if rows.stride(1) == 1 else rows.contiguous()

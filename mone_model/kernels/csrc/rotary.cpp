@@ -1,5 +1,4 @@
-// Rotary position embeddings, for kernels/cpu_layers.py. All fp32; rows of x lie x_stride apart, others side by
-// side.
+// Rotary position embeddings, for kernels/cpu_rotary.py. All fp32; rows of x lie x_stride apart, others side by side.
 #include "vectors.h"
 
 // Numbers of x for which other threads are woken.
