@@ -35,7 +35,7 @@ from configs.console import reporting_errors, typed
 from mone_model import cpu_gemm
 from mone_model.accounting import count_flops
 from mone_model.config import ModelConfig
-from mone_model.kernels import cpu_rotary
+from mone_model.kernels import cpu_library
 from train import runtime
 from train.config import RunConfig, load_config
 
@@ -148,7 +148,7 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
 
     from mone_model.config import transformer_config
 
-    cpu_rotary.usable = lambda *tensors: False  # for the life of this process
+    cpu_library.usable = lambda *tensors: False  # for the life of this process
     return GPTModel(
         config=transformer_config(model, parallel, compute),
         transformer_layer_spec=get_gpt_layer_local_spec(

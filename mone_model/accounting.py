@@ -122,7 +122,7 @@ def estimate_memory(
     """Estimate a rank's memory with balanced experts.
 
     micro_batches: of a step; None: as many as the pipeline holds at once, or more.
-    fused: Transformer Engine's norms and attention, which keep less; else Megatron-Core's local layers.
+    fused: Transformer Engine's norms and attention, which keep less; else the local layers'.
 
     Weights, gradients and optimizer are those of the first pipeline stage. It also holds the activations of as many
     micro-batches as there are stages, with virtual stages a little more; the last stage those of one, and the logits:
@@ -182,14 +182,13 @@ def _layer_activations(
     if compute.recompute == "full":
         return tokens * width * item
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
-    # Each norm keeps its input and, in fp32, both that and the normalised: then comes what the projections read.
-    norm = tokens * width * (item if fused else 8)
+    norm = tokens * width * _kept_by_norm(item, fused)  # and then comes what the projections read
     # What the projections read, the rotated queries and keys, the projection itself for its values, and the context.
     attention = tokens * (width + 3 * queries + 3 * groups) * item
     if not fused and model.qk_layernorm:
-        # In fp32 the queries of a group are copied out of the projection for their norm.
-        copied = queries if groups < queries and item == 4 else 0
-        attention += tokens * ((queries + groups) * (4 if item == 4 else 8) + copied * 4)
+        # In fp32 their norm reads the projection, out of which the queries of a group are copied.
+        copied = queries if groups < queries else 0
+        attention += tokens * (copied * 4 if item == 4 else (queries + groups) * _kept_by_norm(item, fused))
     if not fused and "core_attn" not in modules:
         # The logarithm of the sum of exponentials for each head.
         attention += tokens * model.num_attention_heads * 4
@@ -202,6 +201,14 @@ def _layer_activations(
     if "moe" not in modules:
         moe += routed + (0 if "shared_experts" in modules else dense)
     return 2 * norm + attention + moe
+
+
+def _kept_by_norm(item: int, fused: bool) -> int:
+    """Bytes that a norm keeps of each number: its input. In bf16, the local layers' keep that and the normalised in fp32.
+
+    In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu_layers`) or torch's own of GPUs.
+    """
+    return item if fused or item == 4 else 8
 
 
 def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
@@ -224,7 +231,7 @@ def _loss_activations(
 ) -> float:
     """The same of the last norm, the output projection and the loss, which keeps the probabilities in fp32."""
     item = 2 if compute.precision == "bf16" else 4
-    norm = model.hidden_size * (item if fused else 8)
+    norm = model.hidden_size * _kept_by_norm(item, fused)
     return tokens / parallel.tensor * (norm + model.hidden_size * item + model.padded_vocab_size * 4)
 
 

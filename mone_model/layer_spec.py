@@ -13,15 +13,24 @@ from mone_model import megatron_versions
 from mone_model.attention import CoreAttention
 from mone_model.config import ComputeConfig, ModelConfig, neurons_kept
 from mone_model.experts import NeuronExperts, SharedNeuronExpert
+from mone_model.kernels import cpu_library, cpu_rms_norm
 from mone_model.router import Router
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm, told of sequence parallelism: Megatron-Core's own wrapper refuses it."""
+    """torch's RMSNorm, told of sequence parallelism, which Megatron-Core's own refuses; in fp32 on CPUs by our kernel."""
+
+    eps: float
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        if cpu_library.usable(x, self.weight):
+            return cpu_rms_norm.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
 
 
 def uses_transformer_engine(compute: ComputeConfig) -> bool:

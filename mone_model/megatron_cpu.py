@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
-from mone_model.kernels import cpu_rotary
+from mone_model.kernels import cpu_library, cpu_rotary
 
 _CPU = torch.device("cpu")
 
@@ -272,7 +272,7 @@ def _speed_up_megatron() -> None:
     def rotate(x: torch.Tensor, angles: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         plain = not any(args) and not any(value for name, value in kwargs.items() if (name, value) != ("mscale", 1.0))
         one_each = angles.shape == (len(x), *[1] * (x.dim() - 2), x.size(-1))
-        if plain and one_each and x.numel() > 0 and cpu_rotary.usable(x, angles):
+        if plain and one_each and x.numel() > 0 and cpu_library.usable(x, angles):
             return cpu_rotary.rotate(x, angles)
         return rotate_by_torch(x, angles, *args, **kwargs)
 

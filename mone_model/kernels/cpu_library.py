@@ -37,6 +37,11 @@ def available() -> bool:
     return True
 
 
+def usable(*tensors: torch.Tensor) -> bool:
+    """Whether kernels for fp32 alone can be used for these tensors here."""
+    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and available()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     """The compiled sources, from the cache if they were compiled for this very processor before."""

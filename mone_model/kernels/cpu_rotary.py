@@ -1,6 +1,6 @@
 """Rotary position embeddings on the CPU in one pass, for which torch needs a dozen operations.
 
-    if cpu_rotary.usable(x, angles):
+    if cpu_library.usable(x, angles):
         y = cpu_rotary.rotate(x, angles)                     # as Megatron-Core's apply_rotary_pos_emb
 
 The source is csrc/rotary.cpp. fp32, differentiable once.
@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mone_model.kernels.cpu_library import available, call, rows_of
-
-
-def usable(*tensors: torch.Tensor) -> bool:
-    """Whether the kernels can be used for these tensors here."""
-    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and available()
+from mone_model.kernels.cpu_library import call, rows_of
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:

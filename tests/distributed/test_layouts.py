@@ -16,8 +16,9 @@ LOSSES = {
     "z_loss_coeff": 0.3,
     "neuron_balance_coeff": 3.0,
 }
-# Without a discrete choice: every token takes all experts and all neurons.
-SMOOTH = {"num_layers": 4, "router_topk": 4, "activation_ratio": 1.0}
+# Without a discrete choice: every token takes all experts and all neurons. Nor is a gate negative: in the loss that balances
+# neurons stands its magnitude, whose slope jumps at zero, and there is always one so near that rounding takes it across.
+SMOOTH = {"num_layers": 4, "router_topk": 4, "activation_ratio": 1.0, "activation": "sigmoid"}
 SPARSE = {"num_layers": 4, "router_topk": 2, "activation_ratio": 0.25, "shared_expert_neuron_ratio": 0.5}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},

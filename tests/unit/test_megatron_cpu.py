@@ -1,4 +1,4 @@
-"""What Megatron-Core computes otherwise on CPUs: rotary embeddings and the largest logits, against torch's operations."""
+"""What is computed otherwise on CPUs, RMSNorm, rotary embeddings and the largest logits, against torch's operations."""
 
 from collections.abc import Callable
 from unittest import mock
@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mone_model.kernels import cpu_rotary
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.kernels import cpu_library, cpu_rms_norm, cpu_rotary
+from mone_model.layer_spec import RMSNorm
+from tests.tiny import TINY_MODEL
 
 Layer = Callable[..., torch.Tensor]
 
@@ -27,6 +30,42 @@ def assert_equal(fast: Layer, reference: Layer, *inputs: torch.Tensor, threads: 
     for ours, theirs in zip(results, (expected, *torch.autograd.grad(expected, doubles, target.double())), strict=True):
         largest = max([1.0, *theirs.abs().flatten().tolist()])
         torch.testing.assert_close(ours.double(), theirs, rtol=2e-6, atol=2e-6 * largest)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 300),
+    width=st.integers(8, 200),
+    more=st.integers(0, 9),
+    threads=st.sampled_from([1, 2, 7]),
+)
+def test_rms_norm_equals_its_formula(seed: int, rows: int, width: int, more: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 3, width + more, generator=generator)[:, :, :width]  # rows that lie apart
+    weight = torch.randn(width, generator=generator)
+    assert_equal(
+        lambda x, weight: cpu_rms_norm.rms_norm(x, weight, 1e-5),
+        lambda x, weight: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight,
+        x,
+        weight,
+        threads=threads,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "by_kernel"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_norms_of_layers_are_the_same_with_and_without_the_kernel(
+    dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = transformer_config(ModelConfig(**TINY_MODEL), ParallelConfig(), ComputeConfig())
+    norm = RMSNorm(config, 32).to(dtype)
+    x = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kernel = mock.Mock(wraps=cpu_rms_norm.rms_norm)
+    monkeypatch.setattr(cpu_rms_norm, "rms_norm", kernel)
+    results = [norm(x)]
+    assert kernel.called == by_kernel
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
+    torch.testing.assert_close(norm(x), results[0])
 
 
 @settings(deadline=None, max_examples=60)
@@ -73,7 +112,7 @@ def test_megatron_core_rotates_the_same_with_and_without_the_kernel(
     monkeypatch.setattr(cpu_rotary, "rotate", kernel)
     results = [rope_utils._apply_rotary_pos_emb_bshd(x, angles, **options)]
     assert kernel.called == by_kernel
-    monkeypatch.setattr(cpu_rotary, "usable", lambda *tensors: False)
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
     results.append(rope_utils._apply_rotary_pos_emb_bshd(x, angles, **options))
     torch.testing.assert_close(*results)
 

@@ -1,9 +1,6 @@
 // Rotary position embeddings, for kernels/cpu_rotary.py. All fp32; rows of x lie x_stride apart, others side by side.
 #include "vectors.h"
 
-// Numbers of x for which other threads are woken.
-constexpr int64_t WORTH_WAKING = 1 << 14;
-
 extern "C" {
 
 // The halves (a, b) of a row become (a cos - b sin, b cos + a sin); cosines and sines [rows / at_once, width / 2]: so many
