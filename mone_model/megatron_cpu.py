@@ -263,9 +263,11 @@ def _patch_megatron() -> None:
 
 
 def _speed_up_megatron() -> None:
-    """Replace what torch computes slowly on CPUs."""
+    """Replace what torch computes slowly on CPUs, and passes over memory that nobody needs."""
     import megatron.core.models.common.embeddings.rope_utils as rope_utils
+    import megatron.core.optimizer.clip_grads as clip_grads
     import megatron.core.tensor_parallel.cross_entropy as cross_entropy
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
 
@@ -280,5 +282,18 @@ def _speed_up_megatron() -> None:
         logits = logits.float()
         return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
 
+    def scale(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
+
+    def copy_unless_same(optimizer: Any) -> None:
+        # The main parameters of fp32 weights are views of these.
+        if any(optimizer.model_float16_groups):
+            copy_to_model(optimizer)
+
     rope_utils._apply_rotary_pos_emb_bshd = rotate
+    clip_grads.multi_tensor_scale_impl = scale
+    DistributedOptimizer._copy_main_params_to_model_params = copy_unless_same
     cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(largest)

@@ -142,8 +142,11 @@ def _experts_like(
     )
 
 
-@torch.library.custom_op("mone::experts_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("mone::experts_backward", mutates_args=("dgate_up", "ddown"), device_types="cpu")
 def _experts_backward(
+    dgate_up: torch.Tensor,
+    ddown: torch.Tensor,
+    add: bool,
     dy: torch.Tensor,
     dgate: torch.Tensor | None,
     x: torch.Tensor,
@@ -155,24 +158,26 @@ def _experts_backward(
     gates: torch.Tensor,
     ups: torch.Tensor,
     activation: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dx, dgate_up, ddown, dprobs = (torch.empty_like(tensor) for tensor in (x, gate_up, down, probs))
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dx, dprobs = torch.empty_like(x), torch.empty_like(probs)
     sizes = (len(x), len(down), x.size(1), down.size(1), gates.size(1))
     call(
         "experts_backward", *sizes, offsets, activation, dy, x, gate_up, down, probs, masks, gates, ups,
-        dx, dprobs, dgate_up, ddown,
+        dx, dprobs, dgate_up, ddown, add,
     )  # fmt: skip
     if dgate is not None:
         bounds = offsets.tolist()
         for expert, rows in enumerate(map(slice, bounds, bounds[1:])):
             dx[rows] += dgate[rows] @ gate_up[expert, 0]
             dgate_up[expert, 0] += dgate[rows].T @ x[rows]
-    return dx, dgate_up, ddown, dprobs
+    return dx, dprobs
 
 
 @_experts_backward.register_fake
-def _(dy: Any, dgate: Any, x: Any, gate_up: Any, down: Any, probs: Any, *_: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(tensor) for tensor in (x, gate_up, down, probs))
+def _(
+    dgate_up: Any, ddown: Any, add: Any, dy: Any, dgate: Any, x: Any, gate_up: Any, down: Any, probs: Any, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(probs)
 
 
 def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -184,12 +189,18 @@ def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Ten
 
 
 def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> tuple[torch.Tensor | None, ...]:
-    dgate, x = others[-1], ctx.saved_tensors[0]
+    dgate, (x, *weights) = others[-1], ctx.saved_tensors[:3]
     if dy is None and dgate is None:
         return (None,) * 9
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
-    gradients = torch.ops.mone.experts_backward(dy, dgate, *ctx.saved_tensors, ctx.activation)
-    return (*gradients, None, None, None, None, None)
+    dweights = [torch.empty_like(weight) for weight in weights]
+    # Megatron-Core's buffer, to which its hook would add the gradient: by these it takes an empty one for added.
+    add = all(hasattr(weight, "grad_added_to_main_grad") for weight in weights)
+    sums = [weight.main_grad for weight in weights] if add else dweights
+    dx, dprobs = torch.ops.mone.experts_backward(*sums, add, dy, dgate, *ctx.saved_tensors, ctx.activation)
+    for weight in weights if add else ():
+        weight.grad_added_to_main_grad = True
+    return dx, *dweights, dprobs, None, None, None, None, None
 
 
 _experts.register_autograd(_differentiate_experts, setup_context=_save_for_experts)

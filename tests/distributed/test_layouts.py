@@ -45,6 +45,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2_etp2": {"pipeline": 2, "expert_tensor": 2},
     },
 }
+SKIPPING = ("one", "ep2_dp2", "pp2_ep2")
 
 
 def cases_of(processes: int) -> dict[str, dict[str, Any]]:
@@ -56,7 +57,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
     for layout, parallel in LAYOUTS[processes].items():
         replicas = processes // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
         options = {
-            "compute": {"token_dispatcher": "allgather"} if layout.endswith("allgather") else {},
+            "compute": {"experts": "grouped"} | ({"token_dispatcher": "allgather"} if layout.endswith("allgather") else {}),
             "training": {"micro_batch_size": 4 // replicas, "global_batch_size": 8},
         }
         for kind, model in (("smooth", SMOOTH), ("sparse", SPARSE)):
@@ -75,6 +76,8 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001},
                 "run_steps": 5 if kind == "smooth" else 3,
             }
+        if layout in SKIPPING:
+            cases[f"{layout}/skip"] = cases[f"{layout}/sparse/normalised"] | {"compute": {"experts": "skip"}}
         if layout in ("one", "pp2", "tp2_pp2_vpp2"):
             cases[f"{layout}/tied_embeddings"] = {
                 **options,
@@ -132,6 +135,11 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(results: dict[str, Any
     for name, value in expected["auxiliary"].items():
         torch.testing.assert_close(actual["auxiliary"][name], value, rtol=1e-6, atol=0)
     assert_gradients_equal(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("layout", SKIPPING)
+def test_experts_that_skip_add_up_the_same_gradients(results: dict[str, Any], layout: str) -> None:
+    assert_gradients_equal(results[f"{layout}/skip"], results["one/sparse/normalised"], 1e-5)
 
 
 @pytest.mark.parametrize("layout", NAMES)

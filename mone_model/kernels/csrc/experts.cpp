@@ -240,11 +240,11 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
         counts[(blocks[b].expert * 2 + what) * neurons + j] += block_counts[(b * 2 + what) * padded + j];
 }
 
-// Gradients of all inputs from that of the output, `dy`.
+// Gradients of all inputs from that of the output, `dy`; of the weights written, or added to what is there.
 void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
                       int64_t activation, const float *dy, const float *x, const float *gate_up, const float *down,
                       const float *probs, const uint16_t *masks, const float *gates, const float *ups, float *dx,
-                      float *dprobs, float *dgate_up, float *ddown, int64_t threads) {
+                      float *dprobs, float *dgate_up, float *ddown, int64_t add, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of, BLOCK);
   // The same numbers in lists of tokens: for TILE rows at a time, neuron by neuron.
@@ -304,7 +304,8 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
                                                    [](const Rows &t, int64_t expert) { return t.expert < expert; }) -
                                   tiles.begin();
         if (offsets[e] == offsets[e + 1]) {
-          for (float *w : {dgate_w, dup_w, ddown_w}) std::fill(w + begin * width, w + end * width, 0.0f);
+          for (float *w : {dgate_w, dup_w, ddown_w})
+            if (!add) std::fill(w + begin * width, w + end * width, 0.0f);
           continue;
         }
         struct Product {
@@ -321,7 +322,7 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
               pack(product.rows + first * width + column, width, tiles[t].count, columns, tile);
               const Lists here{end - begin, range + begin, range + begin + 1, tokens.data + first * kept, 0};
               Widths::sums_of[columns / WORD - 1](here, product.values + first * kept, tile,
-                                                  product.out + begin * width + column, width, t > tile_begin);
+                                                  product.out + begin * width + column, width, add || t > tile_begin);
             }
           });
       }
