@@ -273,7 +273,7 @@ def _speed_up_megatron() -> None:
 
     def rotate(x: torch.Tensor, angles: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         plain = not any(args) and not any(value for name, value in kwargs.items() if (name, value) != ("mscale", 1.0))
-        one_each = angles.shape == (len(x), *[1] * (x.dim() - 2), x.size(-1))
+        one_each = x.dim() == 4 and angles.shape == (len(x), 1, 1, x.size(3))
         if plain and one_each and x.numel() > 0 and cpu_library.usable(x, angles):
             return cpu_rotary.rotate(x, angles)
         return rotate_by_torch(x, angles, *args, **kwargs)

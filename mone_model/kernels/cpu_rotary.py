@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mone_model.kernels.cpu_library import call, rows_of
+from mone_model.kernels.cpu_library import call
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Turn each pair of numbers by the angle of its position (RoPE, arXiv 2104.09864): j and j + c/2 are a pair.
 
-    x: [s, ..., c]. angles: [s, ..., c] with all but the first and last dimension 1, the second half as the first.
+    x: [s, B, heads, c]. angles: [s, 1, 1, c], the second half as the first.
     """
     angles = angles.flatten(0, -2)[:, : x.size(-1) // 2].contiguous()
     return _Rotation.apply(x, angles.cos(), angles.sin())
@@ -37,6 +37,6 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotated(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    rows, y = rows_of(x), x.new_empty(x.shape)
-    call("rotate", *rows.shape, rows, rows.stride(0), len(rows) // len(cosines), cosines, sines, y)
+    x, y = x if x.stride(3) == 1 else x.contiguous(), x.new_empty(x.shape)
+    call("rotate", *x.shape, x, *x.stride()[:3], cosines, sines, y)
     return y

@@ -33,9 +33,9 @@ def everything() -> list[torch.Tensor]:
         gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
-    x, weight = random(70, 3, 46).requires_grad_(), random(46).requires_grad_()
-    y = cpu_rotary.rotate(cpu_rms_norm.rms_norm(x, weight, 1e-5), random(70, 1, 23).repeat(1, 1, 2))
-    results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 46))]
+    x, weight = random(70, 3, 2, 46).requires_grad_(), random(46).requires_grad_()
+    y = cpu_rotary.rotate(cpu_rms_norm.rms_norm(x, weight, 1e-5), random(70, 1, 1, 23).repeat(1, 1, 1, 2))
+    results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 2, 46))]
     return [result.detach() for result in results]
 
 
