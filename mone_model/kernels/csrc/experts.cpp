@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr int BLOCK = 128;                             // tokens that pass over a tile
+constexpr int BLOCK = 256;                             // tokens that pass over a tile
 constexpr int COLUMNS = 8 * LANES;                     // of the width: half of the registers hold them
 constexpr int TILE = std::min(BLOCK, 8192 / COLUMNS);  // rows of weights or of tokens that stay in L1 so wide, in 32 KB
 static_assert(BLOCK % TILE == 0);
