@@ -206,7 +206,7 @@ def _layer_activations(
 def _kept_by_norm(item: int, fused: bool) -> int:
     """Bytes that a norm keeps of each number: its input. In bf16, the local layers' keep that and the normalised in fp32.
 
-    In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu_layers`) or torch's own of GPUs.
+    In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu_rms_norm`) or torch's own of GPUs.
     """
     return item if fused or item == 4 else 8
 

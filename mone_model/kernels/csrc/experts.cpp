@@ -304,8 +304,8 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
                                                    [](const Rows &t, int64_t expert) { return t.expert < expert; }) -
                                   tiles.begin();
         if (offsets[e] == offsets[e + 1]) {
-          for (float *w : {dgate_w, dup_w, ddown_w})
-            if (!add) std::fill(w + begin * width, w + end * width, 0.0f);
+          if (!add)
+            for (float *w : {dgate_w, dup_w, ddown_w}) std::fill(w + begin * width, w + end * width, 0.0f);
           continue;
         }
         struct Product {
