@@ -26,7 +26,8 @@ from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compos
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
 from configs.console import reporting_errors, typed
 from data_prep.files import writing
-from mone_model.accounting import count_communication, estimate_memory
+from mone_model.accounting import count_communication, count_parameters, estimate_memory
+from mone_model.config import check
 from train.config import RunConfig
 
 
@@ -68,6 +69,7 @@ ConfigStore.instance().store(
 
 def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
     """Runs by what grows and how far."""
+    check(len(options.sequences) > 0, "sequences", options.sequences, "give at least the base's")
     sequences = options.sequences[len(options.sequences) // 2]
     base = {
         "model": options.model,
@@ -91,7 +93,9 @@ def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
         "layers": {n: run(**{"model.num_layers": n}) for n in options.layers},
         "expert-parallel processes": {n: run(**spread(n)) for n in options.expert_parallel},
     }
-    return {name: runs for name, runs in series.items() if len(runs) > 1}
+    series = {name: runs for name, runs in series.items() if len(runs) > 1}
+    check(len(series) > 0, "sequences", options.sequences, "nothing grows: give some option more than one size")
+    return series
 
 
 @dataclass(frozen=True)
@@ -112,19 +116,21 @@ class Cost:
 def cost_of(config: RunConfig) -> Cost:
     """The operations of `training_flops`, and bytes: of weights, and of activations that wait for the backward pass.
 
-    Weights are read by both passes; their gradients cleared, written, and added to the accumulated ones (three more); the
-    optimizer reads gradients for the norm, scales them (two), and reads four numbers and writes three for each weight.
-    Activations are written and read once.
+    Weights are read by both passes; their gradients cleared, written, and added to the accumulated ones (three more), but for
+    experts that skip, which write and read only the latter; the optimizer reads gradients for the norm, scales them (two),
+    and reads four numbers and writes three for each weight. Activations are written and read once.
     """
     processes, size = config.parallel.expert, config.training.micro_batch_size
     tokens = processes * size * config.model.seq_length
     described = config.model, config.parallel, config.compute
     memory = estimate_memory(*described, micro_batch_size=size, data_parallel_size=processes)
     sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
+    skips = config.compute.experts == "skip"
+    saved = 2 * 4 * count_parameters(config.model).experts / processes if skips else 0
     # Of the optimizer's bytes half are a number for each of its weights.
-    moved = 7 * memory.weights + 10 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
+    moved = 7 * memory.weights - saved + 10 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
     return Cost(
-        flops=training_flops(config.model)[SKIPPED if config.compute.experts == "skip" else DENSE] * tokens,
+        flops=training_flops(config.model)[SKIPPED if skips else DENSE] * tokens,
         moved=processes * moved,
         sent=processes * sum(part.bytes for part in sent.values()),
     )
