@@ -24,10 +24,9 @@ from omegaconf import DictConfig
 
 from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compose, megatron_step, prepare, training_flops
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import reporting_errors, typed
+from configs.console import UserError, reporting_errors, typed
 from data_prep.files import writing
 from mone_model.accounting import count_communication, count_parameters, estimate_memory
-from mone_model.config import check
 from train.config import RunConfig
 
 
@@ -69,7 +68,8 @@ ConfigStore.instance().store(
 
 def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
     """Runs by what grows and how far."""
-    check(len(options.sequences) > 0, "sequences", options.sequences, "give at least the base's")
+    if not options.sequences:
+        raise UserError("sequences=[]: give at least the base's, like sequences=[16]")
     sequences = options.sequences[len(options.sequences) // 2]
     base = {
         "model": options.model,
@@ -94,7 +94,8 @@ def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
         "expert-parallel processes": {n: run(**spread(n)) for n in options.expert_parallel},
     }
     series = {name: runs for name, runs in series.items() if len(runs) > 1}
-    check(len(series) > 0, "sequences", options.sequences, "nothing grows: give some option more than one size")
+    if not series:
+        raise UserError(f"sequences={options.sequences}: nothing grows; give this or another option more than one size")
     return series
 
 
@@ -116,9 +117,9 @@ class Cost:
 def cost_of(config: RunConfig) -> Cost:
     """The operations of `training_flops`, and bytes: of weights, and of activations that wait for the backward pass.
 
-    Weights are read by both passes; their gradients cleared, written, and added to the accumulated ones (three more), but for
-    experts that skip, which write and read only the latter; the optimizer reads gradients for the norm, scales them (two),
-    and reads four numbers and writes three for each weight. Activations are written and read once.
+    Weights are read by both passes; their gradients cleared, written, and added to the accumulated ones (three more), save
+    for experts that skip, which read and write only the latter; the optimizer reads gradients for the norm, scales them
+    (two), and reads four numbers and writes three for each weight. Activations are written and read once.
     """
     processes, size = config.parallel.expert, config.training.micro_batch_size
     tokens = processes * size * config.model.seq_length
