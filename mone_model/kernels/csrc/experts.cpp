@@ -191,21 +191,21 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
                      float *all_gates, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of, BLOCK);
-  const int64_t padded = rounded_up(neurons), words = words_of(neurons);
+  const int64_t padded = (neurons + PANEL - 1) / PANEL * PANEL, words = words_of(neurons);
   // Block by block, so that the sums do not depend on which thread took which.
   std::vector<float> block_counts(counts ? blocks.size() * 2 * padded : 0);
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> gate(BLOCK * padded), active(padded), chosen_gates(BLOCK * kept + LANES), hidden(BLOCK * kept + LANES);
+    Aligned<float> panel(width * PANEL), gate(BLOCK * padded), active(padded);
+    Aligned<float> chosen_gates(BLOCK * kept + LANES), hidden(BLOCK * kept + LANES);
     Kept lists;
-    std::fill(gate.data, gate.data + BLOCK * padded, 0.0f);
 #pragma omp for schedule(dynamic)
     for (size_t b = 0; b < blocks.size(); b++) {
       const auto [e, first, count] = blocks[b];
       const float *rows_of_x = x + first * width;
       uint16_t *block_masks = masks + first * words;
       float *block_ups = ups + first * kept;
-      multiply(rows_of_x, of.gate_of(e), count, width, neurons, gate.data, padded);
+      multiply_many(rows_of_x, of.gate_of(e), count, width, neurons, panel.data, gate.data, padded);
       int32_t guess = FIRST_GUESS;
       for (int64_t n = 0; n < count; n++) {
         const float *row = gate.data + n * padded;

@@ -52,7 +52,7 @@ void multiply_row(const float *x, const T *w, int64_t width, int64_t neurons, fl
   }
 }
 
-// The same for any number of rows; the weights are read once.
+// The same for a few rows; the weights are read once.
 template <class T>
 void multiply(const float *x, const T *w, int64_t count, int64_t width, int64_t neurons, float *gate, int64_t stride) {
   if (count == 1) return multiply_row(x, w, width, neurons, gate);
@@ -66,6 +66,69 @@ void multiply(const float *x, const T *w, int64_t count, int64_t width, int64_t 
     };
     rows(std::integral_constant<int, ROWS>());
     rows(std::integral_constant<int, 2>());
+    rows(std::integral_constant<int, 1>());
+  }
+}
+
+// Rows become columns.
+inline void transpose(Vector *square) {
+  for (int round = 1; round < LANES; round *= 2) {  // each a perfect shuffle of its two halves
+    Vector shuffled[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES / 2; i++) {
+      Integers low, high;
+      for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane / 2 + lane % 2 * LANES;
+        high[lane] = low[lane] + LANES / 2;
+      }
+      shuffled[2 * i] = __builtin_shuffle(square[i], square[i + LANES / 2], low);
+      shuffled[2 * i + 1] = __builtin_shuffle(square[i], square[i + LANES / 2], high);
+    }
+    std::copy(shuffled, shuffled + LANES, square);
+  }
+}
+
+constexpr int PANEL = 2 * LANES;            // neurons whose weights are transposed at a time
+constexpr int TALL = LANES == 16 ? 12 : 6;  // rows whose sums with a panel fit into the registers
+
+template <int COUNT>
+void multiply_panel(const float *x, const float *panel, int64_t width, float *gate, int64_t stride) {
+  Vector sums[COUNT][2] = {};
+  for (int64_t k = 0; k < width; k++) {
+    const Vector left = load(panel + k * PANEL), right = load(panel + k * PANEL + LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < COUNT; r++) {
+      const Vector value = all(x[r * width + k]);
+      sums[r][0] += value * left;
+      sums[r][1] += value * right;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < COUNT; r++) {
+    store(gate + r * stride, sums[r][0]);
+    store(gate + r * stride + LANES, sums[r][1]);
+  }
+}
+
+// The same for so many rows that transposing the weights pays: nothing is left to add up within vectors. panel: room for
+// width * PANEL numbers; rows of gate have room for a multiple of PANEL neurons.
+inline void multiply_many(const float *x, const float *w, int64_t count, int64_t width, int64_t neurons, float *panel,
+                          float *gate, int64_t stride) {
+  for (int64_t j = 0; j < neurons; j += PANEL) {
+    for (int64_t k = 0; k < width; k += LANES)
+      for (int half : {0, LANES}) {
+        Vector square[LANES];
+        for (int i = 0; i < LANES; i++) square[i] = load(w + std::min(j + half + i, neurons - 1) * width + k);
+        transpose(square);
+        for (int i = 0; i < LANES; i++) store(panel + (k + i) * PANEL + half, square[i]);
+      }
+    int64_t n = 0;
+    const auto rows = [&](auto together) {
+      for (; n + together <= count; n += together)
+        multiply_panel<together>(x + n * width, panel, width, gate + n * stride + j, stride);
+    };
+    rows(std::integral_constant<int, TALL>());
+    rows(std::integral_constant<int, 4>());
     rows(std::integral_constant<int, 1>());
   }
 }
