@@ -1,4 +1,4 @@
-"""Make Megatron-Core run on CPU and gloo, and not slower than it must. Does nothing where CUDA exists.
+"""Make Megatron-Core run on CPU and gloo. Does nothing where CUDA exists.
 
 Megatron-Core assumes CUDA in places: device strings, streams, the CUDA random generator, collectives that only
 NCCL has. This module redirects them, once, before anything of Megatron-Core runs:
@@ -22,8 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.utils._device
 
-from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_rotary, cpu_router
-
 _CPU = torch.device("cpu")
 
 
@@ -40,7 +38,9 @@ def install() -> None:
         # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
         warnings.simplefilter("ignore", UserWarning)
         _patch_megatron()
-        _speed_up_megatron()
+        from mone_model import megatron_cpu_speed
+
+        megatron_cpu_speed.install()
 
 
 @contextlib.contextmanager
@@ -260,86 +260,3 @@ def _patch_megatron() -> None:
     buffers._coalescing_manager = coalescing_of_several
     buffers.dist_all_gather_func = of_several(buffers.dist_all_gather_func)
     buffers.dist_reduce_scatter_func = of_several(buffers.dist_reduce_scatter_func)
-
-
-def _speed_up_megatron() -> None:
-    """Replace what torch computes slowly on CPUs, and passes over memory that nobody needs."""
-    import megatron.core.models.common.embeddings.rope_utils as rope_utils
-    import megatron.core.optimizer.clip_grads as clip_grads
-    import megatron.core.tensor_parallel.cross_entropy as cross_entropy
-    import megatron.core.transformer.moe.router as router
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.parallel_state import get_tensor_model_parallel_group
-
-    rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
-
-    def rotate(x: torch.Tensor, angles: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        plain = not any(args) and not any(value for name, value in kwargs.items() if (name, value) != ("mscale", 1.0))
-        one_each = x.dim() == 4 and angles.shape == (len(x), 1, 1, x.size(3))
-        if plain and one_each and x.numel() > 0 and cpu_library.usable(x, angles):
-            return cpu_rotary.rotate(x, angles)
-        return rotate_by_torch(x, angles, *args, **kwargs)
-
-    route_by_torch = router.topk_routing_with_score_function
-    aux_scores_by_torch = router.compute_routing_scores_for_aux_loss
-
-    def route(
-        logits: torch.Tensor, topk: int, use_pre_softmax: bool, scaling_factor: float | None, score_function: str, **more: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        plain = not any(value is not None and value is not False for value in more.values())
-        if plain and score_function == "softmax" and cpu_library.usable(logits):
-            scores, chosen = cpu_router.route(logits, topk, over_all=use_pre_softmax)
-            scores = scores * chosen if use_pre_softmax else scores
-            return scores if scaling_factor is None else scores * scaling_factor, chosen
-        options: dict[str, Any] = {"scaling_factor": scaling_factor, "score_function": score_function}
-        return route_by_torch(logits, topk, use_pre_softmax, **options, **more)
-
-    def aux_scores(
-        logits: torch.Tensor, topk: int, score_function: str, padding_mask: torch.Tensor | None = None, **more: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if score_function == "softmax" and padding_mask is None and cpu_library.usable(logits):
-            scores, chosen = cpu_router.route(logits, topk, over_all=True)
-            return chosen, scores
-        return aux_scores_by_torch(logits, topk, score_function, padding_mask=padding_mask, **more)
-
-    loss_by_torch = cross_entropy._VocabParallelCrossEntropy
-
-    class CrossEntropy:
-        @staticmethod
-        def apply(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-            if label_smoothing == 0 and cpu_cross_entropy.usable(logits):
-                return cpu_cross_entropy.cross_entropy(logits, targets, get_tensor_model_parallel_group())
-            return loss_by_torch.apply(logits, targets, label_smoothing)
-
-    def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = logits.float()
-        return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
-
-    def norm(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
-        # Of millions of numbers at once torch's vector_norm is off by some 1e-4, and takes one thread.
-        parts = []
-        for gradient in tensor_lists[0]:
-            flat = gradient.flatten()
-            whole = flat.numel() // 1024 * 1024
-            parts += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), flat[whole:]]
-        return torch.linalg.vector_norm(torch.cat(parts), dtype=torch.float64).float().view(1), None
-
-    def scale(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
-        for source, target in zip(*tensor_lists, strict=True):
-            torch.mul(source, factor, out=target)
-
-    copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
-
-    def copy_unless_same(optimizer: Any) -> None:
-        # The main parameters of fp32 weights are views of these.
-        if any(optimizer.model_float16_groups):
-            copy_to_model(optimizer)
-
-    rope_utils._apply_rotary_pos_emb_bshd = rotate
-    router.topk_routing_with_score_function = route
-    router.compute_routing_scores_for_aux_loss = aux_scores
-    clip_grads.l2_norm_impl = norm
-    clip_grads.multi_tensor_scale_impl = scale
-    DistributedOptimizer._copy_main_params_to_model_params = copy_unless_same
-    cross_entropy._VocabParallelCrossEntropy = CrossEntropy
-    cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(largest)

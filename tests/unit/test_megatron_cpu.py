@@ -1,6 +1,8 @@
-"""What is computed otherwise on CPUs, RMSNorm, rotary embeddings and the largest logits, against torch's operations."""
+"""What is computed otherwise on CPUs, from RMSNorm to the norm of gradients, against torch and Megatron-Core."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
-from mone_model.kernels import cpu_library, cpu_rms_norm, cpu_rotary
+from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_rms_norm, cpu_rotary, cpu_router
 from mone_model.layer_spec import RMSNorm
 from tests.tiny import TINY_MODEL
 
@@ -125,3 +127,147 @@ def test_the_loss_starts_from_the_largest_logits() -> None:
     same, largest = VocabParallelCrossEntropy.calculate_logits_max(logits)
     assert same is logits
     torch.testing.assert_close(largest, logits.max(-1).values, equal_nan=True, rtol=0, atol=0)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 60),
+    words=st.integers(1, 40),
+    rank=st.integers(0, 2),
+    threads=st.sampled_from([1, 2, 7]),
+)
+def test_cross_entropy_equals_its_formula(seed: int, rows: int, words: int, rank: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = 16 * words
+    logits = 5 * torch.randn(rows, 2, vocabulary, generator=generator)
+    targets = torch.randint(3 * vocabulary, (rows, 2), generator=generator)  # of three ranks that share the vocabulary
+    place = targets - rank * vocabulary
+    here = (place >= 0) & (place < vocabulary)
+
+    def formula(logits: torch.Tensor) -> torch.Tensor:
+        chosen = logits.gather(-1, place.where(here, 0)[..., None])[..., 0]
+        return logits.logsumexp(-1) - chosen * here
+
+    # A rank that is alone with its part of the vocabulary.
+    group: Any = SimpleNamespace(rank=lambda: rank, size=lambda: 1)
+    assert_equal(lambda x: cpu_cross_entropy.cross_entropy(x, targets, group), formula, logits, threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "dtype", "smoothing", "by_kernel"),
+    [
+        (48, torch.float32, 0.0, True),
+        (50, torch.float32, 0.0, False),
+        (48, torch.bfloat16, 0.0, False),
+        (48, torch.float32, 0.1, False),
+    ],
+)
+def test_the_loss_is_the_same_with_and_without_the_kernel(
+    vocabulary: int, dtype: torch.dtype, smoothing: float, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 2, vocabulary, generator=generator).to(dtype)
+    targets = torch.randint(vocabulary, (7, 2), generator=generator)
+    kernel = mock.Mock(wraps=cpu_cross_entropy.cross_entropy)
+    monkeypatch.setattr(cpu_cross_entropy, "cross_entropy", kernel)
+    try:
+        losses = [vocab_parallel_cross_entropy(logits.clone(), targets, smoothing)]
+        assert kernel.called == by_kernel
+        monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
+        losses.append(vocab_parallel_cross_entropy(logits.clone(), targets, smoothing))
+    finally:
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(*losses)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 400),
+    experts=st.integers(1, 70),
+    part=st.floats(0, 1),
+    over_all=st.booleans(),
+    threads=st.sampled_from([1, 2, 7]),
+)
+def test_experts_are_chosen_and_scored(
+    seed: int, rows: int, experts: int, part: float, over_all: bool, threads: int
+) -> None:
+    k = max(1, round(part * experts))
+    logits = 3 * torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed))
+    expected = torch.zeros(rows, experts, dtype=torch.bool).scatter(1, logits.topk(k).indices, True)
+    assert torch.equal(cpu_router.route(logits, k, over_all=over_all)[1], expected)
+
+    def scores(logits: torch.Tensor) -> torch.Tensor:
+        return (logits if over_all else logits.masked_fill(~expected, -torch.inf)).softmax(-1)
+
+    assert_equal(lambda x: cpu_router.route(x, k, over_all=over_all)[0], scores, logits, threads=threads)
+
+
+HARD = [-1.0, 0.0, 0.5, torch.nan, torch.inf]
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows=st.lists(st.lists(st.sampled_from(HARD), min_size=19, max_size=19), min_size=1))
+def test_as_many_experts_are_chosen_among_equals_and_among_nan(rows: list[list[float]]) -> None:
+    logits = torch.tensor(rows)
+    scores, chosen = cpu_router.route(logits, 4, over_all=False)
+    assert torch.all(chosen.sum(1) == 4)
+    ordered = logits.nan_to_num(torch.inf, torch.inf)
+    for row, choice, score in zip(ordered, chosen, scores, strict=True):
+        best = sorted(range(19), key=lambda expert: (-row[expert].item(), expert))[:4]
+        assert choice.nonzero().flatten().tolist() == sorted(best)
+        assert score.isnan().any() == row.isinf().any()
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "by_kernel"),  # the choice, and the scores for the loss
+    [
+        ({}, torch.float32, 2),
+        ({"use_pre_softmax": True}, torch.float32, 2),
+        ({"scaling_factor": 2.5}, torch.float32, 2),
+        ({}, torch.float64, 0),
+        ({"num_groups": 3, "group_topk": 2}, torch.float32, 1),
+        ({"score_function": "sigmoid"}, torch.float32, 0),
+        ({"score_function": "sigmoid", "expert_bias": torch.arange(6.0)}, torch.float32, 0),
+    ],
+)
+def test_routing_is_the_same_with_and_without_the_kernel(
+    options: dict[str, Any], dtype: torch.dtype, by_kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe import router
+
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    as_router_does = {"use_pre_softmax": False, "num_groups": None, "group_topk": None, "scaling_factor": None}
+    as_router_does |= {"score_function": "softmax", "expert_bias": None, "fused": False, "router_replay": None} | options
+    kernel = mock.Mock(wraps=cpu_router.route)
+    monkeypatch.setattr(cpu_router, "route", kernel)
+
+    def route() -> list[torch.Tensor]:
+        aux = {"fused": False, "padding_mask": None}
+        scores = router.compute_routing_scores_for_aux_loss(logits, 2, as_router_does["score_function"], **aux)
+        return [*router.topk_routing_with_score_function(logits, 2, **as_router_does), *scores]
+
+    results = route()
+    assert kernel.call_count == by_kernel
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
+    torch.testing.assert_close(results, route())
+
+
+def test_the_norm_of_many_gradients_is_exact() -> None:
+    from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
+
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=generator) for size in ((1,), (5000,), (2**22 + 7,), (3, 1024))]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        norm = get_grad_norm_fp32(gradients)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).double().norm().item(), rel=2e-7)

@@ -1,0 +1,105 @@
+"""Make Megatron-Core on CPUs not slower than it must be: what torch computes slowly there, and needless passes over memory.
+
+    megatron_cpu_speed.install()       # mone_model's __init__ does, by megatron_cpu, where there is no GPU
+
+Each function here takes the place of one of Megatron-Core's, named beside it in `install`, and leaves to it what the
+kernels of `mone_model.kernels` do not do.
+"""
+
+from typing import Any
+
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import megatron.core.optimizer.clip_grads as clip_grads
+import megatron.core.tensor_parallel.cross_entropy as cross_entropy
+import megatron.core.transformer.moe.router as router
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_rotary, cpu_router
+
+
+def install() -> None:
+    """Put these functions in the place of Megatron-Core's."""
+    rope_utils._apply_rotary_pos_emb_bshd = _rotate
+    router.topk_routing_with_score_function = _route
+    router.compute_routing_scores_for_aux_loss = _score_for_aux_loss
+    cross_entropy._VocabParallelCrossEntropy = _CrossEntropy
+    cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(_largest)
+    clip_grads.l2_norm_impl = _norm
+    clip_grads.multi_tensor_scale_impl = _scale
+    DistributedOptimizer._copy_main_params_to_model_params = _copy_unless_same
+
+
+_rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
+_route_by_torch = router.topk_routing_with_score_function
+_score_for_aux_loss_by_torch = router.compute_routing_scores_for_aux_loss
+_cross_entropy_by_torch = cross_entropy._VocabParallelCrossEntropy
+_copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    plain = not any(args) and not _given(options | {"mscale": options.get("mscale", 1.0) != 1.0})
+    one_each = x.dim() == 4 and angles.shape == (len(x), 1, 1, x.size(3))
+    if plain and one_each and x.numel() > 0 and cpu_library.usable(x, angles):
+        return cpu_rotary.rotate(x, angles)
+    return _rotate_by_torch(x, angles, *args, **options)
+
+
+def _route(logits: torch.Tensor, topk: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    plain = {"use_pre_softmax": False, "scaling_factor": None, "score_function": "softmax"}
+    of_all, factor, function = (options.get(name, default) for name, default in plain.items())
+    others = {name: option for name, option in options.items() if name not in plain}
+    if function == "softmax" and not _given(others) and cpu_library.usable(logits):
+        scores, chosen = cpu_router.route(logits, topk, over_all=bool(of_all))
+        scores = scores * chosen if of_all else scores
+        return scores if factor is None else scores * factor, chosen
+    return _route_by_torch(logits, topk, **options)
+
+
+def _score_for_aux_loss(
+    logits: torch.Tensor, topk: int, score_function: str, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if score_function == "softmax" and not _given(options) and cpu_library.usable(logits):
+        scores, chosen = cpu_router.route(logits, topk, over_all=True)
+        return chosen, scores
+    return _score_for_aux_loss_by_torch(logits, topk, score_function, **options)
+
+
+class _CrossEntropy:
+    @staticmethod
+    def apply(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+        if label_smoothing == 0 and cpu_cross_entropy.usable(logits):
+            return cpu_cross_entropy.cross_entropy(logits, targets, get_tensor_model_parallel_group())
+        return _cross_entropy_by_torch.apply(logits, targets, label_smoothing)
+
+
+def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    logits = logits.float()
+    return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
+
+
+def _norm(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
+    # Of millions of numbers at once torch's vector_norm is off by some 1e-4, and takes one thread.
+    parts = []
+    for gradient in tensor_lists[0]:
+        flat = gradient.flatten()
+        whole = len(flat) // 1024 * 1024
+        parts += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), flat[whole:]]
+    return torch.linalg.vector_norm(torch.cat(parts), dtype=torch.float64).float().view(1), None
+
+
+def _scale(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, factor, out=target)
+
+
+def _copy_unless_same(optimizer: Any) -> None:
+    # The main parameters of fp32 weights are views of these.
+    if any(optimizer.model_float16_groups):
+        _copy_to_model(optimizer)
+
+
+def _given(options: dict[str, Any]) -> bool:
+    """Whether any asks for something."""
+    return any(option is not None and option is not False for option in options.values())
