@@ -5,10 +5,11 @@
     python -m benchmarks.step profile=true                          # where a step of ours spends its time
 
 Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. The others, with fused AdamW
-everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer, though with our dispatcher and search for
-the largest logit; Hugging Face's Qwen3-MoE with its default experts (grouped GEMMs); Hugging Face's Qwen3 with DeepSpeed's
-own MoE layer in place of each MLP: by its defaults (top-k, capacity factor 1: it drops tokens), and told to drop none, as
-all others do. Those after Megatron-Core have no shared expert, and beside them ours has none.
+everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer, though with our dispatcher, norm and
+clipping of gradients; Hugging Face's Qwen3-MoE with its default experts (grouped GEMMs); Hugging Face's Qwen3 with
+DeepSpeed's own MoE layer, and its load-balancing loss, in place of each MLP: by its defaults (capacity factor 1: it drops
+tokens), and told to drop none, as all others do. Those after Megatron-Core have no shared expert, and beside them ours has
+none.
 
 Then theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
 
@@ -203,11 +204,13 @@ def build_deepspeed(options: BenchmarkConfig, *, drop_tokens: bool, with_ours: b
             self.moe.set_deepspeed_parallelism()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.moe(x)[0]
+            y, self.balance_loss, _ = self.moe(x)
+            return y
 
     for layer in qwen.model.layers:
         layer.mlp = Experts()
-    return _step_of(qwen, config)
+    # Without it most tokens soon go to few experts, to whose share all others are filled up if none is dropped.
+    return _step_of(qwen, config, lambda: model.aux_loss_coeff * sum(layer.mlp.balance_loss for layer in qwen.model.layers))
 
 
 def _attention_of(model: ModelConfig) -> dict[str, Any]:
@@ -224,13 +227,13 @@ def _attention_of(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _step_of(model: torch.nn.Module, config: RunConfig) -> Run:
+def _step_of(model: torch.nn.Module, config: RunConfig, other_losses: Callable[[], Any] = lambda: 0.0) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
     tokens = random_tokens(config)
 
     def step() -> None:
         tokens_BS = next(tokens)[:, :-1]
-        model(input_ids=tokens_BS, labels=tokens_BS).loss.backward()
+        (model(input_ids=tokens_BS, labels=tokens_BS).loss + other_losses()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad)
         optimizer.step()
         optimizer.zero_grad()

@@ -164,26 +164,24 @@ def test_cross_entropy_equals_its_formula(seed: int, rows: int, words: int, rank
     ],
 )
 def test_the_loss_is_the_same_with_and_without_the_kernel(
-    vocabulary: int, dtype: torch.dtype, smoothing: float, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    vocabulary: int,
+    dtype: torch.dtype,
+    smoothing: float,
+    by_kernel: bool,
+    one_process: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 2, vocabulary, generator=generator).to(dtype)
     targets = torch.randint(vocabulary, (7, 2), generator=generator)
     kernel = mock.Mock(wraps=cpu_cross_entropy.cross_entropy)
     monkeypatch.setattr(cpu_cross_entropy, "cross_entropy", kernel)
-    try:
-        losses = [vocab_parallel_cross_entropy(logits.clone(), targets, smoothing)]
-        assert kernel.called == by_kernel
-        monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
-        losses.append(vocab_parallel_cross_entropy(logits.clone(), targets, smoothing))
-    finally:
-        parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()
+    losses = [vocab_parallel_cross_entropy(logits.clone(), targets, smoothing)]
+    assert kernel.called == by_kernel
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
+    losses.append(vocab_parallel_cross_entropy(logits.clone(), targets, smoothing))
     torch.testing.assert_close(*losses)
 
 
@@ -260,14 +258,10 @@ def test_routing_is_the_same_with_and_without_the_kernel(
     torch.testing.assert_close(results, route())
 
 
-def test_the_norm_of_many_gradients_is_exact() -> None:
+def test_the_norm_of_many_gradients_is_exact(one_process: None) -> None:
     from megatron.core.optimizer.clip_grads import get_grad_norm_fp32
 
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(size, generator=generator) for size in ((1,), (5000,), (2**22 + 7,), (3, 1024))]
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        norm = get_grad_norm_fp32(gradients)
-    finally:
-        torch.distributed.destroy_process_group()
+    norm = get_grad_norm_fp32(gradients)
     assert norm == pytest.approx(torch.cat([g.flatten() for g in gradients]).double().norm().item(), rel=2e-7)
