@@ -85,7 +85,7 @@ def _norm(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tenso
     for gradient in tensor_lists[0]:
         flat = gradient.flatten()
         whole = len(flat) // 1024 * 1024
-        parts += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1), flat[whole:]]
+        parts += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1, dtype=torch.float32), flat[whole:]]
     return torch.linalg.vector_norm(torch.cat(parts), dtype=torch.float64).float().view(1), None
 
 

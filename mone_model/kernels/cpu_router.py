@@ -25,8 +25,9 @@ def route(logits: torch.Tensor, k: int, *, over_all: bool) -> tuple[torch.Tensor
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, k: int, over_all: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = logits.contiguous()
         scores, chosen = torch.empty_like(logits), torch.empty_like(logits, dtype=torch.bool)
-        call("route", *logits.shape, k, over_all, logits.contiguous(), scores, chosen)
+        call("route", *logits.shape, k, over_all, logits, scores, chosen)
         ctx.save_for_backward(scores)
         ctx.mark_non_differentiable(chosen)
         return scores, chosen

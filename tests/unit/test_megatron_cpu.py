@@ -198,7 +198,7 @@ def test_experts_are_chosen_and_scored(
     seed: int, rows: int, experts: int, part: float, over_all: bool, threads: int
 ) -> None:
     k = max(1, round(part * experts))
-    logits = 3 * torch.randn(rows, experts, generator=torch.Generator().manual_seed(seed))
+    logits = 3 * torch.randn(experts, rows, generator=torch.Generator().manual_seed(seed)).T
     expected = torch.zeros(rows, experts, dtype=torch.bool).scatter(1, logits.topk(k).indices, True)
     assert torch.equal(cpu_router.route(logits, k, over_all=over_all)[1], expected)
 

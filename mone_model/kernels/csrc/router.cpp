@@ -10,7 +10,7 @@ void route(int64_t rows, int64_t experts, int64_t k, int64_t over_all, const flo
            int64_t threads) {
   constexpr float INF = std::numeric_limits<float>::infinity();
   const int64_t padded = rounded_up(experts);
-#pragma omp parallel num_threads(threads) if (rows * experts >= WORTH_WAKING)
+#pragma omp parallel num_threads(threads) if (rows * experts * experts > WORTH_WAKING)
   {
     Aligned<float> row(padded);  // NaN counts as the largest
     std::fill(row.data, row.data + padded, -INF);
@@ -49,7 +49,7 @@ void route(int64_t rows, int64_t experts, int64_t k, int64_t over_all, const flo
 // dlogits = scores * (dscores - sum of scores * dscores)
 void route_backward(int64_t rows, int64_t experts, const float *scores, const float *dscores, float *dlogits,
                     int64_t threads) {
-#pragma omp parallel for num_threads(threads) if (rows * experts >= WORTH_WAKING)
+#pragma omp parallel for num_threads(threads) if (rows * experts > WORTH_WAKING)
   for (int64_t n = 0; n < rows; n++) {
     const float *of = scores + n * experts, *d = dscores + n * experts;
     Vector sum{};
