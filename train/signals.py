@@ -1,5 +1,6 @@
 """Stop in good order: a rank notes why it should, all agree by a collective after a step, the loop saves and leaves."""
 
+import atexit
 import enum
 import os
 import signal
@@ -35,6 +36,8 @@ class StopRequest:
         self.deadline = psutil.Process(os.getpid()).create_time() + time_limit
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        # A job script asks again and again. Python's exit takes its handlers away, and then that would kill who is leaving.
+        atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.note(StopReason.SIGNAL)
