@@ -39,21 +39,29 @@ _copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
 
 
 def _rotate(x: torch.Tensor, angles: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-    plain = not any(args) and not _given(options | {"mscale": options.get("mscale", 1.0) != 1.0})
+    plain = not any(args) and not _given(
+        {name: option for name, option in options.items() if (name, option) != ("mscale", 1.0)}
+    )
     one_each = x.dim() == 4 and angles.shape == (len(x), 1, 1, x.size(3))
     if plain and one_each and x.numel() > 0 and cpu_library.usable(x, angles):
         return cpu_rotary.rotate(x, angles)
     return _rotate_by_torch(x, angles, *args, **options)
 
 
-def _route(logits: torch.Tensor, topk: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    plain = {"use_pre_softmax": False, "scaling_factor": None, "score_function": "softmax"}
-    of_all, factor, function = (options.get(name, default) for name, default in plain.items())
-    others = {name: option for name, option in options.items() if name not in plain}
-    if function == "softmax" and not _given(others) and cpu_library.usable(logits):
-        scores, chosen = cpu_router.route(logits, topk, over_all=bool(of_all))
-        scores = scores * chosen if of_all else scores
-        return scores if factor is None else scores * factor, chosen
+def _route(
+    logits: torch.Tensor,
+    topk: int,
+    *,
+    use_pre_softmax: bool = False,
+    scaling_factor: float | None = None,
+    score_function: str = "softmax",
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if score_function == "softmax" and not _given(options) and cpu_library.usable(logits):
+        scores, chosen = cpu_router.route(logits, topk, over_all=use_pre_softmax)
+        scores = scores * chosen if use_pre_softmax else scores
+        return scores if scaling_factor is None else scores * scaling_factor, chosen
+    options |= {"use_pre_softmax": use_pre_softmax, "scaling_factor": scaling_factor, "score_function": score_function}
     return _route_by_torch(logits, topk, **options)
 
 

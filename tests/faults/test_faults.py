@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from configs.run_folder import read_metrics
+from tests.conftest import ROOT
 from tests.faults.jobs import (
     STEPS,
     UNDISTURBED,
@@ -81,6 +83,23 @@ def test_the_launcher_restarts_killed_workers_by_itself(folder: Path) -> None:
         output = job.finish()
     assert output.count("resumed from") == 1
     assert differences(folder, "restarted") == []
+
+
+LEAVES = """
+import os, signal
+from train.signals import StopRequest
+
+class Asked:  # when Python has taken the handlers of signals away
+    def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGUSR1):
+        kill(process, number)
+
+asked = Asked()
+StopRequest(time_limit=60)
+"""
+
+
+def test_a_process_that_leaves_is_not_killed_by_being_asked_again() -> None:
+    assert subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT).returncode == 0
 
 
 def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(folder: Path) -> None:
