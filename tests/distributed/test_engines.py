@@ -33,6 +33,8 @@ SETTINGS: dict[int, list[Setting]] = {
 }
 OFFLOADED = [("ep2", 1, 1), ("dp2", 3, 2)]
 
+SKIPPING = {"compute": {"experts": "skip"}}
+
 # A step refused by the caller, and one with a gradient that is not a number on the last rank only.
 REFUSED, POISONED, LAST = 2, 4, 7
 DISTURBED: dict[str, dict[str, Any]] = {
@@ -72,7 +74,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
         name_of(setting): case_of(setting[0], processes, setting[2], **deepspeed(setting[1]))
         for setting in SETTINGS[processes]
     }
-    sparse = {"model": SPARSE | LOSSES, "run_steps": 3}
+    sparse = {"model": SPARSE | LOSSES, "run_steps": 3, **SKIPPING}
     if processes == 1:
         cases |= {f"megatron/{micro_batches}": case_of("one", 1, micro_batches) for micro_batches in (1, 2)}
         cases["megatron/sparse"] = case_of("one", 1, 2, **sparse)
@@ -100,7 +102,7 @@ def has_twin(name: str) -> bool:
 def disturbed_cases() -> dict[str, dict[str, Any]]:
     """Steps that are refused or poisoned, and runs that never saw them, with an expert bias that each step moves."""
     model = SPARSE | LOSSES | {"num_layers": 2, "router_score_function": "sigmoid", "expert_bias": True}
-    common = {"model": model, "training": {"micro_batch_size": 2, "global_batch_size": 8}, "run_steps": LAST}
+    common = {"model": model, "training": {"micro_batch_size": 2, "global_batch_size": 8}, "run_steps": LAST, **SKIPPING}
     disturbed = {
         "refuse": [REFUSED],
         "poison": [POISONED],

@@ -57,7 +57,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
     for layout, parallel in LAYOUTS[processes].items():
         replicas = processes // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
         options = {
-            "compute": {"experts": "grouped"} | ({"token_dispatcher": "allgather"} if layout.endswith("allgather") else {}),
+            "compute": {"token_dispatcher": "allgather"} if layout.endswith("allgather") else {},
             "training": {"micro_batch_size": 4 // replicas, "global_batch_size": 8},
         }
         for kind, model in (("smooth", SMOOTH), ("sparse", SPARSE)):
