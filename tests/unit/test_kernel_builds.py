@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from mone_model.kernels import cpu, cpu_cross_entropy, cpu_library, cpu_rms_norm, cpu_rotary, cpu_router
+from mone_model.kernels import (
+    cpu,
+    cpu_cross_entropy,
+    cpu_library,
+    cpu_permutation,
+    cpu_rms_norm,
+    cpu_rotary,
+    cpu_router,
+)
 from mone_model.neuron_selection import select_and_gate
 
 
@@ -40,6 +48,8 @@ def everything() -> list[torch.Tensor]:
     results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 2, 46))]
     logits = random(30, 48).requires_grad_()
     scores, chosen = cpu_router.route(logits, 5, over_all=False)
+    rows, probs_of_rows, token_of_rows = cpu_permutation.permute(random(30, 45), chosen, scores)
+    results.append(cpu_permutation.unpermute(rows * probs_of_rows[:, None], token_of_rows, 30))
     group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     losses = cpu_cross_entropy.cross_entropy(scores * 9, torch.arange(30), group)
     results += [chosen, losses, *torch.autograd.grad(losses, [logits], random(30))]

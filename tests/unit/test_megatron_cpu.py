@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
-from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_rms_norm, cpu_rotary, cpu_router
+from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_permutation, cpu_rms_norm, cpu_rotary, cpu_router
 from mone_model.layer_spec import RMSNorm
 from tests.tiny import TINY_MODEL
 
@@ -256,6 +256,77 @@ def test_routing_is_the_same_with_and_without_the_kernel(
     assert kernel.call_count == by_kernel
     monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
     torch.testing.assert_close(results, route())
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    tokens=st.integers(0, 300),
+    experts=st.integers(1, 20),
+    width=st.integers(1, 100),
+    part=st.floats(0, 1),  # tokens may choose different numbers of experts, or none
+    threads=st.sampled_from([1, 2, 7]),
+)
+def test_tokens_go_to_their_experts_and_back(
+    seed: int, tokens: int, experts: int, width: int, part: float, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, probs = torch.randn(width, tokens, generator=generator).T, torch.rand(experts, tokens, generator=generator).T
+    chosen = torch.rand(tokens, experts, generator=generator) < part
+    factors = torch.randn(int(chosen.sum()), width, generator=generator)
+
+    def there_and_back(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        rows, probs_of_rows, token_of_rows = cpu_permutation.permute(x, chosen, probs)
+        return cpu_permutation.unpermute(rows * probs_of_rows[:, None] * factors, token_of_rows, tokens)
+
+    def one_by_one(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        expert, token = chosen.T.nonzero(as_tuple=True)
+        rows = x[token] * probs[token, expert, None] * factors.to(x.dtype)
+        return torch.zeros_like(x).index_add(0, token, rows)
+
+    assert_equal(there_and_back, one_by_one, x, probs, threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype", "by_kernel"),
+    [
+        ({}, torch.float32, True),
+        ({}, torch.bfloat16, False),
+        ({"drop_and_pad": True}, torch.float32, False),
+    ],
+)
+def test_tokens_are_permuted_the_same_with_and_without_the_kernel(
+    options: dict[str, Any], dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    generator = torch.Generator().manual_seed(0)
+    x, probs = torch.randn(60, 24, generator=generator).to(dtype), torch.rand(60, 6, generator=generator).to(dtype)
+    routing_map = torch.arange(60)[:, None] % 6 == torch.arange(6)
+    kernel = mock.Mock(wraps=cpu_permutation.permute)
+    monkeypatch.setattr(cpu_permutation, "permute", kernel)
+
+    def permute() -> list[Any]:
+        permuted = token_dispatcher.permute(x, routing_map, probs=probs, num_out_tokens=60, fused=False, **options)
+        rows, _, indices = permuted
+        shape = {"restore_shape": x.shape, "routing_map": routing_map, "fused": False}
+        return [*permuted, token_dispatcher.unpermute(rows, indices, **shape, **options)]
+
+    results = permute()
+    assert kernel.called == by_kernel
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
+    assert all(torch.equal(*pair) for pair in zip(results, permute(), strict=True))
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
+def test_parts_that_are_in_order_are_not_copied(order: list[int]) -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    rows, probs, sizes = torch.arange(12.0).view(6, 2), torch.arange(6.0), torch.tensor([3, 1, 2])
+    results = token_dispatcher.sort_chunks_by_idxs(rows, sizes, torch.tensor(order), probs=probs, fused=False)
+    for result, of in zip(results, (rows, probs), strict=True):
+        assert torch.equal(result, torch.cat([of.split(sizes.tolist())[part] for part in order]))
+        assert (result is of) == (order == [0, 1, 2])
 
 
 def test_the_norm_of_many_gradients_is_exact(one_process: None) -> None:

@@ -1,0 +1,65 @@
+// Tokens sorted by expert and back, for kernels/cpu_permutation.py. Rows of fp32; chosen [tokens, experts] in bytes.
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+// Of each expert.
+std::vector<int64_t> first_rows(int64_t tokens, int64_t experts, const uint8_t *chosen) {
+  std::vector<int64_t> first(experts + 1);
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t e = 0; e < experts; e++) first[e + 1] += chosen[n * experts + e];
+  for (int64_t e = 0; e < experts; e++) first[e + 1] += first[e];
+  return first;
+}
+
+}  // namespace
+
+extern "C" {
+
+// For each row, expert by expert: whose token it is, and its weight.
+void list_rows(int64_t tokens, int64_t experts, const uint8_t *chosen, const float *probs, int64_t *token_of,
+               float *prob_of, int64_t) {
+  std::vector<int64_t> next = first_rows(tokens, experts, chosen);
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t e = 0; e < experts; e++)
+      if (chosen[n * experts + e]) {
+        const int64_t row = next[e]++;
+        token_of[row] = n;
+        prob_of[row] = probs[n * experts + e];
+      }
+}
+
+// The weights' gradients back to their places; 0 where nothing was chosen.
+void unlist_probs(int64_t tokens, int64_t experts, const uint8_t *chosen, const float *dprob_of, float *dprobs, int64_t) {
+  std::vector<int64_t> next = first_rows(tokens, experts, chosen);
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t e = 0; e < experts; e++)
+      dprobs[n * experts + e] = chosen[n * experts + e] ? dprob_of[next[e]++] : 0;
+}
+
+// y[row] = x[token_of[row]]
+void take_rows(int64_t rows, int64_t width, const int64_t *token_of, const float *x, float *y, int64_t threads) {
+#pragma omp parallel for num_threads(threads) if (rows * width > WORTH_WAKING)
+  for (int64_t row = 0; row < rows; row++) std::memcpy(y + row * width, x + token_of[row] * width, width * sizeof(float));
+}
+
+// x[token] = the sum of its rows of y, in their order.
+void add_rows(int64_t rows, int64_t tokens, int64_t width, const int64_t *token_of, const float *y, float *x,
+              int64_t threads) {
+  std::vector<int64_t> begin(tokens + 1), row_of(rows);
+  for (int64_t row = 0; row < rows; row++) begin[token_of[row] + 1]++;
+  for (int64_t n = 0; n < tokens; n++) begin[n + 1] += begin[n];
+  std::vector<int64_t> next(begin.begin(), begin.end() - 1);
+  for (int64_t row = 0; row < rows; row++) row_of[next[token_of[row]]++] = row;
+#pragma omp parallel for num_threads(threads) if (rows * width > WORTH_WAKING)
+  for (int64_t n = 0; n < tokens; n++)
+    each_vector(width, [&](int64_t j, auto count) {
+      Vector sum{};
+      for (int64_t i = begin[n]; i < begin[n + 1]; i++) sum += load_first(y + row_of[i] * width + j, count);
+      store_first(x + n * width + j, sum, count);
+    });
+}
+
+}  // extern "C"
