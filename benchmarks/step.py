@@ -53,9 +53,9 @@ class BenchmarkConfig:
     """Rows of the embedding."""
     micro_batch_size: int = 8
     """Sequences of a step."""
-    rounds: int = 5
+    rounds: int = 7
     """Turns of each."""
-    repeats: int = 3
+    repeats: int = 8
     """Steps of a turn."""
     leave_out: list[str] = field(default_factory=list)
     """Of the others, those with one of these words in their name take no turn: all are in memory at once."""

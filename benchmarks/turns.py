@@ -19,6 +19,8 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from configs.console import ReportedError
 
 Run = Callable[[], Any]
+# Runs that are not counted: in the first few, memory is taken from the system for good.
+WARM_UP = 4
 # For the configuration of a benchmark: nothing is written.
 HYDRA = {"run": {"dir": "."}, "output_subdir": None}
 LOGGING = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
@@ -30,7 +32,7 @@ def take_turns(
     repeats: int = 1,
     processes: dict[str, int] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round: the mean of `repeats` runs after one that is not counted.
+    """Seconds of each contender in each round: the mean of `repeats` runs, after a few that are not counted.
 
     contenders: by name, what builds it; called in the contender's process and returns what is timed.
     processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
@@ -89,7 +91,8 @@ def _work(build: functools.partial[Run], connection: Connection, repeats: int, e
     connection.recv()
     os.environ.update(environment)
     run = build()
-    run()
+    for _ in range(WARM_UP):
+        run()
     connection.send(0.0)
     while connection.recv():
         start = time.perf_counter()

@@ -196,7 +196,8 @@ def _layer_activations(
     routed = rows * (width * parallel.expert_tensor * item + _kept_by_neurons(model, parallel, compute, item))
     # Logits, probabilities, the routing map; for each row its expert, position and weight.
     routed += tokens * model.num_experts * 9 + rows * 24
-    dense = 5 * tokens * shared * item
+    selecting = _shared_kept(model) < shared and parallel.tensor == 1
+    dense = tokens * (_compressed(shared, _shared_kept(model), item) + shared * item if selecting else 5 * shared * item)
     moe = tokens * width * item
     if "moe" not in modules:
         moe += routed + (0 if "shared_experts" in modules else dense)
@@ -215,8 +216,7 @@ def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: Comp
     """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
     neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
     balancing = model.neuron_balance_coeff > 0
-    # Gate and up where they count, a bit for each neuron.
-    compressed = 2 * kept * item + neurons / 8
+    compressed = _compressed(neurons, kept, item)
     if compute.experts == "skip":
         # The balance loss has a gate of its own, that activated, its size, and that as a share of the row's sum.
         return compressed + (4 * neurons * item if balancing else 0)
@@ -224,6 +224,11 @@ def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: Comp
         return compressed + neurons * item
     # Gate and up, the activated gate, its product with up, that times the routing weight; the mask.
     return 5 * neurons * item + (neurons if kept < neurons else 0)
+
+
+def _compressed(neurons: int, kept: int, item: int) -> float:
+    """Bytes of gate and up where they count, and a bit for each neuron."""
+    return 2 * kept * item + neurons / 8
 
 
 def _loss_activations(

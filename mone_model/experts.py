@@ -196,17 +196,28 @@ class NeuronExperts(MegatronModule):
 class SharedNeuronExpert(SharedExpertMLP):
     """The shared expert, with the same selection of neurons as the routed ones; active_neurons: K of all its neurons."""
 
-    def __init__(self, config: TransformerConfig, *args: Any, active_neurons: int, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, active_neurons: int, activation: str, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # keeps a copy of the config of its own
-        activation = config.activation_func
-        neurons: int = config.moe_shared_expert_intermediate_size
-        group = self.tp_group if self.tp_group.size() > 1 else None
+        self.active_neurons, self.activation = active_neurons, activation
+        activate = config.activation_func
 
         def activate_and_select(gate: torch.Tensor) -> torch.Tensor:
-            gate = activation(gate)
-            kept = select_neurons(gate.flatten(0, -2), active_neurons, group)
+            gate = activate(gate)
+            kept = select_neurons(gate.flatten(0, -2), active_neurons, self.tp_group)
             return gate * kept.mask_NH.view_as(gate)
 
-        if active_neurons < neurons:
-            self.config.activation_func = activate_and_select
-            self.activation_func = activate_and_select
+        # For neurons that several ranks share: Megatron-Core's forward multiplies this with up.
+        self.config.activation_func = self.activation_func = activate_and_select
+
+    def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
+        """[s, b, D] -> [s, b, D]."""
+        if self.tp_group.size() > 1:
+            output_SBD: torch.Tensor = super().forward(x_SBD)
+            return output_SBD
+        gate_up = self.linear_fc1(x_SBD)[0]
+        gate_NH, up_NH = gate_up.flatten(0, -2).chunk(2, dim=-1)
+        hidden_NH = select_and_gate(
+            gate_NH, up_NH, gate_NH.new_ones(len(gate_NH)), self.active_neurons, self.activation
+        ).hidden_NH
+        output_SBD = self.linear_fc2(hidden_NH.view(*x_SBD.shape[:-1], -1))[0]
+        return output_SBD

@@ -72,7 +72,9 @@ def block_spec(
         kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)
         shared: ModuleSpec = moe.shared_experts
         moe.shared_experts = ModuleSpec(
-            module=SharedNeuronExpert, submodules=shared.submodules, params={"active_neurons": kept}
+            module=SharedNeuronExpert,
+            submodules=shared.submodules,
+            params={"active_neurons": kept, "activation": model.activation},
         )
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)

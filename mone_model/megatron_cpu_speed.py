@@ -26,7 +26,6 @@ def install() -> None:
     router.topk_routing_with_score_function = _route
     router.compute_routing_scores_for_aux_loss = _score_for_aux_loss
     dispatcher.permute, dispatcher.unpermute = _permute, _unpermute
-    dispatcher.sort_chunks_by_idxs = _sort_unless_sorted
     cross_entropy._VocabParallelCrossEntropy = _CrossEntropy
     cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(_largest)
     clip_grads.l2_norm_impl = _norm
@@ -38,7 +37,6 @@ _rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
 _route_by_torch = router.topk_routing_with_score_function
 _score_for_aux_loss_by_torch = router.compute_routing_scores_for_aux_loss
 _permute_by_torch, _unpermute_by_torch = dispatcher.permute, dispatcher.unpermute
-_sort_chunks = dispatcher.sort_chunks_by_idxs
 _cross_entropy_by_torch = cross_entropy._VocabParallelCrossEntropy
 _copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
 
@@ -83,7 +81,7 @@ def _permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, *, probs: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     plain = not options.get("fused") and not options.get("drop_and_pad")
-    if plain and probs is not None and cpu_library.usable(tokens, probs):
+    if plain and cpu_library.usable(tokens, *([] if probs is None else [probs])):
         return cpu_permutation.permute(tokens, routing_map, probs)
     return _permute_by_torch(tokens, routing_map, probs=probs, **options)
 
@@ -95,19 +93,6 @@ def _unpermute(
     if not _given(options | {"routing_map": None}) and cpu_library.usable(permuted):
         return cpu_permutation.unpermute(permuted, sorted_indices, restore_shape[0])
     return _unpermute_by_torch(permuted, sorted_indices, restore_shape, **options)
-
-
-def _sort_unless_sorted(
-    rows: torch.Tensor,
-    split_sizes: torch.Tensor,
-    sorted_idxs: torch.Tensor,
-    probs: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # Where a rank is alone with its experts they are.
-    if sorted_idxs.tolist() == list(range(len(sorted_idxs))):
-        return rows, probs
-    return _sort_chunks(rows, split_sizes, sorted_idxs, probs, **options)
 
 
 class _CrossEntropy:

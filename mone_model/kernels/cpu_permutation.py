@@ -16,9 +16,12 @@ from mone_model.kernels.cpu_library import call
 
 
 def permute(
-    x_ND: torch.Tensor, chosen_NE: torch.Tensor, probs_NE: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A copy of each token for each expert that it chose, expert by expert: rows [R, D], their weights and tokens [R]."""
+    x_ND: torch.Tensor, chosen_NE: torch.Tensor, probs_NE: torch.Tensor | None
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """A copy of each token for each expert that it chose, expert by expert: rows [R, D], their weights and tokens [R].
+
+    probs_NE: None if nobody asks for weights.
+    """
     return _Permute.apply(x_ND, chosen_NE, probs_NE)
 
 
@@ -30,22 +33,25 @@ def unpermute(rows_RD: torch.Tensor, token_R: torch.Tensor, tokens: int) -> torc
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, chosen: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        ctx: Any, x: torch.Tensor, chosen: torch.Tensor, probs: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         chosen = chosen.contiguous()
         rows = int(chosen.sum())
-        token, probs_of_rows = chosen.new_empty(rows, dtype=torch.int64), probs.new_empty(rows)
-        call("list_rows", *chosen.shape, chosen, probs.contiguous(), token, probs_of_rows)
+        token = chosen.new_empty(rows, dtype=torch.int64)
+        probs_of_rows = None if probs is None else probs.new_empty(rows)
+        call("list_rows", *chosen.shape, chosen, None if probs is None else probs.contiguous(), token, probs_of_rows)
         ctx.save_for_backward(chosen, token)
         ctx.mark_non_differentiable(token)
         return _taken(x, token), probs_of_rows, token
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, drows: torch.Tensor, dprobs_of_rows: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, drows: torch.Tensor, dprobs_of_rows: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
         chosen, token = ctx.saved_tensors
-        dprobs = dprobs_of_rows.new_empty(chosen.shape)
-        call("unlist_probs", *chosen.shape, chosen, dprobs_of_rows.contiguous(), dprobs)
+        dprobs = None
+        if dprobs_of_rows is not None:
+            dprobs = dprobs_of_rows.new_empty(chosen.shape)
+            call("unlist_probs", *chosen.shape, chosen, dprobs_of_rows.contiguous(), dprobs)
         return _added(drows, token, len(chosen)), None, dprobs
 
 

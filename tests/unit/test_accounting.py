@@ -183,6 +183,7 @@ def test_memory_equals_that_of_the_engine_after_a_step(precision: str, distribut
         ({"num_query_groups": 2, "kv_channels": 24}, {}),
         ({"qk_layernorm": False, "hidden_size": 128, "router_topk": 3}, {}),
         ({"shared_expert_ffn_hidden_size": 0, "num_layers": 3}, {}),
+        ({"shared_expert_neuron_ratio": 0.25}, {}),
         ({}, {"recompute": "selective"}),
         ({}, {"recompute": "selective", "recompute_modules": ["moe"]}),
         ({}, {"recompute": "selective", "recompute_modules": ["core_attn", "shared_experts"]}),

@@ -288,15 +288,16 @@ def test_tokens_go_to_their_experts_and_back(
 
 
 @pytest.mark.parametrize(
-    ("options", "dtype", "by_kernel"),
+    ("options", "weighted", "dtype", "by_kernel"),
     [
-        ({}, torch.float32, True),
-        ({}, torch.bfloat16, False),
-        ({"drop_and_pad": True}, torch.float32, False),
+        ({}, True, torch.float32, True),
+        ({}, False, torch.float32, True),
+        ({}, True, torch.bfloat16, False),
+        ({"drop_and_pad": True}, True, torch.float32, False),
     ],
 )
 def test_tokens_are_permuted_the_same_with_and_without_the_kernel(
-    options: dict[str, Any], dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], weighted: bool, dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -307,26 +308,22 @@ def test_tokens_are_permuted_the_same_with_and_without_the_kernel(
     monkeypatch.setattr(cpu_permutation, "permute", kernel)
 
     def permute() -> list[Any]:
-        permuted = token_dispatcher.permute(x, routing_map, probs=probs, num_out_tokens=60, fused=False, **options)
-        rows, _, indices = permuted
+        x_, weights = x.clone().requires_grad_(), {"probs": probs.clone().requires_grad_()} if weighted else {}
+        permuted = token_dispatcher.permute(x_, routing_map, num_out_tokens=60, fused=False, **weights, **options)
+        rows, probs_of_rows, indices = permuted
         shape = {"restore_shape": x.shape, "routing_map": routing_map, "fused": False}
-        return [*permuted, token_dispatcher.unpermute(rows, indices, **shape, **options)]
+        y = token_dispatcher.unpermute(rows, indices, **shape, **options)
+        outputs = [y, *([probs_of_rows] if weighted else [])]
+        return [
+            *permuted,
+            y,
+            *torch.autograd.grad(outputs, [x_, *weights.values()], [output.detach() for output in outputs]),
+        ]
 
     results = permute()
     assert kernel.called == by_kernel
     monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
-    assert all(torch.equal(*pair) for pair in zip(results, permute(), strict=True))
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1]])
-def test_parts_that_are_in_order_are_not_copied(order: list[int]) -> None:
-    from megatron.core.transformer.moe import token_dispatcher
-
-    rows, probs, sizes = torch.arange(12.0).view(6, 2), torch.arange(6.0), torch.tensor([3, 1, 2])
-    results = token_dispatcher.sort_chunks_by_idxs(rows, sizes, torch.tensor(order), probs=probs, fused=False)
-    for result, of in zip(results, (rows, probs), strict=True):
-        assert torch.equal(result, torch.cat([of.split(sizes.tolist())[part] for part in order]))
-        assert (result is of) == (order == [0, 1, 2])
+    torch.testing.assert_close(results, permute(), rtol=0, atol=0)
 
 
 def test_the_norm_of_many_gradients_is_exact(one_process: None) -> None:

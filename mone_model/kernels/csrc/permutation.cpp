@@ -18,7 +18,7 @@ std::vector<int64_t> first_rows(int64_t tokens, int64_t experts, const uint8_t *
 
 extern "C" {
 
-// For each row, expert by expert: whose token it is, and its weight.
+// For each row, expert by expert: whose token it is, and its weight; probs may be null.
 void list_rows(int64_t tokens, int64_t experts, const uint8_t *chosen, const float *probs, int64_t *token_of,
                float *prob_of, int64_t) {
   std::vector<int64_t> next = first_rows(tokens, experts, chosen);
@@ -27,7 +27,7 @@ void list_rows(int64_t tokens, int64_t experts, const uint8_t *chosen, const flo
       if (chosen[n * experts + e]) {
         const int64_t row = next[e]++;
         token_of[row] = n;
-        prob_of[row] = probs[n * experts + e];
+        if (probs) prob_of[row] = probs[n * experts + e];
       }
 }
 
