@@ -82,7 +82,7 @@ def _permute(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
     plain = not options.get("fused") and not options.get("drop_and_pad")
     if plain and cpu_library.usable(tokens, *([] if probs is None else [probs])):
-        return cpu_permutation.permute(tokens, routing_map, probs)
+        return cpu_permutation.permute(tokens, routing_map.bool(), probs)
     return _permute_by_torch(tokens, routing_map, probs=probs, **options)
 
 
