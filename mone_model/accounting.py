@@ -196,8 +196,9 @@ def _layer_activations(
     routed = rows * (width * parallel.expert_tensor * item + _kept_by_neurons(model, parallel, compute, item))
     # Logits, probabilities, the routing map; for each row its expert, position and weight.
     routed += tokens * model.num_experts * 9 + rows * 24
-    selecting = _shared_kept(model) < shared and parallel.tensor == 1
-    dense = tokens * (_compressed(shared, _shared_kept(model), item) + shared * item if selecting else 5 * shared * item)
+    dense = 5 * tokens * shared * item
+    if _shared_kept(model) < shared and parallel.tensor == 1:
+        dense = tokens * (_compressed(shared, _shared_kept(model), item) + shared * item)
     moe = tokens * width * item
     if "moe" not in modules:
         moe += routed + (0 if "shared_experts" in modules else dense)

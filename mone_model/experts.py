@@ -197,27 +197,18 @@ class SharedNeuronExpert(SharedExpertMLP):
     """The shared expert, with the same selection of neurons as the routed ones; active_neurons: K of all its neurons."""
 
     def __init__(self, config: TransformerConfig, *args: Any, active_neurons: int, activation: str, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)  # keeps a copy of the config of its own
+        super().__init__(config, *args, **kwargs)
         self.active_neurons, self.activation = active_neurons, activation
-        activate = config.activation_func
-
-        def activate_and_select(gate: torch.Tensor) -> torch.Tensor:
-            gate = activate(gate)
-            kept = select_neurons(gate.flatten(0, -2), active_neurons, self.tp_group)
-            return gate * kept.mask_NH.view_as(gate)
-
-        # For neurons that several ranks share: Megatron-Core's forward multiplies this with up.
-        self.config.activation_func = self.activation_func = activate_and_select
 
     def forward(self, x_SBD: torch.Tensor) -> torch.Tensor:
         """[s, b, D] -> [s, b, D]."""
-        if self.tp_group.size() > 1:
-            output_SBD: torch.Tensor = super().forward(x_SBD)
-            return output_SBD
         gate_up = self.linear_fc1(x_SBD)[0]
         gate_NH, up_NH = gate_up.flatten(0, -2).chunk(2, dim=-1)
-        hidden_NH = select_and_gate(
-            gate_NH, up_NH, gate_NH.new_ones(len(gate_NH)), self.active_neurons, self.activation
-        ).hidden_NH
-        output_SBD = self.linear_fc2(hidden_NH.view(*x_SBD.shape[:-1], -1))[0]
+        if self.tp_group.size() == 1:
+            ones_N = gate_NH.new_ones(len(gate_NH))
+            hidden_NH = select_and_gate(gate_NH, up_NH, ones_N, self.active_neurons, self.activation).hidden_NH
+        else:
+            active_NH = self.config.activation_func(gate_NH)
+            hidden_NH = active_NH * up_NH * select_neurons(active_NH, self.active_neurons, self.tp_group).mask_NH
+        output_SBD: torch.Tensor = self.linear_fc2(hidden_NH.unflatten(0, gate_up.shape[:-1]))[0]
         return output_SBD

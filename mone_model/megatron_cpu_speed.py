@@ -80,8 +80,8 @@ def _score_for_aux_loss(
 def _permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, *, probs: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-    plain = not options.get("fused") and not options.get("drop_and_pad")
-    if plain and cpu_library.usable(tokens, *([] if probs is None else [probs])):
+    # The number of rows is found in the map.
+    if not _given(options | {"num_out_tokens": None}) and cpu_library.usable(tokens, *([] if probs is None else [probs])):
         return cpu_permutation.permute(tokens, routing_map.bool(), probs)
     return _permute_by_torch(tokens, routing_map, probs=probs, **options)
 

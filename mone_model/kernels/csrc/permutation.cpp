@@ -5,38 +5,36 @@
 
 namespace {
 
-// Of each expert.
-std::vector<int64_t> first_rows(int64_t tokens, int64_t experts, const uint8_t *chosen) {
-  std::vector<int64_t> first(experts + 1);
+// f(token, expert, row) for each choice; rows go expert by expert.
+template <class F>
+void each_row(int64_t tokens, int64_t experts, const uint8_t *chosen, F f) {
+  std::vector<int64_t> next(experts + 1);
   for (int64_t n = 0; n < tokens; n++)
-    for (int64_t e = 0; e < experts; e++) first[e + 1] += chosen[n * experts + e];
-  for (int64_t e = 0; e < experts; e++) first[e + 1] += first[e];
-  return first;
+    for (int64_t e = 0; e < experts; e++) next[e + 1] += chosen[n * experts + e];
+  for (int64_t e = 0; e < experts; e++) next[e + 1] += next[e];
+  for (int64_t n = 0; n < tokens; n++)
+    for (int64_t e = 0; e < experts; e++)
+      if (chosen[n * experts + e]) f(n, e, next[e]++);
 }
 
 }  // namespace
 
 extern "C" {
 
-// For each row, expert by expert: whose token it is, and its weight; probs may be null.
+// For each row whose token it is, and its weight; probs may be null.
 void list_rows(int64_t tokens, int64_t experts, const uint8_t *chosen, const float *probs, int64_t *token_of,
                float *prob_of, int64_t) {
-  std::vector<int64_t> next = first_rows(tokens, experts, chosen);
-  for (int64_t n = 0; n < tokens; n++)
-    for (int64_t e = 0; e < experts; e++)
-      if (chosen[n * experts + e]) {
-        const int64_t row = next[e]++;
-        token_of[row] = n;
-        if (probs) prob_of[row] = probs[n * experts + e];
-      }
+  each_row(tokens, experts, chosen, [=](int64_t n, int64_t e, int64_t row) {
+    token_of[row] = n;
+    if (probs) prob_of[row] = probs[n * experts + e];
+  });
 }
 
 // The weights' gradients back to their places; 0 where nothing was chosen.
 void unlist_probs(int64_t tokens, int64_t experts, const uint8_t *chosen, const float *dprob_of, float *dprobs, int64_t) {
-  std::vector<int64_t> next = first_rows(tokens, experts, chosen);
-  for (int64_t n = 0; n < tokens; n++)
-    for (int64_t e = 0; e < experts; e++)
-      dprobs[n * experts + e] = chosen[n * experts + e] ? dprob_of[next[e]++] : 0;
+  std::fill(dprobs, dprobs + tokens * experts, 0.0f);
+  each_row(tokens, experts, chosen,
+           [=](int64_t n, int64_t e, int64_t row) { dprobs[n * experts + e] = dprob_of[row]; });
 }
 
 // y[row] = x[token_of[row]]
