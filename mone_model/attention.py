@@ -1,4 +1,4 @@
-"""Attention by torch's scaled_dot_product_attention: it never holds the scores of a whole sequence with itself."""
+"""Attention that never holds the scores of a whole sequence with itself: by our kernel on CPUs, else by torch's."""
 
 import contextlib
 from typing import Any
@@ -9,6 +9,8 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
+
+from mone_model.kernels import cpu_attention
 
 
 class CoreAttention(MegatronModule):
@@ -42,6 +44,8 @@ class CoreAttention(MegatronModule):
         causal = attn_mask_type == AttnMaskType.causal
         assert len(query) == (len(key) if causal else 1), "and all of them are here"
         dropout = self.dropout if self.training else 0.0
+        if causal and dropout == 0 and cpu_attention.usable(query, key, value):
+            return cpu_attention.attend(query, key, value).flatten(2)
         # As in DotProductAttention: ranks that hold other heads drop other scores.
         forking = dropout > 0 and not self.config.sequence_parallel
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))

@@ -15,6 +15,7 @@ import configs
 from mone_model.accounting import count_communication, count_flops, count_parameters, equal_active_width, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.gpt import build_gpt
+from mone_model.kernels import cpu_library
 from tests.conftest import ROOT
 from tests.tiny import TINY_MODEL, always
 from train.config import RunConfig, TrainingConfig
@@ -92,12 +93,13 @@ def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[s
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_flops_equal_the_flop_counter(variant: dict[str, Any]) -> None:
+def test_flops_equal_the_flop_counter(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)  # our attention counts no operations
     model = ModelConfig(**SMALL | variant)
     built = build_gpt(model, ParallelConfig(), ComputeConfig(experts="loop"), seed=0)
     tokens = torch.randint(0, 50, (3, model.seq_length))
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # the others count no operations on CPUs
+    with counter, sdpa_kernel(SDPBackend.MATH):  # nor do others of torch's on CPUs
         loss = built(tokens, torch.arange(model.seq_length).expand(3, -1), None, labels=tokens)
     forward = counter.get_total_flops()
     assert forward == count_flops(model).dense * tokens.numel()

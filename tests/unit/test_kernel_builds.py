@@ -11,6 +11,7 @@ from torch.utils import cpp_extension
 
 from mone_model.kernels import (
     cpu,
+    cpu_attention,
     cpu_cross_entropy,
     cpu_library,
     cpu_permutation,
@@ -46,6 +47,9 @@ def everything() -> list[torch.Tensor]:
     x, weight = random(70, 3, 2, 46).requires_grad_(), random(46).requires_grad_()
     y = cpu_rotary.rotate(cpu_rms_norm.rms_norm(x, weight, 1e-5), random(70, 1, 1, 23).repeat(1, 1, 1, 2))
     results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 2, 46))]
+    qkv = [random(500, 1, heads, 46).requires_grad_() for heads in (4, 2, 2)]
+    context = cpu_attention.attend(*qkv)
+    results += [context, *torch.autograd.grad(context, qkv, random(500, 1, 4, 46))]
     logits = random(30, 48).requires_grad_()
     scores, chosen = cpu_router.route(logits, 5, over_all=False)
     rows, probs_of_rows, token_of_rows = cpu_permutation.permute(random(30, 45), chosen, scores)

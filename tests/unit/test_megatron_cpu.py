@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
-from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_permutation, cpu_rms_norm, cpu_rotary, cpu_router
+from mone_model.kernels import (
+    cpu_attention,
+    cpu_cross_entropy,
+    cpu_library,
+    cpu_permutation,
+    cpu_rms_norm,
+    cpu_rotary,
+    cpu_router,
+)
 from mone_model.layer_spec import RMSNorm
 from tests.tiny import TINY_MODEL
 
@@ -117,6 +125,33 @@ def test_megatron_core_rotates_the_same_with_and_without_the_kernel(
     monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
     results.append(rope_utils._apply_rotary_pos_emb_bshd(x, angles, **options))
     torch.testing.assert_close(*results)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    length=st.one_of(st.integers(1, 100), st.integers(380, 800)),  # of which the longer have several chunks of keys
+    groups=st.integers(1, 3),
+    heads_of_group=st.integers(1, 3),
+    width=st.integers(8, 70),
+    more=st.integers(0, 9),
+    threads=st.sampled_from([1, 2, 7]),
+)
+def test_attention_equals_its_formula(
+    seed: int, length: int, groups: int, heads_of_group: int, width: int, more: int, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    heads = heads_of_group * groups
+    q, k, v = (torch.randn(length, 2, n, width + more, generator=generator)[..., :width] for n in (heads, groups, groups))
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)
+
+    def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        k, v = (x.repeat_interleave(heads_of_group, dim=2) for x in (k, v))
+        scores = torch.einsum("sbhc,tbhc->bhst", q, k) / width**0.5
+        return torch.einsum("bhst,tbhc->sbhc", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
+    # Of which a query's gradient is a difference of sums over its width: these are not to be larger than the rest.
+    assert_equal(cpu_attention.attend, formula, q, k, v / width**0.5, threads=threads)
 
 
 def test_the_loss_starts_from_the_largest_logits() -> None:

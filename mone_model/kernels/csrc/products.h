@@ -88,26 +88,57 @@ inline void transpose(Vector *square) {
   }
 }
 
-constexpr int PANEL = 2 * LANES;            // neurons whose weights are transposed at a time
+constexpr int PANEL = 2 * LANES;            // columns, such as neurons, of which a product is computed at a time
 constexpr int TALL = LANES == 16 ? 12 : 6;  // rows whose sums with a panel fit into the registers
 
+// Rows first to first + PANEL of w become columns, [width, PANEL]; in place of rows that are not there the last again.
+inline void transpose_panel(const float *w, int64_t first, int64_t rows, int64_t width, float *panel) {
+  for (int64_t k = 0; k < width; k += LANES)
+    for (int half : {0, LANES}) {
+      Vector square[LANES];
+      for (int i = 0; i < LANES; i++) square[i] = load(w + std::min(first + half + i, rows - 1) * width + k);
+      transpose(square);
+      for (int i = 0; i < LANES; i++) store(panel + (k + i) * PANEL + half, square[i]);
+    }
+}
+
+// y[r] = sum over k of x[r, k] panel[k], or is added to if `add`; rows and numbers of each lie so far apart.
 template <int COUNT>
-void multiply_panel(const float *x, const float *panel, int64_t width, float *gate, int64_t stride) {
+inline void multiply_panel(int64_t depth, const float *x, int64_t x_row, int64_t x_step, const float *panel,
+                           int64_t panel_step, float *y, int64_t y_row, bool add = false) {
   Vector sums[COUNT][2] = {};
-  for (int64_t k = 0; k < width; k++) {
-    const Vector left = load(panel + k * PANEL), right = load(panel + k * PANEL + LANES);
+  if (add)
 #pragma GCC unroll 16
     for (int r = 0; r < COUNT; r++) {
-      const Vector value = all(x[r * width + k]);
+      sums[r][0] = load(y + r * y_row);
+      sums[r][1] = load(y + r * y_row + LANES);
+    }
+  for (int64_t k = 0; k < depth; k++) {
+    const Vector left = load(panel + k * panel_step), right = load(panel + k * panel_step + LANES);
+#pragma GCC unroll 16
+    for (int r = 0; r < COUNT; r++) {
+      const Vector value = all(x[r * x_row + k * x_step]);
       sums[r][0] += value * left;
       sums[r][1] += value * right;
     }
   }
 #pragma GCC unroll 16
   for (int r = 0; r < COUNT; r++) {
-    store(gate + r * stride, sums[r][0]);
-    store(gate + r * stride + LANES, sums[r][1]);
+    store(y + r * y_row, sums[r][0]);
+    store(y + r * y_row + LANES, sums[r][1]);
   }
+}
+
+// f(n, together) for so many rows together, which the compiler knows.
+template <class F>
+inline void each_tile(int64_t count, F f) {
+  int64_t n = 0;
+  const auto rows = [&](auto together) {
+    for (; n + together <= count; n += together) f(n, together);
+  };
+  rows(std::integral_constant<int, TALL>());
+  rows(std::integral_constant<int, 4>());
+  rows(std::integral_constant<int, 1>());
 }
 
 // The same for so many rows that transposing the weights pays: nothing is left to add up within vectors. panel: room for
@@ -115,21 +146,10 @@ void multiply_panel(const float *x, const float *panel, int64_t width, float *ga
 inline void multiply_many(const float *x, const float *w, int64_t count, int64_t width, int64_t neurons, float *panel,
                           float *gate, int64_t stride) {
   for (int64_t j = 0; j < neurons; j += PANEL) {
-    for (int64_t k = 0; k < width; k += LANES)
-      for (int half : {0, LANES}) {
-        Vector square[LANES];
-        for (int i = 0; i < LANES; i++) square[i] = load(w + std::min(j + half + i, neurons - 1) * width + k);
-        transpose(square);
-        for (int i = 0; i < LANES; i++) store(panel + (k + i) * PANEL + half, square[i]);
-      }
-    int64_t n = 0;
-    const auto rows = [&](auto together) {
-      for (; n + together <= count; n += together)
-        multiply_panel<together>(x + n * width, panel, width, gate + n * stride + j, stride);
-    };
-    rows(std::integral_constant<int, TALL>());
-    rows(std::integral_constant<int, 4>());
-    rows(std::integral_constant<int, 1>());
+    transpose_panel(w, j, neurons, width, panel);
+    each_tile(count, [&](int64_t n, auto together) {
+      multiply_panel<together>(width, x + n * width, width, 1, panel, PANEL, gate + n * stride + j, stride);
+    });
   }
 }
 

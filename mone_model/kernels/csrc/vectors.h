@@ -48,17 +48,27 @@ inline Vector choose(Integers condition, Vector yes, Vector no) {
                                   (~condition & reinterpret_cast<Integers>(no)));
 }
 inline Vector magnitude(Vector x) { return reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) & 0x7fffffff); }
-// NaN stays NaN.
-inline Vector clamped(Vector x, float least, float most) {
+// y if one of them is NaN.
+inline Vector larger(Vector x, Vector y) {
 #if defined(__AVX512F__)
-  return _mm512_min_ps(_mm512_set1_ps(most), _mm512_max_ps(_mm512_set1_ps(least), x));
+  return _mm512_max_ps(x, y);
 #elif defined(__AVX__)
-  return _mm256_min_ps(_mm256_set1_ps(most), _mm256_max_ps(_mm256_set1_ps(least), x));
+  return _mm256_max_ps(x, y);
 #else
-  x = choose(x < all(least), all(least), x);
-  return choose(x > all(most), all(most), x);
+  return choose(x > y, x, y);
 #endif
 }
+inline Vector smaller(Vector x, Vector y) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(x, y);
+#elif defined(__AVX__)
+  return _mm256_min_ps(x, y);
+#else
+  return choose(x < y, x, y);
+#endif
+}
+// NaN stays NaN.
+inline Vector clamped(Vector x, float least, float most) { return smaller(all(most), larger(all(least), x)); }
 
 // e^x to about one unit in the last place: 2^n e^r with |r| <= ln 2 / 2 and the polynomial of Cephes' expf.
 inline Vector exponential(Vector x) {

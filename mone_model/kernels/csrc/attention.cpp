@@ -1,0 +1,211 @@
+// Causal attention, for kernels/cpu_attention.py, as in FlashAttention-2 (arXiv 2307.08691). All fp32. A thread takes the heads
+// that share keys and values in a sequence, and of each head a block of queries with a chunk of the keys at a time.
+#include <cmath>
+#include <limits>
+
+#include "products.h"
+
+namespace {
+
+constexpr int64_t BLOCK = 4 * TALL;   // queries
+constexpr int64_t CHUNK = 8 * BLOCK;  // keys, whose rows stay in L2
+
+// A tensor [positions, sequences, heads, width]: the numbers of a head lie side by side.
+template <class T>
+struct Heads {
+  T *data;
+  int64_t position_stride, sequence_stride, head_stride;
+  T *row(int64_t position, int64_t sequence, int64_t head) const {
+    return data + position * position_stride + sequence * sequence_stride + head * head_stride;
+  }
+};
+template <class T>
+Heads<T> contiguous(T *data, int64_t sequences, int64_t heads, int64_t width) {
+  return {data, sequences * heads * width, heads * width, width};
+}
+
+// A chunk of keys, and their products with a block of queries, the first of which comes `later` than the first key: query n
+// sees the keys t <= later + n. Rows are filled up with zeros to `padded` numbers; those of scores and weights have CHUNK.
+struct Chunk {
+  int64_t keys, width, padded;
+
+  int64_t seen(int64_t later, int64_t queries) const { return std::min(later + queries, keys); }
+
+  void read(Heads<const float> from, int64_t sequence, int64_t head, int64_t first, int64_t count, float *rows) const {
+    for (int64_t n = 0; n < count; n++, rows += padded) {
+      std::copy_n(from.row(first + n, sequence, head), width, rows);
+      std::fill(rows + width, rows + padded, 0.0f);
+    }
+  }
+  void transpose(const float *rows, float *panels) const {
+    for (int64_t t = 0; t < keys; t += PANEL) transpose_panel(rows, t, keys, padded, panels + t * padded);
+  }
+  // scores[n, t] = x[n] . panels[t] of the keys that are seen, and of some more.
+  void score(const float *x, const float *panels, int64_t later, int64_t count, float *scores) const {
+    for (int64_t t = 0; t < seen(later, count); t += PANEL) {
+      const int64_t before = std::max<int64_t>(0, t - later) / TALL * TALL;  // queries that see none of these keys
+      each_tile(count - before, [&](int64_t n, auto together) {
+        n += before;
+        multiply_panel<together>(width, x + n * padded, padded, 1, panels + t * padded, PANEL, scores + n * CHUNK + t, CHUNK);
+      });
+    }
+  }
+  // y[n] = sum over t of weights[n, t] x[t].
+  void sum_keys(const float *weights, const float *x, int64_t later, int64_t count, float *y) const {
+    for (int64_t j = 0; j < padded; j += PANEL)
+      each_tile(count, [&](int64_t n, auto together) {
+        multiply_panel<together>(seen(later, n + together), weights + n * CHUNK, CHUNK, 1, x + j, padded, y + n * padded + j,
+                                 padded);
+      });
+  }
+  // y[t] += sum over n of weights[n, t] x[n].
+  void add_queries(const float *weights, const float *x, int64_t later, int64_t count, float *y) const {
+    for (int64_t j = 0; j < padded; j += PANEL)
+      each_tile(seen(later, count), [&](int64_t t, auto together) {
+        const int64_t before = std::max<int64_t>(0, t - later);  // queries that do not see these keys
+        multiply_panel<together>(count - before, weights + before * CHUNK + t, 1, CHUNK, x + before * padded + j, padded,
+                                 y + t * padded + j, padded, true);
+      });
+  }
+};
+
+// Scores of a query with the keys that it sees become exponentials, and zeros from there to the end. A sum of exponentials is
+// e^largest times `rest`.
+struct Sum {
+  float largest, rest;
+  float logarithm() const { return largest + std::log(rest); }
+};
+Sum exponentials(float *scores, int64_t seen, int64_t end, float scale) {
+  Vector largest = all(-std::numeric_limits<float>::infinity()), sums = {};
+  std::fill(scores + seen, scores + (seen + LANES - 1) / LANES * LANES, largest[0]);
+  for (int64_t t = 0; t < seen; t += LANES) largest = larger(load(scores + t), largest);
+  for (int half = LANES / 2; half > 0; half /= 2) {  // in the end all lanes have the largest
+    Integers other;
+    for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ half;
+    largest = larger(__builtin_shuffle(largest, other), largest);
+  }
+  for (int64_t t = 0; t < seen; t += LANES) {
+    const Vector p = exponential((load(scores + t) - largest) * scale);
+    sums += p;
+    store(scores + t, p);
+  }
+  std::fill(scores + seen, scores + end, 0.0f);
+  return {largest[0] * scale, total(sums)};
+}
+
+// Scores become probabilities, and the probabilities' gradients those of scores; zeros from there to the end.
+void differentiate(float *scores, float *gradients, int64_t seen, int64_t end, float scale, float logsumexp, float mean) {
+  for (int64_t t = 0; t < seen; t += LANES) {
+    const Vector p = exponential(load(scores + t) * scale - logsumexp);
+    store(scores + t, p);
+    store(gradients + t, p * (load(gradients + t) - mean) * scale);
+  }
+  std::fill(scores + seen, scores + end, 0.0f);
+  std::fill(gradients + seen, gradients + end, 0.0f);
+}
+
+}  // namespace
+
+extern "C" {
+
+// context = softmax(scale q k^T) v of each head, a query with the keys up to its own. q: [length, sequences, heads, width],
+// whose first three dimensions lie the strides apart; k and v the same, of groups of heads; context contiguous. For the
+// backward pass: logsumexp [sequences, heads, length] of the scaled scores.
+void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, int64_t width, float scale, const float *q,
+            int64_t q_position, int64_t q_sequence, int64_t q_head, const float *k, int64_t k_position, int64_t k_sequence,
+            int64_t k_head, const float *v, int64_t v_position, int64_t v_sequence, int64_t v_head, float *context,
+            float *logsumexp, int64_t threads) {
+  const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, together = heads / groups;
+  const auto contexts = contiguous(context, sequences, heads, width);
+#pragma omp parallel num_threads(threads)
+  {
+    const Aligned<float> keys(CHUNK * padded), panels(CHUNK * padded), values(CHUNK * padded);
+    const Aligned<float> queries(BLOCK * padded), sums(BLOCK * padded), scores(BLOCK * CHUNK);
+#pragma omp for collapse(2)
+    for (int64_t i = 0; i < sequences; i++)
+      for (int64_t g = 0; g < groups; g++)
+        for (int64_t begin = 0; begin < length; begin += CHUNK) {
+          const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
+          chunk.read({k, k_position, k_sequence, k_head}, i, g, begin, chunk.keys, keys.data);
+          chunk.read({v, v_position, v_sequence, v_head}, i, g, begin, chunk.keys, values.data);
+          chunk.transpose(keys.data, panels.data);
+          for (int64_t h = g * together; h < (g + 1) * together; h++)
+            for (int64_t first = begin; first < length; first += BLOCK) {
+              const int64_t count = std::min(BLOCK, length - first), later = first - begin;
+              chunk.read({q, q_position, q_sequence, q_head}, i, h, first, count, queries.data);
+              chunk.score(queries.data, panels.data, later, count, scores.data);
+              Sum here[BLOCK];
+              for (int64_t n = 0; n < count; n++)
+                here[n] = exponentials(scores.data + n * CHUNK, chunk.seen(later, n + 1), chunk.seen(later, count), scale);
+              chunk.sum_keys(scores.data, values.data, later, count, sums.data);
+              for (int64_t n = 0; n < count; n++) {
+                float *const to = contexts.row(first + n, i, h), *const row = sums.data + n * padded;
+                float *const all_keys = logsumexp + (i * heads + h) * length + first + n;
+                const float before = begin ? *all_keys : -std::numeric_limits<float>::infinity();
+                const float more = here[n].logarithm();
+                *all_keys = std::max(before, more) + std::log1p(std::exp(-std::abs(before - more)));
+                const float kept = std::exp(before - *all_keys), factor = std::exp(here[n].largest - *all_keys);
+                for (int64_t j = 0; j < width; j++) to[j] = (begin ? to[j] * kept : 0) + row[j] * factor;
+              }
+            }
+        }
+  }
+}
+
+// Gradients from that of the context; these and the context are contiguous.
+void attend_backward(int64_t length, int64_t sequences, int64_t heads, int64_t groups, int64_t width, float scale,
+                     const float *q, int64_t q_position, int64_t q_sequence, int64_t q_head, const float *k,
+                     int64_t k_position, int64_t k_sequence, int64_t k_head, const float *v, int64_t v_position,
+                     int64_t v_sequence, int64_t v_head, const float *context, const float *logsumexp,
+                     const float *dcontext, float *dq, float *dk, float *dv, int64_t threads) {
+  const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, together = heads / groups;
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t whole = CHUNK * padded, block = BLOCK * padded;
+    const Aligned<float> keys(whole), key_panels(whole), values(whole), value_panels(whole), dkeys(whole), dvalues(whole);
+    const Aligned<float> queries(block), sums(block), dsums(block), dqueries(block);
+    const Aligned<float> scores(BLOCK * CHUNK), dscores(BLOCK * CHUNK);
+#pragma omp for collapse(2)
+    for (int64_t i = 0; i < sequences; i++)
+      for (int64_t g = 0; g < groups; g++)
+        for (int64_t begin = 0; begin < length; begin += CHUNK) {
+          const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
+          chunk.read({k, k_position, k_sequence, k_head}, i, g, begin, chunk.keys, keys.data);
+          chunk.read({v, v_position, v_sequence, v_head}, i, g, begin, chunk.keys, values.data);
+          chunk.transpose(keys.data, key_panels.data);
+          chunk.transpose(values.data, value_panels.data);
+          std::fill_n(dkeys.data, whole, 0.0f);
+          std::fill_n(dvalues.data, whole, 0.0f);
+          for (int64_t h = g * together; h < (g + 1) * together; h++)
+            for (int64_t first = begin; first < length; first += BLOCK) {
+              const int64_t count = std::min(BLOCK, length - first), later = first - begin;
+              chunk.read({q, q_position, q_sequence, q_head}, i, h, first, count, queries.data);
+              chunk.read(contiguous(context, sequences, heads, width), i, h, first, count, sums.data);
+              chunk.read(contiguous(dcontext, sequences, heads, width), i, h, first, count, dsums.data);
+              chunk.score(queries.data, key_panels.data, later, count, scores.data);
+              chunk.score(dsums.data, value_panels.data, later, count, dscores.data);
+              for (int64_t n = 0; n < count; n++) {
+                Vector products = {};
+                for (int64_t j = n * padded; j < (n + 1) * padded; j += LANES)
+                  products += load(sums.data + j) * load(dsums.data + j);
+                differentiate(scores.data + n * CHUNK, dscores.data + n * CHUNK, chunk.seen(later, n + 1),
+                              chunk.seen(later, count), scale, logsumexp[(i * heads + h) * length + first + n],
+                              total(products));
+              }
+              chunk.sum_keys(dscores.data, keys.data, later, count, dqueries.data);
+              for (int64_t n = 0; n < count; n++) {
+                float *const to = contiguous(dq, sequences, heads, width).row(first + n, i, h);
+                for (int64_t j = 0; j < width; j++) to[j] = (begin ? to[j] : 0) + dqueries.data[n * padded + j];
+              }
+              chunk.add_queries(dscores.data, queries.data, later, count, dkeys.data);
+              chunk.add_queries(scores.data, dsums.data, later, count, dvalues.data);
+            }
+          for (int64_t t = 0; t < chunk.keys; t++) {
+            std::copy_n(dkeys.data + t * padded, width, contiguous(dk, sequences, groups, width).row(begin + t, i, g));
+            std::copy_n(dvalues.data + t * padded, width, contiguous(dv, sequences, groups, width).row(begin + t, i, g));
+          }
+        }
+  }
+}
+
+}  // extern "C"
