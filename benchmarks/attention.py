@@ -1,0 +1,82 @@
+"""Attention on CPUs, forward and backward, by our kernel against torch's scaled_dot_product_attention.
+
+python -m benchmarks.attention
+"""
+
+import functools
+import statistics
+from dataclasses import dataclass, field
+
+import hydra
+import torch
+import torch.nn.functional as F
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
+from configs.console import reporting_errors, typed
+from mone_model.kernels import cpu_attention
+from train.runtime import keep_freed_memory
+
+
+@dataclass
+class BenchmarkConfig:
+    """Options of the benchmark."""
+
+    tokens: int = 4096
+    """Tokens, in sequences of these lengths; one if it is longer."""
+    lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
+    """Tokens of a sequence."""
+    heads: int = 8
+    """Query heads."""
+    groups: int = 4
+    """Key/value heads."""
+    channels: int = 64
+    """Of a head."""
+    rounds: int = 7
+    """Turns of each."""
+    repeats: int = 2
+    """Passes of a turn."""
+
+
+ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
+ConfigStore.instance().store(
+    name="benchmark_attention", node={"defaults": ["benchmark_schema", "_self_", *LOGGING], "hydra": HYDRA}
+)
+
+
+def build(options: BenchmarkConfig, length: int, *, ours: bool) -> Run:
+    """Forward and backward of one layer's attention, on tensors that lie as Megatron-Core's."""
+    keep_freed_memory()
+    sequences = max(1, options.tokens // length)
+    heads = options.heads, options.groups, options.groups
+    qkv = [torch.randn(length, sequences, n, options.channels).requires_grad_() for n in heads]
+    target = torch.randn(length, sequences, options.heads, options.channels)
+
+    def run() -> None:
+        if ours:
+            context = cpu_attention.attend(*qkv)
+        else:
+            q, k, v = (x.permute(1, 2, 0, 3) for x in qkv)
+            context = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).permute(2, 0, 1, 3)
+        torch.autograd.grad(context, qkv, target)
+
+    return run
+
+
+@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_attention")
+@reporting_errors
+def main(hydra_config: DictConfig) -> None:
+    """Print the time over that of torch's."""
+    options = typed(hydra_config, BenchmarkConfig)
+    print(f"{options.heads} heads of {options.channels}, {options.groups} groups, fp32, {torch.get_num_threads()} threads")
+    print("  sequences x tokens   torch's ms   ours / it")
+    for length in options.lengths:
+        contenders = {who: functools.partial(build, options, length, ours=who == "ours") for who in ("ours", "torch's")}
+        seconds = take_turns(contenders, options.rounds, options.repeats)
+        sequences, torchs = max(1, options.tokens // length), seconds["torch's"]
+        print(f"  {sequences:9} x {length:6} {1000 * statistics.median(torchs):12.1f}   {ratio(seconds['ours'], torchs)}")
+
+
+if __name__ == "__main__":
+    main()
