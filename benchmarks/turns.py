@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -38,6 +39,7 @@ def take_turns(
     processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
     that of the slowest.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else those that are stopped outlive this process
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, list[tuple[Any, Connection]]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
