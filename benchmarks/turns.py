@@ -39,7 +39,8 @@ def take_turns(
     processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
     that of the slowest.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else those that are stopped outlive this process
+    # Else those that are stopped outlive this process.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, list[tuple[Any, Connection]]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -60,6 +61,7 @@ def take_turns(
         for process, _ in (member for members in workers.values() for member in members):
             process.kill()
             process.join()  # its memory is needed by those who come next
+        signal.signal(signal.SIGTERM, before)
     return seconds
 
 

@@ -1,4 +1,4 @@
-"""Attention that never holds the scores of a whole sequence with itself: by our kernel on CPUs, else by torch's."""
+"""Attention that does not write the scores of a whole sequence out: by our kernel on CPUs, else by what torch chooses."""
 
 import contextlib
 from typing import Any

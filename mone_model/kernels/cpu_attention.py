@@ -1,4 +1,4 @@
-"""Causal attention on the CPU, for which torch takes twice as long and more.
+"""Causal attention on the CPU, faster than torch's where a processor trains (docs/benchmarks.md).
 
     if cpu_attention.usable(q, k, v):
         context = cpu_attention.attend(q, k, v)
@@ -14,10 +14,10 @@ from torch.autograd.function import once_differentiable
 from mone_model.kernels import cpu_library
 
 
-def usable(*qkv: torch.Tensor) -> bool:
-    """Whether these can be attended here, and all threads have something to do: torch's also share a head among them."""
-    _, sequences, groups, _ = qkv[1].shape
-    return cpu_library.usable(*qkv) and sequences * groups >= torch.get_num_threads()
+def usable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether these can be attended here, and threads, each with whole groups of sequences, share the work evenly enough."""
+    tasks, threads = k.size(1) * k.size(2), torch.get_num_threads()
+    return cpu_library.usable(q, k, v) and -(-tasks // threads) * threads <= 1.2 * tasks
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -25,6 +25,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
     q: [s, B, heads, c]. k, v: [s, B, groups, c], of heads / groups heads each. Returns [s, B, heads, c].
     """
+    assert k.shape == v.shape, (k.shape, v.shape)
+    assert q.shape == (*k.shape[:2], q.size(2), k.size(3)), (q.shape, k.shape)
+    assert q.size(2) % k.size(2) == 0, (q.shape, k.shape)
     return _Attention.apply(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)))
 
 

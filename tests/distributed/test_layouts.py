@@ -83,6 +83,8 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 **options,
                 "parallel": parallel | {"overlap_communication": layout != "one"},
                 "model": SMOOTH | {"tie_embeddings": True},
+                # Adam divides a gradient by its size: of the few that are nearly zero only rounding would be left.
+                "optimizer": {"eps": 1e-4},
                 "run_steps": 3,
                 "weights": True,
             }

@@ -11,42 +11,97 @@ from mone_model.kernels import cpu_attention, cpu_library
 pytestmark = pytest.mark.usefixtures("one_process")
 
 
+def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention; q: [s, B, heads, c], k and v: [s, B, groups, c]."""
+    k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
+    scores = torch.einsum("sbhc,tbhc->bhst", q, k) / q.size(3) ** 0.5
+    later = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+    return torch.einsum("bhst,tbhc->sbhc", scores.masked_fill(later, -torch.inf).softmax(-1), v)
+
+
 def attention_of(groups: int = 2, dropout: float = 0.0) -> CoreAttention:
     model = ModelConfig(hidden_size=32, num_attention_heads=4, num_query_groups=groups, attention_dropout=dropout)
     return CoreAttention(transformer_config(model, ParallelConfig(), ComputeConfig()), 1, AttnMaskType.causal, "self")
 
 
-def queries_keys_values(groups: int = 2, queries: int = 7, size: float = 1.0) -> list[torch.Tensor]:
+def queries_keys_values(groups: int = 2, length: int = 7) -> list[torch.Tensor]:
+    """Each lies in memory in a way of its own."""
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(7, 3, heads, 8, generator=generator) for heads in (4, groups, groups))
-    return [x.requires_grad_() for x in (size * q[:queries], k, v)]
+    q, k, v = (torch.randn(3, heads, length, 8, generator=generator) for heads in (4, groups, groups))
+    return [
+        x.requires_grad_()
+        for x in (
+            q.permute(2, 0, 1, 3).contiguous(),
+            k.permute(2, 0, 1, 3),
+            v.permute(2, 1, 0, 3).contiguous().transpose(1, 2),
+        )
+    ]
 
 
-@pytest.mark.parametrize("size", [1.0, 100.0])
-@pytest.mark.parametrize("groups", [4, 2, 1])
-def test_equals_the_formula(groups: int, size: float) -> None:
-    q, k, v = queries_keys_values(groups, size=size)
-    context = attention_of(groups)(q, k, v, None)
-
-    precise = [tensor.detach().double().requires_grad_() for tensor in (q, k, v)]
-    repeated = [tensor.repeat_interleave(4 // groups, dim=2) for tensor in precise[1:]]
-    scores = torch.einsum("sbhc,tbhc->bhst", precise[0], repeated[0]) / 8**0.5
-    later = torch.ones(7, 7, dtype=torch.bool).triu(1)
-    probabilities = scores.masked_fill(later, -torch.inf).softmax(-1)
-    expected = torch.einsum("bhst,tbhc->sbhc", probabilities, repeated[1]).flatten(2)
-    torch.testing.assert_close(context.double(), expected, rtol=1e-5, atol=1e-6 * size)
+def assert_is_the_formula(context: torch.Tensor, qkv: list[torch.Tensor], atol: float = 1e-6) -> None:
+    """And so are its gradients, of which those of queries and keys are products with each other."""
+    precise = [tensor.detach().double().requires_grad_() for tensor in qkv]
+    expected = formula(*precise)
+    context = context.view(expected.shape)
+    torch.testing.assert_close(context.double(), expected, rtol=1e-5, atol=atol)
     target = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
-    gradients = torch.autograd.grad(context, [q, k, v], target)
+    gradients = torch.autograd.grad(context, qkv, target, retain_graph=True)
     for actual, right in zip(gradients, torch.autograd.grad(expected, precise, target.double()), strict=True):
-        # Those of keys grow with the queries, and the rounding of probabilities with the scores.
-        torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=1e-6 * size**2)
+        torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=10 * atol)
+
+
+@pytest.mark.parametrize("length", [7, 900])  # of which the longer has several chunks of keys
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_equals_the_formula(groups: int, length: int) -> None:
+    qkv = queries_keys_values(groups, length)
+    assert_is_the_formula(attention_of(groups)(*qkv, None), qkv)
+
+
+@pytest.mark.parametrize("important", [slice(0, 450), slice(450, 900)])
+def test_some_keys_may_count_for_nothing(important: slice) -> None:
+    q, k, v = queries_keys_values(length=900)
+    with torch.no_grad():
+        q[..., 0] = 30.0
+        k[..., 0] = -30.0
+        k[important, ..., 0] = 0.0
+    context = attention_of()(q, k, v, None)
+    assert_is_the_formula(context, [q, k, v], atol=1e-4)  # scores of 318 are rounded to 3e-5
+    if important.start == 0:  # the smallest numbers, denormal, would be slow
+        assert torch.all(torch.autograd.grad(context.sum(), v)[0][450:] == 0)
+
+
+@pytest.mark.parametrize("length", [64, 900])
+def test_scores_that_are_all_large_change_nothing(length: int) -> None:
+    q, k, v = queries_keys_values(length=length)
+    with torch.no_grad():
+        q[..., 0], k[..., 0] = 38.0, 38.0  # scores of 500
+        v[:] = 1.0
+    context = attention_of()(q, k, v, None)
+    torch.testing.assert_close(context, torch.ones_like(context), rtol=0, atol=2e-6)
+    dq, dk = torch.autograd.grad(context, [q, k], torch.ones_like(context))
+    for gradient in (dq, dk):  # both products of 38 and what rounding leaves
+        assert gradient.abs().max() < 2e-3
+
+
+def test_nan_stays() -> None:
+    q, k, v = queries_keys_values(length=900)
+    with torch.no_grad():
+        k[100, 1, 0, 3] = torch.nan
+        v[500, 2, 1, 4] = torch.nan
+    context = attention_of()(q, k, v, None).view(900, 3, 4, 8)
+    assert context[100:, 1, :2].isnan().all()
+    assert context[500:, 2, 2:, 4].isnan().all()
+    dq = torch.autograd.grad(context, q, torch.ones_like(context))[0]
+    assert dq[100:, 1, :2].isnan().all()
+    assert not dq[:, 0].isnan().any()
 
 
 @pytest.mark.parametrize(
     ("dtype", "threads", "mask", "by_kernel"),
     [
         (torch.float32, 6, AttnMaskType.causal, True),
-        (torch.float32, 7, AttnMaskType.causal, False),  # more than groups in all sequences
+        (torch.float32, 4, AttnMaskType.causal, False),  # six groups of sequences are not divided among four evenly
+        (torch.float32, 8, AttnMaskType.causal, False),
         (torch.float32, 1, AttnMaskType.no_mask, False),
         (torch.bfloat16, 1, AttnMaskType.causal, False),
     ],
@@ -54,14 +109,15 @@ def test_equals_the_formula(groups: int, size: float) -> None:
 def test_is_the_same_with_and_without_the_kernel(
     dtype: torch.dtype, threads: int, mask: AttnMaskType, by_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = [x.to(dtype) for x in queries_keys_values(queries=1 if mask == AttnMaskType.no_mask else 7)]
+    q, k, v = (x.to(dtype) for x in queries_keys_values())
+    inputs = [q if mask == AttnMaskType.causal else q[-1:], k, v, None]
     kernel = mock.Mock(wraps=cpu_attention.attend)
     monkeypatch.setattr(cpu_attention, "attend", kernel)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    context = attention_of()(*inputs, None, attn_mask_type=mask)
+    context = attention_of()(*inputs, attn_mask_type=mask)
     assert kernel.called == by_kernel
     monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
-    torch.testing.assert_close(attention_of()(*inputs, None, attn_mask_type=mask), context)
+    torch.testing.assert_close(attention_of()(*inputs, attn_mask_type=mask), context)
 
 
 def test_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

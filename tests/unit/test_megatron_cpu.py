@@ -22,6 +22,7 @@ from mone_model.kernels import (
 )
 from mone_model.layer_spec import RMSNorm
 from tests.tiny import TINY_MODEL
+from tests.unit.test_attention import formula
 
 Layer = Callable[..., torch.Tensor]
 
@@ -143,14 +144,7 @@ def test_attention_equals_its_formula(
     generator = torch.Generator().manual_seed(seed)
     heads = heads_of_group * groups
     q, k, v = (torch.randn(length, 2, n, width + more, generator=generator)[..., :width] for n in (heads, groups, groups))
-    later = torch.ones(length, length, dtype=torch.bool).triu(1)
-
-    def formula(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        k, v = (x.repeat_interleave(heads_of_group, dim=2) for x in (k, v))
-        scores = torch.einsum("sbhc,tbhc->bhst", q, k) / width**0.5
-        return torch.einsum("bhst,tbhc->sbhc", scores.masked_fill(later, -torch.inf).softmax(-1), v)
-
-    # Of which a query's gradient is a difference of sums over its width: these are not to be larger than the rest.
+    # Smaller values, lest a query's gradient be a difference of sums over a head's channels that are larger than the rest.
     assert_equal(cpu_attention.attend, formula, q, k, v / width**0.5, threads=threads)
 
 

@@ -37,6 +37,12 @@ struct Chunk {
       std::fill(rows + width, rows + padded, 0.0f);
     }
   }
+  void write(const float *rows, Heads<float> to, int64_t sequence, int64_t head, int64_t first, int64_t count, bool add) const {
+    for (int64_t n = 0; n < count; n++, rows += padded) {
+      float *const row = to.row(first + n, sequence, head);
+      for (int64_t j = 0; j < width; j++) row[j] = (add ? row[j] : 0) + rows[j];
+    }
+  }
   void transpose(const float *rows, float *panels) const {
     for (int64_t t = 0; t < keys; t += PANEL) transpose_panel(rows, t, keys, padded, panels + t * padded);
   }
@@ -69,39 +75,62 @@ struct Chunk {
   }
 };
 
-// Scores of a query with the keys that it sees become exponentials, and zeros from there to the end. A sum of exponentials is
-// e^largest times `rest`.
-struct Sum {
-  float largest, rest;
-  float logarithm() const { return largest + std::log(rest); }
+// e^x where it counts beside 1, else exactly 0: products of smaller numbers would be denormal, and so slow.
+Vector share(Vector x) { return choose(x < all(-64.0f), Vector{}, exponential(x)); }
+
+// What is known of a query's scores up to some key: the largest, and the sum of e^(score - largest).
+struct Seen {
+  float largest, sum;
 };
-Sum exponentials(float *scores, int64_t seen, int64_t end, float scale) {
-  Vector largest = all(-std::numeric_limits<float>::infinity()), sums = {};
-  std::fill(scores + seen, scores + (seen + LANES - 1) / LANES * LANES, largest[0]);
+
+// Scores with the keys of a chunk that a query sees become e^(score - largest), the largest of these and of the keys before;
+// zeros from there to the end.
+Seen exponentials(float *scores, int64_t seen, int64_t end, float scale, float largest_before) {
+  constexpr float NOTHING = -std::numeric_limits<float>::infinity();
+  std::fill(scores + seen, scores + (seen + LANES - 1) / LANES * LANES, NOTHING);
+  Vector largest = all(NOTHING), sums = {};
   for (int64_t t = 0; t < seen; t += LANES) largest = larger(load(scores + t), largest);
   for (int half = LANES / 2; half > 0; half /= 2) {  // in the end all lanes have the largest
     Integers other;
     for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ half;
     largest = larger(__builtin_shuffle(largest, other), largest);
   }
+  largest = larger(largest * scale, all(largest_before));
   for (int64_t t = 0; t < seen; t += LANES) {
-    const Vector p = exponential((load(scores + t) - largest) * scale);
+    const Vector p = share(load(scores + t) * scale - largest);
     sums += p;
     store(scores + t, p);
   }
   std::fill(scores + seen, scores + end, 0.0f);
-  return {largest[0] * scale, total(sums)};
+  return {largest[0], total(sums)};
 }
 
-// Scores become probabilities, and the probabilities' gradients those of scores; zeros from there to the end.
+// Scores become probabilities, and gradients of probabilities those of scores; zeros from there to the end. mean: of the
+// gradients, weighted by the probabilities with all keys, which is the context times its gradient.
 void differentiate(float *scores, float *gradients, int64_t seen, int64_t end, float scale, float logsumexp, float mean) {
   for (int64_t t = 0; t < seen; t += LANES) {
-    const Vector p = exponential(load(scores + t) * scale - logsumexp);
+    const Vector p = share(load(scores + t) * scale - logsumexp);
     store(scores + t, p);
     store(gradients + t, p * (load(gradients + t) - mean) * scale);
   }
   std::fill(scores + seen, scores + end, 0.0f);
   std::fill(gradients + seen, gradients + end, 0.0f);
+}
+
+// f(sequence, group, first key) for each chunk of keys; a thread takes all those of a sequence's group, in their order.
+template <class F>
+void each_chunk(int64_t length, int64_t sequences, int64_t groups, F f) {
+#pragma omp for collapse(2)
+  for (int64_t i = 0; i < sequences; i++)
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t begin = 0; begin < length; begin += CHUNK) f(i, g, begin);
+}
+
+// f(head, first query, how many) for each block of queries that sees these keys.
+template <class F>
+void each_block(int64_t length, int64_t begin, int64_t first_head, int64_t heads, F f) {
+  for (int64_t h = first_head; h < first_head + heads; h++)
+    for (int64_t first = begin; first < length; first += BLOCK) f(h, first, std::min(BLOCK, length - first));
 }
 
 }  // namespace
@@ -115,40 +144,43 @@ void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, in
             int64_t q_position, int64_t q_sequence, int64_t q_head, const float *k, int64_t k_position, int64_t k_sequence,
             int64_t k_head, const float *v, int64_t v_position, int64_t v_sequence, int64_t v_head, float *context,
             float *logsumexp, int64_t threads) {
-  const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, together = heads / groups;
+  const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, heads_of_group = heads / groups;
+  const Heads<const float> all_queries{q, q_position, q_sequence, q_head}, all_keys{k, k_position, k_sequence, k_head},
+      all_values{v, v_position, v_sequence, v_head};
   const auto contexts = contiguous(context, sequences, heads, width);
 #pragma omp parallel num_threads(threads)
   {
-    const Aligned<float> keys(CHUNK * padded), panels(CHUNK * padded), values(CHUNK * padded);
-    const Aligned<float> queries(BLOCK * padded), sums(BLOCK * padded), scores(BLOCK * CHUNK);
-#pragma omp for collapse(2)
-    for (int64_t i = 0; i < sequences; i++)
-      for (int64_t g = 0; g < groups; g++)
-        for (int64_t begin = 0; begin < length; begin += CHUNK) {
-          const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
-          chunk.read({k, k_position, k_sequence, k_head}, i, g, begin, chunk.keys, keys.data);
-          chunk.read({v, v_position, v_sequence, v_head}, i, g, begin, chunk.keys, values.data);
-          chunk.transpose(keys.data, panels.data);
-          for (int64_t h = g * together; h < (g + 1) * together; h++)
-            for (int64_t first = begin; first < length; first += BLOCK) {
-              const int64_t count = std::min(BLOCK, length - first), later = first - begin;
-              chunk.read({q, q_position, q_sequence, q_head}, i, h, first, count, queries.data);
-              chunk.score(queries.data, panels.data, later, count, scores.data);
-              Sum here[BLOCK];
-              for (int64_t n = 0; n < count; n++)
-                here[n] = exponentials(scores.data + n * CHUNK, chunk.seen(later, n + 1), chunk.seen(later, count), scale);
-              chunk.sum_keys(scores.data, values.data, later, count, sums.data);
-              for (int64_t n = 0; n < count; n++) {
-                float *const to = contexts.row(first + n, i, h), *const row = sums.data + n * padded;
-                float *const all_keys = logsumexp + (i * heads + h) * length + first + n;
-                const float before = begin ? *all_keys : -std::numeric_limits<float>::infinity();
-                const float more = here[n].logarithm();
-                *all_keys = std::max(before, more) + std::log1p(std::exp(-std::abs(before - more)));
-                const float kept = std::exp(before - *all_keys), factor = std::exp(here[n].largest - *all_keys);
-                for (int64_t j = 0; j < width; j++) to[j] = (begin ? to[j] * kept : 0) + row[j] * factor;
-              }
-            }
+    const int64_t whole = CHUNK * padded, block = BLOCK * padded;
+    const Aligned<float> keys(whole), panels(whole), values(whole), queries(block), sums(block), scores(BLOCK * CHUNK);
+    const Aligned<Seen> seen(heads_of_group * length);
+    each_chunk(length, sequences, groups, [&](int64_t i, int64_t g, int64_t begin) {
+      const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
+      chunk.read(all_keys, i, g, begin, chunk.keys, keys.data);
+      chunk.read(all_values, i, g, begin, chunk.keys, values.data);
+      chunk.transpose(keys.data, panels.data);
+      each_block(length, begin, g * heads_of_group, heads_of_group, [&](int64_t h, int64_t first, int64_t count) {
+        const int64_t later = first - begin;
+        chunk.read(all_queries, i, h, first, count, queries.data);
+        chunk.score(queries.data, panels.data, later, count, scores.data);
+        Seen *const so_far = seen.data + (h % heads_of_group) * length + first;
+        float kept[BLOCK];  // of what the keys before gave
+        for (int64_t n = 0; n < count; n++) {
+          const Seen before = begin ? so_far[n] : Seen{-std::numeric_limits<float>::infinity(), 0};
+          const Seen here = exponentials(scores.data + n * CHUNK, chunk.seen(later, n + 1), chunk.seen(later, count), scale,
+                                         before.largest);
+          kept[n] = begin ? std::exp(before.largest - here.largest) : 0;
+          so_far[n] = {here.largest, before.sum * kept[n] + here.sum};
         }
+        chunk.sum_keys(scores.data, values.data, later, count, sums.data);
+        for (int64_t n = 0; n < count; n++) {
+          float *const to = contexts.row(first + n, i, h), *const row = sums.data + n * padded;
+          for (int64_t j = 0; j < width; j++) to[j] = (begin ? to[j] * kept[n] : 0) + row[j];
+          if (later >= CHUNK) continue;  // more keys to come
+          for (int64_t j = 0; j < width; j++) to[j] /= so_far[n].sum;
+          logsumexp[(i * heads + h) * length + first + n] = so_far[n].largest + std::log(so_far[n].sum);
+        }
+      });
+    });
   }
 }
 
@@ -158,53 +190,47 @@ void attend_backward(int64_t length, int64_t sequences, int64_t heads, int64_t g
                      int64_t k_position, int64_t k_sequence, int64_t k_head, const float *v, int64_t v_position,
                      int64_t v_sequence, int64_t v_head, const float *context, const float *logsumexp,
                      const float *dcontext, float *dq, float *dk, float *dv, int64_t threads) {
-  const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, together = heads / groups;
+  const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, heads_of_group = heads / groups;
+  const Heads<const float> all_queries{q, q_position, q_sequence, q_head}, all_keys{k, k_position, k_sequence, k_head},
+      all_values{v, v_position, v_sequence, v_head};
+  const auto all_contexts = contiguous(context, sequences, heads, width);
+  const auto all_dcontexts = contiguous(dcontext, sequences, heads, width);
 #pragma omp parallel num_threads(threads)
   {
     const int64_t whole = CHUNK * padded, block = BLOCK * padded;
     const Aligned<float> keys(whole), key_panels(whole), values(whole), value_panels(whole), dkeys(whole), dvalues(whole);
-    const Aligned<float> queries(block), sums(block), dsums(block), dqueries(block);
+    const Aligned<float> queries(block), contexts(block), dcontexts(block), dqueries(block);
     const Aligned<float> scores(BLOCK * CHUNK), dscores(BLOCK * CHUNK);
-#pragma omp for collapse(2)
-    for (int64_t i = 0; i < sequences; i++)
-      for (int64_t g = 0; g < groups; g++)
-        for (int64_t begin = 0; begin < length; begin += CHUNK) {
-          const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
-          chunk.read({k, k_position, k_sequence, k_head}, i, g, begin, chunk.keys, keys.data);
-          chunk.read({v, v_position, v_sequence, v_head}, i, g, begin, chunk.keys, values.data);
-          chunk.transpose(keys.data, key_panels.data);
-          chunk.transpose(values.data, value_panels.data);
-          std::fill_n(dkeys.data, whole, 0.0f);
-          std::fill_n(dvalues.data, whole, 0.0f);
-          for (int64_t h = g * together; h < (g + 1) * together; h++)
-            for (int64_t first = begin; first < length; first += BLOCK) {
-              const int64_t count = std::min(BLOCK, length - first), later = first - begin;
-              chunk.read({q, q_position, q_sequence, q_head}, i, h, first, count, queries.data);
-              chunk.read(contiguous(context, sequences, heads, width), i, h, first, count, sums.data);
-              chunk.read(contiguous(dcontext, sequences, heads, width), i, h, first, count, dsums.data);
-              chunk.score(queries.data, key_panels.data, later, count, scores.data);
-              chunk.score(dsums.data, value_panels.data, later, count, dscores.data);
-              for (int64_t n = 0; n < count; n++) {
-                Vector products = {};
-                for (int64_t j = n * padded; j < (n + 1) * padded; j += LANES)
-                  products += load(sums.data + j) * load(dsums.data + j);
-                differentiate(scores.data + n * CHUNK, dscores.data + n * CHUNK, chunk.seen(later, n + 1),
-                              chunk.seen(later, count), scale, logsumexp[(i * heads + h) * length + first + n],
-                              total(products));
-              }
-              chunk.sum_keys(dscores.data, keys.data, later, count, dqueries.data);
-              for (int64_t n = 0; n < count; n++) {
-                float *const to = contiguous(dq, sequences, heads, width).row(first + n, i, h);
-                for (int64_t j = 0; j < width; j++) to[j] = (begin ? to[j] : 0) + dqueries.data[n * padded + j];
-              }
-              chunk.add_queries(dscores.data, queries.data, later, count, dkeys.data);
-              chunk.add_queries(scores.data, dsums.data, later, count, dvalues.data);
-            }
-          for (int64_t t = 0; t < chunk.keys; t++) {
-            std::copy_n(dkeys.data + t * padded, width, contiguous(dk, sequences, groups, width).row(begin + t, i, g));
-            std::copy_n(dvalues.data + t * padded, width, contiguous(dv, sequences, groups, width).row(begin + t, i, g));
-          }
+    each_chunk(length, sequences, groups, [&](int64_t i, int64_t g, int64_t begin) {
+      const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
+      chunk.read(all_keys, i, g, begin, chunk.keys, keys.data);
+      chunk.read(all_values, i, g, begin, chunk.keys, values.data);
+      chunk.transpose(keys.data, key_panels.data);
+      chunk.transpose(values.data, value_panels.data);
+      std::fill_n(dkeys.data, whole, 0.0f);
+      std::fill_n(dvalues.data, whole, 0.0f);
+      each_block(length, begin, g * heads_of_group, heads_of_group, [&](int64_t h, int64_t first, int64_t count) {
+        const int64_t later = first - begin;
+        chunk.read(all_queries, i, h, first, count, queries.data);
+        chunk.read(all_contexts, i, h, first, count, contexts.data);
+        chunk.read(all_dcontexts, i, h, first, count, dcontexts.data);
+        chunk.score(queries.data, key_panels.data, later, count, scores.data);
+        chunk.score(dcontexts.data, value_panels.data, later, count, dscores.data);
+        for (int64_t n = 0; n < count; n++) {
+          Vector products = {};
+          for (int64_t j = n * padded; j < (n + 1) * padded; j += LANES)
+            products += load(contexts.data + j) * load(dcontexts.data + j);
+          differentiate(scores.data + n * CHUNK, dscores.data + n * CHUNK, chunk.seen(later, n + 1), chunk.seen(later, count),
+                        scale, logsumexp[(i * heads + h) * length + first + n], total(products));
         }
+        chunk.sum_keys(dscores.data, keys.data, later, count, dqueries.data);
+        chunk.write(dqueries.data, contiguous(dq, sequences, heads, width), i, h, first, count, begin > 0);
+        chunk.add_queries(dscores.data, queries.data, later, count, dkeys.data);
+        chunk.add_queries(scores.data, dcontexts.data, later, count, dvalues.data);
+      });
+      chunk.write(dkeys.data, contiguous(dk, sequences, groups, width), i, g, begin, chunk.keys, false);
+      chunk.write(dvalues.data, contiguous(dv, sequences, groups, width), i, g, begin, chunk.keys, false);
+    });
   }
 }
 

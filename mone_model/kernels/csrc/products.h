@@ -102,17 +102,19 @@ inline void transpose_panel(const float *w, int64_t first, int64_t rows, int64_t
     }
 }
 
-// y[r] = sum over k of x[r, k] panel[k], or is added to if `add`; rows and numbers of each lie so far apart.
+// y[r] = sum over k < depth of x[r, k] panel[k], or is added to if `add`. x[r, k] lies at r * x_row + k * x_step, row k of the
+// panel at k * panel_step, y[r] at r * y_row.
 template <int COUNT>
 inline void multiply_panel(int64_t depth, const float *x, int64_t x_row, int64_t x_step, const float *panel,
                            int64_t panel_step, float *y, int64_t y_row, bool add = false) {
   Vector sums[COUNT][2] = {};
-  if (add)
+  if (add) {
 #pragma GCC unroll 16
     for (int r = 0; r < COUNT; r++) {
       sums[r][0] = load(y + r * y_row);
       sums[r][1] = load(y + r * y_row + LANES);
     }
+  }
   for (int64_t k = 0; k < depth; k++) {
     const Vector left = load(panel + k * panel_step), right = load(panel + k * panel_step + LANES);
 #pragma GCC unroll 16
@@ -141,7 +143,7 @@ inline void each_tile(int64_t count, F f) {
   rows(std::integral_constant<int, 1>());
 }
 
-// The same for so many rows that transposing the weights pays: nothing is left to add up within vectors. panel: room for
+// As `multiply`, for so many rows that transposing the weights pays: nothing is left to add up within vectors. panel: room for
 // width * PANEL numbers; rows of gate have room for a multiple of PANEL neurons.
 inline void multiply_many(const float *x, const float *w, int64_t count, int64_t width, int64_t neurons, float *panel,
                           float *gate, int64_t stride) {
