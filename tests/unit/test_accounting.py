@@ -99,7 +99,7 @@ def test_flops_equal_the_flop_counter(variant: dict[str, Any], monkeypatch: pyte
     built = build_gpt(model, ParallelConfig(), ComputeConfig(experts="loop"), seed=0)
     tokens = torch.randint(0, 50, (3, model.seq_length))
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # nor do others of torch's on CPUs
+    with counter, sdpa_kernel(SDPBackend.MATH):  # nor does torch's fused one on CPUs
         loss = built(tokens, torch.arange(model.seq_length).expand(3, -1), None, labels=tokens)
     forward = counter.get_total_flops()
     assert forward == count_flops(model).dense * tokens.numel()

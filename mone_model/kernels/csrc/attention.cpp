@@ -78,31 +78,24 @@ struct Chunk {
 // e^x where it counts beside 1, else exactly 0: products of smaller numbers would be denormal, and so slow.
 Vector share(Vector x) { return choose(x < all(-64.0f), Vector{}, exponential(x)); }
 
-// What is known of a query's scores up to some key: the largest, and the sum of e^(score - largest).
-struct Seen {
+// Of a query's scores with all keys up to some: the largest, and the sum of e^(score - largest).
+struct Running {
   float largest, sum;
 };
 
 // Scores with the keys of a chunk that a query sees become e^(score - largest), the largest of these and of the keys before;
 // zeros from there to the end.
-Seen exponentials(float *scores, int64_t seen, int64_t end, float scale, float largest_before) {
-  constexpr float NOTHING = -std::numeric_limits<float>::infinity();
-  std::fill(scores + seen, scores + (seen + LANES - 1) / LANES * LANES, NOTHING);
-  Vector largest = all(NOTHING), sums = {};
-  for (int64_t t = 0; t < seen; t += LANES) largest = larger(load(scores + t), largest);
-  for (int half = LANES / 2; half > 0; half /= 2) {  // in the end all lanes have the largest
-    Integers other;
-    for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ half;
-    largest = larger(__builtin_shuffle(largest, other), largest);
-  }
-  largest = larger(largest * scale, all(largest_before));
+Running exponentials(float *scores, int64_t seen, int64_t end, float scale, float largest_before) {
+  std::fill(scores + seen, scores + rounded_up(seen), -std::numeric_limits<float>::infinity());
+  const float largest = std::max(largest_before, largest_of(scores, rounded_up(seen)) * scale);
+  Vector sums = {};
   for (int64_t t = 0; t < seen; t += LANES) {
     const Vector p = share(load(scores + t) * scale - largest);
     sums += p;
     store(scores + t, p);
   }
   std::fill(scores + seen, scores + end, 0.0f);
-  return {largest[0], total(sums)};
+  return {largest, total(sums)};
 }
 
 // Scores become probabilities, and gradients of probabilities those of scores; zeros from there to the end. mean: of the
@@ -152,7 +145,7 @@ void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, in
   {
     const int64_t whole = CHUNK * padded, block = BLOCK * padded;
     const Aligned<float> keys(whole), panels(whole), values(whole), queries(block), sums(block), scores(BLOCK * CHUNK);
-    const Aligned<Seen> seen(heads_of_group * length);
+    const Aligned<Running> of_heads(heads_of_group * length);
     each_chunk(length, sequences, groups, [&](int64_t i, int64_t g, int64_t begin) {
       const Chunk chunk{std::min(CHUNK, length - begin), width, padded};
       chunk.read(all_keys, i, g, begin, chunk.keys, keys.data);
@@ -162,22 +155,22 @@ void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, in
         const int64_t later = first - begin;
         chunk.read(all_queries, i, h, first, count, queries.data);
         chunk.score(queries.data, panels.data, later, count, scores.data);
-        Seen *const so_far = seen.data + (h % heads_of_group) * length + first;
+        Running *const running = of_heads.data + (h % heads_of_group) * length + first;
         float kept[BLOCK];  // of what the keys before gave
         for (int64_t n = 0; n < count; n++) {
-          const Seen before = begin ? so_far[n] : Seen{-std::numeric_limits<float>::infinity(), 0};
-          const Seen here = exponentials(scores.data + n * CHUNK, chunk.seen(later, n + 1), chunk.seen(later, count), scale,
+          const Running before = begin ? running[n] : Running{-std::numeric_limits<float>::infinity(), 0};
+          const Running here = exponentials(scores.data + n * CHUNK, chunk.seen(later, n + 1), chunk.seen(later, count), scale,
                                          before.largest);
           kept[n] = begin ? std::exp(before.largest - here.largest) : 0;
-          so_far[n] = {here.largest, before.sum * kept[n] + here.sum};
+          running[n] = {here.largest, before.sum * kept[n] + here.sum};
         }
         chunk.sum_keys(scores.data, values.data, later, count, sums.data);
         for (int64_t n = 0; n < count; n++) {
           float *const to = contexts.row(first + n, i, h), *const row = sums.data + n * padded;
           for (int64_t j = 0; j < width; j++) to[j] = (begin ? to[j] * kept[n] : 0) + row[j];
           if (later >= CHUNK) continue;  // more keys to come
-          for (int64_t j = 0; j < width; j++) to[j] /= so_far[n].sum;
-          logsumexp[(i * heads + h) * length + first + n] = so_far[n].largest + std::log(so_far[n].sum);
+          for (int64_t j = 0; j < width; j++) to[j] /= running[n].sum;
+          logsumexp[(i * heads + h) * length + first + n] = running[n].largest + std::log(running[n].sum);
         }
       });
     });

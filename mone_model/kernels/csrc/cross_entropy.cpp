@@ -10,18 +10,8 @@ void cross_entropy(int64_t rows, int64_t vocabulary, const float *logits, const 
 #pragma omp parallel for num_threads(threads) if (rows * vocabulary > WORTH_WAKING)
   for (int64_t n = 0; n < rows; n++) {
     const float *row = logits + n * vocabulary;
-    constexpr int PARTS = 4;  // which need not wait for each other
-    Vector most[PARTS], sum{};
-    std::fill(most, most + PARTS, load(row));
-    for (int64_t j = 0; j < vocabulary; j += PARTS * LANES)
-#pragma GCC unroll 4
-      for (int p = 0; p < PARTS; p++) {
-        const Vector here = load(row + std::min(j + p * LANES, vocabulary - LANES));
-        most[p] = choose(here > most[p], here, most[p]);
-      }
-    float top = row[0];
-    for (const Vector &part : most)
-      for (int lane = 0; lane < LANES; lane++) top = std::max(top, part[lane]);
+    const float top = largest_of(row, vocabulary);
+    Vector sum{};
     for (int64_t j = 0; j < vocabulary; j += LANES) sum += exponential(load(row + j) - top);
     const int64_t target = targets[n] - first;
     largest[n] = top;

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 #ifdef __AVX__
@@ -263,6 +264,23 @@ inline Four add_up(Vector a, Vector b, Vector c, Vector d) {
 }
 
 inline float total(Vector value) { return add_up(value, Vector{}, Vector{}, Vector{})[0]; }
+
+// Of a row of whole vectors, in which NaN does not count.
+inline float largest_of(const float *row, int64_t size) {
+  constexpr int PARTS = 4;  // which need not wait for each other
+  Vector most[PARTS];
+  std::fill(most, most + PARTS, all(-std::numeric_limits<float>::infinity()));
+  for (int64_t j = 0; j < size; j += PARTS * LANES)
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) most[p] = larger(load(row + std::min(j + p * LANES, size - LANES)), most[p]);
+  Vector top = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+  for (int half = LANES / 2; half > 0; half /= 2) {  // in the end all lanes have it
+    Integers other;
+    for (int lane = 0; lane < LANES; lane++) other[lane] = lane ^ half;
+    top = larger(__builtin_shuffle(top, other), top);
+  }
+  return top[0];
+}
 
 template <class T>
 struct Aligned {
