@@ -367,9 +367,10 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         bf16=compute.precision == "bf16",
         pipeline_dtype=compute.dtype,
         attention_softmax_in_fp32=True,
-        # Fused forms need compiled extensions; Transformer Engine brings its own.
+        # Its fused GELU is an approximation.
+        bias_activation_fusion=model.activation == "silu",
+        # Other fused forms need compiled extensions; Transformer Engine brings its own.
         gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,

@@ -73,6 +73,8 @@ class NeuronExperts(MegatronModule):
             weight.allreduce = False  # type: ignore[attr-defined]
             # Else the gradient norm takes the experts of one tensor-parallel rank only.
             set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=axis, stride=1)
+            # Over that of the last step, which nobody has to zero (`mone_model.megatron_cpu_speed`).
+            weight.first_gradient_is_written = method == "skip"  # type: ignore[attr-defined]
         self.record = LossRecord()
         self.counting_neurons = False
         self.counters: NeuronCounters | None = None

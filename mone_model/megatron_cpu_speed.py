@@ -11,13 +11,16 @@ from typing import Any
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.optimizer.clip_grads as clip_grads
 import megatron.core.tensor_parallel.cross_entropy as cross_entropy
+import megatron.core.transformer.mlp as mlp
 import megatron.core.transformer.moe.router as router
 import megatron.core.transformer.moe.token_dispatcher as dispatcher
 import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 
-from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_permutation, cpu_rotary, cpu_router
+from mone_model.kernels import cpu_cross_entropy, cpu_library, cpu_permutation, cpu_rotary, cpu_router, cpu_swiglu
 
 
 def install() -> None:
@@ -25,19 +28,23 @@ def install() -> None:
     rope_utils._apply_rotary_pos_emb_bshd = _rotate
     router.topk_routing_with_score_function = _route
     router.compute_routing_scores_for_aux_loss = _score_for_aux_loss
+    mlp.bias_swiglu_impl = _swiglu
     dispatcher.permute, dispatcher.unpermute = _permute, _unpermute
     cross_entropy._VocabParallelCrossEntropy = _CrossEntropy
     cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(_largest)
+    _ParamAndGradBuffer.reset = _zero_unless_written
+    DistributedDataParallel.finish_grad_sync = _zero_unwritten_and_finish
     clip_grads.l2_norm_impl = _norm
-    clip_grads.multi_tensor_scale_impl = _scale
     DistributedOptimizer._copy_main_params_to_model_params = _copy_unless_same
 
 
 _rotate_by_torch = rope_utils._apply_rotary_pos_emb_bshd
 _route_by_torch = router.topk_routing_with_score_function
 _score_for_aux_loss_by_torch = router.compute_routing_scores_for_aux_loss
+_swiglu_by_torch = mlp.bias_swiglu_impl
 _permute_by_torch, _unpermute_by_torch = dispatcher.permute, dispatcher.unpermute
 _cross_entropy_by_torch = cross_entropy._VocabParallelCrossEntropy
+_zero, _finish_grad_sync = _ParamAndGradBuffer.reset, DistributedDataParallel.finish_grad_sync
 _copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
 
 
@@ -77,6 +84,12 @@ def _score_for_aux_loss(
     return _score_for_aux_loss_by_torch(logits, topk, score_function, **options)
 
 
+def _swiglu(gate_up: torch.Tensor, bias: torch.Tensor | None, *options: bool) -> torch.Tensor:
+    if bias is None and not any(options) and cpu_library.usable(gate_up):
+        return cpu_swiglu.swiglu(gate_up)
+    return _swiglu_by_torch(gate_up, bias, *options)
+
+
 def _permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, *, probs: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
@@ -108,6 +121,23 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
 
 
+def _zero_unless_written(buffer: Any) -> None:
+    if not all(_writes_first(weight) for weight in buffer.params):
+        _zero(buffer)
+
+
+def _zero_unwritten_and_finish(ddp: Any, *args: Any, **options: Any) -> None:
+    for weight in ddp.params_with_grad:
+        if _writes_first(weight) and not weight.grad_added_to_main_grad:  # no backward pass came by
+            weight.main_grad.zero_()
+    _finish_grad_sync(ddp, *args, **options)
+
+
+def _writes_first(weight: torch.Tensor) -> bool:
+    """Whether the first gradient of a step is written to the buffer, over that of the last step (`kernels.cpu.experts`)."""
+    return getattr(weight, "first_gradient_is_written", False)
+
+
 def _norm(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:
     # Of millions of numbers at once torch's vector_norm is off by some 1e-4, and takes one thread.
     parts = []
@@ -116,11 +146,6 @@ def _norm(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tenso
         whole = len(flat) // 1024 * 1024
         parts += [torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1, dtype=torch.float32), flat[whole:]]
     return torch.linalg.vector_norm(torch.cat(parts), dtype=torch.float64).float().view(1), None
-
-
-def _scale(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], factor: float) -> None:
-    for source, target in zip(*tensor_lists, strict=True):
-        torch.mul(source, factor, out=target)
 
 
 def _copy_unless_same(optimizer: Any) -> None:

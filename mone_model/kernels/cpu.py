@@ -194,11 +194,13 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> t
         return (None,) * 9
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dweights = [torch.empty_like(weight) for weight in weights]
-    # Megatron-Core's buffer, to which its hook would add the gradient: by these it takes an empty one for added.
-    add = all(hasattr(weight, "grad_added_to_main_grad") for weight in weights)
-    sums = [weight.main_grad for weight in weights] if add else dweights
+    # Megatron-Core's buffer, to which its hook would add the gradient: by this it takes an empty one for added. Before each
+    # step it is False again: then the buffer may still hold the last step's gradient, and is written.
+    buffered = all(hasattr(weight, "grad_added_to_main_grad") for weight in weights)
+    sums = [weight.main_grad for weight in weights] if buffered else dweights
+    add = buffered and all(weight.grad_added_to_main_grad for weight in weights)
     dx, dprobs = torch.ops.mone.experts_backward(*sums, add, dy, dgate, *ctx.saved_tensors, ctx.activation)
-    for weight in weights if add else ():
+    for weight in weights if buffered else ():
         weight.grad_added_to_main_grad = True
     return dx, *dweights, dprobs, None, None, None, None, None
 

@@ -186,6 +186,7 @@ def test_memory_equals_that_of_the_engine_after_a_step(precision: str, distribut
         ({"qk_layernorm": False, "hidden_size": 128, "router_topk": 3}, {}),
         ({"shared_expert_ffn_hidden_size": 0, "num_layers": 3}, {}),
         ({"shared_expert_neuron_ratio": 0.25}, {}),
+        ({"activation": "gelu"}, {}),
         ({}, {"recompute": "selective"}),
         ({}, {"recompute": "selective", "recompute_modules": ["moe"]}),
         ({}, {"recompute": "selective", "recompute_modules": ["core_attn", "shared_experts"]}),

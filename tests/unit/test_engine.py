@@ -91,10 +91,31 @@ def test_learning_rate_follows_its_schedule(schedule: str, expected: dict[int, f
 
 
 def test_clipping_bounds_the_update_but_not_the_reported_norm() -> None:
-    norms = {clip: train(make_engine(optimizer={"clip_grad": clip}), 1)[0].grad_norm for clip in (0.0, 0.1)}
+    norms, updates = {}, {}
+    for clip in (0.0, 0.1, 100.0):
+        engine = make_engine(optimizer={"clip_grad": clip})
+        norms[clip] = train(engine, 1)[0].grad_norm
+        states = [state for optimizer in engine.optimizers() for state in optimizer.optimizer.state.values()]
+        first_moment = torch.cat([state["exp_avg"].flatten() for state in states]).norm().item()
+        updates[clip] = first_moment / (1 - OptimizerSection().beta1)
     assert norms[0.1] > 0.5
     # Without clipping the optimizer does not compute a norm on the way: it must be reported all the same.
-    assert norms[0.0] == pytest.approx(norms[0.1])
+    assert list(norms.values()) == pytest.approx([norms[0.1]] * 3)
+    assert updates == pytest.approx({0.0: norms[0.0], 0.1: 0.1, 100.0: norms[0.0]}, rel=1e-5)
+
+
+def test_experts_that_no_backward_pass_reaches_keep_no_gradient_of_the_step_before() -> None:
+    engine = make_engine({"activation_ratio": 0.25}, experts="skip")
+    train(engine, 1)
+    layers = [experts for _, experts, _ in moe_layers(engine.modules[0])]
+
+    def have_gradients() -> list[list[bool]]:
+        return [[bool(weight.main_grad.any()) for weight in experts.parameters()] for experts in layers]
+
+    assert have_gradients() == [[True, True], [True, True]]
+    engine.modules[0].decoder.layers[1].mlp.forward = lambda x_SBD, **_: (torch.zeros_like(x_SBD), None)
+    train(engine, 1)
+    assert have_gradients() == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from mone_model.kernels import (
     cpu_rms_norm,
     cpu_rotary,
     cpu_router,
+    cpu_swiglu,
 )
 from mone_model.neuron_selection import select_and_gate
 
@@ -47,6 +48,9 @@ def everything() -> list[torch.Tensor]:
     x, weight = random(70, 3, 2, 46).requires_grad_(), random(46).requires_grad_()
     y = cpu_rotary.rotate(cpu_rms_norm.rms_norm(x, weight, 1e-5), random(70, 1, 1, 23).repeat(1, 1, 1, 2))
     results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 2, 46))]
+    gate_up = random(70, 46).requires_grad_()
+    y = cpu_swiglu.swiglu(gate_up)
+    results += [y, *torch.autograd.grad(y, [gate_up], random(70, 23))]
     qkv = [random(500, 1, heads, 46).requires_grad_() for heads in (4, 2, 2)]
     context = cpu_attention.attend(*qkv)
     results += [context, *torch.autograd.grad(context, qkv, random(500, 1, 4, 46))]

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig, transformer_config
+from mone_model.gpt import build_gpt
 from mone_model.kernels import (
     cpu_attention,
     cpu_cross_entropy,
@@ -19,6 +20,7 @@ from mone_model.kernels import (
     cpu_rms_norm,
     cpu_rotary,
     cpu_router,
+    cpu_swiglu,
 )
 from mone_model.layer_spec import RMSNorm
 from tests.tiny import TINY_MODEL
@@ -126,6 +128,46 @@ def test_megatron_core_rotates_the_same_with_and_without_the_kernel(
     monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
     results.append(rope_utils._apply_rotary_pos_emb_bshd(x, angles, **options))
     torch.testing.assert_close(*results)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(0, 300),
+    neurons=st.integers(1, 200),
+    spread=st.sampled_from([1, 30]),
+    threads=st.sampled_from([1, 2, 7]),
+)
+def test_swiglu_equals_its_formula(seed: int, rows: int, neurons: int, spread: float, threads: int) -> None:
+    gate_up = spread * torch.randn(rows, 2, 2 * neurons, generator=torch.Generator().manual_seed(seed))
+
+    def formula(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gate / (1 + (-gate).exp()) * up
+
+    assert_equal(cpu_swiglu.swiglu, formula, gate_up, threads=threads)
+
+
+@pytest.mark.parametrize(
+    ("activation", "dtype", "by_kernel"),
+    [("silu", torch.float32, True), ("silu", torch.bfloat16, False), ("gelu", torch.float32, False)],
+)
+def test_shared_experts_are_the_same_with_and_without_the_kernel(
+    activation: str, dtype: torch.dtype, by_kernel: bool, monkeypatch: pytest.MonkeyPatch, one_process: None
+) -> None:
+    model = ModelConfig(**TINY_MODEL | {"activation": activation})
+    gpt = build_gpt(model, ParallelConfig(), ComputeConfig(experts="grouped"), seed=1).to(dtype)
+    shared = gpt.decoder.layers[0].mlp.shared_experts
+    x_SBD = torch.randn(5, 3, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    kernel = mock.Mock(wraps=cpu_swiglu.swiglu)
+    monkeypatch.setattr(cpu_swiglu, "swiglu", kernel)
+    results = [shared(x_SBD)]
+    assert kernel.called == by_kernel
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)
+    results.append(shared(x_SBD))
+    torch.testing.assert_close(*results)
+    gate, up = (x_SBD @ shared.linear_fc1.weight.T).chunk(2, dim=-1)
+    torch.testing.assert_close(results[0], (ACTIVATIONS[activation](gate) * up) @ shared.linear_fc2.weight.T)
 
 
 @settings(deadline=None, max_examples=60)
