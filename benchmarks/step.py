@@ -312,11 +312,12 @@ def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], toke
 def print_profile(options: BenchmarkConfig) -> None:
     """Milliseconds of a step, without the shared expert, in each kind of operation that takes a hundredth of it."""
     step = build_megatron(options, shared=False, stock=False, with_ours=True)
-    for _ in range(3):
-        step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    for _ in range(5):  # until the profiler and the step have their memory: products that take new pages are half as fast
         for _ in range(options.rounds):
             step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(options.rounds):
+                step()
     milliseconds = {event.key: event.self_cpu_time_total / 1000 / options.rounds for event in profiler.key_averages()}
     whole = sum(milliseconds.values())
     for name, part in sorted(milliseconds.items(), key=lambda item: -item[1]):
