@@ -117,9 +117,9 @@ class Cost:
 def cost_of(config: RunConfig) -> Cost:
     """The operations of `training_flops`, and bytes: of weights, and of activations that wait for the backward pass.
 
-    Weights are read by both passes; their gradients cleared, written, and added to the accumulated ones (three more), save
-    for experts that skip, which read and write only the latter; the optimizer reads gradients for the norm, scales them
-    (two), and reads four numbers and writes three for each weight. Activations are written and read once.
+    Weights are read by both passes; the gradients that are accumulated are cleared, and others written and added to them
+    (four more), save those of experts that skip, which are written at once; the optimizer reads gradients for the norm,
+    then four numbers for each weight, and writes these, the gradients clipped. Activations are written and read once.
     """
     processes, size = config.parallel.expert, config.training.micro_batch_size
     tokens = processes * size * config.model.seq_length
@@ -127,9 +127,9 @@ def cost_of(config: RunConfig) -> Cost:
     memory = estimate_memory(*described, micro_batch_size=size, data_parallel_size=processes)
     sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
     skips = config.compute.experts == "skip"
-    saved = 2 * 4 * count_parameters(config.model).experts / processes if skips else 0
+    saved = 4 * 4 * count_parameters(config.model).experts / processes if skips else 0
     # Of the optimizer's bytes half are a number for each of its weights.
-    moved = 7 * memory.weights - saved + 10 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
+    moved = 7 * memory.weights - saved + 9 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
     return Cost(
         flops=training_flops(config.model)[SKIPPED if skips else DENSE] * tokens,
         moved=processes * moved,
