@@ -73,8 +73,8 @@ class NeuronExperts(MegatronModule):
             weight.allreduce = False  # type: ignore[attr-defined]
             # Else the gradient norm takes the experts of one tensor-parallel rank only.
             set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=axis, stride=1)
-            # Over that of the last step, which nobody has to zero (`mone_model.megatron_cpu_speed`).
-            weight.first_gradient_is_written = method == "skip"  # type: ignore[attr-defined]
+            # By the first of a step, so that it need not be zeroed before (`mone_model.megatron_cpu_speed`).
+            weight.gradient_is_written_over = method == "skip"  # type: ignore[attr-defined]
         self.record = LossRecord()
         self.counting_neurons = False
         self.counters: NeuronCounters | None = None
@@ -90,6 +90,7 @@ class NeuronExperts(MegatronModule):
             return decoded.out_ND, None
         # With recomputation the first pass runs without gradients and the second with: either way this counts once.
         observing = self.training and torch.is_grad_enabled()
+        assert self.threshold is None or not observing, "thresholds are for inference"
         counting, balancing = observing and self.counting_neurons, observing and self.balance_coeff > 0
         if self.method == "skip" and self.threshold is None:
             kept = cpu.experts(

@@ -15,8 +15,7 @@ import megatron.core.transformer.mlp as mlp
 import megatron.core.transformer.moe.router as router
 import megatron.core.transformer.moe.token_dispatcher as dispatcher
 import torch
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBuffer
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, _ParamAndGradBuffer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.parallel_state import get_tensor_model_parallel_group
 
@@ -32,8 +31,8 @@ def install() -> None:
     dispatcher.permute, dispatcher.unpermute = _permute, _unpermute
     cross_entropy._VocabParallelCrossEntropy = _CrossEntropy
     cross_entropy.VocabParallelCrossEntropy.calculate_logits_max = staticmethod(_largest)
-    _ParamAndGradBuffer.reset = _zero_unless_written
-    DistributedDataParallel.finish_grad_sync = _zero_unwritten_and_finish
+    _ParamAndGradBuffer.reset = _zero_gradients
+    _ParamAndGradBucketGroup.start_grad_sync = _reduce_gradients
     clip_grads.l2_norm_impl = _norm
     DistributedOptimizer._copy_main_params_to_model_params = _copy_unless_same
 
@@ -44,7 +43,7 @@ _score_for_aux_loss_by_torch = router.compute_routing_scores_for_aux_loss
 _swiglu_by_torch = mlp.bias_swiglu_impl
 _permute_by_torch, _unpermute_by_torch = dispatcher.permute, dispatcher.unpermute
 _cross_entropy_by_torch = cross_entropy._VocabParallelCrossEntropy
-_zero, _finish_grad_sync = _ParamAndGradBuffer.reset, DistributedDataParallel.finish_grad_sync
+_zero_all, _reduce = _ParamAndGradBuffer.reset, _ParamAndGradBucketGroup.start_grad_sync
 _copy_to_model = DistributedOptimizer._copy_main_params_to_model_params
 
 
@@ -85,7 +84,7 @@ def _score_for_aux_loss(
 
 
 def _swiglu(gate_up: torch.Tensor, bias: torch.Tensor | None, *options: bool) -> torch.Tensor:
-    if bias is None and not any(options) and cpu_library.usable(gate_up):
+    if bias is None and not any(options) and cpu_swiglu.usable(gate_up):
         return cpu_swiglu.swiglu(gate_up)
     return _swiglu_by_torch(gate_up, bias, *options)
 
@@ -121,21 +120,23 @@ def _largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, logits.amax(-1)  # torch.max finds their places too, and takes eight times as long
 
 
-def _zero_unless_written(buffer: Any) -> None:
-    if not all(_writes_first(weight) for weight in buffer.params):
-        _zero(buffer)
+# To zero the gradients of experts and then add to the zeros takes two passes over the largest part of all memory. So of
+# those that skip, the buffer keeps the last step's, and the first one writes over it (`kernels.cpu.experts`). Only of an
+# expert that no backward pass reached it would still be the last step's when it is about to be reduced.
+def _zero_gradients(buffer: Any) -> None:
+    if not all(_is_written_over(weight) for weight in buffer.params):
+        _zero_all(buffer)
 
 
-def _zero_unwritten_and_finish(ddp: Any, *args: Any, **options: Any) -> None:
-    for weight in ddp.params_with_grad:
-        if _writes_first(weight) and not weight.grad_added_to_main_grad:  # no backward pass came by
+def _reduce_gradients(buckets: Any, *args: Any, **options: Any) -> None:
+    for weight in buckets.params:
+        if _is_written_over(weight) and not weight.grad_added_to_main_grad:
             weight.main_grad.zero_()
-    _finish_grad_sync(ddp, *args, **options)
+    _reduce(buckets, *args, **options)
 
 
-def _writes_first(weight: torch.Tensor) -> bool:
-    """Whether the first gradient of a step is written to the buffer, over that of the last step (`kernels.cpu.experts`)."""
-    return getattr(weight, "first_gradient_is_written", False)
+def _is_written_over(weight: torch.Tensor) -> bool:
+    return getattr(weight, "gradient_is_written_over", False)
 
 
 def _norm(chunk_size: int, no_overflow: Any, tensor_lists: list[list[torch.Tensor]], *_: Any) -> tuple[torch.Tensor, None]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mone_model.kernels.cpu_library import available, call, rows_of
+from mone_model.kernels.cpu_library import DTYPES, available, call, rows_of
 
 # In the order of `dispatch` in csrc/vectors.h.
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
@@ -29,7 +29,7 @@ def select_and_gate(
     masks = gate.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
     gates, ups, threshold = gate.new_empty(rows, k), gate.new_empty(rows, k), gate.new_empty(rows, dtype=torch.float32)
     call(
-        f"select_and_gate_{_DTYPES[gate.dtype]}", rows, neurons, k, ACTIVATIONS.index(activation), gate, gate.stride(0),
+        f"select_and_gate_{DTYPES[gate.dtype]}", rows, neurons, k, ACTIVATIONS.index(activation), gate, gate.stride(0),
         up, up.stride(0), probs.float().contiguous(), hidden, masks, gates, ups, threshold,
     )  # fmt: skip
     return hidden, masks, gates, ups, threshold
@@ -42,18 +42,15 @@ def select_and_gate_backward(
     dhidden = dhidden.contiguous()
     dgate, dup, dprobs = torch.empty_like(dhidden), torch.empty_like(dhidden), torch.empty_like(probs, dtype=torch.float32)
     call(
-        f"select_and_gate_backward_{_DTYPES[dhidden.dtype]}", *dhidden.shape, gates.size(1), ACTIVATIONS.index(activation),
+        f"select_and_gate_backward_{DTYPES[dhidden.dtype]}", *dhidden.shape, gates.size(1), ACTIVATIONS.index(activation),
         dhidden, masks, gates, ups, probs.float().contiguous(), dgate, dup, dprobs,
     )  # fmt: skip
     return dgate, dup, dprobs.to(probs.dtype)
 
 
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-
-
 def selects(gate: torch.Tensor) -> bool:
     """Whether `select_and_gate` can be used for this tensor here."""
-    return gate.dtype in _DTYPES and gate.size(1) <= 65536 and available()
+    return gate.dtype in DTYPES and gate.size(1) <= 65536 and available()
 
 
 class Kept(NamedTuple):
@@ -194,13 +191,13 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> t
         return (None,) * 9
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dweights = [torch.empty_like(weight) for weight in weights]
-    # Megatron-Core's buffer, to which its hook would add the gradient: by this it takes an empty one for added. Before each
-    # step it is False again: then the buffer may still hold the last step's gradient, and is written.
-    buffered = all(hasattr(weight, "grad_added_to_main_grad") for weight in weights)
-    sums = [weight.main_grad for weight in weights] if buffered else dweights
-    add = buffered and all(weight.grad_added_to_main_grad for weight in weights)
+    # To Megatron-Core's buffer its hook would add the gradient, but takes an empty one for added if this attribute is true.
+    # It is false before the first of a step: then what the buffer holds is of no use, and written over.
+    buffered = [weight for weight in weights if hasattr(weight, "grad_added_to_main_grad")]  # not if it is frozen
+    sums = [getattr(weight, "main_grad", empty) for weight, empty in zip(weights, dweights, strict=True)]
+    add = any(weight.grad_added_to_main_grad for weight in buffered)
     dx, dprobs = torch.ops.mone.experts_backward(*sums, add, dy, dgate, *ctx.saved_tensors, ctx.activation)
-    for weight in weights if buffered else ():
+    for weight in buffered:
         weight.grad_added_to_main_grad = True
     return dx, *dweights, dprobs, None, None, None, None, None
 
@@ -237,7 +234,7 @@ def decode(
     out_ND, masks_NW = x_ND.new_empty(rows, width), x_ND.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
     by_count, by_size = (k, 0.0) if threshold is None else (0, float(threshold))
     call(
-        f"decode_{_DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),
+        f"decode_{DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),
         ACTIVATIONS.index(activation), x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(),
         out_ND, masks_NW,
     )  # fmt: skip

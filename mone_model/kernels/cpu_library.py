@@ -21,6 +21,9 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"]
 FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
 
+# How functions of a type end.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
 
 @functools.cache
 def available() -> bool:

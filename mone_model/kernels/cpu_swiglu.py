@@ -1,9 +1,9 @@
 """SwiGLU on the CPU in one pass each way, for which torch needs several operations and a copy.
 
-    if cpu_library.usable(gate_up):
+    if cpu_swiglu.usable(gate_up):
         y = cpu_swiglu.swiglu(gate_up)                       # as Megatron-Core's bias_swiglu_impl
 
-The source is csrc/swiglu.cpp. fp32, differentiable once.
+The source is csrc/swiglu.cpp. fp32 and bf16, differentiable once.
 """
 
 from typing import Any
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mone_model.kernels.cpu_library import call
+from mone_model.kernels.cpu_library import DTYPES, available, call
+
+
+def usable(gate_up: torch.Tensor) -> bool:
+    """Whether `swiglu` can be used for this tensor here."""
+    return gate_up.device.type == "cpu" and gate_up.dtype in DTYPES and available()
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
@@ -24,7 +29,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate_up: torch.Tensor) -> torch.Tensor:
         gate_up = gate_up.contiguous()
         y = gate_up.new_empty(*gate_up.shape[:-1], gate_up.size(-1) // 2)
-        call("swiglu", *y.flatten(0, -2).shape, gate_up, y)
+        call(f"swiglu_{DTYPES[y.dtype]}", *y.flatten(0, -2).shape, gate_up, y)
         ctx.save_for_backward(gate_up)
         return y
 
@@ -33,5 +38,5 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (gate_up,) = ctx.saved_tensors
         dgate_up = torch.empty_like(gate_up)
-        call("swiglu_backward", *dy.flatten(0, -2).shape, dy.contiguous(), gate_up, dgate_up)
+        call(f"swiglu_backward_{DTYPES[dy.dtype]}", *dy.flatten(0, -2).shape, dy.contiguous(), gate_up, dgate_up)
         return dgate_up

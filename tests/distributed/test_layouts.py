@@ -94,6 +94,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
             cases["dp2/weights" + ("/overlap" if overlap else "")] = {
                 "parallel": {"overlap_communication": overlap},
                 "model": SPARSE,
+                "compute": {"experts": "skip"},
                 "training": {"micro_batch_size": 2, "global_batch_size": 8},
                 "run_steps": 3,
                 "weights": True,

@@ -1,7 +1,9 @@
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -41,7 +43,7 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, WIDTH, generator=generator), torch.rand(count, generator=generator)
 
 
-def outputs_and_gradients(module: torch.nn.Module, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+def outputs_and_gradients(module: torch.nn.Module, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     x_ND, probs_N = rows()
     x_ND.requires_grad_()
     probs_N.requires_grad_()
@@ -127,6 +129,38 @@ def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: i
     gradients = zip(torch.autograd.grad(out, leaves, target), torch.autograd.grad(expected, leaves, target), strict=True)
     for actual, right in [(out, expected), *gradients]:
         assert_relative(actual, right, 3e-6)
+
+
+@pytest.mark.parametrize("frozen", [None, "gate_up_weight", "down_weight"])
+@pytest.mark.parametrize("balance", [0.0, 0.3])
+@pytest.mark.parametrize("method", ["loop", "skip"])
+def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone(
+    method: str, balance: float, frozen: str | None
+) -> None:
+    experts = make_experts(kept=6, method=method, balance=balance)
+    twin = make_experts(kept=6, balance=balance)
+    names, of_twin = zip(*twin.named_parameters(), strict=True)
+    gradients = dict(zip(names, outputs_and_gradients(twin, of_twin)[3:], strict=True))
+    if frozen:
+        experts.get_parameter(frozen).requires_grad_(False)
+    ddp = DistributedDataParallel(experts.config, DistributedDataParallelConfig(), experts)
+    for micro_batches in (3, 1, 2):
+        ddp.zero_grad_buffer()
+        for _ in range(micro_batches):
+            x_ND, probs_N = rows()
+            out_ND, _ = ddp(x_ND.requires_grad_(), TOKENS, probs_N)
+            out_ND.backward(torch.randn(out_ND.shape, generator=torch.Generator().manual_seed(6)))
+        ddp.finish_grad_sync()
+        for name, weight in experts.named_parameters():
+            if name != frozen:
+                assert_relative(weight.main_grad, micro_batches * gradients[name], 2e-6)
+
+
+def test_experts_do_not_train_by_thresholds() -> None:
+    experts = make_experts(kept=6, method="skip")
+    experts.threshold = 0.1
+    with pytest.raises(AssertionError, match="inference"):
+        experts(rows()[0], TOKENS, rows()[1])
 
 
 def test_skipping_is_a_proper_operator_of_torch() -> None:

@@ -45,12 +45,12 @@ def everything() -> list[torch.Tensor]:
         gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
+        gate_up_N2H = random(70, 46).to(dtype).requires_grad_()
+        y = cpu_swiglu.swiglu(gate_up_N2H)
+        results += [y, *torch.autograd.grad(y, [gate_up_N2H], random(70, 23).to(dtype))]
     x, weight = random(70, 3, 2, 46).requires_grad_(), random(46).requires_grad_()
     y = cpu_rotary.rotate(cpu_rms_norm.rms_norm(x, weight, 1e-5), random(70, 1, 1, 23).repeat(1, 1, 1, 2))
     results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 2, 46))]
-    gate_up = random(70, 46).requires_grad_()
-    y = cpu_swiglu.swiglu(gate_up)
-    results += [y, *torch.autograd.grad(y, [gate_up], random(70, 23))]
     qkv = [random(500, 1, heads, 46).requires_grad_() for heads in (4, 2, 2)]
     context = cpu_attention.attend(*qkv)
     results += [context, *torch.autograd.grad(context, qkv, random(500, 1, 4, 46))]

@@ -104,7 +104,7 @@ class MegatronEngine:
         excess = (grad_norm + 1e-6) / self.clip_grad if self.clip_grad > 0 else 1.0
         for optimizer in self.optimizers():
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                # It divides the gradients on its way: a pass over memory less.
+                # Fused, it divides the gradients on its way, as GradScaler asks it to: a pass over memory less.
                 optimizer.optimizer.grad_scale = torch.tensor(excess) if excess > 1 else None  # type: ignore[attr-defined]
             elif excess > 1 and (weights := optimizer.get_parameters()):
                 clip_grad_by_total_norm_fp32(weights, max_norm=self.clip_grad, total_norm=grad_norm)
