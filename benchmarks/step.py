@@ -151,9 +151,11 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
 
     from mone_model.config import transformer_config
 
-    cpu_library.usable = lambda *tensors: False  # for the life of this process
+    cpu_library.usable = lambda *tensors, **options: False  # for the life of this process
+    config = transformer_config(model, parallel, compute)
+    config.bias_activation_fusion = False  # its default; the fused form is slower where torch does not compile it
     return GPTModel(
-        config=transformer_config(model, parallel, compute),
+        config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(
             num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
         ),

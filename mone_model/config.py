@@ -367,7 +367,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         bf16=compute.precision == "bf16",
         pipeline_dtype=compute.dtype,
         attention_softmax_in_fp32=True,
-        # Its fused GELU is an approximation.
+        # Of Megatron-Core's fused activations GELU is an approximation.
         bias_activation_fusion=model.activation == "silu",
         # Other fused forms need compiled extensions; Transformer Engine brings its own.
         gradient_accumulation_fusion=False,

@@ -84,7 +84,7 @@ def _score_for_aux_loss(
 
 
 def _swiglu(gate_up: torch.Tensor, bias: torch.Tensor | None, *options: bool) -> torch.Tensor:
-    if bias is None and not any(options) and cpu_swiglu.usable(gate_up):
+    if bias is None and not any(options) and cpu_library.usable(gate_up, dtypes=cpu_library.DTYPES):
         return cpu_swiglu.swiglu(gate_up)
     return _swiglu_by_torch(gate_up, bias, *options)
 

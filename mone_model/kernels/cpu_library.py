@@ -11,6 +11,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,9 @@ def available() -> bool:
     return True
 
 
-def usable(*tensors: torch.Tensor) -> bool:
-    """Whether kernels for fp32 alone can be used for these tensors here."""
-    return all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors) and available()
+def usable(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether kernels for these types can be used for these tensors here."""
+    return all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors) and available()
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """SwiGLU on the CPU in one pass each way, for which torch needs several operations and a copy.
 
-    if cpu_swiglu.usable(gate_up):
+    if cpu_library.usable(gate_up, dtypes=cpu_library.DTYPES):
         y = cpu_swiglu.swiglu(gate_up)                       # as Megatron-Core's bias_swiglu_impl
 
 The source is csrc/swiglu.cpp. fp32 and bf16, differentiable once.
@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mone_model.kernels.cpu_library import DTYPES, available, call
-
-
-def usable(gate_up: torch.Tensor) -> bool:
-    """Whether `swiglu` can be used for this tensor here."""
-    return gate_up.device.type == "cpu" and gate_up.dtype in DTYPES and available()
+from mone_model.kernels.cpu_library import DTYPES, call
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
