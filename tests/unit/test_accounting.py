@@ -94,7 +94,7 @@ def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[s
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_equal_the_flop_counter(variant: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_library, "usable", lambda *tensors: False)  # our attention counts no operations
+    monkeypatch.setattr(cpu_library, "usable", lambda *tensors, **options: False)  # our attention counts no operations
     model = ModelConfig(**SMALL | variant)
     built = build_gpt(model, ParallelConfig(), ComputeConfig(experts="loop"), seed=0)
     tokens = torch.randint(0, 50, (3, model.seq_length))
