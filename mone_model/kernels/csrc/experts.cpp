@@ -7,11 +7,13 @@
 //   sums   y      += sum_p values[p] w[list[p]]  y = hidden W_down, dx, and over lists of tokens the gradients of the
 //   weights
 //
-// Both hold one row in registers and read the other operand from the L1 cache, where a tile of it stays for many rows.
+// Both hold a row in registers, the gradients of gate and up two, and read the other operand from the L1 cache, where a tile
+// of it stays for many rows.
 // Shapes: N rows sorted by expert, E experts, D width (a multiple of 16), H neurons, K kept; offsets [E + 1] rows of
 // experts; masks [N, ceil(H / 16)]: bit j % 16 of word j / 16 is neuron j. All fp32 and row-major.
 #include <omp.h>
 
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -20,10 +22,12 @@
 
 namespace {
 
-constexpr int BLOCK = 256;                             // tokens that pass over a tile
+constexpr int BLOCK = 256;                             // about so many tokens pass over a tile
+constexpr int LARGEST = BLOCK + BLOCK / 2;             // and at most so many
 constexpr int COLUMNS = 8 * LANES;                     // of the width: half of the registers hold them
 constexpr int TILE = std::min(BLOCK, 8192 / COLUMNS);  // rows of weights or of tokens that stay in L1 so wide, in 32 KB
-static_assert(BLOCK % TILE == 0);
+// Columns of two rows at once: there are 32 registers of 16 lanes, but 16 of fewer.
+constexpr int PAIRED = LANES == 16 ? COLUMNS : COLUMNS / 2;
 
 // The lists of some rows within one tile of w. Row i of out or y belongs to list[begin[i]] up to list[end[i]]; `list` names
 // rows of w, of which those in the lists lie in `tile`, side by side, the first at `tile`.
@@ -59,38 +63,49 @@ void dots(const Lists &of, const float *x, int64_t x_stride, const float *tile, 
   }
 }
 
-template <int WIDTH>
-void sums(const Lists &of, const float *values, const float *tile, float *y, int64_t y_stride, bool add) {
+// N sums at once over the same lists and rows of w. values: [.., N]; the N rows of y for a list lie `apart`.
+template <int WIDTH, int N>
+void sums(const Lists &of, const float *values, const float *tile, float *y, int64_t y_stride, int64_t apart, bool add) {
   const float *w = tile - of.first * WIDTH;
   for (int64_t i = 0; i < of.rows; i++, y += y_stride) {
-    Vector row[WIDTH / LANES];
+    Vector row[N][WIDTH / LANES];
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++)
 #pragma GCC unroll 16
-    for (int v = 0; v < WIDTH / LANES; v++) row[v] = add ? load(y + v * LANES) : Vector{};
+      for (int v = 0; v < WIDTH / LANES; v++) row[n][v] = add ? load(y + n * apart + v * LANES) : Vector{};
     for (int32_t p = of.begin[i]; p < of.end[i]; p++) {
-      const Vector value = all(values[p]);
       const float *from = w + of.list[p] * WIDTH;
+      Vector value[N];
+#pragma GCC unroll 2
+      for (int n = 0; n < N; n++) value[n] = all(values[p * N + n]);
 #pragma GCC unroll 16
-      for (int v = 0; v < WIDTH / LANES; v++) row[v] += value * load(from + v * LANES);
+      for (int v = 0; v < WIDTH / LANES; v++) {
+        const Vector part = held(load(from + v * LANES));
+#pragma GCC unroll 2
+        for (int n = 0; n < N; n++) row[n][v] += value[n] * part;
+      }
     }
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++)
 #pragma GCC unroll 16
-    for (int v = 0; v < WIDTH / LANES; v++) store(y + v * LANES, row[v]);
+      for (int v = 0; v < WIDTH / LANES; v++) store(y + n * apart + v * LANES, row[n][v]);
   }
 }
 
 using Dots = void (*)(const Lists &, const float *, int64_t, const float *, float *, bool);
-using Sums = void (*)(const Lists &, const float *, const float *, float *, int64_t, bool);
+using Sums = void (*)(const Lists &, const float *, const float *, float *, int64_t, int64_t, bool);
 template <size_t... V>
 struct Table {
   static constexpr Dots dots_of[] = {dots<(V + 1) * WORD>...};
-  static constexpr Sums sums_of[] = {sums<(V + 1) * WORD>...};
+  static constexpr Sums sums_of[][sizeof...(V)] = {{sums<(V + 1) * WORD, 1>...}, {sums<(V + 1) * WORD, 2>...}};
   explicit Table(std::index_sequence<V...>) {}
 };
 using Widths = decltype(Table(std::make_index_sequence<COLUMNS / WORD>()));
 
-// f(first column, columns) for the fewest pieces of at most COLUMNS, nearly equal.
+// f(first column, columns) for the fewest pieces of at most `most`, nearly equal.
 template <class F>
-void for_pieces(int width, F f) {
-  const int words = width / WORD, pieces = (width + COLUMNS - 1) / COLUMNS;
+void for_pieces(int width, int most, F f) {
+  const int words = width / WORD, pieces = (width + most - 1) / most;
   for (int piece = 0; piece < pieces; piece++) {
     const int first = words * piece / pieces, last = words * (piece + 1) / pieces;
     f(first * WORD, (last - first) * WORD);
@@ -112,12 +127,26 @@ struct Rows {
   int64_t expert, first, count;
 };
 
-std::vector<Rows> blocks_of(const Experts &of, int size) {
+// The rows of each expert in equal blocks: a rest would cost reading all of the expert's weights for a few rows.
+std::vector<Rows> blocks_of(const Experts &of) {
   std::vector<Rows> blocks;
-  for (int64_t e = 0; e < of.experts; e++)
-    for (int64_t first = of.offsets[e]; first < of.offsets[e + 1]; first += size)
-      blocks.push_back({e, first, std::min<int64_t>(size, of.offsets[e + 1] - first)});
+  for (int64_t e = 0; e < of.experts; e++) {
+    const int64_t begin = of.offsets[e], rows = of.offsets[e + 1] - begin;
+    const int64_t pieces = rows ? std::max<int64_t>(1, (rows + BLOCK / 2) / BLOCK) : 0;
+    for (int64_t i = 0; i < pieces; i++) {
+      const int64_t first = rows * i / pieces;
+      blocks.push_back({e, begin + first, rows * (i + 1) / pieces - first});
+    }
+  }
   return blocks;
+}
+
+// In which order threads take them: if the longest came last, one would work on it while the others wait.
+std::vector<size_t> longest_first(const std::vector<Rows> &blocks) {
+  std::vector<size_t> order(blocks.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return blocks[a].count > blocks[b].count; });
+  return order;
 }
 
 // Which neurons the rows of a block keep: lists [count, K], and where each enters each tile of neurons, counted from the
@@ -153,14 +182,14 @@ void pack(const float *from, int64_t stride, int64_t rows, int64_t columns, floa
 // f(lists of the block within a tile, the tile's weights, first column, columns) for all tiles of w.
 template <class F>
 void for_tiles(const Experts &of, const float *w, int64_t count, const Kept &kept, F f) {
-  for_pieces(of.width, [&](int column, int columns) {
-    alignas(64) float tile[TILE * COLUMNS];
-    for (int64_t first = 0; first < of.neurons; first += TILE) {
+  // Its columns last: pieces of the same rows share pages and lines that are fetched ahead.
+  for (int64_t first = 0; first < of.neurons; first += TILE)
+    for_pieces(of.width, COLUMNS, [&](int column, int columns) {
+      alignas(64) float tile[TILE * COLUMNS];
       pack(w + first * of.width + column, of.width, std::min<int64_t>(TILE, of.neurons - first), columns, tile);
       const int32_t *begin = kept.starts.data() + first / TILE * count;
       f(Lists{count, begin, begin + count, kept.lists.data(), int(first)}, tile, column, columns);
-    }
-  });
+    });
 }
 
 // out[n, p] = x[n] . w[lists[n, p]] for a block of rows: [count, K]
@@ -174,7 +203,7 @@ void dots_of_block(const Experts &of, const float *x, const float *w, int64_t co
 void sums_of_block(const Experts &of, const float *values, const float *w, int64_t count, const Kept &kept, float *y,
                    bool add) {
   for_tiles(of, w, count, kept, [&](const Lists &here, const float *tile, int column, int columns) {
-    Widths::sums_of[columns / WORD - 1](here, values, tile, y + column, of.width, add || here.first > 0);
+    Widths::sums_of[0][columns / WORD - 1](here, values, tile, y + column, of.width, 0, add || here.first > 0);
   });
 }
 
@@ -190,17 +219,19 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
                      float *out, uint16_t *masks, float *gates, float *ups, float *threshold, double *counts,
                      float *all_gates, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
-  const std::vector<Rows> blocks = blocks_of(of, BLOCK);
+  const std::vector<Rows> blocks = blocks_of(of);
   const int64_t padded = (neurons + PANEL - 1) / PANEL * PANEL, words = words_of(neurons);
+  const std::vector<size_t> order = longest_first(blocks);
   // Block by block, so that the sums do not depend on which thread took which.
   std::vector<float> block_counts(counts ? blocks.size() * 2 * padded : 0);
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> panel(width * PANEL), gate(BLOCK * padded), active(padded);
-    Aligned<float> chosen_gates(BLOCK * kept + LANES), hidden(BLOCK * kept + LANES);
+    Aligned<float> panel(width * PANEL), gate(LARGEST * padded), active(padded);
+    Aligned<float> chosen_gates(LARGEST * kept + LANES), hidden(LARGEST * kept + LANES);
     Kept lists;
 #pragma omp for schedule(dynamic)
-    for (size_t b = 0; b < blocks.size(); b++) {
+    for (size_t turn = 0; turn < blocks.size(); turn++) {
+      const size_t b = order[turn];
       const auto [e, first, count] = blocks[b];
       const float *rows_of_x = x + first * width;
       uint16_t *block_masks = masks + first * words;
@@ -246,24 +277,27 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
                       const float *probs, const uint16_t *masks, const float *gates, const float *ups, float *dx,
                       float *dprobs, float *dgate_up, float *ddown, int64_t add, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
-  const std::vector<Rows> blocks = blocks_of(of, BLOCK);
+  const std::vector<Rows> blocks = blocks_of(of);
+  const std::vector<size_t> order = longest_first(blocks);
   // The same numbers in lists of tokens: for TILE rows at a time, neuron by neuron.
   Aligned<uint16_t> tokens(rows * kept);
-  Aligned<float> hidden(rows * kept), dgate(rows * kept), dup(rows * kept);
-  std::vector<std::vector<int32_t>> starts_of(rows / TILE + 1 + experts);
-  const std::vector<Rows> tiles = blocks_of(of, TILE);
-  std::vector<size_t> first_tile(blocks.size());
-  for (size_t b = 0, t = 0; b < blocks.size(); b++) {
-    first_tile[b] = t;
-    t += (blocks[b].count + TILE - 1) / TILE;
+  Aligned<float> hidden(rows * kept), slopes(rows * kept * 2);  // of gate and up
+  std::vector<Rows> tiles;
+  std::vector<size_t> first_tile;
+  for (const auto [e, first, count] : blocks) {
+    first_tile.push_back(tiles.size());
+    for (int64_t from = 0; from < count; from += TILE)
+      tiles.push_back({e, first + from, std::min<int64_t>(TILE, count - from)});
   }
+  std::vector<std::vector<int32_t>> starts_of(tiles.size());
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> h(BLOCK * kept), dg(BLOCK * kept), du(BLOCK * kept);
+    Aligned<float> h(LARGEST * kept), dg(LARGEST * kept), du(LARGEST * kept);
     Kept lists;
     std::vector<int32_t> next(neurons + 1);
 #pragma omp for schedule(dynamic)
-    for (size_t b = 0; b < blocks.size(); b++) {
+    for (size_t turn = 0; turn < blocks.size(); turn++) {
+      const size_t b = order[turn];
       const auto [e, first, count] = blocks[b];
       lists.read(of, masks + first * words_of(neurons), count);
       dots_of_block(of, dy + first * width, of.down_of(e), count, lists, h.data);
@@ -286,8 +320,8 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
             const int64_t to = base + next[lists.lists[p]]++;
             tokens.data[to] = n - from;
             hidden.data[to] = h.data[p];
-            dgate.data[to] = dg.data[p];
-            dup.data[to] = du.data[p];
+            slopes.data[2 * to] = dg.data[p];
+            slopes.data[2 * to + 1] = du.data[p];
           }
       }
     }
@@ -308,23 +342,22 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
             for (float *w : {dgate_w, dup_w, ddown_w}) std::fill(w + begin * width, w + end * width, 0.0f);
           continue;
         }
-        struct Product {
-          const float *values, *rows;
-          float *out;
-        };
-        for (const Product &product :
-             {Product{dgate.data, x, dgate_w}, Product{dup.data, x, dup_w}, Product{hidden.data, dy, ddown_w}})
-          for_pieces(width, [&](int column, int columns) {
+        // out (+)= sums over the tokens of each neuron of value times row, for N values of each and as many outputs.
+        const auto add_up_tokens = [&](int N, const float *values, const float *from, float *out, int64_t apart) {
+          for_pieces(width, N == 1 ? COLUMNS : PAIRED, [&](int column, int columns) {
             alignas(64) float tile[TILE * COLUMNS];
             for (size_t t = tile_begin; t < tiles.size() && tiles[t].expert == e; t++) {
               const int64_t first = tiles[t].first;
               const int32_t *range = starts_of[t].data();
-              pack(product.rows + first * width + column, width, tiles[t].count, columns, tile);
+              pack(from + first * width + column, width, tiles[t].count, columns, tile);
               const Lists here{end - begin, range + begin, range + begin + 1, tokens.data + first * kept, 0};
-              Widths::sums_of[columns / WORD - 1](here, product.values + first * kept, tile,
-                                                  product.out + begin * width + column, width, add || t > tile_begin);
+              Widths::sums_of[N - 1][columns / WORD - 1](here, values + first * kept * N, tile, out + column, width, apart,
+                                                         add || t > tile_begin);
             }
           });
+        };
+        add_up_tokens(2, slopes.data, x, dgate_w + begin * width, dup_w - dgate_w);
+        add_up_tokens(1, hidden.data, dy, ddown_w + begin * width, 0);
       }
   }
 }
