@@ -104,7 +104,7 @@ def test_every_method_equals_the_loop_over_experts(kept: int, balance: float, me
 @pytest.mark.parametrize(
     ("tokens", "width", "neurons", "kept"),
     [
-        ([300, 0, 1, 129], 16, 8, 3),
+        ([383, 0, 1, 384, 700], 16, 8, 3),  # the longest block, blocks that share an expert
         ([3, 200], 144, 72, 18),  # pieces of unequal width, an odd tile
         ([70], 256, 200, 199),
         ([64, 128], 48, 1000, 1),
