@@ -7,14 +7,13 @@ import functools
 import statistics
 from dataclasses import dataclass, field
 
-import hydra
 import torch
 import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from mone_model.kernels import cpu_attention
 from train.runtime import keep_freed_memory
 
@@ -64,8 +63,7 @@ def build(options: BenchmarkConfig, length: int, *, ours: bool) -> Run:
     return run
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_attention")
-@reporting_errors
+@command("benchmark_attention", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print the time over that of torch's."""
     options = typed(hydra_config, BenchmarkConfig)

@@ -15,14 +15,13 @@ import itertools
 import statistics
 from dataclasses import dataclass, field
 
-import hydra
 import torch
 import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from mone_model.kernels import cpu
 
 
@@ -185,8 +184,7 @@ def _rows_of_all(options: BenchmarkConfig) -> torch.Tensor:
     return torch.ones(rows, options.width * DTYPES[options.dtype].itemsize // 4)
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_decode")
-@reporting_errors
+@command("benchmark_decode", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print the time of each, over the best dense experts and over the bound."""
     options = typed(hydra_config, BenchmarkConfig)

@@ -11,13 +11,12 @@ import functools
 import statistics
 from dataclasses import dataclass, field
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from mone_model.expert_methods import compute_experts
 from train.runtime import keep_freed_memory
 
@@ -96,8 +95,7 @@ def kept_bytes(options: BenchmarkConfig, method: str, share: float) -> int:
     return size
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_experts")
-@reporting_errors
+@command("benchmark_experts", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print time and memory of each ratio and method, over those of ratio 1."""
     options = typed(hydra_config, BenchmarkConfig)

@@ -15,7 +15,6 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -24,7 +23,7 @@ from omegaconf import DictConfig
 
 from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compose, megatron_step, prepare, training_flops
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import UserError, reporting_errors, typed
+from configs.console import UserError, command, typed
 from data_prep.files import writing
 from mone_model.accounting import count_communication, count_parameters, estimate_memory
 from train.config import RunConfig
@@ -194,8 +193,7 @@ def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]
     return [Point(size, cost, [cost.seconds(*of) for of in speeds], seconds[str(size)]) for size, cost in costs.items()]
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_scaling")
-@reporting_errors
+@command("benchmark_scaling", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print, and draw, each step beside its cost."""
     options = typed(hydra_config, BenchmarkConfig)

@@ -10,14 +10,13 @@ import functools
 import statistics
 from dataclasses import dataclass, field
 
-import hydra
 import torch
 import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from mone_model.neuron_selection import select_and_gate, select_neurons
 from train.runtime import keep_freed_memory
 
@@ -69,8 +68,7 @@ def build(options: BenchmarkConfig, how: str, neurons: int, share: float) -> Run
     return run
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_select_and_gate")
-@reporting_errors
+@command("benchmark_select_and_gate", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print the time over that of silu(gate) * up."""
     options = typed(hydra_config, BenchmarkConfig)

@@ -32,7 +32,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
 from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from mone_model import cpu_gemm
 from mone_model.accounting import count_flops
 from mone_model.config import ModelConfig
@@ -253,8 +253,7 @@ def build_product(size: int = 2048, *, with_ours: bool) -> Run:
 PRODUCT_FLOPS = 2 * 2048**3
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_step")
-@reporting_errors
+@command("benchmark_step", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Let all take turns, twice."""
     options = typed(hydra_config, BenchmarkConfig)

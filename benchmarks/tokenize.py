@@ -17,13 +17,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 import psutil
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from benchmarks.turns import HYDRA, LOGGING
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from data_prep.corpora import Corpus, CorpusConfig
 from data_prep.encoding import EncoderPool
 from data_prep.journal import Journal
@@ -119,8 +118,7 @@ def _tokenize(config: BenchmarkConfig, paths: list[str], folder: str) -> None:
     )
 
 
-@hydra.main(version_base="1.3", config_path=None, config_name="benchmark_tokenize")
-@reporting_errors
+@command("benchmark_tokenize", path=None)
 def main(config: DictConfig) -> None:
     """Print the rates, their ratio and the peak memory."""
     options = typed(config, BenchmarkConfig)

@@ -1,25 +1,27 @@
 """What the command lines share: help out of the options' docstrings, typed options, errors that read well.
 
-    @hydra.main(version_base="1.3", config_path="pkg://configs", config_name="verify")
-    @reporting_errors
+    @command("verify")                            # configs/verify.yaml, as @hydra.main would
     def main(config: DictConfig) -> None:
         options = typed(config, VerifyConfig)
 
-A configuration file shows its options in --help with ${options_help:data_prep.verify.VerifyConfig}.
+A configuration file shows its options in --help with ${options_help:data_prep.verify.VerifyConfig}, or those of a command
+of many sections with ${sections_help:train.config.RunConfig}; --help SECTION then shows the rest.
 """
 
-import ast
+import dataclasses
 import functools
-import importlib
-import inspect
+import math
 import os
+import select
 import sys
-from collections.abc import Callable
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import fields, is_dataclass
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.options_help import options_help, sections_help
 
 Options = TypeVar("Options")
 Arguments = ParamSpec("Arguments")
@@ -44,20 +46,44 @@ EXAMPLES = {
     "path": "path=data/demo/shards/wikipedia",
     "output": "output=data/demo/out",
     "run": "run=runs/demo",
+    "data.blend": "'data.blend=[{path: data/mine}]'",
 }
 
 
 def typed(config: DictConfig, kind: type[Options]) -> Options:
     """`config` as an instance of the dataclass that describes it.
 
-    Raises UserError that names every mandatory option left out and shows how to give it.
+    Raises UserError that names every mandatory option left out and shows how to give it, or a value that cannot be used.
     """
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        how = " ".join(EXAMPLES.get(option, f"{option}=VALUE") for option in missing)
-        raise UserError(f"missing {', '.join(missing)}: give it on the command line, like {how} (see --help)")
-    options = OmegaConf.to_object(config)
+    from configs.overrides import explain
+
+    try:
+        if missing := sorted(OmegaConf.missing_keys(config)):
+            how = " ".join(EXAMPLES.get(option.partition("[")[0], f"{option}=VALUE") for option in missing)
+            raise UserError(f"missing {', '.join(missing)}: give it on the command line, like {how} (see --help)")
+        options = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error)) from error
     assert isinstance(options, kind)
+    for name, value in _numbers(options):
+        if not math.isfinite(value):
+            raise UserError(f"{name}={value}: must be a finite number")
     return options
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """All floating-point numbers within options, by dotted names."""
+    if isinstance(value, float):
+        yield name, value
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{name}.{field.name}".lstrip("."))
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{name}.{key}")
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            yield from _numbers(inner, f"{name}[{place}]")
 
 
 def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
@@ -68,6 +94,8 @@ def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, R
         try:
             return main(*args, **kwargs)
         except ReportedError as error:
+            if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                traceback.print_exc()
             # Every process of a distributed job finds the same; one says it.
             if os.environ.get("RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr)
@@ -79,34 +107,40 @@ def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, R
     return run
 
 
-def options_help(name: str, prefix: str = "") -> str:
-    """One paragraph per option of the dataclass with the dotted `name`: prefix, option=default and its docstring."""
-    module, _, kind = name.rpartition(".")
-    text = "\n".join(_paragraphs(getattr(importlib.import_module(module), kind), prefix))
-    return text.replace("$", "$$")  # Hydra's help is a string.Template
+def command(name: str, path: str | None = "pkg://configs") -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+    """Make a command of a function of its composed configuration: Hydra's command line over the file `name` in `path`.
+
+    In place of `@hydra.main`, whose flags it has: a mistake in options or configuration files ends the command with one
+    line and exit code 2, as a ReportedError of the function does, and text stays as it was typed (configs.overrides).
+    """
+
+    def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
+        @reporting_errors
+        @functools.wraps(task)
+        def main() -> None:
+            from configs.command_line import run
+
+            try:
+                run(reporting_errors(task), name, path)
+                sys.stdout.flush()
+            except BrokenPipeError:
+                leave_quietly(141)  # as of SIGPIPE
+                raise
+
+        return main
+
+    return decorate
 
 
-def _paragraphs(kind: type[Any], prefix: str) -> list[str]:
-    docs: dict[str, str] = {}
-    for base in filter(is_dataclass, reversed(kind.__mro__)):
-        body = ast.parse(inspect.getsource(base)).body[0]
-        assert isinstance(body, ast.ClassDef)
-        docs |= {
-            node.target.id: ast.literal_eval(text.value)
-            for node, text in zip(body.body, body.body[1:], strict=False)
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
-        }
-    paragraphs = []
-    for field in fields(kind):
-        if is_dataclass(field.type):
-            paragraphs += _paragraphs(field.type, f"{prefix}{field.name}.")  # type: ignore[arg-type]
-            continue
-        value = field.default if field.default_factory is NO_DEFAULT else field.default_factory()
-        default = "null" if value is None else str(value)
-        text = "\n".join(f"      {line.strip()}" for line in docs[field.name].splitlines())
-        required = "  (required)" if default == "???" else ""
-        paragraphs.append(f"  {prefix}{field.name}{required or '=' + default}\n{text}")
-    return paragraphs
+def leave_quietly(exit_code: int) -> None:
+    """End the process, if nobody reads its output any more (`| head`): the pipe that broke may have been another."""
+    output = select.poll()
+    output.register(1, 0)
+    if any(event & select.POLLERR for _, event in output.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
+        sys.exit(exit_code)
 
 
+# For help texts in configuration files.
 OmegaConf.register_new_resolver("options_help", options_help, replace=True)
+OmegaConf.register_new_resolver("sections_help", sections_help, replace=True)

@@ -13,7 +13,7 @@ import glob
 import hashlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,7 +25,7 @@ from data_prep.readers import FORMATS, INVALID, check_compression, format_of, re
 class CorpusConfig:
     """One source of text: local files, or a dataset of the Hugging Face hub."""
 
-    path: Any = None
+    path: Any = field(default=None, metadata={"kind": str | list[str] | None})
     """Local text: a file, a folder, a glob, or a list of these as 'corpus.path=[a.jsonl,b/*.parquet]'. Read
     are txt, md, jsonl, json, csv, tsv, parquet and arrow files, also compressed (gz, bz2, xz, zst, lz4)."""
     hub: str | None = None

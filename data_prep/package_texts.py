@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from data_prep.errors import DataError
 from data_prep.files import sha256_of, writing
 
@@ -206,8 +205,7 @@ def fetch(source: Source, output: Path) -> Path:
     return path
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="package_texts")
-@reporting_errors
+@command("package_texts")
 def main(config: DictConfig) -> None:
     """Fetch every text; exit code 2 with a message on stderr if one cannot be had."""
     output = Path(typed(config, PackageTextsConfig).output)

@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
-import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from data_prep.corpora import Corpus, CorpusConfig, Position
 from data_prep.encoding import EncoderPool
 from data_prep.errors import DataError, naming_folder
@@ -206,8 +205,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         return publish_manifest(corpus.name, tokenizer, journal)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="tokenize")
-@reporting_errors
+@command("tokenize")
 def main(config: DictConfig) -> None:
     """Tokenize; exit code 2 with a message on stderr if the input, an option or the folder is at fault."""
     manifest = tokenize(typed(config, TokenizeConfig))

@@ -13,12 +13,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from data_prep.files import sha256_of
@@ -179,8 +178,7 @@ class TrainTokenizerConfig:
 ConfigStore.instance().store(name="train_tokenizer_schema", node=TrainTokenizerConfig)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="train_tokenizer")
-@reporting_errors
+@command("train_tokenizer")
 def main(config: DictConfig) -> None:
     """Train a tokenizer; exit code 2 with a message on stderr if it cannot be done."""
     from data_prep.tokenizer_training import train_tokenizer

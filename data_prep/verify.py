@@ -7,16 +7,15 @@ for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage
 import glob
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import reporting_errors, typed
+from configs.console import command, typed
 from data_prep.errors import DataError
 from data_prep.files import sha256_of
 from data_prep.shards import Manifest, Shard, count_tokens, entropy, load_manifest, megatron_indexed_dataset
@@ -27,7 +26,7 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 class VerifyConfig:
     """Options of `mone-verify`."""
 
-    path: Any = MISSING
+    path: Any = field(default=MISSING, metadata={"kind": str | list[str]})
     """Folder of token shards, a glob of such folders, or a list of these."""
     decode_documents: int = 100
     """Documents per shard, spread evenly, to decode and encode again."""
@@ -106,8 +105,7 @@ def folders(path: Any) -> list[Path]:
     return [Path(p) for entry in map(str, entries) for p in sorted(glob.glob(entry)) or [entry]]
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="verify")
-@reporting_errors
+@command("verify")
 def main(config: DictConfig) -> None:
     """List every damage on stdout; exit code 1 if there is any, 2 if there is nothing to verify."""
     options = typed(config, VerifyConfig)

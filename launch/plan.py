@@ -10,11 +10,10 @@ import dataclasses
 import sys
 from dataclasses import dataclass, field
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from configs.console import UserError, reporting_errors
+from configs.console import UserError, command
 from launch.cluster import ClusterConfig
 from launch.estimate import Estimate, check_run, estimate_run, propose
 from mone_model.accounting import Memory, count_flops, count_parameters
@@ -34,8 +33,7 @@ class PlanConfig(RunConfig):
 ConfigStore.instance().store(name="plan_config", node=PlanConfig)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="plan")
-@reporting_errors
+@command("plan")
 def main(hydra_config: DictConfig) -> None:
     """Print the plan."""
     try:

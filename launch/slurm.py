@@ -16,13 +16,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import ReportedError, UserError, reporting_errors
+from configs.console import ReportedError, UserError, command
 from data_prep.files import writing
 from launch.frozen import freeze
 from launch.options import SlurmOptions
@@ -51,8 +50,7 @@ class _JobScript(string.Template):
     delimiter = "@"
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="slurm")
-@reporting_errors
+@command("slurm")
 def _submit(hydra_config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError("--multirun: sweeps are started by `python -m train.pretrain --multirun hydra/launcher=slurm ...`")

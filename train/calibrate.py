@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import UserError, reporting_errors, typed
+from configs.console import UserError, command, typed
 from data_prep.files import writing
 from train.sample import load_model, load_run_config
 
@@ -56,8 +55,7 @@ class CalibrateConfig:
 ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="calibrate")
-@reporting_errors
+@command("calibrate")
 def main(hydra_config: DictConfig) -> None:
     """Write the thresholds, and print what they keep and cost."""
     options = typed(hydra_config, CalibrateConfig)

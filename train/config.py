@@ -11,8 +11,8 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from configs.console import typed
 from mone_model.accounting import Memory, equal_active_width, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 
@@ -316,12 +316,7 @@ OmegaConf.register_new_resolver("equal_active_width", equal_active_width, replac
 
 def load_config(config: DictConfig) -> RunConfig:
     """Hydra's config as typed objects; ValueError from the field that is wrong or missing."""
-    try:
-        loaded = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:
-        raise ValueError(str(error)) from error
-    assert isinstance(loaded, RunConfig)
-    return loaded
+    return typed(config, RunConfig)
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

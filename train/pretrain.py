@@ -19,10 +19,9 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import ReportedError, UserError, reporting_errors
+from configs.console import ReportedError, UserError, command
 from configs.run_folder import METRICS_FILE, STATUS_FILE, hold
 from data_prep.files import writing
 from data_prep.shards import Manifest
@@ -37,8 +36,7 @@ if TYPE_CHECKING:
     from train.loop import Trainer
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="pretrain")
-@reporting_errors
+@command("pretrain")
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
     rank, world_size = place()

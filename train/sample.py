@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import hydra
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from configs.console import UserError, reporting_errors, typed
+from configs.console import UserError, command, typed
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from train.config import RunConfig
@@ -53,8 +52,7 @@ class SampleConfig:
 ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://configs", config_name="sample")
-@reporting_errors
+@command("sample")
 def main(hydra_config: DictConfig) -> None:
     """Print a continuation of each prompt."""
     options = typed(hydra_config, SampleConfig)

@@ -1,0 +1,141 @@
+"""Hydra's command line, with every mistake told on one line.
+
+run(task, "pretrain", "pkg://configs")     # what sys.argv asks for: the task, a sweep, the configuration, help
+
+Hydra's own `main` prints its errors in several lines, ends with exit code 1, and takes the types of values from their text.
+"""
+
+import argparse
+import dataclasses
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, NoReturn
+
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from configs.console import UserError, leave_quietly
+from configs.options_help import paragraphs
+from configs.overrides import explain, nearest, read_overrides, read_sweep_params
+
+
+def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
+    """Do what the command line asks for, with the configuration file `name` in `path`; UserError for its mistakes."""
+    flags = _read_flags()
+    name = flags.config_name or name
+    version.setbase("1.3")
+    with _explained():
+        hydra = Hydra.create_main_hydra2(task.__module__.rpartition(".")[2], _search_path(flags, path))
+    try:
+        if flags.shell_completion:
+            try:
+                hydra.shell_completion(name, flags.overrides)
+            except ValueError as error:
+                raise UserError(f"--shell-completion: {' '.join(str(error).split())}, like install=bash") from error
+            return
+        sections = [argument for argument in flags.overrides if flags.help and "=" not in argument]
+        with _explained():
+            given = [argument for argument in flags.overrides if argument not in sections]
+            overrides = read_overrides(hydra, name, given, sweep=flags.multirun)
+            config = hydra.compose_config(name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
+            sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
+            if flags.help or flags.hydra_help or flags.cfg is not None or flags.info is not None:
+                with redirect_stdout(io.StringIO()) as shown:  # at once, since logging would complain of each line
+                    _show(hydra, flags, name, overrides, sections)
+                try:
+                    print(shown.getvalue(), end="", flush=True)
+                except BrokenPipeError:
+                    leave_quietly(0)  # what was read is all that was wanted
+                return
+            if sweep:
+                params = read_sweep_params(config)
+                hydra.multirun(name, task, [*overrides, *params, "hydra.mode=MULTIRUN"])
+                return
+        hydra.run(name, task, overrides)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _read_flags() -> argparse.Namespace:
+    """Hydra's flags, and the overrides before, between and behind them."""
+    for argument in sys.argv:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            raise UserError(f"{ascii(argument)}: is not UTF-8")
+    parser = get_args_parser()
+
+    def fail(message: str) -> NoReturn:
+        raise UserError(f"{message}; options are given as NAME=VALUE, see --help")
+
+    parser.error = fail  # type: ignore[method-assign]
+    flags = parser.parse_intermixed_args()
+    modes = ("run", "multirun", "cfg", "info", "shell_completion")
+    if len([mode for mode in modes if getattr(flags, mode)]) > 1:
+        raise UserError(f"give only one of {', '.join('--' + mode.replace('_', '-') for mode in modes)}")
+    if flags.resolve and not flags.cfg:
+        raise UserError("--resolve: goes with --cfg only")
+    if flags.experimental_rerun is not None:
+        raise UserError("--experimental-rerun: is not supported; config.yaml of the run's folder has all its options")
+    return flags
+
+
+def _search_path(flags: argparse.Namespace, path: str | None) -> Any:
+    search_path = create_config_search_path(flags.config_path or path)
+    if flags.config_dir is not None:
+        if not os.path.isdir(flags.config_dir):
+            raise UserError(f"--config-dir {flags.config_dir}: no such folder")
+        # As Hydra does: before the schemas, else those of the same names would win.
+        folder = f"file://{os.path.abspath(flags.config_dir)}"
+        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    return search_path
+
+
+def _show(hydra: Hydra, flags: argparse.Namespace, name: str, overrides: list[str], sections: list[str]) -> None:
+    """Print help, the configuration, or where it comes from."""
+    parser, flags.overrides = get_args_parser(), overrides
+    if flags.help and sections:
+        config = hydra.compose_config(name, overrides, RunMode.RUN)
+        print("\n\n".join(_help_of(config, section) for section in sections))
+    elif flags.help:
+        hydra.app_help(name, parser, flags)
+    elif flags.hydra_help:
+        hydra.hydra_help(name, parser, flags)
+    elif flags.cfg is not None:
+        hydra.show_cfg(name, overrides, flags.cfg, flags.package, flags.resolve)
+    else:
+        hydra.show_info(flags.info, name, overrides)
+
+
+def _help_of(config: DictConfig, section: str) -> str:
+    """What --help says of a section of options, of one option, or of all; UserError if there is no such."""
+    kind = OmegaConf.get_type(config)
+    options = paragraphs(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
+    launcher = OmegaConf.get_type(config.hydra, "launcher")
+    if isinstance(launcher, type) and launcher.__module__.startswith("hydra_plugins."):
+        options |= paragraphs(launcher, "hydra.launcher.")
+    found = [text for option, text in options.items() if section == "all" or f"{option}.".startswith(f"{section}.")]
+    if not found:
+        sections = list(dict.fromkeys(name.rpartition(".")[0] for name in options if "." in name))
+        hint = nearest(section, [*sections, *options], otherwise="")
+        there = f"sections are {', '.join(sections)}" if sections else "this command has no sections"
+        raise UserError(f"--help {section}: no such section or option; {f'{hint} ' * bool(hint)}{there}")
+    return "\n".join(found)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise into a UserError."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise UserError(explain(error)) from error

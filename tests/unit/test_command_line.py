@@ -1,0 +1,228 @@
+"""Command lines: mistakes on one line with exit code 2, text as it was typed, help by section."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from data_prep import tokenize, verify
+from launch import plan, slurm
+from tests.conftest import ROOT
+from train import calibrate, pretrain, sample
+
+COMMANDS: dict[str, Callable[[], None]] = {
+    "pretrain": pretrain.main,
+    "plan": plan.main,
+    "slurm": slurm.main,
+    "sample": sample.main,
+    "calibrate": calibrate.main,
+    "tokenize": tokenize.main,
+    "verify": verify.main,
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "words"),
+    [
+        (
+            "pretrain",
+            ["model.activation_ration=0.5"],
+            ["model.activation_ration=0.5: no such", "model.activation_ratio"],
+        ),
+        ("pretrain", ["lr=1e-3"], ["did you mean optimizer.lr?"]),
+        ("pretrain", ["optimiser.lr=1e-3"], ["did you mean optimizer.lr?"]),
+        ("pretrain", ["foo.bar=1"], ["foo.bar=1: no such option; see --help"]),
+        ("pretrain", ["+new=1"], ["+new=1: no such option"]),
+        ("pretrain", ["++model.activation_ration=1"], ["did you mean model.activation_ratio"]),
+        ("pretrain", ["~training.steps"], ["~training.steps: an option cannot be removed"]),
+        ("pretrain", ["~foo"], ["~foo: no such option"]),
+        ("pretrain", ["model=mone_tinny"], ["model=mone_tinny: no such choice", "mone_925m", "did you mean mone_tiny?"]),
+        ("pretrain", ["experiment=dmeo"], ["experiment=dmeo", "k_sweep", "did you mean demo?"]),
+        ("pretrain", ["data=mine"], ["data=mine: no such choice; choose from demo"]),
+        ("pretrain", ["hydra/launcher=surm"], ["did you mean slurm?"]),
+        ("pretrain", ["hydra.launcher.job=2"], ["did you mean hydra.launcher.jobs"]),
+        ("tokenize", ["model=mone_tiny"], ["model=mone_tiny: this command has no such option"]),
+        ("plan", ["tokens=100B"], ["tokens=100B: must be a number, like tokens=100e9, or null"]),
+        ("pretrain", ["training.steps=1e3"], ["must be a whole number, like training.steps=1000"]),
+        ("pretrain", ["training.steps=null"], ["training.steps=null: must be a whole number"]),
+        ("pretrain", ["checkpoint.async_save=maybe"], ["checkpoint.async_save=maybe: must be true or false"]),
+        ("pretrain", ["training=5"], ["training=5: must be given option by option, like training.steps=VALUE"]),
+        ("pretrain", ["training={stepz: 5}"], ["no such option as stepz; did you mean steps?"]),
+        ("pretrain", ["data.blend=/path"], ["data.blend=/path: must be a list, like 'data.blend=[{path: /path}]'"]),
+        ("pretrain", ["data.blend=[/path]"], ["data.blend=[/path]: must be a list, like 'data.blend=[{path: /path}]'"]),
+        ("pretrain", ["data.blend=[{pth: a}]"], ["no such option as pth; did you mean path?"]),
+        ("pretrain", ["data.blend=[{path: a, weight: x}]"], ["data.blend[0].weight=x: must be a number"]),
+        ("pretrain", ["data.blend=[{weight: 1}]"], ["missing data.blend[0].path", "'data.blend=[{path: data/mine}]'"]),
+        ("pretrain", ["run.name=[a]"], ["run.name=[a]: must be text, like 'run.name=\"[a]\"'"]),
+        ("pretrain", ["run.dir=a(b)"], ["as text it is given in quotes, like 'run.dir=\"a(b)\"'"]),
+        ("pretrain", ["run.dir=k=1,seed=2"], ["like 'run.dir=\"k=1,seed=2\"'"]),
+        ("pretrain", ["run.dir=a,b"], ["like 'run.dir=\"a,b\"'", "--multirun"]),
+        ("pretrain", ["run.name=${foo}"], ["run.name", "'foo'"]),
+        ("pretrain", ["run.name=${oc.env:NO_SUCH_NAME}"], ["run.name", "NO_SUCH_NAME"]),
+        ("pretrain", ["foo"], ["foo: options are given as NAME=VALUE"]),
+        ("pretrain", ["mod el=3"], ["mod el=3: no such option"]),
+        ("pretrain", ["=3"], ["=3: this command has no such option"]),
+        ("pretrain", ["--hepl"], ["unrecognized arguments: --hepl"]),
+        ("pretrain", ["--config-name", "nope"], ["Cannot find primary config 'nope'"]),
+        ("pretrain", ["--config-dir", "/nope"], ["--config-dir /nope: no such folder"]),
+        ("pretrain", ["--resolve"], ["--resolve: goes with --cfg only"]),
+        ("pretrain", ["--shell-completion"], ["--shell-completion", "install=bash"]),
+        ("pretrain", ["--cfg", "job", "run.naem=a"], ["did you mean run.name?"]),
+        ("pretrain", ["--info", "config", "run.naem=a"], ["did you mean run.name?"]),
+        ("slurm", ["--dry-run", "launch.node=3"], ["did you mean launch.nodes?"]),
+        ("pretrain", ["--multirun", "run.sed=1,2"], ["run.sed=1,2: no such option; did you mean run.seed?"]),
+        ("pretrain", ["--multirun", "run.seed=1,x"], ["run.seed=1,x: must be a whole number"]),
+        ("pretrain", ["--multirun", "model=mone_tiny,mone_tin"], ["model=mone_tin: no such choice"]),
+        ("pretrain", ["--multirun", "run.dir=a(b)"], ["like 'run.dir=\"a(b)\"'"]),
+        ("pretrain", ["--multirun", "run.seed=interval(1,2)"], ["INTERVAL_SWEEP"]),
+        ("pretrain", ["--help", "modle"], ["--help modle: no such section", "did you mean model?", "optimizer"]),
+        ("sample", ["prompt=hello"], ["prompt=hello: no such option; did you mean prompts?"]),
+        ("sample", ["prompts=hello"], ["prompts=hello: must be a list, like 'prompts=[\"hello\"]'"]),
+        ("sample", ["prompts=[Who (or what)?]"], ["like 'prompts=[\"Who (or what)?\"]'"]),
+        ("sample", ["run=runs/sweep/k=0.5,seed=1"], ["like 'run=\"runs/sweep/k=0.5,seed=1\"'"]),
+        ("sample", ["run=\udcff"], ["run=\\udcff", "not UTF-8"]),
+        ("pretrain", ["optimizer.lr=inf"], ["optimizer.lr=inf: must be a finite number"]),
+        ("pretrain", ["run.timeout_minutes=inf"], ["run.timeout_minutes=inf: must be a finite number"]),
+        ("pretrain", ["deepspeed.options={a: {b: nan}}"], ["deepspeed.options.a.b=nan: must be a finite number"]),
+        ("tokenize", ["output=x", "tokenizer=y", "progress_seconds=nan"], ["progress_seconds=nan: must be a finite"]),
+    ],
+)
+def test_mistakes_are_told_on_one_line(
+    call_main: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    arguments: list[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call_main(COMMANDS[command], *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    for advice in ("Traceback", "HYDRA_FULL_ERROR", "use +", "full_key"):
+        assert advice not in err
+
+
+def test_a_mistake_in_a_file_of_ones_own_is_told_with_its_name(call_main: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "experiment"
+    folder.mkdir()
+    for name, text, words in [
+        ("typo", "# @package _global_\nmodel: {activation_ration: 0.5}\n", ["experiment/typo", "activation_ration"]),
+        ("type", "# @package _global_\ntraining: {steps: many}\n", ["experiment/type", "training.steps", "many"]),
+        ("yaml", "# @package _global_\nmodel: {activation: [\n", ["yaml.yaml", "line 3"]),
+        ("file", "# @package _global_\ndefaults: [nothing]\n", ["experiment/nothing"]),
+        ("swept", "# @package _global_\nhydra: {sweeper: {params: {run.sed: '1,2'}}}\n", ["did you mean run.seed?"]),
+    ]:
+        (folder / f"{name}.yaml").write_text(text)
+        how = ["--multirun"] if name == "swept" else []
+        code, _, err = call_main(pretrain.main, *how, "--config-dir", str(tmp_path), f"experiment={name}")
+        assert (code, err.count("\n")) == (2, 1), err
+        for word in words:
+            assert word in err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "values"),
+    [
+        (
+            "pretrain",
+            "run.name",
+            ["2024_10_01", "2024-10-01", "1e3", "0123", "0x10", "true", "NULL", "+7", "nan"],
+        ),
+        ("pretrain", "logging.wandb_group", ["1_0", "1.50", "False", "inf", ".5"]),
+        ("tokenize", "corpus.path", ["2024_10_01", "1e3", "007"]),
+        ("tokenize", "corpus.revision", ["0123456", "12e4567", "1234567"]),
+        ("verify", "path", ["1_0"]),
+        ("sample", "run", ["1e3", "true"]),
+        ("slurm", "launch.account", ["1_2", "1e4"]),
+        ("slurm", "launch.environment.LEVEL", ["1e3", "true", "null", "1_0"]),
+    ],
+)
+def test_text_stays_as_it_was_typed(call_main: Callable[..., Any], command: str, option: str, values: list[str]) -> None:
+    for value in values:
+        code, out, err = call_main(COMMANDS[command], f"{option}={value}", "--cfg", "job")
+        assert (code, err) == (0, "")
+        assert OmegaConf.select(OmegaConf.create(out), option) == value
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "typed", "read"),
+    [
+        ("sample", "prompts", "[1e3, true, null, 2024_10_01, a b]", ["1e3", "true", "null", "2024_10_01", "a b"]),
+        ("sample", "prompts", "['1,5', \"1e3\"]", ["1,5", "1e3"]),
+        ("tokenize", "corpus.path", "[1e3,2_0]", ["1e3", "2_0"]),
+        ("slurm", "launch.environment", "{A: 1e3, B: no, C: 0x10}", {"A": "1e3", "B": "no", "C": "0x10"}),
+        ("slurm", "launch.modules", "[gcc/12, 12.10]", ["gcc/12", "12.10"]),
+        ("pretrain", "data.blend", "[{path: 1e3, weight: 1e1}]", [{"path": "1e3", "weight": 10.0}]),
+        ("pretrain", "run.time_limit", "null", None),
+        ("pretrain", "deepspeed.options", "{a: {b: 1e3}, c: true}", {"a": {"b": 1000.0}, "c": True}),
+        ("pretrain", "training.steps", "1_000", 1000),
+    ],
+)
+def test_values_within_lists_and_mappings(
+    call_main: Callable[..., Any], command: str, option: str, typed: str, read: Any
+) -> None:
+    code, out, err = call_main(COMMANDS[command], f"{option}={typed}", "--cfg", "job")
+    assert (code, err) == (0, "")
+    found = OmegaConf.select(OmegaConf.create(out), option)
+    assert (OmegaConf.to_container(found) if OmegaConf.is_config(found) else found) == read
+
+
+def test_overrides_may_stand_before_and_behind_flags(call_main: Callable[..., Any]) -> None:
+    code, out, _ = call_main(pretrain.main, "run.seed=3", "--cfg", "job", "run.name=mine")
+    assert code == 0
+    config = OmegaConf.create(out)
+    assert (config.run.seed, config.run.name) == (3, "mine")
+
+
+@pytest.mark.parametrize(
+    ("command", "first"), [("pretrain", "engine="), ("slurm", "launch.nodes="), ("plan", "cluster.gpu=")]
+)
+def test_help_is_short_and_begins_with_the_commands_own_options(
+    call_main: Callable[..., Any], command: str, first: str
+) -> None:
+    code, out, _ = call_main(COMMANDS[command], "--help")
+    assert code == 0
+    lines = [line.strip() for line in out.splitlines()]
+    assert len(lines) < 110
+    assert lines[lines.index("Options:") + 1].startswith(first)
+    assert "activation_ratio" in out
+    code, model, _ = call_main(COMMANDS[command], "--help", "model")
+    assert code == 0
+    assert "model.activation_ratio=" in model
+    assert "optimizer.lr" not in model
+    code, everything, _ = call_main(COMMANDS[command], "--help", "all")
+    assert code == 0
+    assert model in everything
+    assert "guard.window=" in everything
+
+
+def test_help_of_a_launcher_is_of_the_one_chosen(call_main: Callable[..., Any]) -> None:
+    assert "hydra.launcher.jobs=" in call_main(pretrain.main, "--help", "hydra.launcher")[1]
+    assert "hydra.launcher.nodes=" in call_main(pretrain.main, "--help", "hydra.launcher", "hydra/launcher=slurm")[1]
+
+
+def test_a_reader_that_leaves_early_is_no_mistake() -> None:
+    command = subprocess.Popen(
+        [sys.executable, "-m", "data_prep.verify", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert command.stdout is not None
+    command.stdout.close()
+    assert command.stderr is not None
+    assert command.stderr.read() == b""
+    assert command.wait() == 0
+
+
+def test_the_traceback_can_be_had(call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    code, _, err = call_main(plan.main, "tokens=many")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("error: tokens=many")
