@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.utils import JobReturn, JobStatus
-from hydra.errors import CompactHydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import UserError, reporting_errors
+from configs.console import ReportedError, UserError, reporting_errors
 from launch.options import LocalOptions, SlurmOptions
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class _SweepLauncher(Launcher):
             JobReturn(
                 overrides=point.overrides,
                 status=JobStatus.FAILED if outcome.state == "failed" else JobStatus.COMPLETED,
-                _return_value=CompactHydraException(f"{point.name}: {outcome.reason}")
+                _return_value=ReportedError(f"{point.name}: {outcome.reason}")
                 if outcome.state == "failed"
                 else outcome.validation_loss,
             )

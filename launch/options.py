@@ -71,7 +71,7 @@ class SlurmOptions:
     modules: list[str] = field(default_factory=list)
     """Environment modules to load."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the training processes; each is given with a plus, like +launch.environment.NAME=value."""
+    """Environment variables of the training processes, like launch.environment.NAME=value."""
     setup: list[str] = field(default_factory=list)
     """Lines of bash for the job script, as they are, before the training starts, e.g. '["ulimit -n 65536"]'."""
     sbatch: list[str] = field(default_factory=list)

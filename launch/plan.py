@@ -17,6 +17,7 @@ from configs.console import UserError, command
 from launch.cluster import ClusterConfig
 from launch.estimate import Estimate, check_run, estimate_run, propose
 from mone_model.accounting import Memory, count_flops, count_parameters
+from mone_model.config import check
 from train.config import RunConfig, load_config
 from train.data import load_manifests
 
@@ -28,6 +29,10 @@ class PlanConfig(RunConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tokens: float | None = None
     """Tokens to train on, e.g. tokens=100e9; null: training.steps x training.global_batch_size x model.seq_length."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.tokens is None or self.tokens > 0, "tokens", self.tokens, "must be null or positive")
 
 
 ConfigStore.instance().store(name="plan_config", node=PlanConfig)
@@ -64,10 +69,12 @@ def describe_plan(config: PlanConfig, estimate: Estimate) -> str:
 
 
 def _vocabulary(config: RunConfig) -> int:
+    how = "give it, like model.vocab_size=32000, or the data that it follows from, like data=demo"
+    check(bool(config.data.blend), "model.vocab_size", "null", how)
     try:
         return load_manifests(config)[0].vocab_size
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"model.vocab_size=null: give it, or data that knows it ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"model.vocab_size=null: {how} ({error})") from error
 
 
 def _describe_model(config: PlanConfig) -> str:

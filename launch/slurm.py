@@ -1,7 +1,7 @@
 """Submit a run to Slurm: one that saves, queues itself again and resumes until it is complete.
 
-    python -m launch.slurm model=mone_2p8b parallel.expert=8 launch.nodes=8 launch.gpus_per_node=8 launch.time=24:00:00
-    python -m launch.slurm ... --dry-run          # only print the job script
+    mone-slurm experiment=demo launch.nodes=2 launch.gpus_per_node=1 launch.time=24:00:00
+    mone-slurm ... --dry-run          # only print the job script
 
 The configuration is composed and checked for that many processes before anything is queued; it and the code then lie in
 `launch/` of the run folder, and each start of the job runs just them.

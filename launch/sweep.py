@@ -166,8 +166,12 @@ def _swept_options(master: DictConfig) -> list[str]:
     return [*params, *(override.key_or_group for override in given if override.is_sweep_override())]
 
 
+def _unquoted(value: str) -> str:
+    return value[1:-1] if len(value) > 1 and value[0] in "'\"" and value[0] == value[-1] else value
+
+
 def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
-    values = {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in overrides)}
+    values = {key.lstrip("+"): _unquoted(value) for key, _, value in (override.partition("=") for override in overrides)}
     keys = [key for key in dict.fromkeys(swept) if key in values] or list(values)
     keys.sort(key=lambda key: key == "run.seed")  # behind what it repeats
     last = [key.rpartition(".")[2] for key in keys]

@@ -50,6 +50,8 @@ class CalibrateConfig:
             raise UserError(f"ratio={self.ratio}: must be in (0, 1], or null")
         if self.per not in ("layer", "model"):
             raise UserError(f"per={self.per}: choose layer or model")
+        if self.sequences < 2:
+            raise UserError(f"sequences={self.sequences}: must be at least 2, half to set thresholds and half to try them")
 
 
 ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)

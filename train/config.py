@@ -137,7 +137,7 @@ class DeepSpeedSection:
     """Keep the optimizer state in host memory and update the weights there."""
     options: dict[str, Any] = field(default_factory=dict)
     """More of DeepSpeed's own configuration, laid over what the engine asks for, e.g.
-    '+deepspeed.options={zero_optimization: {reduce_bucket_size: 1e8}}'. What the other sections say is refused here."""
+    'deepspeed.options={zero_optimization: {reduce_bucket_size: 1e8}}'. What the other sections say is refused here."""
 
     def __post_init__(self) -> None:
         check(self.zero_stage in (0, 1, 2, 3), "deepspeed.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.lifetime import outlive_signals
 from data_prep.shards import Manifest, Shard, Split, load_manifest
+from mone_model.config import check
 from train.config import RunConfig, SourceConfig
 
 Batch = dict[str, torch.Tensor]
@@ -97,8 +98,10 @@ class _Tokenizer:
 
 
 def load_manifests(config: RunConfig) -> list[Manifest]:
-    """The manifests of all sources, their shards' sizes checked; ValueError for damage or sources that do not fit."""
+    """The manifests of all sources, their shards' sizes checked; ValueError for none, damage, or sources that do not fit."""
     blend, length = config.data.blend, config.model.seq_length
+    how = "give the folders that mone-tokenize wrote, like 'data.blend=[{path: data/mine}]', or data=demo after `make data`"
+    check(bool(blend), "data.blend", blend, f"there is no data to read: {how}")
     manifests = [load_manifest(source.path) for source in blend]
     first = manifests[0]
     for source, manifest in zip(blend, manifests, strict=True):

@@ -1,6 +1,6 @@
 """Pretrain a Mixture of Neuron Experts language model.
 
-    torchrun --nproc-per-node 2 -m train.pretrain data=demo model=mone_tiny parallel.expert=2
+    torchrun --nproc-per-node 2 -m train.pretrain experiment=demo
     python -m train.pretrain --help
 
 Compose, validate, build, run, report.

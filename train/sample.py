@@ -48,6 +48,18 @@ class SampleConfig:
     trust: bool = False
     """Load a checkpoint even if it brings pickled code along, which loading then executes."""
 
+    def __post_init__(self) -> None:
+        for name, right, does in (
+            ("prompts", bool(self.prompts) and all(self.prompts), "must be a list of texts, none of them empty"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
+            # Below, logits divided by it would no longer be finite.
+            ("temperature", self.temperature == 0 or self.temperature >= 1e-6, "must be 0 or at least 1e-6"),
+            ("top_k", self.top_k >= 0, "must be at least 1, or 0 for all tokens"),
+            ("seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63"),
+        ):
+            if not right:
+                raise UserError(f"{name}={getattr(self, name)}: {does}")
+
 
 ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
 
@@ -58,6 +70,9 @@ def main(hydra_config: DictConfig) -> None:
     options = typed(hydra_config, SampleConfig)
     run = load_run_config(Path(options.run))
     tokenizer = load_tokenizer(load_manifest(run.data.blend[0].path).tokenizer_path)
+    for prompt, tokens in zip(options.prompts, tokenizer.encode(options.prompts), strict=True):
+        if not tokens:
+            raise UserError(f"prompts={prompt!r}: the tokenizer of the run makes no token of it")
     generator = torch.Generator().manual_seed(options.seed)
     thresholds_L = load_thresholds(Path(options.thresholds), run) if options.thresholds is not None else None
     from mone_model.inference import prepare_inference
@@ -127,8 +142,6 @@ def continue_text(
     device = next(model.parameters()).device
     tokens: list[int] = tokenizer.encode([prompt])[0]
     start = len(tokens)
-    if start == 0:
-        raise UserError("prompts: one is empty")
     window = model.max_sequence_length
     cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=window)
     unread = tokens[-window:]

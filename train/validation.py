@@ -58,7 +58,6 @@ def validate(config: RunConfig, world_size: int, *, transformer_engine: bool | N
         optimizer.wsd_decay_steps,
         f"with optimizer.warmup_steps={optimizer.warmup_steps} it is longer than the whole schedule of {last} steps",
     )
-    check(bool(config.data.blend), "data.blend", "[]", "give at least one source, or choose a data group, e.g. data=demo")
     weighted = [source.weight is not None for source in config.data.blend]
     check(all(weighted) or not any(weighted), "data.blend", config.data.blend, "give every source a weight, or none")
     logging = config.logging

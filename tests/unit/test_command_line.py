@@ -1,5 +1,7 @@
 """Command lines: mistakes on one line with exit code 2, text as it was typed, help by section."""
 
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +14,7 @@ from omegaconf import OmegaConf
 from data_prep import tokenize, verify
 from launch import plan, slurm
 from tests.conftest import ROOT
+from tests.tiny import make_shards
 from train import calibrate, pretrain, sample
 
 COMMANDS: dict[str, Callable[[], None]] = {
@@ -89,6 +92,19 @@ COMMANDS: dict[str, Callable[[], None]] = {
         ("pretrain", ["run.timeout_minutes=inf"], ["run.timeout_minutes=inf: must be a finite number"]),
         ("pretrain", ["deepspeed.options={a: {b: nan}}"], ["deepspeed.options.a.b=nan: must be a finite number"]),
         ("tokenize", ["output=x", "tokenizer=y", "progress_seconds=nan"], ["progress_seconds=nan: must be a finite"]),
+        ("plan", ["model=mone_2p8b", "tokens=-1"], ["tokens=-1.0: must be null or positive"]),
+        ("sample", ["run=x", "temperature=-1"], ["temperature=-1.0: must be 0 or at least 1e-6"]),
+        ("sample", ["run=x", "temperature=nan"], ["temperature=nan: must be"]),
+        ("sample", ["run=x", "temperature=inf"], ["temperature=inf: must be a finite number"]),
+        ("sample", ["run=x", "temperature=1e-40"], ["temperature=1e-40: must be 0 or at least 1e-6"]),
+        ("sample", ["run=x", "top_k=-1"], ["top_k=-1: must be at least 1, or 0 for all"]),
+        ("sample", ["run=x", "max_new_tokens=-1"], ["max_new_tokens=-1: must be at least 1"]),
+        ("sample", ["run=x", "seed=-1"], ["seed=-1: must be at least 0"]),
+        ("sample", ["run=x", "prompts=[]"], ["prompts=[]: must be a list of texts, none of them empty"]),
+        ("sample", ["run=x", "prompts=[a,'']"], ["prompts=['a', '']: must be", "none of them empty"]),
+        ("sample", ["run=x", "prompts=[\udce9t\udce9]"], ["prompts=[\\udce9t\\udce9]", "not UTF-8"]),
+        ("calibrate", ["run=x", "sequences=-4"], ["sequences=-4: must be at least 2"]),
+        ("calibrate", ["run=x", "ratio=nan"], ["ratio=nan: must be in (0, 1]"]),
     ],
 )
 def test_mistakes_are_told_on_one_line(
@@ -129,27 +145,27 @@ def test_a_mistake_in_a_file_of_ones_own_is_told_with_its_name(call_main: Callab
 
 
 @pytest.mark.parametrize(
-    ("command", "option", "values"),
+    ("command", "options"),
     [
         (
             "pretrain",
-            "run.name",
-            ["2024_10_01", "2024-10-01", "1e3", "0123", "0x10", "true", "NULL", "+7", "nan"],
+            {"run.name": "2024_10_01", "run.dir": "1e3", "engine": "0x10", "resume": "NULL"},
         ),
-        ("pretrain", "logging.wandb_group", ["1_0", "1.50", "False", "inf", ".5"]),
-        ("tokenize", "corpus.path", ["2024_10_01", "1e3", "007"]),
-        ("tokenize", "corpus.revision", ["0123456", "12e4567", "1234567"]),
-        ("verify", "path", ["1_0"]),
-        ("sample", "run", ["1e3", "true"]),
-        ("slurm", "launch.account", ["1_2", "1e4"]),
-        ("slurm", "launch.environment.LEVEL", ["1e3", "true", "null", "1_0"]),
+        (
+            "pretrain",
+            {"run.name": "0123", "run.dir": "2024-10-01", "logging.wandb_group": "1_0", "resume": "nan"},
+        ),
+        ("pretrain", {"run.name": "true", "run.dir": ".5", "logging.wandb_group": "False", "logging.wandb_entity": "inf"}),
+        ("tokenize", {"corpus.path": "2024_10_01", "corpus.revision": "12e4567", "corpus.name": "007", "output": "1.50"}),
+        ("verify", {"path": "1_0"}),
+        ("sample", {"run": "1e3", "thresholds": "1e3"}),
+        ("slurm", {"launch.account": "1_2", "launch.environment.LEVEL": "1e3", "launch.environment.NOTHING": "null"}),
     ],
 )
-def test_text_stays_as_it_was_typed(call_main: Callable[..., Any], command: str, option: str, values: list[str]) -> None:
-    for value in values:
-        code, out, err = call_main(COMMANDS[command], f"{option}={value}", "--cfg", "job")
-        assert (code, err) == (0, "")
-        assert OmegaConf.select(OmegaConf.create(out), option) == value
+def test_text_stays_as_it_was_typed(call_main: Callable[..., Any], command: str, options: dict[str, str]) -> None:
+    code, out, err = call_main(COMMANDS[command], *(f"{name}={value}" for name, value in options.items()), "--cfg", "job")
+    assert (code, err) == (0, "")
+    assert {name: OmegaConf.select(OmegaConf.create(out), name) for name in options} == options
 
 
 @pytest.mark.parametrize(
@@ -226,3 +242,44 @@ def test_the_traceback_can_be_had(call_main: Callable[..., Any], monkeypatch: py
     assert code == 2
     assert "Traceback" in err
     assert err.splitlines()[-1].startswith("error: tokens=many")
+
+
+def test_text_stays_as_it_was_typed_in_the_points_of_a_sweep(call_main: Callable[..., Any], tmp_path: Path) -> None:
+    data = make_shards(tmp_path / "shards")
+    (tmp_path / "experiment").mkdir()
+    swept = "# @package _global_\nhydra: {sweeper: {params: {logging.wandb_entity: '1e3,true'}}}\n"
+    (tmp_path / "experiment/swept.yaml").write_text(swept)
+    options = ["hydra/launcher=slurm", "hydra.launcher.dry_run=true", "hydra.launcher.gpus_per_node=1"]
+    options += [f"run.dir={tmp_path}/runs", f"data.blend=[{{path: {data}}}]", "model.seq_length=32"]
+    code, out, err = call_main(
+        *(pretrain.main, "--multirun", "--config-dir", str(tmp_path), "experiment=swept", *options),
+        "logging.wandb_group=2024_10_01,1e3",
+    )
+    assert (code, err) == (0, "")
+    names = [line.partition("--job-name=")[2] for line in out.splitlines() if "--job-name=" in line]
+    points = [f"wandb_entity={entity},wandb_group={group}" for entity in ("1e3", "true") for group in ("2024_10_01", "1e3")]
+    assert names == [f"runs/{point}" for point in points]
+
+
+def test_data_is_never_assumed(call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command, *options in (["pretrain"], ["pretrain", "model=mone_2p8b"], ["slurm", "--dry-run"]):
+        code, _, err = call_main(COMMANDS[command], *options)
+        assert code == 2
+        assert err.startswith("error: data.blend=[]: there is no data to read")
+        assert "'data.blend=[{path: data/mine}]', or data=demo" in err
+    code, out, _ = call_main(plan.main, "model=mone_925m", "compute.precision=bf16", "training.global_batch_size=64")
+    assert code == 0
+    assert "924.1M" in out
+    assert "data/demo/shards/bible" in call_main(pretrain.main, "experiment=k_sweep", "--cfg", "job")[1]
+
+
+def test_the_job_in_docs_can_be_submitted_with_data(call_main: Callable[..., Any], tmp_path: Path) -> None:
+    page = (ROOT / "docs/slurm.md").read_text().replace("\\\n", "")
+    (arguments,) = re.findall(r"^mone-slurm (.* --dry-run)$", page, re.MULTILINE)
+    data = make_shards(tmp_path / "shards", documents=1000)
+    assert "data=demo" in arguments
+    arguments = arguments.replace("data=demo", f"'data.blend=[{{path: {data}}}]' run.dir={tmp_path}/run")
+    code, out, err = call_main(slurm.main, *shlex.split(arguments))
+    assert (code, err) == (0, "")
+    assert "#SBATCH --nodes=8" in out

@@ -159,9 +159,6 @@ def test_rules_that_span_sections(sections: dict[str, Any], world_size: int, wor
 
 def test_the_blend_needs_all_weights_or_none() -> None:
     config = run_config()
-    config.data.blend = []
-    with pytest.raises(ValueError, match=r"data.blend"):
-        validate(config, 1)
     config.data.blend = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b")]
     with pytest.raises(ValueError, match="every source a weight, or none"):
         validate(config, 1)

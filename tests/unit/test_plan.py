@@ -60,7 +60,7 @@ def test_messages_between_nodes_are_slower() -> None:
 
 def test_the_plan_in_docs_is_what_the_command_prints(call_main: Call) -> None:
     page = (ROOT / "docs/plan.md").read_text()
-    (arguments,) = re.findall(r"^python -m launch.plan (.*) # printed below$", page, re.MULTILINE)
+    (arguments,) = re.findall(r"^mone-plan (.*) # printed below$", page, re.MULTILINE)
     printed = page.split("```text\n")[1].split("```")[0]
     code, out, _ = call_main(main, *arguments.split())
     assert (code, out) == (0, printed)
