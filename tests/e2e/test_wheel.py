@@ -1,15 +1,22 @@
 """The wheel works outside the checkout: console scripts, packages, configuration files."""
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from tests.conftest import ROOT
 from tests.tiny import make_shards
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +66,78 @@ def test_pretrain_trains_from_the_wheel(site: Path) -> None:
     assert (site.parent / "runs/mone/checkpoints/step-00000002/mone.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("script", "option"),
-    [
-        ("mone-pretrain", "model.activation_ratio"),
-        ("mone-plan", "cluster.gpu"),
-        ("mone-slurm", "launch.nodes"),
-        ("mone-report", "--output"),
-        ("mone-sample", "max_new_tokens"),
-        ("mone-calibrate", "per=layer"),
-        ("mone-tokenizer", "vocab_size"),
-        ("mone-tokenize", "shard_tokens"),
-        ("mone-verify", "path"),
-    ],
-)
-def test_every_script_explains_its_options(site: Path, script: str, option: str) -> None:
-    assert option in run(site, str(site / "bin" / script), "--help")
+# What each script's --help has to mention.
+OPTIONS = {
+    "mone-pretrain": "activation_ratio",
+    "mone-plan": "cluster.gpu",
+    "mone-slurm": "launch.nodes",
+    "mone-status": "--json",
+    "mone-report": "--output",
+    "mone-sample": "max_new_tokens",
+    "mone-calibrate": "per=layer",
+    "mone-tokenizer": "vocab_size",
+    "mone-tokenize": "shard_tokens",
+    "mone-verify": "path",
+}
+# Runs each script with --help in a child that shares its parent's imports.
+EVERY_SCRIPT = """
+import os, runpy, sys
+import data_prep.tokenize, data_prep.verify, launch.plan, launch.report, launch.slurm, launch.status, train.calibrate
+for script in sys.argv[1:]:
+    print(f"== {os.path.basename(script)}", flush=True)
+    child = os.fork()
+    if child == 0:
+        sys.argv = [script, "--help"]
+        runpy.run_path(script, run_name="__main__")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, script
+"""
+
+
+def test_every_script_explains_its_options(site: Path) -> None:
+    scripts = sorted(path for path in (site / "bin").iterdir() if path.name.startswith("mone-"))
+    assert {script.name for script in scripts} == OPTIONS.keys() == PROJECT["scripts"].keys()
+    shown = run(site, sys.executable, "-c", EVERY_SCRIPT, *map(str, scripts))
+    helps = {name: text for name, _, text in (part.partition("\n") for part in shown.split("== ")[1:])}
+    for script, option in OPTIONS.items():
+        assert option in helps[script]
+
+
+def test_dependencies_are_bounded_by_what_was_run() -> None:
+    """A series that nothing has run does not come in on a plain `pip install`."""
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        major, minor, *_ = Version(tested[requirement.name]).release
+        assert requirement.specifier.contains(tested[requirement.name])
+        assert not requirement.specifier.contains(f"{major + 1}.0"), requirement
+        if requirement.name in ("torch", "megatron-core", "deepspeed", "hydra-core", "omegaconf"):  # their insides are used
+            assert not requirement.specifier.contains(f"{major}.{minor + 1}"), requirement
+
+
+def test_a_plain_install_resolves_to_the_series_that_were_run(tmp_path: Path) -> None:
+    """Without constraints, on this Python; nothing is installed."""
+    report = tmp_path / "report.json"
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "install",
+        "--dry-run",
+        "--ignore-installed",
+        "--no-deps",
+        "--retries",
+        "1",
+    ]
+    done = subprocess.run(
+        [*pip, f"--report={report}", *PROJECT["dependencies"]], capture_output=True, text=True, timeout=300
+    )
+    if re.search("connection|No matching distribution found|Temporary failure|timed out", done.stderr, re.IGNORECASE):
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
+    found = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report.read_text())["install"]}
+    tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert found["megatron-core"] == tested["megatron-core"]
+    assert {name: Version(version).major for name, version in found.items()} == {
+        name: Version(tested[name]).major for name in found
+    }
