@@ -26,8 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from configs.console import UserError, leave_quietly
+from configs.option_types import nearest
 from configs.options_help import paragraphs
-from configs.overrides import explain, nearest, read_overrides, read_sweep_params
+from configs.overrides import check_files, explain, read_overrides, read_sweep_params
 
 
 def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
@@ -49,6 +50,7 @@ def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
             given = [argument for argument in flags.overrides if argument not in sections]
             overrides = read_overrides(hydra, name, given, sweep=flags.multirun)
             config = hydra.compose_config(name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
+            check_files(hydra, name, overrides, config)
             sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
             if flags.help or flags.hydra_help or flags.cfg is not None or flags.info is not None:
                 with redirect_stdout(io.StringIO()) as shown:  # at once, since logging would complain of each line

@@ -8,28 +8,33 @@ value or null typed for an option that holds text is put in quotes, alone, in li
 Whatever does not fit is a UserError on one line, which names the option, its value and what would be right.
 """
 
-import dataclasses
-import difflib
-import math
 import re
 import shlex
-import types
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import BooleanNode, Container, DictConfig, FloatNode, IntegerNode, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException, ValidationError
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from configs.console import UserError
+from configs.option_types import (
+    WANTED,
+    check_value,
+    child_kind,
+    declared,
+    example_of,
+    members_of,
+    nearest,
+    option_names,
+    origin_of,
+    within_mapping,
+)
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from hydra.core.override_parser.types import Override
 
-WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode}
-UNITS = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 CASTS = ("int", "float", "bool", "str", "json_str")
 
 
@@ -71,7 +76,7 @@ def read_sweep_params(config: DictConfig) -> list[str]:
 
     changed = []
     for name, values in (OmegaConf.to_container(config.hydra.sweeper).get("params") or {}).items():  # type: ignore[union-attr]
-        if _declared(config, name) is None:
+        if declared(config, name) is None:
             if name not in config.hydra.runtime.choices:
                 raise UserError(f"hydra.sweeper.params: {name}: no such option; {nearest(name, option_names(config))}")
             continue
@@ -83,36 +88,36 @@ def read_sweep_params(config: DictConfig) -> list[str]:
     return changed
 
 
-def nearest(name: str, names: Iterable[str], *, otherwise: str = "see --help") -> str:
-    """What may have been meant by an unknown name, as the end of a sentence."""
-    names = list(names)
-    section, _, last = name.rpartition(".")
-    parts: dict[str, list[str]] = {}
-    for known in names:
-        parts.setdefault(known.rpartition(".")[2], []).append(known)
-    within = {known.rpartition(".")[2]: known for known in names if known.rpartition(".")[0] == section}
-    found = parts.get(last) or [within[part] for part in difflib.get_close_matches(last, within, 2, 0.7)]
-    found = found or [known for part in difflib.get_close_matches(last, parts, 3, 0.75) for known in parts[part]]
-    found = (found or difflib.get_close_matches(name, names, 3, 0.75))[:3]
-    if not found:
-        return otherwise
-    return f"did you mean {', '.join(found[:-1])}{' or ' * (len(found) > 1)}{found[-1]}?"
+def check_files(hydra: "Hydra", config_name: str, overrides: list[str], config: DictConfig) -> None:
+    """UserError for a number or truth value in a configuration file where the option is text.
+
+    YAML, too, goes by the text: 24:00:00 is the number 86400 there, and nothing tells afterwards what was written.
+    """
+    from hydra.types import RunMode
+
+    loader = hydra.config_loader
+    for default in loader.compute_defaults_list(config_name, overrides, RunMode.MULTIRUN).defaults:
+        found = loader.repository.load_config(default.config_path) if default.config_path else None
+        if found is None or found.is_schema_source or default.config_path.startswith("hydra/"):
+            continue
+        values = OmegaConf.to_container(found.config)
+        package = default.package or ""
+        for name, value in _numbers_for_text(declared(config, package) if package else OmegaConf.get_type(config), values):
+            name = f"{package}.{name}".lstrip(".")
+            raise UserError(f"{default.config_path}.yaml: {name} is read as {value!r}; put the text that it is in quotes")
 
 
-def option_names(config: DictConfig) -> list[str]:
-    """The dotted names of all options, sections too; of Hydra's own, those of the launcher and the folders of a sweep."""
-    return [
-        name
-        for name in _names(config)
-        if not name.startswith("hydra") or name.startswith(("hydra.launcher.", "hydra.sweep.", "hydra.run."))
-    ]
-
-
-def _names(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for key, node in config.items_ex(resolve=False):
-        yield f"{prefix}{key}"
-        if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            yield from _names(node, f"{prefix}{key}.")
+def _numbers_for_text(kind: Any, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What is a number or a truth value within a value of this type, but should be text."""
+    members = {origin_of(member): member for member in members_of(kind)}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers_for_text(child_kind(kind, str(key)), inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list) and list in members:
+        for place, inner in enumerate(value):
+            yield from _numbers_for_text((typing.get_args(members[list]) or (Any,))[0], inner, f"{name}[{place}]")
+    elif str in members and isinstance(value, int | float):
+        yield name, value
 
 
 def _parse(argument: str) -> "Override | None":
@@ -158,9 +163,11 @@ def _points(override: "Override") -> list[Any]:
 
 def _read_option(argument: str, override: "Override | None", config: DictConfig, *, sweep: bool) -> str:
     """One override of an option, checked, and with quotes where its text would not be read as text."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
     key, _, text = argument.partition("=")
     name = override.key_or_group if override is not None else key.lstrip("+~").strip()
-    kind, within = _declared(config, name), _within_mapping(config, name)
+    kind, within = declared(config, name), within_mapping(config, name)
     if kind is None:
         raise UserError(f"{argument}: no such option; {nearest(name, option_names(config))}")
     if override is None:
@@ -175,61 +182,15 @@ def _read_option(argument: str, override: "Override | None", config: DictConfig,
         raise UserError(f"{argument}: an option cannot be removed; give it another value, or null where --help says so")
     if override.is_sweep_override() and not sweep:
         raise UserError(f"{argument}: {_quoted_form(name, kind, text)}. Several values need --multirun")
+    if str in members_of(kind) and text != text.strip() and isinstance(override._value, str | int | float):
+        argument = f"{name}={QuotedString(text, Quote.double).with_quotes()}"  # else without the blanks at its ends
     argument = f"{name}={_edited(argument, kind).partition('=')[2]}"
     edited = _parse(argument)
     assert edited is not None
     for point in _points(edited) if edited.is_discrete_sweep() or not edited.is_sweep_override() else []:
-        _check(name, kind, point, text)
+        check_value(name, kind, point, text)
     # Hydra closes mappings, too, to new names.
-    return f"++{argument}" if within or dict in map(_origin, _members(kind)) else argument
-
-
-def _declared(config: DictConfig, name: str) -> Any:
-    """The type of the option with this dotted name, as its dataclass declares it; None if there is none."""
-    kind: Any = OmegaConf.get_type(config)
-    node: Any = config
-    for part in name.split("."):
-        kind = _child_kind(kind, part)
-        node = node._get_node(part, validate_access=False) if isinstance(node, DictConfig) and not node._is_none() else None
-        if node is not None and (kind is None or kind is Any):
-            kind = OmegaConf.get_type(node) if isinstance(node, Container) else Any
-            kind = Any if kind in (dict, list, None) else kind
-        if kind is None:
-            return None
-    return kind
-
-
-def _within_mapping(config: DictConfig, name: str) -> bool:
-    """Whether the name continues behind that of an option that is a mapping."""
-    parts = name.split(".")
-    above = (_declared(config, ".".join(parts[:length])) for length in range(1, len(parts)))
-    return any(dict in map(_origin, _members(kind)) for kind in above if kind is not None)
-
-
-def _child_kind(kind: Any, part: str) -> Any:
-    """The type of what is called `part` within a value of this type; None if there is no such."""
-    for member in _members(kind):
-        if dataclasses.is_dataclass(member):
-            field = {field.name: field for field in dataclasses.fields(member)}.get(part)
-            if field is not None:
-                # OmegaConf knows no union of text and lists: such a field is Any, and says here what it takes.
-                return field.metadata.get("kind", typing.get_type_hints(member)[part])
-        elif _origin(member) is dict:
-            return (typing.get_args(member) or (Any, Any))[1]
-        elif _origin(member) is list and part.isdigit():
-            return (typing.get_args(member) or (Any,))[0]
-        elif member is Any and kind is not Any:
-            return Any
-    return None
-
-
-def _members(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the only one."""
-    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-
-
-def _origin(kind: Any) -> Any:
-    return typing.get_origin(kind) or kind
+    return f"++{argument}" if within or dict in map(origin_of, members_of(kind)) else argument
 
 
 def _edited(argument: str, kind: Any) -> str:
@@ -252,7 +213,7 @@ def _places(element: Any, kind: Any) -> Iterator[tuple[int, int]]:
     """From and to where text stands in an override that Hydra would read as a number, a truth value or null."""
     from hydra.grammar.gen.OverrideLexer import OverrideLexer
 
-    members = {_origin(member): member for member in _members(kind)}
+    members = {origin_of(member): member for member in members_of(kind)}
     if element.primitive() is not None and str in members:
         tokens = [node.symbol for node in element.primitive().getChildren() if node.symbol.type != OverrideLexer.WS]
         others = {OverrideLexer.INT, OverrideLexer.FLOAT, OverrideLexer.BOOL}
@@ -264,101 +225,19 @@ def _places(element: Any, kind: Any) -> Iterator[tuple[int, int]]:
             yield from _places(child, (typing.get_args(members[list]) or (Any,))[0])
     elif element.dictContainer() is not None:
         for pair in element.dictContainer().dictKeyValuePair():
-            yield from _places(pair.element(), _child_kind(kind, pair.dictKey().getText()))
+            yield from _places(pair.element(), child_kind(kind, pair.dictKey().getText()))
     elif element.function() is not None and element.function().ID().getText() not in CASTS:
         for child in element.function().element():
             yield from _places(child, kind)
 
 
-def _check(name: str, kind: Any, value: Any, text: str) -> None:
-    """UserError unless the value, typed as `text`, fits the type."""
-    members = _members(kind)
-    if kind is None or Any in members or _is_later(value) or (value is None and type(None) in members):
-        return
-    origins = {_origin(member): member for member in members if member is not type(None)}
-    section = next((member for member in members if dataclasses.is_dataclass(member)), None)
-    if isinstance(value, dict) and (section is not None or dict in origins):
-        for key, inner in value.items():
-            inner_kind = _child_kind(kind, str(key))
-            if inner_kind is None:
-                assert section is not None
-                names = [field.name for field in dataclasses.fields(section)]  # type: ignore[arg-type]
-                hint = nearest(str(key), names, otherwise=f"there are {', '.join(names)}")
-                raise UserError(f"{name}={text}: no such option as {key}; {hint}")
-            _check(f"{name}.{key}", inner_kind, inner, str(inner))
-    elif isinstance(value, list) and list in origins:
-        inner_kind = (typing.get_args(origins[list]) or (Any,))[0]
-        for place, inner in enumerate(value):
-            if dataclasses.is_dataclass(inner_kind) and not isinstance(inner, dict):
-                raise UserError(f"{name}={text}: must be {_wanted(name, kind, value, str(inner))}")
-            _check(f"{name}[{place}]", inner_kind, inner, str(inner))
-    elif isinstance(value, dict | list) or not any(_converts(member, value) for member in origins):
-        raise UserError(f"{name}={text}: must be {_wanted(name, kind, value, text)}")
-
-
-def _is_later(value: Any) -> bool:
-    """Whether the value is known only when everything else is: an interpolation, or left out."""
-    return isinstance(value, str) and ("${" in value or value == "???")
-
-
-def _converts(kind: Any, value: Any) -> bool:
-    """Whether OmegaConf would make this type out of the value, neither a list nor a mapping."""
-    if kind is str:
-        return value is not None
-    try:
-        return kind in NODES and NODES[kind](value=value, is_optional=False) is not None
-    except ValidationError:
-        return False
-
-
-def _wanted(name: str, kind: Any, value: Any, text: str) -> str:
-    """What would have been right, and how to write it."""
-    members = [member for member in _members(kind) if member is not type(None)]
-    null = ", or null" if type(None) in _members(kind) else ""
-    first = members[0]
-    if dataclasses.is_dataclass(first):
-        names = [field.name for field in dataclasses.fields(first)]
-        return f"given option by option, like {name}.{names[0]}=VALUE"
-    if _origin(first) is dict:
-        return "a mapping, like " + shlex.quote(f"{name}={{NAME: VALUE}}")
-    if _origin(first) is list:
-        return "a list, like " + shlex.quote(f"{name}={_example(first, text)}") + null
-    if first is str:
-        return "text, like " + shlex.quote(f"{name}={_example(first, text)}") + null
-    if first is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
-        return f"a whole number, like {name}={int(value)}{null}"
-    unit = re.fullmatch(r"([0-9.]+) ?([kmbgt])", text.lower()) if first is float else None
-    example = f", like {name}={unit[1]}e{UNITS[unit[2]]}" if unit else ""
-    return f"{WANTED.get(first, 'of another type')}{example}{null}"
-
-
 def _quoted_form(name: str, kind: Any, text: str) -> str:
     """How to write what Hydra cannot read, or reads as something else."""
-    members = [member for member in _members(kind) if member is not type(None)]
-    example = _example(members[0], text)
+    members = [member for member in members_of(kind) if member is not type(None)]
+    example = example_of(members[0], text)
     if example == text:
         return f"cannot be read as {WANTED.get(members[0], 'a value')}"
     return f"has characters of Hydra's syntax; as text it is given in quotes, like {shlex.quote(f'{name}={example}')}"
-
-
-def _example(kind: Any, text: str) -> str:
-    """The text as a value of the type."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    if _origin(kind) is list:
-        inner = text[1:-1].strip() if text.startswith("[") and text.endswith("]") else text
-        return f"[{_example((typing.get_args(kind) or (Any,))[0], inner)}]"
-    if dataclasses.is_dataclass(kind):
-        if text.startswith("{"):  # where in it the fault is, nobody knows
-            return f'{{{dataclasses.fields(kind)[0].name}: "VALUE"}}'
-        return f"{{{dataclasses.fields(kind)[0].name}: {text if _is_plain(text) else _example(str, text)}}}"
-    if kind is str or kind is Any:
-        return QuotedString(text, Quote.double).with_quotes()
-    return text
-
-
-def _is_plain(text: str) -> bool:
-    return bool(text) and not set(text) & set("\\()[]{}:=, \t'\"$")
 
 
 def explain(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep import tokenize, verify
+from data_prep import tokenize, tokenizer, verify
 from launch import plan, slurm
 from tests.conftest import ROOT
 from tests.tiny import make_shards
@@ -23,6 +23,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "slurm": slurm.main,
     "sample": sample.main,
     "calibrate": calibrate.main,
+    "tokenizer": tokenizer.main,
     "tokenize": tokenize.main,
     "verify": verify.main,
 }
@@ -134,6 +135,9 @@ def test_a_mistake_in_a_file_of_ones_own_is_told_with_its_name(call_main: Callab
         ("type", "# @package _global_\ntraining: {steps: many}\n", ["experiment/type", "training.steps", "many"]),
         ("yaml", "# @package _global_\nmodel: {activation: [\n", ["yaml.yaml", "line 3"]),
         ("file", "# @package _global_\ndefaults: [nothing]\n", ["experiment/nothing"]),
+        ("text", "# @package _global_\nrun: {name: 2024_10_01}\n", ["experiment/text.yaml: run.name is read as 20241001"]),
+        ("time", "# @package _global_\nrun: {time_limit: 24:00:00}\n", ["experiment/time.yaml: run.time_limit is read as"]),
+        ("path", "# @package data\nblend: [{path: 1e3, weight: 2}]\n", ["experiment/path.yaml: data.blend[0].path is read"]),
         ("swept", "# @package _global_\nhydra: {sweeper: {params: {run.sed: '1,2'}}}\n", ["did you mean run.seed?"]),
     ]:
         (folder / f"{name}.yaml").write_text(text)
@@ -153,7 +157,7 @@ def test_a_mistake_in_a_file_of_ones_own_is_told_with_its_name(call_main: Callab
         ),
         (
             "pretrain",
-            {"run.name": "0123", "run.dir": "2024-10-01", "logging.wandb_group": "1_0", "resume": "nan"},
+            {"run.name": "0123", "run.dir": " 1 ", "logging.wandb_group": "1_0", "resume": "nan"},
         ),
         ("pretrain", {"run.name": "true", "run.dir": ".5", "logging.wandb_group": "False", "logging.wandb_entity": "inf"}),
         ("tokenize", {"corpus.path": "2024_10_01", "corpus.revision": "12e4567", "corpus.name": "007", "output": "1.50"}),
@@ -283,3 +287,20 @@ def test_the_job_in_docs_can_be_submitted_with_data(call_main: Callable[..., Any
     code, out, err = call_main(slurm.main, *shlex.split(arguments))
     assert (code, err) == (0, "")
     assert "#SBATCH --nodes=8" in out
+
+
+def test_commands_in_the_documentation_compose(call_main: Callable[..., Any]) -> None:
+    lines = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text().replace("\\\n", ""), re.MULTILINE | re.DOTALL):
+            lines += [line.strip() for line in block.splitlines() if line.strip().startswith("mone-")]
+    composed = 0
+    for line in lines:
+        command, *arguments = shlex.split(line, comments=True)
+        main = COMMANDS.get(command.removeprefix("mone-"))
+        if main is None or {"--help", "--multirun"} & set(arguments):
+            continue
+        code, _, err = call_main(main, *(argument for argument in arguments if argument != "--dry-run"), "--cfg", "job")
+        assert code == 0, f"{line}: {err}"
+        composed += 1
+    assert composed >= 10
