@@ -21,7 +21,7 @@ from omegaconf.errors import ValidationError
 from configs.console import UserError
 
 WANTED = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-NODES = {int: IntegerNode, float: FloatNode, bool: BooleanNode}
+NODES: dict[Any, Any] = {int: IntegerNode, float: FloatNode, bool: BooleanNode}
 UNITS = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
 
@@ -85,7 +85,7 @@ def check_value(name: str, kind: Any, value: Any, text: str) -> None:
             inner_kind = child_kind(kind, str(key))
             if inner_kind is None:
                 assert section is not None
-                names = [field.name for field in dataclasses.fields(section)]  # type: ignore[arg-type]
+                names = [field.name for field in dataclasses.fields(section)]
                 hint = nearest(str(key), names, otherwise=f"there are {', '.join(names)}")
                 raise UserError(f"{name}={text}: no such option as {key}; {hint}")
             check_value(f"{name}.{key}", inner_kind, inner, str(inner))
@@ -182,6 +182,7 @@ def option_names(config: DictConfig) -> list[str]:
 
 def _names(config: DictConfig, prefix: str = "") -> Iterator[str]:
     for key, node in config.items_ex(resolve=False):
-        yield f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
+        yield name
         if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
-            yield from _names(node, f"{prefix}{key}.")
+            yield from _names(node, f"{name}.")

@@ -51,7 +51,7 @@ def paragraphs(kind: type[Any], prefix: str = "") -> dict[str, str]:
             for node, text in zip(body.body, body.body[1:], strict=False)
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(text, ast.Expr)
         }
-    found = {}
+    found: dict[str, str] = {}
     for field in fields(kind):
         name = prefix + field.name
         if is_dataclass(field.type):

@@ -97,14 +97,15 @@ def check_files(hydra: "Hydra", config_name: str, overrides: list[str], config: 
 
     loader = hydra.config_loader
     for default in loader.compute_defaults_list(config_name, overrides, RunMode.MULTIRUN).defaults:
-        found = loader.repository.load_config(default.config_path) if default.config_path else None
-        if found is None or found.is_schema_source or default.config_path.startswith("hydra/"):
+        path = default.config_path
+        found = loader.repository.load_config(path) if path else None  # type: ignore[attr-defined]
+        if found is None or found.is_schema_source or path.startswith("hydra/"):
             continue
         values = OmegaConf.to_container(found.config)
         package = default.package or ""
         for name, value in _numbers_for_text(declared(config, package) if package else OmegaConf.get_type(config), values):
             name = f"{package}.{name}".lstrip(".")
-            raise UserError(f"{default.config_path}.yaml: {name} is read as {value!r}; put the text that it is in quotes")
+            raise UserError(f"{path}.yaml: {name} is read as {value!r}; put the text that it is in quotes")
 
 
 def _numbers_for_text(kind: Any, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
