@@ -23,7 +23,7 @@ from mone_model.expert_methods import GEMMS
 from mone_model.kernels import cpu
 from mone_model.loss_record import LossRecord
 from mone_model.neuron_balance import neuron_balance_loss, sum_by_expert
-from mone_model.neuron_selection import Selection, select_and_gate, select_neurons, unpack
+from mone_model.neuron_selection import Selection, scores_of, select_and_gate, select_neurons, unpack
 from mone_model.neuron_stats import NeuronCounters
 
 
@@ -130,10 +130,10 @@ class NeuronExperts(MegatronModule):
     def _select(self, active_NH: torch.Tensor) -> Selection:
         """The neurons kept, over all ranks that share the experts."""
         if self.threshold is not None:
-            return Selection(active_NH.abs() >= self.threshold, active_NH.new_full(active_NH.shape[:1], self.threshold))
+            return Selection(scores_of(active_NH) >= self.threshold, active_NH.new_full(active_NH.shape[:1], self.threshold))
         if self.active_neurons < self.num_neurons:
             return select_neurons(active_NH, self.active_neurons, self._split_group)
-        smallest_N = active_NH.detach().abs().amin(-1)
+        smallest_N = scores_of(active_NH).amin(-1)
         if self._split_group is not None:
             dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=self._split_group)
         return Selection(torch.ones_like(active_NH, dtype=torch.bool), smallest_N)

@@ -5,7 +5,9 @@ logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -50,9 +52,26 @@ def build_gpt(
             rotary_base=model.rotary_base,
             vp_stage=vp_stage,
         )
+    if gpt.post_process and model.vocab_size != model.padded_vocab_size:
+        gpt.output_layer.register_forward_hook(functools.partial(_mask_padding, model))
     if not meta:
         draw_initial_weights(gpt, seed=seed)
     return gpt
+
+
+def _mask_padding(model: ModelConfig, layer: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+    """Give the rows of the embedding that are no tokens the smallest logit there is, in place.
+
+    Their share of every softmax is then exactly 0, and so is their gradient. The smallest number and not -inf: a rank may
+    hold nothing but padding, and -inf minus the largest logit there is not a number.
+    """
+    logits = output[0]
+    width = logits.size(-1)
+    first = 0 if width == model.padded_vocab_size else parallel_state.get_tensor_model_parallel_rank() * width
+    tokens = max(0, model.vocab_size - first)
+    if tokens < width:
+        # By autograd this would copy the gradient of all logits.
+        logits.detach()[..., tokens:] = torch.finfo(logits.dtype).min
 
 
 @contextlib.contextmanager

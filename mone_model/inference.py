@@ -20,6 +20,7 @@ from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
 from mone_model.experts import NeuronExperts
 from mone_model.gpt import moe_layers
 from mone_model.kernels import cpu
+from mone_model.neuron_selection import scores_of
 
 
 def prepare_inference(model: torch.nn.Module, thresholds_L: Sequence[float] | None = None) -> int:
@@ -55,7 +56,7 @@ def counting_magnitudes(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     def count(layer: int, experts: NeuronExperts, inputs: tuple[torch.Tensor, ...]) -> None:
         x_ND, tokens_E = inputs[:2]
         gate_NH = expert_gemm_loop(x_ND, experts.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
-        bits = ACTIVATIONS[experts.activation](gate_NH).float().abs().view(torch.int32) >> _DROPPED_BITS
+        bits = scores_of(ACTIVATIONS[experts.activation](gate_NH).float()).view(torch.int32) >> _DROPPED_BITS
         counts_LM[layer] += torch.bincount(bits.flatten(), minlength=2**16).cpu()
 
     with contextlib.ExitStack() as hooks:

@@ -11,6 +11,7 @@ expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask. Sou
 """
 
 import importlib.util
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,19 +28,24 @@ class Selection(NamedTuple):
     mask_NH: torch.Tensor
     """[N, h] bool, exactly K true per row over all ranks of the expert."""
     threshold_N: torch.Tensor
-    """[N] the K-th largest |gate| of the row: the smallest that was kept."""
+    """[N] the K-th largest |gate| of the row: the smallest that was kept, and infinite where that is not a number."""
+
+
+def scores_of(gate: torch.Tensor) -> torch.Tensor:
+    """|gate|, by which neurons are ranked, without a gradient. NaN ranks as infinity, so that exactly K are always kept."""
+    return gate.detach().abs().nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def select_neurons_reference(gate_NH: torch.Tensor, k: int) -> Selection:
     """What `select_neurons` means, by a stable sort; every faster form must give the same mask, ties included."""
-    score_NH = gate_NH.detach().abs()
+    score_NH = scores_of(gate_NH)
     order_NH = score_NH.argsort(dim=-1, descending=True, stable=True)
     mask_NH = torch.zeros_like(score_NH, dtype=torch.bool).scatter_(-1, order_NH[:, :k], True)
     return Selection(mask_NH, score_NH.gather(-1, order_NH[:, k - 1 : k]).squeeze(-1))
 
 
 def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | None = None) -> Selection:
-    """Keep the k neurons of each row with the largest |gate|; among equals the lower neuron index wins.
+    """Keep the k neurons of each row with the largest |gate|; NaN ranks as infinity, among equals the lower index wins.
 
     gate_NH: [N, h] the gate *after* its activation. SiLU(-8) is nearly 0 and loses to SiLU(0.5).
     k: neurons to keep, 1 <= k <= H, counted over all ranks of `group`.
@@ -52,7 +58,7 @@ def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | Non
     rows, neurons = gate_NH.shape
     if not 1 <= k <= neurons * ranks:
         raise ValueError(f"k={k}: must be between 1 and the number of neurons, {neurons * ranks}")
-    score_NH = gate_NH.detach().abs()
+    score_NH = scores_of(gate_NH)
     candidates_NC = score_NH.topk(min(k, neurons), dim=-1, sorted=False).values
     if ranks == 1:
         threshold_N1 = candidates_NC.amin(-1, keepdim=True)
@@ -79,16 +85,17 @@ class Gated(NamedTuple):
     masks_NW: torch.Tensor
     """[N, W] int16: bit j % 16 of word j // 16 is neuron j; `unpack` reads it."""
     threshold_N: torch.Tensor
-    """[N] fp32: the K-th largest |act(gate)| of the row."""
+    """[N] fp32: the K-th largest |act(gate)| of the row; infinite where that is not a number."""
 
 
 def select_and_gate_reference(
     gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor, k: int, activation: str = "silu"
 ) -> Gated:
     """What `select_and_gate` means, differentiated by autograd."""
-    active_NH = ACTIVATIONS[activation](gate_NH.float())
-    kept = select_neurons_reference(active_NH, k)
-    hidden_NH = active_NH * up_NH.float() * probs_N.float()[:, None] * kept.mask_NH
+    kept = select_neurons_reference(_activate(gate_NH, activation), k)
+    # Before they are multiplied: 0 times NaN is NaN.
+    gate_NH, up_NH = (tensor.masked_fill(~kept.mask_NH, 0) for tensor in (gate_NH, up_NH))
+    hidden_NH = _activate(gate_NH, activation) * up_NH.float() * probs_N.float()[:, None]
     return Gated(hidden_NH.to(gate_NH.dtype), pack(kept.mask_NH), kept.threshold_N)
 
 
@@ -98,8 +105,9 @@ def select_and_gate(
     """Activate the gate, keep each row's k neurons with the largest |act(gate)| and multiply them with up and weight.
 
     gate_NH, up_NH: [N, H] *before* the activation, in one dtype; all is computed in fp32. probs_N: [N] routing weights.
-    k: neurons to keep, 1 <= k <= H; among equals the lower index wins. Differentiable in the first three. The backward
-    pass keeps gate and up of the k neurons only, and a bit for each of the H.
+    k: neurons to keep, 1 <= k <= H; NaN ranks as infinity, among equals the lower index wins. Differentiable in the first
+    three. The backward pass keeps gate and up of the k neurons only, and a bit for each of the H. act(-inf) is the limit:
+    0, where torch's SiLU and GELU give NaN.
 
     Raises ValueError if k is out of range.
     """
@@ -107,6 +115,15 @@ def select_and_gate(
         raise ValueError(f"k={k}: must be between 1 and the number of neurons, {gate_NH.size(1)}")
     hidden_NH, masks_NW, _, _, threshold_N = torch.ops.mone.select_and_gate(gate_NH, up_NH, probs_N, k, activation)
     return Gated(hidden_NH, masks_NW, threshold_N)
+
+
+# In place of infinity, which torch's activations and their gradients multiply by 0.
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
+    """act(gate) in fp32."""
+    return ACTIVATIONS[activation](gate.float().clamp_min(-_LARGEST))
 
 
 def pack(mask_NH: torch.Tensor) -> torch.Tensor:
@@ -139,9 +156,9 @@ def _select_and_gate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if kernels := _kernels_for(gate):
         return kernels.select_and_gate(gate, up, probs, k, activation)
-    active = ACTIVATIONS[activation](gate.float())
+    active = _activate(gate, activation)
     mask, threshold = select_neurons(active, k)
-    hidden = (active * up.float() * probs.float()[:, None] * mask).to(gate.dtype)
+    hidden = (active * up.float() * probs.float()[:, None]).masked_fill_(~mask, 0).to(gate.dtype)
     return hidden, pack(mask), gate[mask].view(-1, k), up[mask].view(-1, k), threshold
 
 
@@ -161,7 +178,7 @@ def _(gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activat
 _ACTIVATION_GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "silu": lambda gradient, x: torch.ops.aten.silu_backward(gradient, x),
     "gelu": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x),
-    "relu": lambda gradient, x: gradient * (x > 0),
+    "relu": lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
     "sigmoid": lambda gradient, x: torch.ops.aten.sigmoid_backward(gradient, x.sigmoid()),
     "relu_squared": lambda gradient, x: 2 * gradient * x.relu(),
 }
@@ -175,8 +192,8 @@ def _select_and_gate_backward(
         return kernels.select_and_gate_backward(dhidden, masks, gates, ups, probs, activation)
     mask = unpack(masks, dhidden.size(1))
     dkept, kept_up, weight = dhidden[mask].view_as(gates).float(), ups.float(), probs.float()[:, None]
-    kept_gate = gates.float()
-    active = ACTIVATIONS[activation](kept_gate)
+    kept_gate = gates.float().clamp(-_LARGEST, _LARGEST)
+    active = _activate(gates, activation)
     dkept_gate = _ACTIVATION_GRADIENTS[activation](dkept * kept_up * weight, kept_gate)
     dgate, dup = torch.zeros_like(dhidden), torch.zeros_like(dhidden)
     dgate[mask] = dkept_gate.flatten().to(dgate.dtype)

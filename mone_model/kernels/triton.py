@@ -25,14 +25,17 @@ import triton
 import triton.language as tl
 
 MAX_NEURONS = 16384  # two counts share 32 bits, and more would not stay in registers
+LOWEST: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).min)
+INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of infinity; those of NaN are larger
 
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
+    # Of -inf the limit, 0, in place of 0 times infinity.
     if ACTIVATION == "silu":
-        return x / (1 + tl.exp(-x))
+        return tl.where(x < LOWEST, 0.0, x / (1 + tl.exp(-x)))
     elif ACTIVATION == "gelu":
-        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+        return tl.where(x < LOWEST, 0.0, 0.5 * x * (1 + tl.erf(x * 0.7071067811865476)))
     elif ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, x)
     elif ACTIVATION == "sigmoid":
@@ -44,10 +47,13 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _slope(x, ACTIVATION: tl.constexpr):
+    # Where they reach their limits, so that infinity is not multiplied by 0; NaN stays.
     if ACTIVATION == "silu":
+        x = tl.where(x > 128, 128.0, tl.where(x < -128, -128.0, x))
         sigmoid = 1 / (1 + tl.exp(-x))
         return sigmoid * (1 + x * (1 - sigmoid))
     elif ACTIVATION == "gelu":
+        x = tl.where(x > 64, 64.0, tl.where(x < -64, -64.0, x))
         density = tl.exp(-0.5 * x * x) * 0.3989422804014327
         return 0.5 * (1 + tl.erf(x * 0.7071067811865476)) + x * density
     elif ACTIVATION == "relu":
@@ -135,8 +141,8 @@ def forward_kernel(
 
     neuron = tl.arange(0, BLOCK)
     active = _activate(tl.load(gate_ptr + neuron, mask=neuron < neurons, other=0).to(tl.float32), ACTIVATION)
-    # Bits of floats without sign are ordered as they are; those of NaN are the largest.
-    bits = tl.where(neuron < neurons, active.to(tl.int32, bitcast=True) & 0x7FFFFFFF, -1)
+    # Bits of floats without sign are ordered as they are; NaN counts as infinity.
+    bits = tl.where(neuron < neurons, tl.minimum(active.to(tl.int32, bitcast=True) & 0x7FFFFFFF, INFINITE), -1)
     mean = tl.sum(tl.where(neuron < neurons, tl.abs(active), 0)) / neurons
     threshold = _kth_largest(bits, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, k, neurons, GRAIN)
     tl.store(threshold_ptr + row, threshold.to(tl.float32, bitcast=True))
@@ -258,7 +264,7 @@ def select_and_gate(
 
     Returns hidden [N, H]; masks [N, W] int16; gates and ups [N, k], those of the neurons kept in ascending order; threshold
     [N] fp32, the k-th largest |act(gate)|. All but masks and threshold are in the dtype of gate. Exactly k are kept whatever
-    a row holds; NaN ranks highest.
+    a row holds; NaN ranks as infinity.
     """
     gate, up, probs = _rows(gate), _rows(up), probs.contiguous()
     rows, neurons = gate.shape

@@ -1,5 +1,6 @@
 """The CPU kernels, compiled for processors of other kinds, compute the same."""
 
+import math
 import platform
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,6 +46,17 @@ def everything() -> list[torch.Tensor]:
         gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
+        # Infinite, not a number, and where exponentials leave the range of fp32.
+        scales = [0.0, 1.0, 40.0, 88.5, 88.8, 1e4, 1e38, math.inf]
+        gate = torch.tensor([[math.nan, *scales, *(-scale for scale in scales)]]).to(dtype).requires_grad_()
+        up = torch.ones_like(gate)
+        for activation in cpu.ACTIVATIONS:
+            for k in (1, 2, 9, 17):
+                results.append(select_and_gate(gate, up, torch.ones(1), k, activation).masks_NW)
+            gated = select_and_gate(gate, up, torch.ones(1), 17, activation)
+            results += [gated.hidden_NH[:, 1:], torch.autograd.grad(gated.hidden_NH, gate, up)[0][:, 1:]]
+        y = cpu_swiglu.swiglu(torch.cat([gate, up], dim=1))
+        results += [y[:, 1:], torch.autograd.grad(y, gate, up)[0][:, 1:]]
         gate_up_N2H = random(70, 46).to(dtype).requires_grad_()
         y = cpu_swiglu.swiglu(gate_up_N2H)
         results += [y, *torch.autograd.grad(y, [gate_up_N2H], random(70, 23).to(dtype))]
@@ -54,11 +66,16 @@ def everything() -> list[torch.Tensor]:
     qkv = [random(500, 1, heads, 46).requires_grad_() for heads in (4, 2, 2)]
     context = cpu_attention.attend(*qkv)
     results += [context, *torch.autograd.grad(context, qkv, random(500, 1, 4, 46))]
+    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     logits = random(30, 48).requires_grad_()
+    padded = torch.full((3, 32), torch.finfo(torch.float32).min)
+    padded[:, :5] = random(3, 5)
+    padded.requires_grad_()
+    losses = cpu_cross_entropy.cross_entropy(padded * 1, torch.arange(3), group)
+    results += [losses, *torch.autograd.grad(losses.sum(), padded)]
     scores, chosen = cpu_router.route(logits, 5, over_all=False)
     rows, probs_of_rows, token_of_rows = cpu_permutation.permute(random(30, 45), chosen, scores)
     results.append(cpu_permutation.unpermute(rows * probs_of_rows[:, None], token_of_rows, 30))
-    group: Any = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     losses = cpu_cross_entropy.cross_entropy(scores * 9, torch.arange(30), group)
     results += [chosen, losses, *torch.autograd.grad(losses, [logits], random(30))]
     return [result.detach() for result in results]

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mone_model.config import ACTIVATIONS
-from mone_model.kernels import cpu, cpu_library
+from mone_model.kernels import cpu, cpu_library, cpu_swiglu
 from mone_model.neuron_selection import (
     pack,
     select_and_gate,
@@ -15,6 +16,7 @@ from mone_model.neuron_selection import (
     select_neurons_reference,
     unpack,
 )
+from tests.tiny import EXTREMES
 
 # Few distinct values, so that ties are the rule.
 TIED_ROWS = st.integers(1, 40).flatmap(
@@ -137,14 +139,111 @@ def test_gating_finds_thresholds_of_any_scale(scale: float) -> None:
             assert torch.equal(ours, theirs)
 
 
-def test_gating_keeps_exactly_k_whatever_a_row_holds() -> None:
-    nan, infinity = float("nan"), float("inf")
-    rows = [[nan], [nan, 1.0, -nan, 2.0, 0.5], [infinity, -infinity, 1.0], [0.0], [-nan, infinity], [3.0, 2.0, 1.0]]
-    gate_NH = torch.tensor([(row * 37)[:37] for row in rows])
-    gate_NH[4, 0] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # the last of all NaN
-    for k in (1, 5, 20, 36, 37):
-        gated = select_and_gate(gate_NH, torch.ones(6, 37), torch.ones(6), k)
-        assert unpack(gated.masks_NW, 37).sum(1).tolist() == [k] * 6
+NAN, INFINITY = float("nan"), float("inf")
+LAST_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()  # of all NaN the one with the largest bits
+# All NaN, some, fewer or more than are kept, and infinities among them.
+BROKEN_ROWS = st.integers(1, 40).flatmap(
+    lambda neurons: st.lists(
+        st.one_of(
+            st.lists(st.sampled_from(values), min_size=neurons, max_size=neurons)
+            for values in (
+                [NAN, LAST_NAN],
+                [NAN, -INFINITY, INFINITY],
+                [NAN, -NAN, INFINITY, -INFINITY, 0.0, -1.0, 2.0, 1e38],
+            )
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+
+
+def best_of(scores: list[float], k: int) -> set[int]:
+    """The k largest, NaN as infinity, the lower index first among equals."""
+    ranked = [INFINITY if math.isnan(score) else abs(score) for score in scores]
+    return set(sorted(range(len(ranked)), key=lambda j: (-ranked[j], j))[:k])
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=BROKEN_ROWS, data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_selection_keeps_exactly_k_whatever_a_row_holds(
+    rows: list[list[float]], data: st.DataObject, dtype: torch.dtype
+) -> None:
+    gate_NH = torch.tensor(rows).to(dtype)
+    k = data.draw(st.integers(1, gate_NH.size(1)))
+    for select in (select_neurons, select_neurons_reference):
+        kept = select(gate_NH, k)
+        assert [set(row.nonzero()[:, 0].tolist()) for row in kept.mask_NH] == [best_of(row, k) for row in rows]
+        assert not kept.threshold_N.isnan().any()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=BROKEN_ROWS,
+    data=st.data(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+)
+def test_gating_keeps_exactly_k_whatever_a_row_holds(
+    kernels: bool, rows: list[list[float]], data: st.DataObject, dtype: torch.dtype, activation: str
+) -> None:
+    gate_NH = torch.tensor(rows).to(dtype).requires_grad_()
+    k = data.draw(st.integers(1, gate_NH.size(1)))
+    ones_NH = torch.ones_like(gate_NH, requires_grad=True)
+    expected = select_and_gate_reference(gate_NH, ones_NH, torch.ones(len(rows)), k, activation)
+    with pytest.MonkeyPatch.context() as patch:
+        if not kernels:
+            patch.setattr(cpu, "available", lambda: False)
+        gated = select_and_gate(gate_NH, ones_NH, torch.ones(len(rows)), k, activation)
+        gradients = torch.autograd.grad(gated.hidden_NH, [gate_NH, ones_NH], torch.ones_like(gate_NH))
+    mask_NH = unpack(gated.masks_NW, gate_NH.size(1))
+    assert mask_NH.sum(1).tolist() == [k] * len(rows)
+    assert torch.equal(gated.masks_NW, expected.masks_NW)
+    torch.testing.assert_close(gated.threshold_N, expected.threshold_N)
+    assert torch.equal(gated.hidden_NH.isfinite(), expected.hidden_NH.isfinite())
+    for tensor in (gated.hidden_NH, *gradients):
+        assert not tensor[~mask_NH].any()
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_their_gradients_reach_their_limits(
+    kernels: bool, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    ones_1H = torch.ones(1, len(EXTREMES), dtype=dtype)
+    gate_1H = torch.tensor([EXTREMES]).to(dtype).requires_grad_()
+    active_1H = select_and_gate(gate_1H, ones_1H, torch.ones(1), len(EXTREMES), activation).hidden_NH
+    (slope_1H,) = torch.autograd.grad(active_1H, gate_1H, ones_1H)
+    exact_1H = gate_1H.detach().float().requires_grad_()
+    expected_1H = ACTIVATIONS[activation](exact_1H)
+    (expected_slope_1H,) = torch.autograd.grad(expected_1H.sum(), exact_1H)
+    for ours, right in ((active_1H, expected_1H), (slope_1H, expected_slope_1H)):
+        torch.testing.assert_close(ours, right.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-36)
+    limits_1H = torch.tensor([[-INFINITY, INFINITY]], dtype=dtype, requires_grad=True)
+    active_1H = select_and_gate(limits_1H, torch.ones_like(limits_1H), torch.ones(1), 2, activation).hidden_NH
+    (slope_1H,) = torch.autograd.grad(active_1H, limits_1H, torch.ones_like(limits_1H))
+    assert active_1H[0, 0] == 0
+    if kernels or activation != "gelu":  # torch's GELU of infinity is NaN, which ranks the same
+        assert active_1H[0, 1] == (1.0 if activation == "sigmoid" else INFINITY)
+    if activation != "relu_squared":
+        assert slope_1H.tolist() == [[0.0, 0.0 if activation == "sigmoid" else 1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_shared_experts_swiglu_reaches_its_limits(dtype: torch.dtype) -> None:
+    gate_H = torch.tensor([*EXTREMES, -INFINITY]).to(dtype)
+    gate_up_2H = torch.cat([gate_H, torch.ones_like(gate_H)]).requires_grad_()
+    y_H = cpu_swiglu.swiglu(gate_up_2H[None])[0]
+    (slope_2H,) = torch.autograd.grad(y_H, gate_up_2H, torch.ones_like(y_H))
+    exact_H = gate_H.float().clamp_min(-1e38).requires_grad_()
+    expected_H = torch.nn.functional.silu(exact_H)
+    (expected_slope_H,) = torch.autograd.grad(expected_H.sum(), exact_H)
+    for ours, right in ((y_H, expected_H), (slope_2H, torch.cat([expected_slope_H, expected_H]))):
+        torch.testing.assert_close(ours, right.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-36)
 
 
 def test_gating_is_a_proper_operator_of_torch() -> None:

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mone_model.config import ACTIVATIONS
 from mone_model.neuron_selection import select_and_gate_reference, unpack
+from tests.tiny import EXTREMES
 
 # The interpreters before it fail with numpy 2.4; their compilers do not.
 pytest.importorskip("triton", minversion="3.7")
@@ -191,15 +192,30 @@ def test_keeps_exactly_k_and_stays_in_bounds_whatever_a_row_holds(interpreter: I
         mask_NH = unpack(masks_NW, 37)
         assert mask_NH.sum(1).tolist() == [k] * 6
         torch.testing.assert_close(gates_NK.flatten(), gate_NH[mask_NH], rtol=0, atol=0, equal_nan=True)
-        nan_NH = torch.nn.functional.silu(gate_NH.float()).isnan()
-        assert (mask_NH & nan_NH).sum(1).tolist() == nan_NH.sum(1).clamp(max=k).tolist()
-        reference = select_and_gate_reference(gate_NH[-1:], up_NH[-1:], torch.ones(1), k)
-        assert torch.equal(masks_NW[-1:], reference.masks_NW)
+        reference = select_and_gate_reference(gate_NH, up_NH, torch.ones(6), k)
+        assert torch.equal(masks_NW, reference.masks_NW)
+        torch.testing.assert_close(threshold_N, reference.threshold_N, rtol=2e-6, atol=0)
         dgate_NH, dup_NH, _ = interpreter(
             "select_and_gate_backward", gate_NH, masks_NW, gates_NK, ups_NK, torch.full((6,), nan), "silu"
         )
         assert not dgate_NH[~mask_NH].any()
         assert not dup_NH[~mask_NH].any()
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_and_their_gradients_reach_their_limits(interpreter: Interpreter, activation: str) -> None:
+    gate_1H = torch.tensor([[*EXTREMES, -float("inf"), float("inf")]], requires_grad=True)
+    ones_1H, one = torch.ones_like(gate_1H), torch.ones(1)
+    neurons = gate_1H.size(1)
+    active_1H, *kept, _ = interpreter("select_and_gate", gate_1H.detach(), ones_1H, one, neurons, activation)
+    slope_1H, *_ = interpreter("select_and_gate_backward", ones_1H, *kept, one, activation)
+    expected_1H = ACTIVATIONS[activation](gate_1H)
+    (expected_slope_1H,) = torch.autograd.grad(expected_1H.sum(), gate_1H)
+    for ours, right in ((active_1H, expected_1H), (slope_1H, expected_slope_1H)):
+        torch.testing.assert_close(ours[:, :-2], right[:, :-2], rtol=1e-6, atol=1e-36)
+    assert active_1H[0, -2:].tolist() == [0.0, 1.0 if activation == "sigmoid" else float("inf")]
+    if activation != "relu_squared":
+        assert slope_1H[0, -2:].tolist() == [0.0, 0.0 if activation == "sigmoid" else 1.0]
 
 
 def test_says_what_it_can_serve(interpreter: Interpreter) -> None:

@@ -48,9 +48,9 @@ void add_kept(const float *x, const T *up, const T *down, int64_t width, const u
   }
 }
 
-// The neurons of a chunk whose magnitude reaches the threshold.
+// The neurons of a chunk whose magnitude reaches the threshold; NaN reaches every one.
 void mark_by_threshold(const float *active, int64_t neurons, float threshold, uint16_t *mask) {
-  mark(rounded_up(neurons), mask, [&](int j) { return magnitude(load(active + j)) >= all(threshold); });
+  mark(rounded_up(neurons), mask, [&](int j) { return ~(magnitude(load(active + j)) < all(threshold)); });
   if (neurons % WORD != 0) mask[neurons / WORD] &= (1 << neurons % WORD) - 1;
 }
 

@@ -143,9 +143,11 @@ inline int32_t smallest(Integers value) {
 }
 
 // Mark the neurons of the `kept` largest magnitudes, lower index first among equals; the bits of the smallest of them.
-// Bits of floats without sign are ordered as they are. active: filled up with zeros. guess: of the result.
+// NaN counts as infinity. Bits of floats without sign are ordered as they are. active: filled up with zeros. guess: of the
+// result.
 int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16_t *mask) {
-  constexpr int64_t TOP = int64_t(1) << 31;  // beyond every NaN
+  constexpr int32_t INFINITE = 0x7f800000;  // the bits of NaN are larger
+  constexpr int64_t TOP = INFINITE + 1;
   const int padded = rounded_up(neurons);
   const auto row = [&](int j) { return reinterpret_cast<Integers>(magnitude(load(active + j))); };
   // AVX2 has no "greater or equal".
@@ -189,8 +191,8 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
   });
   // Several may have the magnitude `low`, and not all of them fit: the last go.
   for (int j = padded - 1; at_low > kept; j--)
-    if (row(j / LANES * LANES)[j % LANES] == low) mask[j / WORD] &= ~(1 << j % WORD), at_low--;
-  return smallest(least);
+    if (std::min(row(j / LANES * LANES)[j % LANES], INFINITE) == low) mask[j / WORD] &= ~(1 << j % WORD), at_low--;
+  return std::min(smallest(least), INFINITE);
 }
 
 constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of the row before

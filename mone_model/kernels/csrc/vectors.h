@@ -48,6 +48,9 @@ inline Vector choose(Integers condition, Vector yes, Vector no) {
   return reinterpret_cast<Vector>((condition & reinterpret_cast<Integers>(yes)) |
                                   (~condition & reinterpret_cast<Integers>(no)));
 }
+inline Vector zero_where(Integers condition, Vector otherwise) {
+  return reinterpret_cast<Vector>(~condition & reinterpret_cast<Integers>(otherwise));
+}
 inline Vector magnitude(Vector x) { return reinterpret_cast<Vector>(reinterpret_cast<Integers>(x) & 0x7fffffff); }
 // y if one of them is NaN.
 inline Vector larger(Vector x, Vector y) {
@@ -71,10 +74,14 @@ inline Vector smaller(Vector x, Vector y) {
 // NaN stays NaN.
 inline Vector clamped(Vector x, float least, float most) { return smaller(all(most), larger(all(least), x)); }
 
-// e^x to about one unit in the last place: 2^n e^r with |r| <= ln 2 / 2 and the polynomial of Cephes' expf.
-inline Vector exponential(Vector x) {
-  x = clamped(x, -87.3f, 88.3f);
-  const Vector shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+// Between them 2^n below has an exponent that fp32 has.
+constexpr float LEAST_POWER = -87.3f, LARGEST_POWER = 88.37f;
+
+// e^x to about one unit in the last place: 2^n e^r with |r| <= ln 2 / 2 and the polynomial of Cephes' expf. 0 where it would
+// be smaller than normal numbers, and never infinite. NaN stays.
+inline Vector exponential(Vector power) {
+  const Vector x = clamped(power, LEAST_POWER, LARGEST_POWER);
+  const Vector shift = all(12582912.0f + 127);  // 1.5 * 2^23: adding it rounds to an integer; 127 is the bias of exponents
   const Vector shifted = x * 1.44269504088896341f + shift;
   const Vector n = shifted - shift;
   const Vector r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -85,8 +92,7 @@ inline Vector exponential(Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const Integers exponent = (reinterpret_cast<Integers>(shifted) - reinterpret_cast<Integers>(shift)) << 23;
-  return reinterpret_cast<Vector>(reinterpret_cast<Integers>(p) + exponent);
+  return zero_where(power < all(LEAST_POWER), p * reinterpret_cast<Vector>(reinterpret_cast<Integers>(shifted) << 23));
 }
 
 inline Vector reciprocal(Vector x) {
@@ -118,29 +124,36 @@ inline Vector error_function(Vector x) {
   return x * p / q;
 }
 
-struct SiLU {
-  static Vector value(Vector x) { return x * reciprocal(exponential(-x) + 1.0f); }
-  static Vector slope(Vector x) {
-    const Vector s = reciprocal(exponential(-x) + 1.0f);
-    return s * (x * (1.0f - s) + 1.0f);
-  }
-};
-struct GELU {
-  static Vector value(Vector x) { return 0.5f * x * (error_function(x * 0.70710678118654752f) + 1.0f); }
-  static Vector slope(Vector x) {
-    return 0.5f * (error_function(x * 0.70710678118654752f) + 1.0f) + x * 0.39894228040143268f * exponential(-0.5f * x * x);
-  }
-};
-struct ReLU {
-  static Vector value(Vector x) { return choose(x <= Vector{}, Vector{}, x); }
-  static Vector slope(Vector x) { return choose(x > Vector{}, all(1.0f), Vector{}); }
-};
+// Beyond all numbers each function and slope is its limit: SiLU and GELU of -inf are 0, though torch multiplies 0 by it.
 struct Sigmoid {
-  static Vector value(Vector x) { return reciprocal(exponential(-x) + 1.0f); }
+  // There e^-x exceeds all numbers.
+  static Integers vanishes(Vector x) { return x < all(-LARGEST_POWER); }
+  static Vector value(Vector x) { return zero_where(vanishes(x), reciprocal(exponential(-x) + 1.0f)); }
   static Vector slope(Vector x) {
     const Vector s = value(x);
     return s * (1.0f - s);
   }
+};
+struct SiLU {
+  static Vector value(Vector x) { return zero_where(Sigmoid::vanishes(x), x * reciprocal(exponential(-x) + 1.0f)); }
+  static Vector slope(Vector x) {
+    const Vector s = reciprocal(exponential(-x) + 1.0f);
+    return zero_where(Sigmoid::vanishes(x), s * (smaller(all(LARGEST_POWER), x) * (1.0f - s) + 1.0f));
+  }
+};
+struct GELU {
+  static Vector value(Vector x) {
+    x = larger(all(-std::numeric_limits<float>::max()), x);
+    return 0.5f * x * (error_function(x * 0.70710678118654752f) + 1.0f);
+  }
+  static Vector slope(Vector x) {
+    x = clamped(x, -64.0f, 64.0f);  // e^(-x^2 / 2) is 0 there
+    return 0.5f * (error_function(x * 0.70710678118654752f) + 1.0f) + x * 0.39894228040143268f * exponential(-0.5f * x * x);
+  }
+};
+struct ReLU {
+  static Vector value(Vector x) { return zero_where(x <= Vector{}, x); }
+  static Vector slope(Vector x) { return zero_where(x <= Vector{}, all(1.0f)); }
 };
 struct ReLUSquared {
   static Vector value(Vector x) { return ReLU::value(x) * ReLU::value(x); }
