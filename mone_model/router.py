@@ -18,6 +18,8 @@ class Router(TopKRouter):
     tokens of the global micro-batch, and whatever is summed over data-parallel ranks is scaled back by their number,
     because DDP averages gradients over them.
 
+    Its buffers, the expert bias and what counts tokens, stay in fp32 when a model is cast to bf16, which counts to 256.
+
     `record` holds the losses since they were last read, without coefficients.
     """
 
@@ -26,6 +28,16 @@ class Router(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.record = LossRecord()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Router":
+        # What every cast and move of a module comes to: Megatron-Core's Float16Module casts buffers too, and so does DeepSpeed.
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            after = self.get_buffer(name)
+            if after.dtype != buffer.dtype:
+                self.register_buffer(name, buffer.to(after.device), persistent=name not in self._non_persistent_buffers_set)
+        return self
 
     def _apply_aux_loss(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         own_group, self.tp_cp_group = self.tp_cp_group, self.tp_dp_cp_group

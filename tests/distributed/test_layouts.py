@@ -1,5 +1,6 @@
 """The same weights and data on every layout: losses, gradients, auxiliary losses, statistics."""
 
+import math
 from typing import Any
 
 import pytest
@@ -16,10 +17,18 @@ LOSSES = {
     "z_loss_coeff": 0.3,
     "neuron_balance_coeff": 3.0,
 }
+# Rows of the embedding that are no tokens: of two tensor-parallel ranks the last has tokens too, or nothing else.
+TOKENS = 70
+SOME_PADDING, MUCH_PADDING = ({"vocab_size": TOKENS, "vocab_multiple": multiple} for multiple in (96, 256))
 # Without a discrete choice: every token takes all experts and all neurons. Nor is a gate negative: in the loss that balances
 # neurons stands its magnitude, whose slope jumps at zero, and there is always one so near that rounding takes it across.
-SMOOTH = {"num_layers": 4, "router_topk": 4, "activation_ratio": 1.0, "activation": "sigmoid"}
-SPARSE = {"num_layers": 4, "router_topk": 2, "activation_ratio": 0.25, "shared_expert_neuron_ratio": 0.5}
+SMOOTH = SOME_PADDING | {"num_layers": 4, "router_topk": 4, "activation_ratio": 1.0, "activation": "sigmoid"}
+SPARSE = MUCH_PADDING | {
+    "num_layers": 4,
+    "router_topk": 2,
+    "activation_ratio": 0.25,
+    "shared_expert_neuron_ratio": 0.5,
+}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {"one": {}},
     2: {
@@ -75,6 +84,14 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 "parallel": parallel,
                 "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001},
                 "run_steps": 5 if kind == "smooth" else 3,
+            }
+        if layout in ("one", "tp2"):
+            cases[f"{layout}/bf16"] = {
+                **options,
+                "parallel": parallel,
+                "model": SPARSE,
+                "compute": {"precision": "bf16"},
+                "run_steps": 3,
             }
         if layout in SKIPPING:
             cases[f"{layout}/skip"] = cases[f"{layout}/sparse/normalised"] | {"compute": {"experts": "skip"}}
@@ -140,6 +157,21 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(results: dict[str, Any
     assert_gradients_equal(actual, expected, 1e-5)
 
 
+@pytest.mark.parametrize("layout", ["one", *NAMES])
+@pytest.mark.parametrize("case", ["smooth/unmasked", "sparse/normalised"])
+def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_gradient(results: dict[str, Any], layout: str, case: str) -> None:
+    gradient_VD = results[f"{layout}/{case}"]["gradients"]["output_layer.weight"]
+    assert len(gradient_VD) > TOKENS
+    assert gradient_VD[:TOKENS].any(dim=1).all()
+    assert not gradient_VD[TOKENS:].any()
+
+
+def test_the_loss_is_over_the_tokens_in_bf16_too(results: dict[str, Any]) -> None:
+    # There torch and Megatron-Core compute it in place of the kernels.
+    assert results["one/bf16"]["losses"][0] == pytest.approx(math.log(TOKENS), abs=0.05)
+    assert results["tp2/bf16"]["losses"] == pytest.approx(results["one/bf16"]["losses"], rel=2**-8)
+
+
 @pytest.mark.parametrize("layout", SKIPPING)
 def test_experts_that_skip_add_up_the_same_gradients(results: dict[str, Any], layout: str) -> None:
     assert_gradients_equal(results[f"{layout}/skip"], results["one/sparse/normalised"], 1e-5)
@@ -165,7 +197,9 @@ def test_training_is_the_same_with_the_distributed_optimizer_and_clipping(
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_ties_among_ranks_are_broken_by_the_lower_neuron(results: dict[str, Any], processes: int) -> None:
+def test_ties_among_ranks_are_broken_by_the_lower_neuron_also_of_what_is_not_a_number(
+    results: dict[str, Any], processes: int
+) -> None:
     mask_NH = torch.cat(list(results[f"tied/{processes}"]), dim=1)
     assert torch.equal(mask_NH, select_neurons_reference(tied_gate(), TIED_K).mask_NH)
 

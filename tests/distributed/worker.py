@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -342,8 +343,11 @@ def select_tied_neurons() -> torch.Tensor:
 
 
 def tied_gate() -> torch.Tensor:
-    """[500, 16] with four different magnitudes, so that ties on several ranks are the rule."""
-    return torch.randint(-3, 4, (500, 16), generator=torch.Generator().manual_seed(0)).float()
+    """[600, 16] with four different magnitudes, so that ties on several ranks are the rule; the last 100 rows are broken."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.tensor([3.0, math.inf, -math.inf, math.nan])
+    broken = values[torch.randint(0, 4, (100, 16), generator=generator)]
+    return torch.cat([torch.randint(-3, 4, (500, 16), generator=generator).float(), broken])
 
 
 TIED_K = 5

@@ -9,11 +9,13 @@ import torch
 from mone_model.config import ComputeConfig, ModelConfig
 from mone_model.experts import SharedNeuronExpert
 from mone_model.gpt import moe_layers
+from mone_model.kernels import cpu_cross_entropy
 from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
-from train.config import OptimizerSection, RunConfig, TrainingConfig
+from train.config import DeepSpeedSection, OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
+from train.engines import build_engine
 from train.engines.megatron import MegatronEngine
 from train.runtime import Runtime, set_seeds
 
@@ -60,6 +62,41 @@ def test_learns_in_either_precision(precision: str) -> None:
     assert losses[-1] < 3.0
     weight = next(engine.modules[0].parameters())
     assert weight.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("precision", "kernels"), [("fp32", True), ("fp32", False), ("bf16", True)])
+def test_the_loss_is_over_the_tokens_of_the_vocabulary_and_not_its_padding(
+    tied: bool, precision: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        monkeypatch.setattr(cpu_cross_entropy, "usable", lambda logits: False)
+    gpt = make_engine({"vocab_size": 100, "vocab_multiple": 64, "tie_embeddings": tied}, precision=precision).modules[0]
+    weight_VD = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
+    assert len(weight_VD) == 128
+    hidden: list[torch.Tensor] = []
+    gpt.output_layer.register_forward_pre_hook(lambda layer, inputs: hidden.append(inputs[0].detach()))
+    tokens_BS = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
+    inputs = tokens_BS[:, :-1].contiguous(), torch.arange(16).expand(2, -1), None
+    labels_BS = tokens_BS[:, 1:].contiguous()
+    losses_BS = gpt(*inputs, labels=labels_BS)
+    used_VD = weight_VD.detach()[:100].clone().requires_grad_()
+    logits_SBV = hidden[0] @ used_VD.T
+    expected_BS = torch.nn.functional.cross_entropy(logits_SBV.float().permute(1, 2, 0), labels_BS, reduction="none")
+    relative = 1e-6 if precision == "fp32" else 2**-8
+    torch.testing.assert_close(losses_BS.float(), expected_BS, rtol=relative, atol=0)
+    if not tied:  # whose gradient is also that of the embedding
+        (expected_VD,) = torch.autograd.grad(expected_BS.sum(), used_VD)
+        losses_BS.sum().backward()
+        gradient_VD = weight_VD.main_grad
+        torch.testing.assert_close(gradient_VD[:100], expected_VD.float(), rtol=relative, atol=relative)
+    else:
+        losses_BS.sum().backward()
+    assert weight_VD.main_grad[:100].any()
+    assert not weight_VD.main_grad[100:].any()
+    logits_BSV = gpt(*inputs)
+    torch.testing.assert_close(logits_BSV[..., :100], logits_SBV.transpose(0, 1), rtol=relative, atol=relative)
+    assert not logits_BSV.softmax(-1)[..., 100:].any()
 
 
 def test_a_token_does_not_see_the_future() -> None:
@@ -148,6 +185,51 @@ def test_expert_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
         fair = experts.counters.tokens_E.mean()
         expected = 0.01 * torch.sign(fair - experts.counters.tokens_E)
         torch.testing.assert_close(router.expert_bias.double(), expected, check_dtype=False)
+
+
+def casts(gpt: torch.nn.Module) -> set[str]:
+    """The buffers of a model that are in bf16."""
+    return {name for name, buffer in gpt.named_buffers() if buffer.dtype == torch.bfloat16}
+
+
+@pytest.mark.parametrize("engine_name", ["megatron", "deepspeed"])
+def test_tokens_are_counted_exactly_in_bf16(engine_name: str) -> None:
+    # In bf16 counts above 256 are even, and above 2048 multiples of 16.
+    routing = {"router_score_function": "sigmoid", "expert_bias": True, "global_aux_loss_coeff": 0.01}
+    config = RunConfig(
+        engine=engine_name,
+        deepspeed=DeepSpeedSection(zero_stage=1),
+        model=ModelConfig(**TINY_MODEL | routing | {"seq_length": 413}),
+        compute=ComputeConfig(precision="bf16", experts="grouped"),
+        training=TrainingConfig(steps=200, micro_batch_size=4, global_batch_size=12),
+    )
+    set_seeds(1)
+    engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
+    routers = [router for *_, router in moe_layers(engine.modules[0])]
+    chosen: dict[Any, list[torch.Tensor]] = {router: [] for router in routers}
+    counted = {router: [] for router in routers}
+
+    def follow(router: Any, inputs: Any, output: Any) -> None:
+        chosen[router].append(output[1].sum(0))
+        counts = router.local_tokens_per_expert, router.global_tokens_per_expert, router.ga_steps
+        counted[router].append([count.clone() for count in counts])
+
+    for router in routers:
+        router.register_forward_hook(follow)
+    tokens = torch.randint(0, 64, (3, 4, 414), generator=torch.Generator().manual_seed(0))
+    batch = {"loss_mask": torch.ones(4, 413), "position_ids": torch.arange(413).expand(4, -1)}
+    batches = [batch | {"tokens": part[:, :-1].contiguous(), "labels": part[:, 1:].contiguous()} for part in tokens]
+    engine.train_step(iter(batches), micro_batches=3, accept=always)
+    assert casts(engine.modules[0]) == set()
+    for router in routers:
+        counts_3E = torch.stack(chosen[router]).cumsum(0)
+        assert counts_3E[-1].max() > 2048
+        assert (counts_3E[-1] % 16 != 0).any()
+        for step, (local_E, global_E, steps) in enumerate(counted[router]):
+            assert local_E.tolist() == global_E.tolist() == counts_3E[step].tolist()
+            assert steps == step + 1
+        expected_E = config.model.expert_bias_update_rate * torch.sign(counts_3E[-1].float().mean() - counts_3E[-1])
+        assert torch.equal(router.expert_bias, expected_E)
 
 
 def test_capacity_drops_tokens_of_busy_experts() -> None:
