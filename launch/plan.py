@@ -90,6 +90,7 @@ def _describe_model(config: PlanConfig) -> str:
                 f"{model.activation_ratio:g}, K = {model.active_neurons} of {model.moe_ffn_hidden_size} neurons",
             ),
             ("active_expert_params", f"{parameters.active_expert_params:.1%}, {_count(parameters.active_experts)}"),
+            ("active_moe_params", f"{parameters.active_moe_params:.1%}, with router and shared expert"),
             ("training FLOPs per token", f"{3 * flops.dense:.3g} as computed, {3 * flops.sparse:.3g} owed to kept neurons"),
         ],
     )

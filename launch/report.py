@@ -129,6 +129,7 @@ def tabulate_points(points: Sequence[Point]) -> Table:
                 f"{point.ratio:g}",
                 f"{point.model.active_neurons} of {point.model.moe_ffn_hidden_size}",
                 f"{parameters.active_expert_params:.1%}",
+                f"{parameters.active_moe_params:.1%}",
                 f"{parameters.active_experts / 1e6:.2f}M",
                 f"{parameters.active / 1e6:.2f}M of {parameters.total / 1e6:.2f}M",
                 f"{point.training_flops / 1e6:,.1f}M",
@@ -143,8 +144,8 @@ def tabulate_points(points: Sequence[Point]) -> Table:
         "the same data in the same order. Tokens per second are medians, and as good as the machine was quiet.",
         (
             *("point", "complete", "validation loss", "over the plain MoE", "activation_ratio", "K of H neurons"),
-            *("active_expert_params", "active expert weights", "active weights", "training FLOPs a token"),
-            *("tokens/s", "peak GiB"),
+            *("active_expert_params", "active_moe_params", "active expert weights", "active weights"),
+            *("training FLOPs a token", "tokens/s", "peak GiB"),
         ),
         rows,
     )

@@ -1,6 +1,6 @@
 """Parameters, active parameters, FLOPs and memory, from the configuration alone.
 
-    parameters = count_parameters(model)          # .total .active .active_expert_params
+    parameters = count_parameters(model)          # .total .active .active_expert_params .active_moe_params
     flops = count_flops(model)                    # .dense .sparse, forward, per token
     memory = estimate_memory(model, parallel, compute, micro_batch_size=4, data_parallel_size=8)
     width = equal_active_width(160, 0.25)         # 320 neurons of which 80 are kept cost a token what 160 dense ones do
@@ -30,6 +30,11 @@ class Parameters:
     """Those of routed experts among them: r L (D H + 2 D K), the gate being always dense."""
     active_expert_params: float
     """Share of its routed experts' weights that a token touches: (1 + 2 K/H) / 3."""
+    active_moe_params: float
+    """Share of its MoE layer's weights that a token touches: of its routed experts, the shared expert and the router.
+
+    (E + r (H + 2 K) + S + 2 S_K) / (E + 3 r H + 3 S), with S_K kept of the S shared neurons; a plain MoE's is 1.
+    """
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
@@ -39,6 +44,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
     attention = width * (queries + 2 * groups) + queries * width
     router = model.num_experts * width
     shared, shared_kept = model.shared_expert_ffn_hidden_size, _shared_kept(model)
+    active_moe = router + width * (model.router_topk * (neurons + 2 * kept) + shared + 2 * shared_kept)
     embeddings = model.padded_vocab_size * width * (1 if model.tie_embeddings else 2)
     experts = 3 * width * neurons * model.num_experts * model.num_layers
     active_experts = model.router_topk * model.num_layers * width * (neurons + 2 * kept)
@@ -49,6 +55,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         active=rest + active_experts + model.num_layers * width * (shared + 2 * shared_kept),
         active_experts=active_experts,
         active_expert_params=(1 + 2 * kept / neurons) / 3,
+        active_moe_params=active_moe / (router + 3 * width * (model.router_topk * neurons + shared)),
     )
 
 

@@ -122,16 +122,20 @@ def gini(counts: torch.Tensor) -> torch.Tensor:
 
 
 def top_neuron_overlap(selected_EH: torch.Tensor, k: int) -> float:
-    """Mean share of the k most used neuron indices that two experts have in common, over pairs of experts with tokens.
+    """Mean share of the most used neuron indices that two experts have in common, over pairs of experts with tokens.
 
-    Independent experts have k/H in common on average; 1 means that all experts use the same indices.
+    2 |T_a & T_b| / (|T_a| + |T_b|), where T_e are the k neurons that expert e kept most often, the lower index first among
+    equals and without neurons that it never kept. selected_EH: [E, H] how often each neuron was kept. Independent experts
+    have k/H in common on average; 1 means that all experts use the same indices. NaN with fewer than two experts with tokens.
     """
     used_EH = selected_EH[selected_EH.sum(-1) > 0]
     experts = len(used_EH)
     if experts < 2:
         return float("nan")
-    top_EH = torch.zeros_like(used_EH).scatter_(-1, used_EH.topk(k, dim=-1).indices, 1.0)
-    common_EE = top_EH @ top_EH.T / k
+    first_EK = used_EH.argsort(dim=-1, descending=True, stable=True)[:, :k]
+    top_EH = torch.zeros_like(used_EH).scatter_(-1, first_EK, 1.0) * (used_EH > 0)
+    size_E = top_EH.sum(-1)
+    common_EE = 2 * (top_EH @ top_EH.T) / (size_E[:, None] + size_E)
     return float((common_EE.sum() - common_EE.diagonal().sum()) / (experts * (experts - 1)))
 
 

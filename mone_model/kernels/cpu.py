@@ -228,7 +228,7 @@ def decode(
     """The experts for a few rows, without gradients: up and down of dropped neurons are not even read.
 
     x and weights in fp32 or bf16, all sums in fp32; D a multiple of 16. threshold: keep the neurons whose |act(gate)|
-    reaches it, in place of the k best.
+    reaches it, as NaN does, in place of the k best.
     """
     (rows, width), (num_experts, neurons) = x_ND.shape, down_EHD.shape[:2]
     out_ND, masks_NW = x_ND.new_empty(rows, width), x_ND.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)

@@ -54,6 +54,12 @@ def test_parameters_equal_those_of_the_built_model(variant: dict[str, Any]) -> N
     assert counted.experts == sum(weight.numel() for name, weight in built.named_parameters() if ".experts." in name)
 
 
+def test_a_shared_expert_that_selects_counts_what_it_keeps() -> None:
+    model = ModelConfig(**SMALL | {"shared_expert_neuron_ratio": 0.25, "activation_ratio": 0.5})
+    # Of 4 experts 2 with 24 + 2 * 12 of 72 rows each, 40 + 2 * 10 of 120 of the shared expert, 4 of the router.
+    assert count_parameters(model).active_moe_params == (4 + 2 * 48 + 60) / (4 + 2 * 72 + 120)
+
+
 @given(dense=st.integers(16, 5000), ratio=st.floats(1 / 64, 1))
 def test_experts_of_equal_active_width_cost_a_token_what_the_dense_one_does(dense: int, ratio: float) -> None:
     width = equal_active_width(dense, ratio)
@@ -85,10 +91,16 @@ def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[s
         elif name.endswith("down_weight"):
             assert weight.grad is not None
             touched += int((weight.grad != 0).any(-1).sum()) * model.hidden_size
+    of_layers = touched + sum(
+        w.numel() for name, w in built.named_parameters() if ".shared_experts." in name or ".router." in name
+    )
     counted = count_parameters(model)
     assert counted.active_experts == touched
     per_layer = touched / model.num_layers / (3 * model.hidden_size * model.moe_ffn_hidden_size * model.router_topk)
     assert counted.active_expert_params == pytest.approx(per_layer)
+    unchosen = (model.num_experts - model.router_topk) * 3 * model.hidden_size * model.moe_ffn_hidden_size * model.num_layers
+    of_a_plain_moe = sum(weight.numel() for name, weight in built.named_parameters() if ".mlp." in name) - unchosen
+    assert counted.active_moe_params == pytest.approx(of_layers / of_a_plain_moe)
     assert counted.total - counted.active == counted.experts - counted.active_experts
 
 
@@ -130,6 +142,7 @@ def test_model_configs_build_at_their_size(name: str, total: float | None, ratio
     counted = count_parameters(model)
     assert counted.total == sum(weight.numel() for weight in built.parameters())
     assert counted.active_expert_params == (1.0 if ratio else pytest.approx(0.5))
+    assert counted.active_moe_params == 1.0 if ratio else 0.5 < counted.active_moe_params < 1.0
     if total is not None:
         assert counted.total == pytest.approx(total, rel=0.005)
         assert model.shared_expert_ffn_hidden_size > 0
@@ -143,7 +156,8 @@ def test_the_readme_tells_the_sizes() -> None:
         model.vocab_size = int(vocabulary)
         counted = count_parameters(model)
         sizes = [f"{counted.total / 1e6:.1f}M", f"{counted.active / 1e6:.1f}M"]
-        assert cells.split(" | ") == [*sizes, f"{model.activation_ratio:g}", f"{counted.active_expert_params:.1%}"]
+        shares = [f"{counted.active_expert_params:.1%}", f"{counted.active_moe_params:.1%}"]
+        assert cells.split(" | ") == [*sizes, f"{model.activation_ratio:g}", *shares]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

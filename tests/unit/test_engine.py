@@ -1,5 +1,6 @@
 """The engine in one process: schedules, precision, routing options."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,14 +10,15 @@ import torch
 from mone_model.config import ComputeConfig, ModelConfig
 from mone_model.experts import SharedNeuronExpert
 from mone_model.gpt import moe_layers
-from mone_model.kernels import cpu_cross_entropy
+from mone_model.kernels import cpu, cpu_cross_entropy, cpu_library
 from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
-from train.config import DeepSpeedSection, OptimizerSection, RunConfig, TrainingConfig
+from train.config import DeepSpeedSection, GuardConfig, OptimizerSection, RunConfig, TrainingConfig
 from train.data import Batch
 from train.engines import build_engine
 from train.engines.megatron import MegatronEngine
+from train.guards import StepGuard
 from train.runtime import Runtime, set_seeds
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -185,6 +187,31 @@ def test_expert_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
         fair = experts.counters.tokens_E.mean()
         expected = 0.01 * torch.sign(fair - experts.counters.tokens_E)
         torch.testing.assert_close(router.expert_bias.double(), expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("model", [{}, {"neuron_balance_coeff": 0.01}, {"shared_expert_neuron_ratio": 0.5}], ids=str)
+@pytest.mark.parametrize("compute", [{"experts": "loop"}, {"experts": "skip"}, {"precision": "bf16"}], ids=str)
+def test_a_token_that_is_not_a_number_costs_a_step_and_nothing_else(
+    kernels: bool, model: dict[str, Any], compute: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not kernels:
+        if compute == {"experts": "skip"}:
+            pytest.skip("they are kernels")
+        monkeypatch.setattr(cpu_library, "available", lambda: False)
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    engine = make_engine(model, **{"experts": "grouped"} | compute)
+    weights = engine.modules[0].state_dict()
+    before = {name: weight.clone() for name, weight in weights.items() if torch.is_tensor(weight)}
+    word = engine.modules[0].embedding.word_embeddings.weight.data[5]
+    healthy = word.clone()
+    word.fill_(torch.nan)
+    guard = StepGuard(GuardConfig(), torch.device("cpu"))
+    result = engine.train_step(counting_batches(), micro_batches=1, accept=functools.partial(guard.accepts, 1))
+    assert not result.applied
+    word.copy_(healthy)
+    assert all(torch.equal(weights[name], weight) for name, weight in before.items())
+    assert train(engine, 1)[0].applied
 
 
 def casts(gpt: torch.nn.Module) -> set[str]:

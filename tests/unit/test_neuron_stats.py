@@ -66,6 +66,18 @@ def test_experts_that_use_the_same_neurons_overlap_fully() -> None:
     assert math.isnan(top_neuron_overlap(torch.tensor([[5.0, 4, 1, 0], [0.0, 0, 0, 0]]), k=2))
 
 
+def test_overlap_breaks_ties_by_index_and_leaves_out_what_is_never_used() -> None:
+    # Counts of 3 in 40 places are equal: the first 8 of them count, whatever else the other expert uses.
+    tied, first = torch.full((40,), 3.0), torch.zeros(40)
+    first[:8] = torch.arange(8, 0, -1.0)
+    assert top_neuron_overlap(torch.stack([tied, first]), k=8) == 1
+    assert top_neuron_overlap(torch.stack([tied, first.flip(0)]), k=8) == 0
+    # Of three most used, these have used one or two.
+    assert top_neuron_overlap(torch.tensor([[5.0, 0, 0, 0], [0, 7.0, 0, 0]]), k=3) == 0
+    assert top_neuron_overlap(torch.tensor([[5.0, 0, 0, 0], [7.0, 0, 0, 0]]), k=3) == 1
+    assert top_neuron_overlap(torch.tensor([[5.0, 0, 0, 0], [7.0, 0, 2.0, 0]]), k=3) == pytest.approx(2 / 3)
+
+
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=20).filter(any))
 def test_gini_is_the_mean_difference(counts: list[int]) -> None:
     pairs = sum(abs(a - b) for a in counts for b in counts)
