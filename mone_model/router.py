@@ -30,7 +30,7 @@ class Router(TopKRouter):
         self.record = LossRecord()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
-        # What every cast and move of a module comes to: Megatron-Core's Float16Module casts buffers too, and so does DeepSpeed.
+        # Every cast of a module comes here: Megatron-Core's Float16Module casts buffers too, and so does DeepSpeed.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():

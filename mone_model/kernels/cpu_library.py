@@ -4,23 +4,32 @@ if cpu_library.available():
     cpu_library.call("rms_norm", rows, width, x, ...)
 """
 
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mone_model.kernels import cpu_build
+
 SOURCES = Path(__file__).parent / "csrc"
 # No -ffast-math: the exponential relies on the order of its additions.
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"]
 FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
+
+# Folders in which a library is compiled, and the file there that is locked meanwhile.
+BUILDING, IN_USE = "build-", "in-use"
 
 # How functions of a type end.
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -51,25 +60,87 @@ def _library() -> ctypes.CDLL:
     """The compiled sources, from the cache if they were compiled for this very processor before."""
     from torch.utils import cpp_extension
 
-    sources = sorted(SOURCES.iterdir())
-    built_from = "".join([*FLAGS, _processor(), *(source.read_text() for source in sources)])
+    built_from = "".join([*FLAGS, _processor(), *(source.read_text() for source in sorted(SOURCES.iterdir()))])
+    name = f"cpu-{_digest(built_from.encode())}"
     folder = Path(cpp_extension.get_default_build_root()) / "mone"
-    path = folder / f"cpu-{hashlib.sha256(built_from.encode()).hexdigest()[:16]}.so"
-    if not path.exists():
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if _is_intact(path):
+            with contextlib.suppress(OSError):  # such as one that another system has linked
+                return ctypes.CDLL(str(path))
+    return _build(folder, name)
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the file holds what its name says. To use one that was cut short ends the process."""
+    try:
+        return path.is_file() and path.stem.endswith(f"-{_digest(path.read_bytes())}")
+    except OSError:
+        return False
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _build(folder: Path, name: str) -> ctypes.CDLL:
+    """Compile, and keep the library in `folder`; where that cannot be written, for this process alone."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Not in place: the lock of torch's own cache outlives a build that is killed, and then all wait for ever.
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            cpp_extension.load(
-                "mone_cpu",
-                [str(source) for source in sources if source.suffix == ".cpp"],
-                extra_cflags=FLAGS,
-                extra_ldflags=["-fopenmp"],
-                build_directory=temporary,
-                is_python_module=False,
-                with_cuda=False,
-            )
-            os.replace(next(Path(temporary).glob("*.so")), path)
-    return ctypes.CDLL(str(path))
+        _remove_abandoned(folder)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING)
+    except OSError as error:
+        print(f"CPU kernels: cannot be kept ({error}); compiled for this process alone", file=sys.stderr)
+        temporary = tempfile.TemporaryDirectory(prefix=BUILDING)
+    # Not in place, nor by torch's own cache: its lock outlives a build that is killed, and then all wait for ever.
+    with temporary, _mark_in_use(Path(temporary.name)):
+        return ctypes.CDLL(str(_publish(_compile(Path(temporary.name)), folder, name)))
+
+
+def _compile(folder: Path) -> Path:
+    """The library, compiled in this folder; RuntimeError if that fails. Killed meanwhile, it leaves nothing behind."""
+    command = [sys.executable, "-P", cpu_build.__file__, str(folder), str(SOURCES), *FLAGS]
+    output, pipe = subprocess.STDOUT, subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, text=True, start_new_session=True) as build:
+        assert build.stdout is not None
+        lines = build.stdout.read().splitlines()
+        if build.wait() != 0:
+            raise RuntimeError(lines[-1] if lines else f"the compiler ended with code {build.returncode}")
+    return next(folder.glob(f"{cpu_build.NAME}*.so"))
+
+
+def _publish(library: Path, folder: Path, name: str) -> Path:
+    """Give it a name that holds the hash of its content, whole or not at all; where it lies then."""
+    path = folder / f"{name}-{_digest(library.read_bytes())}.so"
+    try:
+        with open(library, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(library, path)
+    except OSError:
+        return library  # where it serves this process
+    for other in folder.glob(f"{name}*.so"):
+        if not _is_intact(other):
+            with contextlib.suppress(OSError):
+                other.unlink()
+    return path
+
+
+@contextlib.contextmanager
+def _mark_in_use(folder: Path) -> Iterator[None]:
+    """Hold a lock in the folder, which ends with this process, however that ends."""
+    with open(folder / "new", "w") as file:
+        with contextlib.suppress(OSError):  # where there are no locks, nobody removes the folder either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        os.rename(folder / "new", folder / IN_USE)
+        yield
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what builds left behind that were killed together with all they had started."""
+    for path in folder.glob(f"{BUILDING}*/{IN_USE}"):
+        # Locked by a build that goes on, or somebody else's.
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _processor() -> str:

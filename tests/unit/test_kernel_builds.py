@@ -1,7 +1,16 @@
-"""The CPU kernels, compiled for processors of other kinds, compute the same."""
+"""The CPU kernels' library: compiled for other processors it computes the same; damaged, killed or unwritable it is made anew."""
 
+import fcntl
 import math
+import os
 import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +31,7 @@ from mone_model.kernels import (
     cpu_swiglu,
 )
 from mone_model.neuron_selection import select_and_gate
+from tests.conftest import ROOT
 
 
 def everything() -> list[torch.Tensor]:
@@ -79,6 +89,133 @@ def everything() -> list[torch.Tensor]:
     losses = cpu_cross_entropy.cross_entropy(scores * 9, torch.arange(30), group)
     results += [chosen, losses, *torch.autograd.grad(losses, [logits], random(30))]
     return [result.detach() for result in results]
+
+
+@pytest.fixture(scope="module")
+def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library compiled as the kernels are, of one line."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "sources").mkdir()
+    (folder / "sources/answer.cpp").write_text('extern "C" int answer() { return 42; }')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_library, "SOURCES", folder / "sources")
+        patch.setattr(cpp_extension, "get_default_build_root", lambda: folder)
+        assert cpu_library._library.__wrapped__().answer() == 42
+    assert [path.name for path in (folder / "mone").iterdir()] == [path.name for path in (folder / "mone").glob("cpu-*.so")]
+    return next((folder / "mone").iterdir())
+
+
+@pytest.fixture
+def cache(tiny_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cached library in a folder of its own; whoever compiles it anew gets a copy, and notes that."""
+
+    def compile_quickly(folder: Path) -> Path:
+        (tmp_path / "compiled").open("a").write("once\n")
+        return Path(shutil.copy(tiny_library, folder / "mone_cpu.so"))
+
+    monkeypatch.setattr(cpu_library, "_compile", compile_quickly)
+    monkeypatch.setattr(cpu_library, "SOURCES", tiny_library.parent.parent / "sources")
+    monkeypatch.setattr(cpp_extension, "get_default_build_root", lambda: tmp_path)
+    path = tmp_path / "mone" / tiny_library.name
+    path.parent.mkdir()
+    shutil.copy(tiny_library, path)
+    return path
+
+
+def answer() -> int:
+    return int(cpu_library._library.__wrapped__().answer())
+
+
+def times_compiled(cache: Path) -> int:
+    notes = cache.parent.parent / "compiled"
+    return len(notes.read_text().splitlines()) if notes.exists() else 0
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    if how == "a folder":
+        path.mkdir()
+    elif how == "a dangling link":
+        path.symlink_to(path.with_name("nowhere"))
+    else:
+        wrong = content[:-1] + bytes([content[-1] ^ 1])
+        path.write_bytes({"empty": b"", "truncated": content[:5000], "another bit": wrong}[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "truncated", "another bit", "a folder", "a dangling link"])
+def test_a_damaged_library_is_compiled_anew(cache: Path, how: str) -> None:
+    assert answer() == 42
+    assert times_compiled(cache) == 0
+    damage(cache, how)
+    assert answer() == 42
+    assert times_compiled(cache) == 1
+    if how != "a folder":
+        assert answer() == 42
+        assert times_compiled(cache) == 1
+        assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_a_cache_that_cannot_be_written_costs_compiling_at_every_start(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(cache.parent.parent))
+    shutil.rmtree(cache.parent)
+    cache.parent.write_text("")  # to the superuser every folder is writable, but not a file
+    for _ in range(2):
+        assert answer() == 42
+        assert "cannot be kept" in capsys.readouterr().err
+    assert times_compiled(cache) == 2
+    assert not list(cache.parent.parent.glob("build-*"))
+
+
+def test_processes_that_compile_at_once_all_get_whole_libraries(cache: Path) -> None:
+    damage(cache, "truncated")
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda _: answer(), range(16))) == [42] * 16
+    assert list(cache.parent.iterdir()) == [cache]
+
+
+def test_what_killed_builds_left_is_removed_but_not_what_is_in_use(cache: Path) -> None:
+    damage(cache, "empty")
+    left, used = cache.parent / "build-left", cache.parent / "build-used"
+    for folder in (left, used):
+        folder.mkdir()
+        (folder / "in-use").touch()
+    with open(used / "in-use") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert answer() == 42
+    assert sorted(cache.parent.iterdir()) == [used, cache]
+
+
+def test_a_killed_build_takes_its_compilers_and_its_folder_with_it(tmp_path: Path) -> None:
+    compiler, started = tmp_path / "c++", tmp_path / "started"
+    compiler.write_text(
+        f'#!/bin/sh\ncase "$*" in *" -c "*) sleep 300 & echo $! > {started}; wait;; *) exec c++ "$@";; esac\n'
+    )
+    compiler.chmod(0o755)
+    code = f"""
+from torch.utils import cpp_extension
+from mone_model.kernels import cpu_library
+cpp_extension.get_default_build_root = lambda: {str(tmp_path)!r}
+cpu_library._library()
+"""
+    build = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "CXX": str(compiler)})
+    try:
+        wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
+        assert list(tmp_path.glob("mone/build-*"))
+    finally:
+        build.kill()
+        build.wait()
+    wait_until(lambda: not list(tmp_path.glob("mone/*")) and not Path(f"/proc/{int(started.read_text())}").exists())
+
+
+def wait_until(come: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if come():
+            return
+        time.sleep(0.1)
+    raise AssertionError("did not come within a minute")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
