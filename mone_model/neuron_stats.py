@@ -126,7 +126,8 @@ def top_neuron_overlap(selected_EH: torch.Tensor, k: int) -> float:
 
     2 |T_a & T_b| / (|T_a| + |T_b|), where T_e are the k neurons that expert e kept most often, the lower index first among
     equals and without neurons that it never kept. selected_EH: [E, H] how often each neuron was kept. Independent experts
-    have k/H in common on average; 1 means that all experts use the same indices. NaN with fewer than two experts with tokens.
+    have k/H in common on average; 1 means that all experts use the same indices. NaN with fewer than two experts that have
+    tokens.
     """
     used_EH = selected_EH[selected_EH.sum(-1) > 0]
     experts = len(used_EH)

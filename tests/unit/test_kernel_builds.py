@@ -1,4 +1,4 @@
-"""The CPU kernels' library: compiled for other processors it computes the same; damaged, killed or unwritable it is made anew."""
+"""The CPU kernels: compiled for other processors they compute the same; what is damaged or killed is compiled anew."""
 
 import fcntl
 import math
