@@ -91,9 +91,10 @@ def compose(*overrides: str) -> RunConfig:
 def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
     """[B, s + 1] without end."""
     generator = torch.Generator().manual_seed(0)
-    shape = (config.training.micro_batch_size, config.model.seq_length + 1)
+    vocab_size, shape = config.model.vocab_size, (config.training.micro_batch_size, config.model.seq_length + 1)
+    assert vocab_size is not None
     while True:
-        yield torch.randint(0, config.model.padded_vocab_size, shape, generator=generator)
+        yield torch.randint(0, vocab_size, shape, generator=generator)
 
 
 def prepare(*, with_ours: bool) -> None:

@@ -166,6 +166,7 @@ def test_labels_are_the_next_tokens(folder: Path) -> None:
     assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
     assert torch.equal(sample["position_ids"], torch.arange(32))
     assert sample["loss_mask"].tolist() == [1.0] * 32
+    assert 0 in sample["tokens"][:-1]  # the end of a document: the next one's tokens follow
 
 
 def test_a_partial_last_batch_is_filled_with_masked_samples(folder: Path) -> None:

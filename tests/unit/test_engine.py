@@ -143,6 +143,28 @@ def test_clipping_bounds_the_update_but_not_the_reported_norm() -> None:
     assert updates == pytest.approx({0.0: norms[0.0], 0.1: 0.1, 100.0: norms[0.0]}, rel=1e-5)
 
 
+@pytest.mark.parametrize("engine_name", ["megatron", "deepspeed"])
+def test_weight_decay_is_of_all_matrices_and_of_no_norm(engine_name: str) -> None:
+    weights: dict[float, dict[str, torch.Tensor]] = {}
+    for weight_decay in (0.0, 0.5):
+        config = RunConfig(
+            engine=engine_name,
+            deepspeed=DeepSpeedSection(zero_stage=1),
+            model=ModelConfig(**TINY_MODEL),
+            compute=ComputeConfig(experts="grouped"),
+            training=TrainingConfig(steps=200, micro_batch_size=4, global_batch_size=4),
+            optimizer=OptimizerSection(lr=1e-2, weight_decay=weight_decay),
+        )
+        set_seeds(1)
+        engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
+        engine.train_step(counting_batches(), micro_batches=1, accept=always)
+        weights[weight_decay] = {name: weight.detach() for name, weight in engine.modules[0].named_parameters()}
+    decayed = {name for name, weight in weights[0.0].items() if not torch.equal(weight, weights[0.5][name])}
+    assert decayed == {name for name, weight in weights[0.0].items() if weight.dim() > 1}
+    assert {"embedding.word_embeddings.weight", "output_layer.weight", "decoder.layers.0.mlp.router.weight"} <= decayed
+    assert "decoder.final_layernorm.weight" in weights[0.0].keys() - decayed
+
+
 def test_experts_that_no_backward_pass_reaches_keep_no_gradient_of_the_step_before() -> None:
     engine = make_engine({"activation_ratio": 0.25}, experts="skip")
     train(engine, 1)

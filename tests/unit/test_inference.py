@@ -17,7 +17,7 @@ from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
 from mone_model.gpt import build_gpt, moe_layers
 from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
 from mone_model.kernels import cpu
-from mone_model.neuron_selection import unpack
+from mone_model.neuron_selection import scores_of, select_neurons_reference, unpack
 from tests.tiny import TINY_MODEL
 from train.sample import SampleConfig, continue_text
 
@@ -79,6 +79,29 @@ def test_a_threshold_keeps_all_that_reach_it(activation: str, dtype: torch.dtype
     expected = expert_gemm_loop(gate_NH * up_NH * mask_NH * inputs[3][:, None], inputs[2].float(), inputs[4])
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
     torch.testing.assert_close(decoded.out_ND.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_a_row_that_is_not_a_number_keeps_what_it_should(threshold: float | None) -> None:
+    inputs = few([2, 1], 32, 70)
+    inputs[0][1, 3] = torch.nan  # every gate of this row, while the others are as they were
+    mask_NH = unpack(cpu.decode(*inputs, 20, "silu", threshold=threshold).masks_NW, 70)
+    gate_NH = scores_of(dense(inputs, "silu")[0])
+    expected_NH = gate_NH >= threshold if threshold is not None else select_neurons_reference(gate_NH, 20).mask_NH
+    assert torch.equal(mask_NH, expected_NH)
+    assert mask_NH[1].sum() == (70 if threshold is not None else 20)
+
+
+@pytest.mark.parametrize("few_rows", [0, 1000])
+def test_a_model_that_is_not_a_number_can_be_calibrated_and_run_by_thresholds(model: GPTModel, few_rows: int) -> None:
+    model.embedding.word_embeddings.weight.data[7] = torch.nan
+    tokens_BS = torch.full((1, 16), 7)
+    thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25)
+    assert thresholds == [torch.inf, torch.inf]
+    prepare_inference(model, thresholds)
+    for _, experts, _ in moe_layers(model):
+        experts.few_rows = few_rows
+    assert logits_of(model, tokens_BS)[..., :64].isnan().all()
 
 
 def test_threads_do_not_change_a_bit() -> None:
