@@ -87,13 +87,17 @@ def _build(folder: Path, name: str) -> ctypes.CDLL:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
-        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING, ignore_cleanup_errors=True)
     except OSError as error:
         print(f"CPU kernels: cannot be kept ({error}); compiled for this process alone", file=sys.stderr)
-        temporary = tempfile.TemporaryDirectory(prefix=BUILDING)
+        temporary = tempfile.TemporaryDirectory(prefix=BUILDING, ignore_cleanup_errors=True)
     # Not in place, nor by torch's own cache: its lock outlives a build that is killed, and then all wait for ever.
     with temporary, _mark_in_use(Path(temporary.name)):
-        return ctypes.CDLL(str(_publish(_compile(Path(temporary.name)), folder, name)))
+        built = _compile(Path(temporary.name))
+        library = ctypes.CDLL(str(built))
+        with contextlib.suppress(OSError):  # it serves this process anyway
+            _publish(built, folder, name)
+    return library
 
 
 def _compile(folder: Path) -> Path:
@@ -108,20 +112,16 @@ def _compile(folder: Path) -> Path:
     return next(folder.glob(f"{cpu_build.NAME}*.so"))
 
 
-def _publish(library: Path, folder: Path, name: str) -> Path:
-    """Give it a name that holds the hash of its content, whole or not at all; where it lies then."""
+def _publish(library: Path, folder: Path, name: str) -> None:
+    """Give it a name that holds the hash of its content, whole or not at all, and remove what is damaged."""
     path = folder / f"{name}-{_digest(library.read_bytes())}.so"
-    try:
-        with open(library, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(library, path)
-    except OSError:
-        return library  # where it serves this process
+    with open(library, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(library, path)
     for other in folder.glob(f"{name}*.so"):
         if not _is_intact(other):
             with contextlib.suppress(OSError):
                 other.unlink()
-    return path
 
 
 @contextlib.contextmanager
