@@ -52,14 +52,14 @@ def build_gpt(
             rotary_base=model.rotary_base,
             vp_stage=vp_stage,
         )
-    if gpt.post_process and model.vocab_size != model.padded_vocab_size:
-        gpt.output_layer.register_forward_hook(functools.partial(_mask_padding, model))
+    if gpt.post_process and model.vocab_size is not None and model.vocab_size < model.padded_vocab_size:
+        gpt.output_layer.register_forward_hook(functools.partial(_mask_padding, model.vocab_size, model.padded_vocab_size))
     if not meta:
         draw_initial_weights(gpt, seed=seed)
     return gpt
 
 
-def _mask_padding(model: ModelConfig, layer: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+def _mask_padding(vocab_size: int, padded_size: int, layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
     """Give the rows of the embedding that are no tokens the smallest logit there is, in place.
 
     Their share of every softmax is then exactly 0, and so is their gradient. The smallest number and not -inf: a rank may
@@ -67,8 +67,8 @@ def _mask_padding(model: ModelConfig, layer: torch.nn.Module, inputs: Any, outpu
     """
     logits = output[0]
     width = logits.size(-1)
-    first = 0 if width == model.padded_vocab_size else parallel_state.get_tensor_model_parallel_rank() * width
-    tokens = max(0, model.vocab_size - first)
+    first = 0 if width == padded_size else parallel_state.get_tensor_model_parallel_rank() * width
+    tokens = max(0, vocab_size - first)
     if tokens < width:
         # By autograd this would copy the gradient of all logits.
         logits.detach()[..., tokens:] = torch.finfo(logits.dtype).min

@@ -256,7 +256,7 @@ def test_tokens_are_counted_exactly_in_bf16(engine_name: str) -> None:
     engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
     routers = [router for *_, router in moe_layers(engine.modules[0])]
     chosen: dict[Any, list[torch.Tensor]] = {router: [] for router in routers}
-    counted = {router: [] for router in routers}
+    counted: dict[Any, list[list[torch.Tensor]]] = {router: [] for router in routers}
 
     def follow(router: Any, inputs: Any, output: Any) -> None:
         chosen[router].append(output[1].sum(0))
