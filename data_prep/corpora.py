@@ -10,15 +10,19 @@ Files are read one after the other and streaming, so neither memory nor a cache 
 """
 
 import glob
-import hashlib
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
+from data_prep.corpus_files import find_files, fingerprint_of, state_of
+from data_prep.csv_files import QUOTINGS
 from data_prep.errors import DataError
-from data_prep.readers import FORMATS, INVALID, check_compression, format_of, read_file, read_hub
+from data_prep.progress import counted
+from data_prep.readers import FORMATS, SAMPLES, format_of, read_file, read_hub
+from data_prep.text_files import INVALID, compression_of
 
 
 @dataclass
@@ -44,6 +48,11 @@ class CorpusConfig:
     """text, jsonl, json, csv, tsv, parquet or arrow; null: by the file's suffix."""
     sample_by: str = "paragraph"
     """What a document is in a plain text file: line, paragraph (up to an empty line), document (the file)."""
+    separator: str | None = None
+    """Character between the cells of a csv or tsv file; null: a comma in csv, a tab in tsv."""
+    quoting: str | None = None
+    """Quotes in csv and tsv files: minimal (they may enclose cells), none (a quote is a character like others).
+    null: minimal in csv, with cells refused that look like rows within quotes; none in tsv."""
     on_invalid_utf8: str = "error"
     """A record with bytes that are not UTF-8: error stops, replace puts U+FFFD per byte, skip drops it."""
 
@@ -56,6 +65,11 @@ class Position(NamedTuple):
 
 
 START = Position(0, 0)
+CHANGED = (
+    "while it was read. Start again once nothing writes to the corpus, in an output folder without shards: those "
+    "finished so far may hold other text than the files do now"
+)
+T = TypeVar("T")
 
 Fate = Literal["kept", "empty", "invalid_utf8_replaced", "invalid_utf8_skipped"]
 
@@ -81,7 +95,8 @@ class Corpus:
     def __init__(self, config: CorpusConfig) -> None:
         for option, value, allowed in (
             ("format", config.format or "text", FORMATS),
-            ("sample_by", config.sample_by, ("line", "paragraph", "document")),
+            ("sample_by", config.sample_by, SAMPLES),
+            ("quoting", config.quoting or "none", QUOTINGS),
             ("on_invalid_utf8", config.on_invalid_utf8, ("error", "replace", "skip")),
         ):
             if value not in allowed:
@@ -91,46 +106,114 @@ class Corpus:
                 "give the corpus as 'corpus.path=data/demo/text/*.jsonl' (file, folder, glob or list) "
                 "or as corpus.hub=ID (dataset of the Hugging Face hub)" + (", not both" if config.hub else "")
             )
+        if config.separator is not None and (len(config.separator) != 1 or config.separator in '"\r\n'):
+            raise DataError(f"corpus.separator={config.separator!r}: must be one character, no quote and no line break")
         self.config = config
-        self.files = [] if config.hub else _expand(config)
+        self.files, self._left_out = ([], {}) if config.hub else find_files(config.path, config.format)
+        self._states = [state_of(path) for path in self.files]
+        self.sizes = [state.bytes for state in self._states]
+        self._fingerprints: list[dict[str, Any]] = []
         self.name = config.name or (config.hub or _plain_name(config.path)).replace("/", "-")
 
     def records(self, start: Position = START) -> Iterator[Record]:
         """Every record from `start` on, in the one order this corpus has.
 
         Raises DataError that names file and record for unreadable files, missing text fields, texts that are
-        no strings and, if `on_invalid_utf8` says so, invalid UTF-8.
+        no strings, invalid UTF-8 if `on_invalid_utf8` says so, and files that change while they are read.
         """
         for file in range(start.file, len(self.files) or 1):
             number = start.record if file == start.file else 0
+            self._refuse_a_changed_file(file)
             try:
                 for value in itertools.islice(self._values(file), number, None):
                     record = self._record(value, Position(file, number + 1))
                     number += 1
                     yield record
             except DataError as error:
+                self._refuse_a_changed_file(file)
                 raise DataError(f"{self._title(file)}, record {number + 1}: {error}") from error
             except Exception as error:  # each reader has errors of its own
+                self._refuse_a_changed_file(file)
                 format = "a dataset" if self.config.hub else self._format(file)
+                hint = "" if isinstance(error, EOFError) else ". If it is of another format, set corpus.format"
                 raise DataError(
                     f"{self._title(file)}, behind record {number}: cannot be read as {format} "
-                    f"({type(error).__name__}: {error}). If it is of another format, set corpus.format"
+                    f"({type(error).__name__}: {error}){hint}"
                 ) from error
+            self._refuse_a_changed_file(file)
+        self.refuse_changes()
+        self._refuse_other_ends()
 
     def where(self, position: Position) -> str:
         """The record just before `position` as file:number, numbers from 1."""
         return f"{self._title(position.file)}:{position.record}"
 
-    def fingerprint(self) -> dict[str, Any]:
-        """What tells this corpus from another: options that change the text, path, size and ends of files."""
+    def describe(self) -> str:
+        """One line: how many files of which formats are read, their size, and what of folders is left out."""
+        if self.config.hub:
+            return f"{self.name}: split {self.config.split} of a dataset of the Hugging Face hub"
+        kinds = Counter(self._kind(file) for file in range(len(self.files)))
+        formats = ", ".join(f"{count:,} {kind}" for kind, count in sorted(kinds.items()))
+        line = f"{self.name}: {_count(len(self.files))} ({formats}), {_size(sum(self.sizes))}"
+        for reason, count in sorted(Counter(self._left_out.values()).items()):
+            names = [path.name for path, why in self._left_out.items() if why == reason][:3]
+            line += f"; left out {_count(count)} ({reason}): {', '.join(names)}{', ...' if count > len(names) else ''}"
+        return line
+
+    def fingerprint(self, progress_seconds: float = 5.0) -> dict[str, Any]:
+        """What tells this corpus from another: options that change the text, path, size and ends of files.
+
+        Raises DataError for files that changed since the corpus was made.
+        """
         options = {key: value for key, value in vars(self.config).items() if key not in ("path", "name")}
-        return options | {"files": [_file_fingerprint(path) for path in self.files]}
+        paths = counted(self.files, f"{self.name}: ends of files hashed", progress_seconds)
+        self._fingerprints = [self._of_file(file, fingerprint_of) for file, _ in enumerate(paths)]
+        for file in range(len(self.files)):
+            self._refuse_a_changed_file(file)
+        return options | {"files": self._fingerprints}
+
+    def refuse_changes(self) -> None:
+        """Raise DataError if a file has changed since the corpus was made, or files have come or gone."""
+        if self.config.hub:
+            return
+        files = set(find_files(self.config.path, self.config.format).files)
+        for path in sorted(files ^ set(self.files)):
+            raise DataError(f"{path}: {'came into' if path in files else 'left'} the corpus {CHANGED}")
+        for file in range(len(self.files)):
+            self._refuse_a_changed_file(file)
+
+    def _refuse_other_ends(self) -> None:
+        """Raise DataError if ends of files are not as in the fingerprint: times of files can be set."""
+        paths = counted(self._fingerprints, f"{self.name}: ends of files compared", 5.0)
+        for file, earlier in enumerate(paths):
+            if self._of_file(file, fingerprint_of) != earlier:
+                raise DataError(f"{self.files[file]}: changed (has other content) {CHANGED}")
+
+    def _refuse_a_changed_file(self, file: int) -> None:
+        if self.config.hub:
+            return
+        before, state = self._states[file], self._of_file(file, state_of)
+        if state != before:
+            how = f"{before.bytes} bytes at the start, {state.bytes} now"
+            if state.bytes == before.bytes:
+                how = "written to" if state.inode == before.inode else "replaced"
+            raise DataError(f"{self.files[file]}: changed ({how}) {CHANGED}")
+
+    def _of_file(self, file: int, function: Callable[[Path], T]) -> T:
+        try:
+            return function(self.files[file])
+        except FileNotFoundError as error:
+            raise DataError(f"{self.files[file]}: removed {CHANGED}") from error
+        except OSError as error:
+            raise DataError(f"{self.files[file]}: cannot be read ({error.strerror})") from error
 
     def _values(self, file: int) -> Iterator[Any]:
         config = self.config
         if config.hub:
             return read_hub(config.hub, config.subset, config.split, config.revision, config.text_field)
-        return read_file(self.files[file], self._format(file), config.text_field, config.sample_by)
+        return read_file(
+            self.files[file], self._format(file), config.text_field, config.sample_by, config.separator, config.quoting
+        )
 
     def _record(self, value: Any, position: Position) -> Record:
         if value is not None and not isinstance(value, str):
@@ -157,29 +240,20 @@ class Corpus:
     def _format(self, file: int) -> str:
         return self.config.format or format_of(self.files[file])
 
+    def _kind(self, file: int) -> str:
+        compression = compression_of(self.files[file])
+        return f"{self._format(file)}.{compression}" if compression else self._format(file)
 
-def _expand(config: CorpusConfig) -> list[Path]:
-    """The files of corpus.path: entries in the order given, the files of an entry sorted, each file once."""
-    entries = config.path if isinstance(config.path, list | tuple) else [config.path]
-    files: dict[Path, None] = {}
-    for entry in map(str, entries):
-        path = Path(entry)
-        missing = "no such file, folder or glob match"
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and (config.format or format_of(p)))
-            missing = f"no file in this folder has a suffix of {', '.join(FORMATS)}; set corpus.format"
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(p for p in map(Path, glob.glob(entry, recursive=True)) if p.is_file())
-        if not found:
-            raise DataError(f"corpus.path={entry}: {missing}")
-        files |= dict.fromkeys(found)
-    for file in files:
-        if not (config.format or format_of(file)):
-            raise DataError(f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}")
-        check_compression(file)
-    return list(files)
+
+def _count(files: int) -> str:
+    return "1 file" if files == 1 else f"{files:,} files"
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} bytes"
 
 
 def _plain_name(path: Any) -> str:
@@ -188,13 +262,3 @@ def _plain_name(path: Any) -> str:
     first = Path(str(path[0] if listed else path))
     whole = first.parent if listed or glob.has_magic(first.name) else first
     return whole.name.split(".")[0] or "corpus"
-
-
-def _file_fingerprint(path: Path) -> dict[str, Any]:
-    """Path, size, and sha256 of the first and the last MiB; hashing all would take too long."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        ends = file.read(1 << 20)
-        file.seek(max(0, size - (1 << 20)))
-        ends += file.read()
-    return {"path": str(path), "bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}

@@ -1,59 +1,94 @@
-"""How far a tokenization is: tokens, share of the corpus, rate, time left.
+"""How far a pass over a corpus is: files, tokens, share of the corpus, rate, time left.
 
-progress = Progress(corpus, every_seconds=5)
-progress.add(records, tokens=12345)
+for path in counted(paths, "wikipedia: files hashed"): ...
+progress = Progress(corpus, every_seconds=5, start=position)
+for record in progress.watch(corpus.records(position)): ...
+progress.add(tokens=12345)
 progress.close()
 """
 
 import sys
 import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from data_prep.corpora import Corpus, Position, Record
+if TYPE_CHECKING:
+    from data_prep.corpora import Corpus, Position, Record
+
+Item = TypeVar("Item")
+
+
+def counted(items: Sequence[Item], what: str, every_seconds: float) -> Iterator[Item]:
+    """The items; a line to stderr, `what` and their number, every few seconds."""
+    printed = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - printed >= every_seconds:
+            printed = time.monotonic()
+            print(f"{what}: {number:,} of {len(items):,}", file=sys.stderr)
+        yield item
 
 
 class Progress:
     """Prints a line to stderr every few seconds."""
 
-    def __init__(self, corpus: Corpus, every_seconds: float, start: Position) -> None:
+    def __init__(self, corpus: "Corpus", every_seconds: float, start: "Position") -> None:
         self._corpus, self._every_seconds = corpus, every_seconds
-        self._sizes = [path.stat().st_size for path in corpus.files]
         self._file = start.file
         self._text_per_byte = 1.0
-        self._file_text = 0
+        self._file_text = self._text = 0
         self._tokens = 0
         self._begin = self._printed = time.monotonic()
         self._share_at_begin = self.share()
 
-    def add(self, records: list[Record], tokens: int) -> None:
-        """Count a batch of records that became so many tokens."""
-        self._tokens += tokens
-        for record in records:
-            if record.next.file != self._file:
-                self._text_per_byte = max(self._file_text, 1) / max(self._sizes[self._file], 1)
+    def watch(self, records: Iterable["Record"]) -> Iterator["Record"]:
+        """The records as they are read. Many small files may take long and make few tokens."""
+        sizes = self._corpus.sizes
+        for number, record in enumerate(records):
+            another_file = record.next.file != self._file
+            if another_file:
+                if sizes[self._file]:
+                    self._text_per_byte = max(self._file_text, 1) / sizes[self._file]
                 self._file, self._file_text = record.next.file, 0
             self._file_text += len(record.text)
-        if time.monotonic() - self._printed >= self._every_seconds:
-            self._print()
+            self._text += len(record.text)
+            if another_file or number % 1000 == 999:
+                self._print_when_due()
+            yield record
+
+    def add(self, tokens: int) -> None:
+        """Count tokens that were made of the records."""
+        self._tokens += tokens
+        self._print_when_due()
 
     def share(self) -> float:
-        """Estimated share of the corpus's bytes that are done; 0 where the size is unknown.
+        """Estimated share of the corpus's bytes that are read; 0 where the size is unknown.
 
         Inside a file it goes by the text per byte of the file before, compressed or not.
         """
-        if not sum(self._sizes):
+        sizes = self._corpus.sizes
+        if not sum(sizes):
             return 0.0
-        here = min(self._file_text / self._text_per_byte, sum(self._sizes[self._file : self._file + 1]))
-        return (sum(self._sizes[: self._file]) + here) / sum(self._sizes)
+        here = min(self._file_text / self._text_per_byte, sum(sizes[self._file : self._file + 1]))
+        return (sum(sizes[: self._file]) + here) / sum(sizes)
 
     def close(self) -> None:
         """Print the last line."""
-        self._file_text, self._file = 0, len(self._sizes)
+        self._file_text, self._file = 0, len(self._corpus.sizes)
         self._print()
+
+    def _print_when_due(self) -> None:
+        if time.monotonic() - self._printed >= self._every_seconds:
+            self._print()
 
     def _print(self) -> None:
         self._printed = time.monotonic()
         seconds = max(self._printed - self._begin, 1e-9)
-        line = f"{self._corpus.name}: {self._tokens / 1e6:.1f}M tokens, {self._tokens / seconds:,.0f} tokens/s"
+        line = f"{self._corpus.name}: "
+        if (files := len(self._corpus.sizes)) > 1:
+            line += f"file {min(self._file + 1, files):,} of {files:,}, "
+        line += f"{self._text / 1e6:,.1f}M characters"
+        if self._tokens:
+            line += f", {self._tokens / 1e6:,.1f}M tokens, {self._tokens / seconds:,.0f} tokens/s"
         if (gained := self.share() - self._share_at_begin) > 0:
             left = int((1 - self.share()) * seconds / gained)
             line += f", {self.share():.0%}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"

@@ -3,129 +3,226 @@
     for value in read_file(Path("corpus.parquet"), "parquet", field="text"):
         value        # str, None, whatever else the record holds there; INVALID where bytes were not UTF-8
 
-`datasets` reads every format but JSON lines, streaming. Those are plain lines to `fsspec`, which is under
-`datasets` too: its json reader wants one schema for all records, which the metadata of real corpora seldom
-has.
+Files are read by what is below `datasets`: pyarrow, and Python's json and csv. `datasets` itself asks the hub about
+every file that it loads, wants one schema for all records, and reads cells of another column where the rows of a
+table have other lengths than its header. It reads datasets of the hub.
 """
 
-import codecs
-import glob
 import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from data_prep.csv_files import check_field, read_table
 from data_prep.errors import DataError
+from data_prep.text_files import INVALID, MARK_INVALID, compression_of, open_text
 
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
+BINARY_FORMATS = ("parquet", "arrow")
+"""Formats that are read from any place in the file, which a compressed file does not allow."""
 SUFFIXES = {".txt": "text", ".md": "text", ".ndjson": "jsonl"} | {f".{name}": name for name in FORMATS}
-COMPRESSIONS = ("gz", "bz2", "xz", "zst", "lz4")
-
-# Each undecodable byte becomes this pair of noncharacters, which no valid text interchanges, so that the
-# record that holds it can be found whichever reader decoded the file.
-INVALID = "\ufdd0\ufdef"
-MARK_INVALID = "data_prep_mark_invalid"
+SAMPLES = ("line", "paragraph", "document")
+ROWS = 1000
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 """JSON can spell half of a surrogate pair, which no UTF-8 can; whole pairs are one character by then."""
-
-
-def _mark_invalid(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
-    return INVALID * (error.end - error.start), error.end
-
-
-codecs.register_error(MARK_INVALID, _mark_invalid)
+ARROW_STREAM_START, ARROW_STREAM_END = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def format_of(path: Path) -> str:
     """The format that a file's suffix tells, a compression's suffix aside; "" if it tells none."""
-    name = path.with_suffix("") if path.suffix[1:] in COMPRESSIONS else path
+    name = path.with_suffix("") if compression_of(path) else path
     return SUFFIXES.get(name.suffix.lower(), "")
 
 
-def check_compression(path: Path) -> None:
-    """Raise DataError if `path` is compressed in a way that needs a package which is not installed."""
-    from fsspec.utils import compressions  # type: ignore[import-untyped]
+def read_file(
+    path: Path,
+    format: str,
+    field: str,
+    sample_by: str = "paragraph",
+    separator: str | None = None,
+    quoting: str | None = None,
+) -> Iterator[Any]:
+    """The values of `field` in a file of one of the `FORMATS`.
 
-    suffix = path.suffix[1:]
-    if suffix in COMPRESSIONS and suffix not in compressions:
-        package = {"zst": "zstandard", "lz4": "lz4"}[suffix]
-        raise DataError(f"{path}: reading .{suffix} files needs the Python package {package}: pip install {package}")
-
-
-def read_file(path: Path, format: str, field: str, sample_by: str = "paragraph") -> Iterator[Any]:
-    """The values of `field` in a file of one of the `FORMATS`; `sample_by` cuts plain text into documents.
+    sample_by: what of a plain text file is a document: one of `SAMPLES`.
+    separator, quoting: how a csv or tsv file is written, see `csv_files.read_table`.
 
     Raises DataError for a record or table without the field, and whatever the format's reader raises for a
-    file that is not of the format.
+    file that is not of the format. A file without records has no fields either and gives nothing.
     """
-    if format == "jsonl":
-        return _read_lines(path, field)
-    options: dict[str, Any] = {}
-    if format == "text":
-        options = {"sample_by": sample_by}
-    if format in ("csv", "tsv"):  # otherwise a text "NA" would be missing and a text "007" the number 7
-        options = {
-            "keep_default_na": False,
-            "converters": {field: str},
-            "sep": "\t" if format == "tsv" else ",",
-        }
-    if format in ("text", "csv", "tsv", "json"):  # "utf-8" would make the json reader ignore encoding_errors
-        options |= {"encoding": "utf8", "encoding_errors": MARK_INVALID}
-    builder = "csv" if format == "tsv" else format
-    return _read_dataset(field, builder, data_files=[glob.escape(str(path))], split="train", **options)
+    match format:
+        case "parquet":
+            yield from _read_parquet(path, field)
+        case "arrow":
+            yield from _read_arrow(path, field)
+        case "text":
+            with open_text(path, newline=None) as lines:
+                for text in _read_text(lines, sample_by):
+                    check_field(field, ["text"])
+                    yield text
+        case "jsonl":
+            with open_text(path, newline="\n") as lines:
+                yield from (_field_of_line(line, field) for line in lines)
+        case "json":
+            with open_text(path, newline="\n") as lines:
+                yield from _read_json(lines, field)
+        case "csv" | "tsv":
+            separator = separator or ("\t" if format == "tsv" else ",")
+            with open_text(path, newline="") as lines:
+                yield from read_table(lines, field, separator, quoting or ("none" if format == "tsv" else None))
 
 
 def read_hub(id: str, subset: str | None, split: str, revision: str | None, field: str) -> Iterator[Any]:
     """The values of `field` in one split of a dataset of the Hugging Face hub, streamed."""
-    return _read_dataset(field, id, subset, split=split, revision=revision)
-
-
-def _read_lines(path: Path, field: str) -> Iterator[Any]:
-    import fsspec  # type: ignore[import-untyped]
-
-    with fsspec.open(str(path), "rb", compression="infer") as lines:
-        for line in lines:
-            text = line.decode("utf-8", errors=MARK_INVALID).removeprefix("\ufeff")
-            yield None if text.isspace() else _field_of(text, field)
-
-
-def _field_of(line: str, field: str) -> Any:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"not a line of JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise DataError(f"a JSON {type(record).__name__}, not an object with fields")
-    _check_field(field, record)
-    value = record[field]
-    if isinstance(value, str) and ("\\ud" in line or "\\uD" in line):
-        value = LONE_SURROGATE.sub(INVALID, value)
-    return value
-
-
-def _read_dataset(field: str, *arguments: Any, **options: Any) -> Iterator[Any]:
     from datasets import load_dataset
     from datasets.utils.logging import CRITICAL, set_verbosity
 
     set_verbosity(CRITICAL)  # it logs what it raises; our message names file and record
-    dataset = load_dataset(*arguments, streaming=True, **options)
-    for table in dataset.with_format("arrow").iter(batch_size=1000):
-        _check_field(field, table.column_names)
+    dataset = load_dataset(id, subset, split=split, revision=revision, streaming=True)
+    for table in dataset.with_format("arrow").iter(batch_size=ROWS):
+        check_field(field, table.column_names)
         yield from _python_values(table[field])
 
 
-def _check_field(field: str, existing: Iterable[str]) -> None:
-    if field not in existing:
-        names = ", ".join(existing) or "none"
-        raise DataError(f"no field {field!r} (corpus.text_field); fields that exist: {names}")
+def _read_text(lines: TextIO, sample_by: str) -> Iterator[str]:
+    if sample_by == "line":
+        yield from (line.removesuffix("\n") for line in lines)
+    elif sample_by == "document":
+        if text := lines.read():
+            yield text
+    else:
+        paragraph: list[str] = []
+        for line in lines:
+            if line == "\n" and paragraph:
+                if text := "".join(paragraph)[:-1]:
+                    yield text
+                paragraph = []
+            else:
+                paragraph.append(line)
+        if paragraph:
+            yield "".join(paragraph)
+
+
+def _field_of_line(line: str, field: str) -> Any:
+    line = line.removeprefix("\ufeff")  # files that were joined have one in the middle
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"not a line of JSON ({error})") from error
+    return _field_of(record, field)
+
+
+def _field_of(record: Any, field: str) -> Any:
+    if not isinstance(record, dict):
+        raise DataError(f"a JSON {type(record).__name__}, not an object with fields")
+    check_field(field, record)
+    value = record[field]
+    # A string that UTF-8 can hold is the rule, and to encode it is faster than to look for what it cannot.
+    return LONE_SURROGATE.sub(INVALID, value) if isinstance(value, str) and not _is_encodable(value) else value
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_json(lines: TextIO, field: str) -> Iterator[Any]:
+    """Fields of values that stand one on a line, or over several lines. A list stands for its elements, a string in
+    one for an object with the field alone."""
+    start = ""
+    for line in lines:
+        start += line
+        if not line.isspace():
+            break
+    try:
+        values = [json.loads(start)] if start.strip() else []
+    except json.JSONDecodeError:
+        values = _json_values(start + lines.read())
+    for value in values:
+        for element in value if isinstance(value, list) else [value]:
+            yield _field_of({field: element} if isinstance(element, str) else element, field)
+    yield from (_field_of_line(line, field) for line in lines if line.strip())
+
+
+def _json_values(text: str) -> list[Any]:
+    """All JSON values in a text."""
+    values = []
+    decoder = json.JSONDecoder()
+    at = len(text) - len(text.lstrip())
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        values.append(value)
+        while at < len(text) and text[at].isspace():
+            at += 1
+    return values
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path, page_checksum_verification=True) as file:
+        if file.metadata.num_rows:
+            check_field(field, file.schema_arrow.names)
+            for batch in file.iter_batches(ROWS, columns=[field]):
+                yield from _python_values(batch.column(field))
+
+
+def _read_arrow(path: Path, field: str) -> Iterator[Any]:
+    from pyarrow import ArrowInvalid, ipc
+
+    with open(path, "rb") as file:
+        try:
+            stream = ipc.open_stream(file)
+        except ArrowInvalid:
+            table = ipc.open_file(file)
+            batches: Iterable[Any] = map(table.get_batch, range(table.num_record_batches))
+        else:
+            _check_end_of_stream(path)
+            batches = stream
+        for batch in batches:
+            if batch.num_rows:
+                check_field(field, batch.schema.names)
+                column = batch.column(field)
+                _as_bytes(column).validate(full=True)
+                for start in range(0, len(column), ROWS):
+                    yield from _python_values(column.slice(start, ROWS))
+
+
+def _check_end_of_stream(path: Path) -> None:
+    """Raise EOFError for a stream without the mark of its end: Arrow takes one that is cut between two batches."""
+    with open(path, "rb") as file:
+        start = file.read(len(ARROW_STREAM_START))
+        file.seek(-len(ARROW_STREAM_END), 2)
+        if start == ARROW_STREAM_START and file.read() != ARROW_STREAM_END:
+            raise EOFError("the stream has no end: the file is truncated, or its writer was not closed")
+
+
+def _as_bytes(column: Any) -> Any:
+    """An Arrow column of strings as bytes: Arrow does not check that they are UTF-8. Other columns as they are."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode() if isinstance(column, pa.Array) else column.cast(column.type.value_type)
+    for is_text, bytes_type in (
+        (pa.types.is_string, pa.binary()),
+        (pa.types.is_large_string, pa.large_binary()),
+        (pa.types.is_string_view, pa.binary_view()),
+    ):
+        if is_text(column.type):
+            return column.cast(bytes_type)
+    return column
 
 
 def _python_values(column: Any) -> list[Any]:
-    """An Arrow column as Python values; its strings may hold bytes that are not UTF-8, unchecked by Arrow."""
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError:
-        values = column.cast("large_binary").to_pylist()
-        return [value if value is None else value.decode("utf-8", errors=MARK_INVALID) for value in values]
+    """An Arrow column as Python values, strings decoded with marks."""
+    content = _as_bytes(column)
+    values = content.to_pylist()
+    if content.type == column.type:
+        return values
+    return [value.decode(errors=MARK_INVALID) if isinstance(value, bytes) else value for value in values]

@@ -12,6 +12,7 @@ progress.json.
 
 import fcntl
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -116,7 +117,7 @@ def write_groups(config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, p
     progress = Progress(corpus, config.progress_seconds, position)
     with ThreadPoolExecutor(1) as thread:
         finishing: Future[None] | None = None
-        for records, encoded in pool.encode(corpus.records(position)):
+        for records, encoded in pool.encode(progress.watch(corpus.records(position))):
             for record, tokens, validation in zip(records, encoded.documents(), encoded.validation, strict=True):
                 position = record.next
                 group.fates[record.fate] += 1
@@ -132,7 +133,7 @@ def write_groups(config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, p
                     finishing = thread.submit(group.finish, journal, corpus, position)
                     number += 1
                     group = Group(journal.folder, number, dtype)
-            progress.add(records, len(encoded.tokens))
+            progress.add(len(encoded.tokens))
         if finishing:
             finishing.result()
         if group.records:
@@ -185,8 +186,9 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     Raises DataError for bad input, an output folder that holds something else, and a full disk.
     """
     corpus, tokenizer, output = Corpus(config.corpus), load_tokenizer(config.tokenizer), Path(config.output)
+    print(corpus.describe(), file=sys.stderr)
     settings = {
-        "corpus": corpus.fingerprint() | {"name": corpus.name},
+        "corpus": corpus.fingerprint(config.progress_seconds) | {"name": corpus.name},
         "tokenizer_sha256": tokenizer.sha256,
         "validation_fraction": config.validation_fraction,
         "shard_tokens": config.shard_tokens,
@@ -200,6 +202,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         journal = Journal.open(output, settings, tokenizer.vocab_size)
         (output / TOKENIZER_NAME).mkdir(exist_ok=True)
         tokenizer.copy_to(output / TOKENIZER_NAME)
+        corpus.refuse_changes()  # not after hours, if the output is within the corpus
         with EncoderPool(config.tokenizer, config.validation_fraction, config.workers) as pool:
             write_groups(config, corpus, tokenizer, pool, journal)
         return publish_manifest(corpus.name, tokenizer, journal)

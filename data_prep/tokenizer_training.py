@@ -8,22 +8,27 @@ import hashlib
 import heapq
 import io
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_prep.corpora import Corpus
+from data_prep.corpora import START, Corpus
 from data_prep.errors import DataError, naming_folder
 from data_prep.files import writing
+from data_prep.progress import Progress
 from data_prep.shards import publish_json
 
 if TYPE_CHECKING:
     from data_prep.tokenizer import TrainTokenizerConfig
 
 REPORT_NAME = "tokenizer_training.json"
+PROGRESS_SECONDS = 5.0
 LINE_CHARACTERS = 4000
 """Longest line given to sentencepiece, which drops longer ones in silence (max_sentence_length)."""
+RESERVED = str.maketrans("", "", "\0\u2585")
+"""Characters that sentencepiece keeps for itself: it drops lines with U+2585 in silence."""
 
 
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
@@ -59,7 +64,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), LINE_CHARACTERS):
-                yield line[start : start + LINE_CHARACTERS].replace("\0", "")
+                yield line[start : start + LINE_CHARACTERS].translate(RESERVED)
 
 
 def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
@@ -77,12 +82,32 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
     if config.model_type not in ("bpe", "unigram"):
         raise DataError(f"model_type={config.model_type}: must be bpe or unigram")
     corpus = Corpus(config.corpus)
-    texts = (record.text for record in corpus.records() if record.text)
-    sample = draw_sample(texts, config.sample_bytes, config.seed)
+    print(corpus.describe(), file=sys.stderr)
+    progress = Progress(corpus, PROGRESS_SECONDS, START)
+    longer = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal longer
+        for record in progress.watch(corpus.records()):
+            longer += len(record.text.encode()) > config.sample_bytes
+            if record.text:
+                yield record.text
+
+    sample = draw_sample(texts(), config.sample_bytes, config.seed)
     if not sample:
         raise DataError(
             f"{corpus.name}: no document to train on. Either the corpus is empty or every document is longer "
             f"than sample_bytes={config.sample_bytes}"
+        )
+    reserved = sum(text.translate(RESERVED) != text for text in sample)
+    if longer:
+        print(
+            f"{corpus.name}: {longer:,} documents left out, longer than sample_bytes={config.sample_bytes}", file=sys.stderr
+        )
+    if reserved:
+        print(
+            f"{corpus.name}: NUL and U+2585, which sentencepiece reserves, are left out of {reserved:,} documents",
+            file=sys.stderr,
         )
     model = io.BytesIO()
     try:
@@ -112,7 +137,12 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
         "sha256": trained.sha256,
         "vocab_size": trained.vocab_size,
         "eod_id": trained.eod_id,
-        "sample": {"documents": len(sample), "bytes": sum(len(text.encode()) for text in sample)},
+        "sample": {
+            "documents": len(sample),
+            "bytes": sum(len(text.encode()) for text in sample),
+            "documents_longer_than_sample": longer,
+            "documents_with_reserved_characters": reserved,
+        },
         "settings": {k: v for k, v in asdict(config).items() if k != "output"},
         "sentencepiece": sentencepiece.__version__,
     }

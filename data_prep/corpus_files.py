@@ -1,0 +1,215 @@
+"""The files of a corpus: which ones, each once, and whether they are still the same.
+
+found = find_files("data/**/*.jsonl", format=None)
+found.files, found.left_out              # paths in their order; what of a folder is no text
+state = state_of(found.files[0])         # differs once the file is written to or replaced
+"""
+
+import fnmatch
+import glob
+import hashlib
+import json
+import os
+import stat
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_prep.errors import DataError
+from data_prep.readers import BINARY_FORMATS, FORMATS, format_of
+from data_prep.text_files import compression_of
+
+CARDS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
+"""What `datasets` writes beside data, to describe it."""
+SAVED_STATE = "state.json"
+"""What `save_to_disk` of `datasets` calls the list of a folder's data files."""
+END_BYTES = 1 << 20
+
+
+class FoundFiles(NamedTuple):
+    """What an option `corpus.path` stands for."""
+
+    files: list[Path]
+    """Entries in the order given, the files of an entry sorted, each file once however many ways lead to it."""
+    left_out: dict[Path, str]
+    """Files of folders that are not read, with the reason."""
+
+
+class FileState(NamedTuple):
+    """What changes when a file is written to or replaced."""
+
+    bytes: int
+    mtime_ns: int
+    inode: int
+
+
+def find_files(path: Any, format: str | None) -> FoundFiles:
+    """The files that `corpus.path` stands for: a file, a folder, a glob, or a list of these.
+
+    Links are followed, to folders too. Hidden files and folders are found by their names only.
+
+    Raises DataError, naming the path, if nothing is found or something cannot be read as a file of text.
+    """
+    files: dict[str, Path] = {}
+    left_out: dict[Path, str] = {}
+    for entry in map(str, path if isinstance(path, list | tuple) else [path]):
+        for file in _files_of(entry, format, left_out):
+            files.setdefault(os.path.realpath(file), file)
+    others = {os.path.realpath(path): path for path in left_out}
+    return FoundFiles(list(files.values()), {path: left_out[path] for real, path in others.items() if real not in files})
+
+
+def state_of(path: Path) -> FileState:
+    """The state of a file; OSError if it does not exist."""
+    status = path.stat()
+    return FileState(status.st_size, status.st_mtime_ns, status.st_ino)
+
+
+def fingerprint_of(path: Path) -> dict[str, Any]:
+    """Path, size, and sha256 of the first and the last MiB; hashing all would take too long."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        ends = file.read(END_BYTES)
+        file.seek(max(0, size - END_BYTES))
+        ends += file.read()
+    return {"path": str(path), "bytes": size, "sha256_of_ends": hashlib.sha256(ends).hexdigest()}
+
+
+def _files_of(entry: str, format: str | None, left_out: dict[Path, str]) -> list[Path]:
+    path = Path(entry)
+    try:
+        if path.is_dir():
+            files = _texts_of_a_folder(_matches(Path(glob.escape(entry), "**", "*")), format, left_out)
+            missing = f"no file in this folder has a suffix of {', '.join(FORMATS)}; set corpus.format"
+        elif os.path.lexists(path):
+            files, missing = [path], ""
+        else:
+            files = _matches(path)
+            missing = "no such file, folder or glob match"
+            if files and not (files := [file for file in files if not file.is_dir()]):
+                missing = "matches folders only; name one, or add /** for all files in them"
+            if not path.suffix:  # not a name that was chosen, like *.json or README.*
+                files = _without_cards(files, format, left_out)
+    except OSError as error:
+        raise DataError(f"corpus.path={entry}: {error.filename}: {error.strerror}") from error
+    if not files:
+        raise DataError(f"corpus.path={entry}: {missing}")
+    for file in files:
+        _check(file, format)
+    return files
+
+
+def _check(file: Path, format: str | None) -> None:
+    """Raise DataError for what cannot be read as a file of text, before anything opens it."""
+    try:
+        str(file).encode()
+        mode = file.stat().st_mode
+    except UnicodeEncodeError:
+        raise DataError(f"{ascii(str(file))}: the name is not UTF-8, so no manifest could hold it. Rename it") from None
+    except OSError as error:
+        what = "a link to nothing" if file.is_symlink() else "cannot be read"
+        raise DataError(f"{file}: {what} ({error.strerror})") from error
+    if stat.S_ISFIFO(mode):
+        raise DataError(
+            f"{file}: a pipe, and a corpus is read more than once. Write the text to a file; compressed files "
+            "(gz, bz2, xz, zst, lz4) are read as they are"
+        )
+    if not stat.S_ISREG(mode):
+        kind = "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise DataError(f"{file}: {kind}, not a file of text")
+    if not (format or format_of(file)):
+        raise DataError(f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}")
+    if (format or format_of(file)) in BINARY_FORMATS and compression_of(file):
+        raise DataError(
+            f"{file}: {format or format_of(file)} files compress their content themselves and are not read through "
+            f"{file.suffix}. Decompress it first"
+        )
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """What a glob stands for, sorted. Unlike the standard library's, it ends where links lead back to a parent."""
+    return sorted(set(_walk(pattern.parts)))
+
+
+def _walk(pattern: tuple[str, ...]) -> Iterator[Path]:
+    """Each folder is searched once for each rest of the pattern, whatever links lead to it."""
+    searched: set[tuple[str, int]] = set()
+    if pattern[-1] == "**":
+        pattern += ("*",)
+    folders, linked = deque([(Path(), pattern)]), deque[tuple[Path, tuple[str, ...]]]()
+    while folders or linked:  # links last, so that files keep the names that they have without links
+        folder, (head, *rest) = (folders or linked).popleft()
+        key = os.path.realpath(folder), len(rest)
+        if key in searched:
+            continue
+        searched.add(key)
+        if head == "**":
+            folders.append((folder, tuple(rest)))
+        for path in _entries(folder, head):
+            below = (head, *rest) if head == "**" else tuple(rest)
+            if not below:
+                yield path
+            elif path.is_dir():
+                (linked if path.is_symlink() else folders).append((path, below))
+
+
+def _entries(folder: Path, pattern: str) -> Iterator[Path]:
+    """What in a folder one part of a glob stands for."""
+    if not glob.has_magic(pattern):
+        if os.path.lexists(folder / pattern):
+            yield folder / pattern
+        return
+    for name in sorted(os.listdir(folder)):
+        if fnmatch.fnmatchcase(name, pattern) and (pattern.startswith(".") or not name.startswith(".")):
+            yield folder / name
+
+
+def _texts_of_a_folder(paths: Iterable[Path], format: str | None, left_out: dict[Path, str]) -> list[Path]:
+    """The files among all that is in a folder which hold its text."""
+    files = []
+    for path in paths:
+        if not path.is_dir():
+            if format or format_of(path):
+                files.append(path)
+            else:
+                left_out[path] = "no suffix of a text format"
+    return _without_cards(files, format, left_out)
+
+
+def _without_cards(files: list[Path], format: str | None, left_out: dict[Path, str]) -> list[Path]:
+    """Leave out what describes data: files that `datasets` writes, and a README beside other files than Markdown.
+
+    Of a folder that `save_to_disk` wrote only the files of its list are read, in the list's order.
+    """
+    order = {}
+    saved = set()
+    if format in (None, "arrow"):
+        for state in (file for file in files if file.name == SAVED_STATE and file.is_file()):
+            if (listed := _listed_in(state)) is not None:
+                saved.add(state.parent)
+                order |= {file: file.with_name(f"{n:09}") for n, file in enumerate(listed)}
+    described = {
+        folder for file in files if file.suffix.lower() != ".md" and file.name not in CARDS for folder in file.parents
+    }
+    texts = []
+    for file in files:
+        if file.parent in saved and file not in order:
+            left_out[file] = f"beside the data files that {SAVED_STATE} lists"
+        elif file.name in CARDS or (file.name.lower() == "readme.md" and file.parent in described):
+            left_out[file] = "describes the data"
+        elif file not in order:
+            texts.append(file)
+    return sorted([*texts, *order], key=lambda file: order.get(file, file))
+
+
+def _listed_in(state: Path) -> list[Path] | None:
+    """The data files of a folder that `save_to_disk` wrote; None if state.json is something else."""
+    try:
+        content = json.loads(state.read_text(encoding="utf-8"))
+        listed = [state.with_name(file["filename"]) for file in content["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        return None
+    if content.get("_indices_files") or content.get("_indices_data_files"):
+        raise DataError(f"{state}: lists files of indices, which are not read. Write it again with save_to_disk")
+    return listed
