@@ -52,7 +52,7 @@ def _lz4() -> Any:
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
     "bz2": bz2.BZ2Decompressor,
-    "xz": lzma.LZMADecompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),  # zeros would be an empty file of the older format
     "zst": _zstandard,
     "lz4": _lz4,
 }
