@@ -182,7 +182,7 @@ def _without_cards(files: list[Path], format: str | None, left_out: dict[Path, s
 
     Of a folder that `save_to_disk` wrote only the files of its list are read, in the list's order.
     """
-    order = {}
+    order: dict[Path, Path] = {}  # what a file is sorted by
     saved = set()
     if format in (None, "arrow"):
         for state in (file for file in files if file.name == SAVED_STATE and file.is_file()):

@@ -66,8 +66,12 @@ class _Table(Iterator[list[str]]):
         csv.field_size_limit(LARGEST_CELL)
         self.lines: list[str] = []
         self._separator = separator
-        style = csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL
-        self._reader = csv.reader(self._noted(lines), delimiter=separator, quoting=style, strict=True)
+        self._reader = csv.reader(
+            self._noted(lines),
+            delimiter=separator,
+            quoting=csv.QUOTE_NONE if quoting == "none" else csv.QUOTE_MINIMAL,
+            strict=True,
+        )
         self._told = False
 
     def _noted(self, lines: Iterable[str]) -> Iterator[str]:

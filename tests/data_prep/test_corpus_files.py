@@ -153,14 +153,14 @@ def change_and_set_the_time_back(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-CHANGES: dict[str, Callable[[Path], None]] = {
+CHANGES: dict[str, Callable[[Path], object]] = {
     r"b\.jsonl: changed \(\d+ bytes at the start, \d+ now\)": grow,
     r"b\.jsonl: changed \(\d+ bytes at the start, 40 now\)": lambda path: os.truncate(path, 40),
-    r"b\.jsonl: changed \(written to\)": lambda path: path.write_bytes(path.read_bytes().upper()) and None,
+    r"b\.jsonl: changed \(written to\)": lambda path: path.write_bytes(path.read_bytes().upper()),
     r"b\.jsonl: changed \(replaced\)": write_elsewhere_and_rename,
     r"b\.jsonl: changed \(has other content\)": change_and_set_the_time_back,
     r"b\.jsonl: (removed|left the corpus)": Path.unlink,
-    r"z\.jsonl: came into the corpus": lambda path: write_jsonl(path.with_name("z.jsonl"), ["new"]) and None,
+    r"z\.jsonl: came into the corpus": lambda path: write_jsonl(path.with_name("z.jsonl"), ["new"]),
 }
 
 

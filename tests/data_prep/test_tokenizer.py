@@ -13,7 +13,7 @@ from data_prep.encoding import encode_batch
 from data_prep.errors import DataError
 from data_prep.tokenizer import HuggingFaceTokenizer, Tokenizer, TrainTokenizerConfig, load_tokenizer
 from data_prep.tokenizer_training import draw_sample, train_tokenizer
-from tests.data_prep.conftest import made_up_documents
+from tests.data_prep.conftest import made_up_documents, write_jsonl
 
 
 def train(corpus_file: Path, output: Path, **options: Any) -> dict[str, Any]:
@@ -36,6 +36,35 @@ def test_the_settings_stand_beside_the_model(corpus_file: Path, tmp_path: Path) 
     assert report["settings"]["vocab_size"] == report["vocab_size"] == 400
     assert report["sha256"] == load_tokenizer(tmp_path).sha256
     assert 9_000 < report["sample"]["bytes"] <= 10_000
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "reserved", ["\0", "\u2585", "\t", "\x1f", "\u2581", "\ufffd", "<unk>", "<s>", "<0x0A>", "x" * 20_000]
+)
+def test_lines_of_every_content_are_learnt_from(
+    documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, reserved: str
+) -> None:
+    texts = [*documents, *(f"{number}ж{reserved}" for number in range(9))]
+    report = train(
+        write_jsonl(tmp_path / "a.jsonl", texts), tmp_path, vocab_size=400, character_coverage=1, model_type=model_type
+    )
+    (ids,) = load_tokenizer(tmp_path).encode(["ж"])
+    assert len(ids) <= 2  # were it unknown, two bytes behind a space
+    left_out = 9 if reserved in ("\0", "\u2585") else 0
+    assert report["sample"]["documents_with_reserved_characters"] == left_out
+    assert ("left out of 9 documents" in capsys.readouterr().err) == bool(left_out)
+
+
+def test_documents_longer_than_the_sample_are_counted(
+    documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "a.jsonl", [*documents, "long " * 10_000, "longer " * 10_000])
+    report = train(corpus, tmp_path, vocab_size=400, sample_bytes=30_000)
+    assert report["sample"]["documents_longer_than_sample"] == 2
+    error = capsys.readouterr().err
+    assert error.startswith("a: 1 file (1 jsonl), ")
+    assert "a: 2 documents left out, longer than sample_bytes=30000" in error
 
 
 @given(st.integers(1, 3000), st.randoms(use_true_random=False))
