@@ -196,7 +196,7 @@ class Corpus:
         if state != before:
             how = f"{before.bytes} bytes at the start, {state.bytes} now"
             if state.bytes == before.bytes:
-                how = "written to" if state.inode == before.inode else "replaced"
+                how = "written to or replaced"
             raise DataError(f"{self.files[file]}: changed ({how}) {CHANGED}")
 
     def _of_file(self, file: int, function: Callable[[Path], T]) -> T:

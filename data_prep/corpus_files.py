@@ -37,11 +37,10 @@ class FoundFiles(NamedTuple):
 
 
 class FileState(NamedTuple):
-    """What changes when a file is written to or replaced."""
+    """What changes when a file is written to or replaced. Not the inode, which network file systems may renumber."""
 
     bytes: int
     mtime_ns: int
-    inode: int
 
 
 def find_files(path: Any, format: str | None) -> FoundFiles:
@@ -63,7 +62,7 @@ def find_files(path: Any, format: str | None) -> FoundFiles:
 def state_of(path: Path) -> FileState:
     """The state of a file; OSError if it does not exist."""
     status = path.stat()
-    return FileState(status.st_size, status.st_mtime_ns, status.st_ino)
+    return FileState(status.st_size, status.st_mtime_ns)
 
 
 def fingerprint_of(path: Path) -> dict[str, Any]:

@@ -144,6 +144,25 @@ def test_reading_can_start_behind_any_record(
         assert list(corpus.records(start=record.next)) == records[index + 1 :]
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize("format", ["parquet", "stream.arrow", "file.arrow"])
+def test_every_type_of_column_is_read_from_any_record(tmp_path: Path, format: str, kind: pa.DataType) -> None:
+    texts = [f"{text} {n % 7}" for n in range(500) for text in TEXTS]
+    table = pa.table({"meta": pa.nulls(len(texts)), "text": pa.array([*texts[:-1], None], pa.string()).cast(kind)})
+    path = tmp_path / f"a.{format}"
+    if format == "parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=700)
+    else:
+        new = pa.ipc.new_stream if format == "stream.arrow" else pa.ipc.new_file
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=1700)
+    corpus = Corpus(CorpusConfig(path=str(path)))
+    records = list(corpus.records())
+    assert [record.text for record in records] == [*texts[:-1], ""]
+    for at in (0, 699, 1700, 2999):
+        assert list(corpus.records(start=records[at].next)) == records[at + 1 :]
+
+
 def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     before = Corpus(CorpusConfig(path=str(path))).fingerprint()

@@ -142,8 +142,7 @@ def grow(path: Path) -> None:
 
 
 def write_elsewhere_and_rename(path: Path) -> None:
-    path.with_name("new").write_bytes(path.read_bytes())
-    os.utime(path.with_name("new"), ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns))
+    path.with_name("new").write_bytes(path.read_bytes().upper())
     os.replace(path.with_name("new"), path)
 
 
@@ -156,8 +155,8 @@ def change_and_set_the_time_back(path: Path) -> None:
 CHANGES: dict[str, Callable[[Path], object]] = {
     r"b\.jsonl: changed \(\d+ bytes at the start, \d+ now\)": grow,
     r"b\.jsonl: changed \(\d+ bytes at the start, 40 now\)": lambda path: os.truncate(path, 40),
-    r"b\.jsonl: changed \(written to\)": lambda path: path.write_bytes(path.read_bytes().upper()),
-    r"b\.jsonl: changed \(replaced\)": write_elsewhere_and_rename,
+    r"b\.jsonl: changed \(written to or replaced\)": lambda path: path.write_bytes(path.read_bytes().upper()),
+    r"b\.jsonl: changed \(written to or replaced\) ?": write_elsewhere_and_rename,
     r"b\.jsonl: changed \(has other content\)": change_and_set_the_time_back,
     r"b\.jsonl: (removed|left the corpus)": Path.unlink,
     r"z\.jsonl: came into the corpus": lambda path: write_jsonl(path.with_name("z.jsonl"), ["new"]),
@@ -188,9 +187,8 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(
         with pytest.raises(DataError, match=f"{message} while it was read"):
             tokenize(options({"path": str(folder)}))
     assert not (tmp_path / "shards/manifest.json").exists()
-    if "replaced" not in message:  # the same content under another inode
-        with pytest.raises(DataError, match="shards: holds shards of another corpus"):
-            tokenize(options({"path": str(folder)}))
+    with pytest.raises(DataError, match="shards: holds shards of another corpus"):
+        tokenize(options({"path": str(folder)}))
 
 
 @pytest.mark.usefixtures("inline_pool")
