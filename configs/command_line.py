@@ -25,9 +25,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from configs.console import UserError, leave_quietly
+from configs.console import UserError
 from configs.option_types import nearest
 from configs.options_help import paragraphs
+from configs.output import leave_quietly
 from configs.overrides import check_files, explain, read_overrides, read_sweep_params
 
 

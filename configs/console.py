@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import math
 import os
-import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.options_help import options_help, sections_help
+from configs.output import ending_with_reader
 
 Options = TypeVar("Options")
 Arguments = ParamSpec("Arguments")
@@ -87,22 +87,24 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Turn a ReportedError into `error: <message>` on stderr and its exit code; others are our mistakes."""
+    """Turn a ReportedError into `error: <message>` on stderr and its exit code; others are our mistakes.
+
+    Ends without a word when whoever reads the output has gone.
+    """
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        try:
-            return main(*args, **kwargs)
-        except ReportedError as error:
-            if os.environ.get("HYDRA_FULL_ERROR") == "1":
-                traceback.print_exc()
-            # Every process of a distributed job finds the same; one says it.
-            if os.environ.get("RANK", "0") == "0":
+        with ending_with_reader():
+            try:
+                return main(*args, **kwargs)
+            except ReportedError as error:
+                if os.environ.get("HYDRA_FULL_ERROR") == "1":
+                    traceback.print_exc()
                 print(f"error: {error}", file=sys.stderr)
-            sys.exit(error.exit_code)
-        except KeyboardInterrupt:
-            print("interrupted; run the same command again to continue", file=sys.stderr)
-            sys.exit(130)
+                sys.exit(error.exit_code)
+            except KeyboardInterrupt:
+                print("interrupted; run the same command again to continue", file=sys.stderr)
+                sys.exit(130)
 
     return run
 
@@ -120,25 +122,11 @@ def command(name: str, path: str | None = "pkg://configs") -> Callable[[Callable
         def main() -> None:
             from configs.command_line import run
 
-            try:
-                run(reporting_errors(task), name, path)
-                sys.stdout.flush()
-            except BrokenPipeError:
-                leave_quietly(141)  # as of SIGPIPE
-                raise
+            run(reporting_errors(task), name, path)
 
         return main
 
     return decorate
-
-
-def leave_quietly(exit_code: int) -> None:
-    """End the process, if nobody reads its output any more (`| head`): the pipe that broke may have been another."""
-    output = select.poll()
-    output.register(1, 0)
-    if any(event & select.POLLERR for _, event in output.poll(0)):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the interpreter's own flush
-        sys.exit(exit_code)
 
 
 # For help texts in configuration files.

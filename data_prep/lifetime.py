@@ -8,27 +8,39 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+LEAVE_SECONDS = 3
 
 
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends. Does nothing elsewhere than on Linux.
+def end_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when the thread that started it ends. Does nothing elsewhere than on Linux.
 
     parent: process id of that thread. If it has ended already, no signal will come, and this process ends here.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def outlive_signals(*_: object) -> None:
-    """Leave SIGTERM, SIGINT and SIGUSR1 to the `multiprocessing` parent of this process, and end with it."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    """Leave SIGTERM, SIGINT, SIGHUP and SIGUSR1 to the `multiprocessing` parent of this process, and end with it.
+
+    That end is Python's own, which removes what `multiprocessing` has put into the temporary folder.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    assert parent.pid is not None
-    end_with_parent(parent.pid)
+    process = multiprocessing.parent_process()
+    assert process is not None
+    assert process.pid is not None
+    parent = process.pid
+
+    def leave(*_: object) -> None:
+        if os.getppid() != parent:  # else somebody else's signal
+            signal.alarm(LEAVE_SECONDS)  # which kills: a queue may wait for a reader that is gone
+            sys.exit(0)
+
+    signal.signal(signal.SIGUSR2, leave)
+    end_with_parent(parent, signal.SIGUSR2)
 
 
 @functools.cache

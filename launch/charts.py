@@ -15,6 +15,9 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from data_prep.files import writing
 from launch.results import Point, Run, labels
 
+# Names of points are shown as they are; with a dollar sign they would be read as formulas, and most refused.
+plt.rcParams["text.parse_math"] = False
+
 SIZE = (5.6, 4.0)
 HEATMAPS = {
     "expert/load_max": "tokens of the busiest expert over the mean (1: balanced)",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -86,6 +87,8 @@ class _Run:
     share: Share
     process: subprocess.Popen[bytes]
     began: float
+    """Monotonic time in seconds."""
+    status_before: dict[str, Any]
     first_step: int
 
 
@@ -138,6 +141,7 @@ class _Queue:
     def _start(self, number: int, share: Share) -> None:
         point = self.points[number]
         frozen, first_step = (point.folder / "launch").absolute(), _last_step(point.folder)
+        before = read_status(point.folder)
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment |= {
             "PYTHON": sys.executable,
@@ -162,7 +166,7 @@ class _Queue:
                 process_group=0,  # so that Ctrl-C reaches the runs through this process alone
             )
         os.sched_setaffinity(process.pid, share.cores)
-        self.running.append(_Run(number, point, share, process, time.time(), first_step))
+        self.running.append(_Run(number, point, share, process, time.monotonic(), before, first_step))
         self._tell(number, f"started, {point.folder / LOG}")
 
     def _end(self, run: _Run) -> None:
@@ -170,8 +174,8 @@ class _Queue:
         self.free.append(run.share)
         folder = run.point.folder
         status = read_status(folder)
-        state = status.get("state") if status.get("time", 0.0) >= run.began else None
-        took = _clock(time.time() - run.began)
+        state = status.get("state") if status != run.status_before else None
+        took = _clock(time.monotonic() - run.began)
         if state == "complete":
             loss = validation_loss(folder)
             outcome = Outcome("complete", f"in {took}" + (f", validation loss {loss:.4f}" if loss is not None else ""), loss)

@@ -20,6 +20,13 @@ from omegaconf import OmegaConf
 from configs.run_folder import last_step, read_metrics, read_status
 
 ATTEMPTS = "attempts.jsonl"
+STOPPED = {
+    "SIGNAL": "asked to stop",
+    "TIME": "run.time_limit is near",
+    "STEP": "run.stop_at_step",
+    "LAUNCHER": "torchrun was killed",
+}
+"""In words, the reasons of train.signals.StopReason for which a run stops in good order."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ def main() -> None:
     """Exit code 0 if the run is complete or goes on, else 1."""
     verb, folder = sys.argv[1], Path(sys.argv[2])
     if verb == "begin":
-        (folder / "began").write_text(str(time.time()))
+        (folder / "began").write_text(str(read_status(folder.parent).get("time", 0.0)))
         return
     attempt = judge(
         folder,
@@ -68,7 +75,8 @@ def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Att
     run = folder.parent
     options = OmegaConf.load(folder / "launch.yaml")
     status = read_status(run)
-    if status.get("time", 0.0) < float((folder / "began").read_text()):
+    # The time that status.json had when this attempt began, not that of a clock, which may be set in between.
+    if status.get("time", 0.0) == float((folder / "began").read_text()):
         status = {}  # of an earlier attempt
     records = read_metrics(run)
     state, step = status.get("state"), last_step(records)
@@ -76,8 +84,8 @@ def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Att
     if state == "complete":
         outcome, again, reason = "complete", False, "all steps are done"
     elif state == "stopped":
-        outcome, again = "stopped", status["reason"] in ("SIGNAL", "TIME")
-        reason = {"SIGNAL": "asked to stop", "TIME": "run.time_limit is near", "STEP": "run.stop_at_step"}[status["reason"]]
+        outcome, again = "stopped", status["reason"] != "STEP"
+        reason = STOPPED[status["reason"]]
     elif state == "failed":
         reason = status["reason"]
         again = status["exit_code"] not in (2, 3)

@@ -20,6 +20,7 @@ from omegaconf import MISSING, DictConfig
 
 from configs.console import UserError, command, typed
 from data_prep.files import writing
+from train.launcher import check_alone
 from train.sample import load_model, load_run_config
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
 @command("calibrate")
 def main(hydra_config: DictConfig) -> None:
     """Write the thresholds, and print what they keep and cost."""
+    check_alone("train.calibrate")
     options = typed(hydra_config, CalibrateConfig)
     run = load_run_config(Path(options.run))
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio

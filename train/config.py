@@ -242,13 +242,14 @@ class LoggingConfig:
     interval: int = 10
     """Steps between records of loss, auxiliary losses, learning rate, speed."""
     neuron_interval: int = 50
-    """Steps between records of expert load and neuron statistics, which count all tokens in between; 0: never."""
+    """Steps between records of expert load and neuron statistics, which count all tokens in between; 0: never, and then
+    there are no heatmaps and histograms either."""
     figure_interval: int = 200
     """Steps between heatmaps and histograms; 0: only at the end. A multiple of neuron_interval."""
     wandb_mode: str = "offline"
     """offline (upload later with `wandb sync`), online, or disabled."""
     wandb_project: str = "mone"
-    """W&B project."""
+    """W&B project. W&B takes 128 characters for this and the next two, and none of / \\ # ? % : in a project or entity."""
     wandb_entity: str | None = None
     """W&B team or user; null: the default of the login."""
     wandb_group: str | None = None
@@ -259,6 +260,20 @@ class LoggingConfig:
         check(self.wandb_mode in modes, "logging.wandb_mode", self.wandb_mode, f"choose from {', '.join(modes)}")
         check_least("logging", self, 1, "interval")
         check_least("logging", self, 0, "neuron_interval", "figure_interval")
+        if self.wandb_mode != "disabled":
+            self._check_wandb_names()
+
+    def _check_wandb_names(self) -> None:
+        # W&B refuses a wrong project when it starts, which is hours later in a queue, and then keeps no record of the run.
+        for name in ("wandb_project", "wandb_entity", "wandb_group"):
+            value = getattr(self, name)
+            option, forbidden = f"logging.{name}", "" if name == "wandb_group" else "/\\#?%:"
+            if value is None:
+                continue
+            check(value.strip() != "", option, repr(value), "must not be empty; leave it out for the default")
+            check(len(value) <= 128, option, value, f"has {len(value)} characters, and W&B takes 128")
+            found = [character for character in value if character in forbidden or not character.isprintable()]
+            check(not found, option, value, f"W&B takes none of {' '.join(forbidden)} and no control characters in it")
 
 
 @dataclass

@@ -12,6 +12,9 @@ import numpy as np
 from data_prep.files import writing
 from mone_model.neuron_stats import NeuronUsage
 
+# Names of sources are shown as they are; with a dollar sign they would be read as formulas, and most refused.
+plt.rcParams["text.parse_math"] = False
+
 
 def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: float | None = None) -> None:
     """Training and validation loss over steps, with the unigram entropy of the corpus as the line to beat."""

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -29,6 +30,10 @@ TIMEOUTS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say comes first."""
 
 
+ROOM = 2**16
+"""Bytes; W&B writes 32 KiB at a time."""
+
+
 class MetricsWriter:
     """Writes records of named numbers, one a step; after a resume it drops records of later steps first."""
 
@@ -40,6 +45,7 @@ class MetricsWriter:
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held open for the run
         self.unwritten = b""
         self.wandb = _start_wandb(config, folder, wandb_id)
+        self.record = OfflineRecord(Path(self.wandb.settings.sync_file)) if self.wandb and self.wandb.offline else None
         self.wandb_id: str | None = self.wandb.id if self.wandb is not None else wandb_id
         """Id of the W&B run, to continue it after a resume."""
 
@@ -78,6 +84,8 @@ class MetricsWriter:
         import wandb
 
         try:
+            if self.record is not None:
+                self.record.check_room()
             self.wandb.log(make(wandb), step=step)
         except Exception as error:  # whatever W&B raises, training is worth more
             print(f"W&B stopped taking records ({error}); the run goes on with {self.path}", flush=True)
@@ -91,9 +99,38 @@ class MetricsWriter:
         self.file.close()
         if self.wandb is not None:
             try:
+                before = self.record.size() if self.record is not None else 0
                 self.wandb.finish()
+                if self.record is not None:
+                    self.record.check_end(before)
             except Exception as error:  # the run is complete without it
                 print(f"W&B did not finish ({error})", flush=True)
+
+
+class OfflineRecord:
+    """The file that W&B writes for `wandb sync`; on a full disk W&B leaves out the rest of it without a word."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.told = path, False
+
+    def size(self) -> int:
+        """In bytes."""
+        return self.path.stat().st_size
+
+    def check_room(self) -> None:
+        """Tell, once, that the disk has no room for the next record."""
+        if shutil.disk_usage(self.path.parent).free < ROOM:
+            self._tell("the disk is full")
+
+    def check_end(self, before: int) -> None:
+        """Tell, once, if the last records did not come; before: the size before W&B finished the file."""
+        if self.size() <= before:
+            self._tell("its end is missing")
+
+    def _tell(self, why: str) -> None:
+        if not self.told:
+            self.told = True
+            print(f"W&B's offline record {self.path} is incomplete: {why}; metrics.jsonl has every record", flush=True)
 
 
 def wandb_settings() -> Any:
@@ -112,13 +149,13 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
     mode = config.logging.wandb_mode
     if mode == "disabled":
         return None
-    import wandb
-
-    if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-        print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): the run goes on offline", flush=True)
-        mode = "offline"
 
     def start(mode: str) -> Any:
+        import wandb
+
+        if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): the run goes on offline", flush=True)
+            mode = "offline"
         return wandb.init(
             project=config.logging.wandb_project,
             entity=config.logging.wandb_entity,

@@ -8,6 +8,7 @@ Compose, validate, build, run, report.
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import os
@@ -16,20 +17,24 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, command
-from configs.run_folder import METRICS_FILE, STATUS_FILE, hold
+from configs.output import unblock_output
+from configs.run_folder import METRICS_FILE, STATUS_FILE, hold, read_status
 from data_prep.files import writing
 from data_prep.shards import Manifest
 from train.checkpoint import Checkpoint
 from train.checkpoint_health import list_checkpoints, newest_intact
 from train.config import RunConfig, describe, load_config
 from train.data import describe_order, load_data, load_manifests, plan_order
-from train.runtime import distributed, place, rendezvous
+from train.launcher import check_launcher, place, remove_empty_logs
+from train.meeting import Meeting
+from train.runtime import distributed
 from train.validation import validate
 
 if TYPE_CHECKING:
@@ -39,22 +44,38 @@ if TYPE_CHECKING:
 @command("pretrain")
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
+    unblock_output()
+    check_launcher()
+    remove_empty_logs()
     rank, world_size = place()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")
-    try:
+    meeting = Meeting(rank, world_size)
+    with meeting.together("checks"), naming_errors():
         config, manifests, checkpoints = prepare(hydra_config, world_size)
-        if rank == 0:
-            lock = take_run_folder(config)  # noqa: F841  until this process ends
+    with meeting.together("run folder"), naming_errors():
+        lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
+    with meeting.together("shared folders"):
+        # The first rank alone writes the records and the order of samples, which the others read.
+        meeting.check_shared({"run.dir": Path(config.run.dir), "data.index_cache": Path(config.data.index_cache)})
+    try:
+        run(config, manifests, checkpoints, meeting)
+    except Exception as error:
+        code = error.exit_code if isinstance(error, ReportedError) else 1
+        if meeting.tell(error):
+            note_failure(config, f"{type(error).__name__}: {error}", code)
+        if isinstance(error, ReportedError):
+            sys.exit(code)
+        raise
+
+
+@contextlib.contextmanager
+def naming_errors() -> Iterator[None]:
+    """Turn a ValueError, which names the option that is wrong, into a UserError."""
+    try:
+        yield
     except ValueError as error:
         raise UserError(str(error)) from error
-    try:
-        run(config, manifests, checkpoints)
-    except Exception as error:
-        if rank == 0:
-            code = error.exit_code if isinstance(error, ReportedError) else 1
-            write_status(config, "failed", reason=f"{type(error).__name__}: {error}", exit_code=code)
-        raise
 
 
 def prepare(
@@ -84,31 +105,28 @@ def prepare(
     return config, manifests, checkpoints
 
 
-def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoint]) -> None:
+def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoint], meeting: Meeting) -> None:
     """Build and train."""
     from train.engines import build_engine
     from train.loop import Trainer
     from train.signals import StopReason
-    from train.watchdog import Watchdog
+    from train.watchdog import EXIT_HUNG, Watchdog
 
-    store, timeout = rendezvous(), config.run.timeout_minutes
-    rank, world_size = place()
-    watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout)
+    store, rank, world_size = meeting.store, meeting.rank, meeting.world_size
+    timeout, note = config.run.timeout_minutes, functools.partial(note_failure, config, exit_code=EXIT_HUNG)
+    watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout, note=note)
     # The watchdog knows more about a silent rank than the collective that waits for it: let it be the first to speak.
     with distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store) as runtime:
         if runtime.is_main:
-            write_status(config, "running")
             print(describe_run(config, world_size), flush=True)
         watchdog.enter(0, "verifying checkpoints")
         checkpoint, problems = newest_intact(checkpoints, trust=config.checkpoint.trust)
         tell_of_problems(problems)
         if checkpoints and checkpoint is None:
             raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
-        try:
+        with naming_errors():
             order, step, read = check_continues(config, manifests, checkpoint)
             config.compute.experts = agree_on_experts(config, checkpoint)
-        except ValueError as error:
-            raise UserError(str(error)) from error
         if runtime.is_main:
             print(f"experts   compute.experts={config.compute.experts}", flush=True)
         watchdog.enter(step, "building the order of samples")
@@ -193,8 +211,15 @@ def write_status(config: RunConfig, state: str, **more: Any) -> None:
         temporary.write_text(json.dumps({"state": state, "time": round(time.time(), 3), **more}) + "\n")
 
 
+def note_failure(config: RunConfig, reason: str, exit_code: int) -> None:
+    """Note in status.json why the run failed, unless another rank has done so: what followed from that is no reason."""
+    with contextlib.suppress(OSError, ValueError):
+        if read_status(Path(config.run.dir)).get("state") == "running":
+            write_status(config, "failed", reason=reason, exit_code=exit_code)
+
+
 def take_run_folder(config: RunConfig) -> IO[str]:
-    """Lock the run folder and note there what runs and where: config.yaml and environment.json.
+    """Lock the run folder and note there what runs and where: config.yaml, environment.json and status.json.
 
     ValueError if another run has the folder, or it cannot be written. The lock is held while the returned file is open.
     """
@@ -208,6 +233,7 @@ def take_run_folder(config: RunConfig) -> IO[str]:
         }.items():
             with writing(folder / name) as temporary:
                 temporary.write_text(text)
+        write_status(config, "running")
         return lock
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error

@@ -6,7 +6,7 @@
     recorder.record_neurons(step, samples, draw=True)
     recorder.close()
 
-Every record_* is a collective on every rank; the main one writes.
+Every record_* is a collective on every rank; the main one writes. Whatever it cannot write or draw, the run goes on.
 """
 
 import contextlib
@@ -92,9 +92,10 @@ class Recorder:
             "speed/flops_per_second": 3 * count_flops(self.config.model).dense * tokens_a_second,
             "memory/peak_gib": memory,
         }
-        self.writer.write(step, values)
-        eta = (self.config.training.steps - step) * seconds_a_step
-        self.say(format_line(step, self.config.training.steps, values, eta))
+        with self._going_on("record"):
+            self.writer.write(step, values)
+            eta = (self.config.training.steps - step) * seconds_a_step
+            self.say(format_line(step, self.config.training.steps, values, eta))
 
     def record_neurons(self, step: int, samples: int, *, draw: bool) -> None:
         """Write expert load and neuron statistics since the last such record, and if asked draw them."""
@@ -120,7 +121,8 @@ class Recorder:
             for name, values in summary.items()
             for layer, value in enumerate(values.tolist())
         }
-        self.writer.write(step, {name: values.mean().item() for name, values in summary.items()} | by_layer)
+        with self._going_on("record"):
+            self.writer.write(step, {name: values.mean().item() for name, values in summary.items()} | by_layer)
         if draw:
             self._draw_usage(step, usage)
 
@@ -129,9 +131,8 @@ class Recorder:
         if not losses:
             return None
         mean = sum(losses.values()) / len(losses)
-        if self.writer is not None:
-            by_source = {f"validation/loss/{name}": loss for name, loss in losses.items()}
-            self.writer.write(step, {"validation/loss": mean} | by_source)
+        by_source = {f"validation/loss/{name}": loss for name, loss in losses.items()}
+        self.record(step, {"validation/loss": mean} | by_source)
         parts = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
         self.say(f"step {step}: validation loss {mean:.4f} ({parts})")
         return mean
@@ -139,27 +140,32 @@ class Recorder:
     def record(self, step: int, values: dict[str, float]) -> None:
         """Write these as they are."""
         if self.writer is not None:
-            self.writer.write(step, values)
+            with self._going_on("record"):
+                self.writer.write(step, values)
 
     def close(self, step: int, unigram_entropy: float) -> None:
         """Draw the losses and finish the files."""
         if self.writer is None:
             return
-        from train import figures  # half a second that every rank would spend at its start
-
         path = self.folder / "figures/loss.png"
-        with self._without_room():
+        with self._going_on("figure"):
+            from train import figures  # half a second that every rank would spend at its start
+
             figures.draw_losses(path, read_metrics(self.folder), unigram_entropy)
             self.writer.write_figure(step, "loss", path)
-        self.writer.close()
+        with self._going_on("last record"):
+            self.writer.close()
 
     @contextlib.contextmanager
-    def _without_room(self) -> Iterator[None]:
-        """Figures that cannot be written are no reason to stop, least of all for one rank alone."""
+    def _going_on(self, what: str) -> Iterator[None]:
+        """Tell of whatever the block raises, and go on.
+
+        Training is worth more than its pictures and records. Only the main rank makes them, and the others wait for it.
+        """
         try:
             yield
-        except OSError as error:
-            self.say(f"no figure: {error}")
+        except Exception as error:
+            self.say(f"no {what}: {type(error).__name__}: {error}")
 
     def _records_by_layer(self) -> dict[int, list[LossRecord]]:
         return {layer: [experts.record, router.record] for layer, experts, router in self.layers}
@@ -184,19 +190,20 @@ class Recorder:
 
     def _draw_usage(self, step: int, usage: NeuronUsage) -> None:
         assert self.writer is not None
-        from train import figures
-
         load, use = self.folder / "figures/expert_load.png", self.folder / "figures/neuron_use.png"
-        with self._without_room():
+        with self._going_on("figure"):
+            from train import figures
+
             figures.draw_expert_load(load, usage, step)
             figures.draw_neuron_use(use, usage, self.config.model.active_neurons, step)
             self.writer.write_figure(step, "expert_load", load)
             self.writer.write_figure(step, "neuron_use", use)
-        self.writer.write_histograms(
-            step,
-            {f"neuron/selected/layer_{layer:02d}": selected for layer, selected in enumerate(usage.selected_LEH)}
-            | {f"neuron/gate_magnitude/layer_{layer:02d}": size for layer, size in enumerate(usage.magnitude_LEH)},
-        )
+        with self._going_on("histogram"):
+            self.writer.write_histograms(
+                step,
+                {f"neuron/selected/layer_{layer:02d}": selected for layer, selected in enumerate(usage.selected_LEH)}
+                | {f"neuron/gate_magnitude/layer_{layer:02d}": size for layer, size in enumerate(usage.magnitude_LEH)},
+            )
 
 
 def auxiliary_loss_names(config: RunConfig) -> list[str]:

@@ -9,8 +9,6 @@ import ctypes
 import datetime
 import os
 import random
-import time
-import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from mone_model.config import ParallelConfig
-
-MEETING_SECONDS = 600.0
+from train.launcher import place
+from train.meeting import Meeting
 
 
 @dataclass(frozen=True)
@@ -39,52 +37,14 @@ class Runtime:
         return self.rank == 0
 
 
-def place() -> tuple[int, int]:
-    """This process's rank and the number of processes, known before they meet; 0 and 1 without a launcher."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rendezvous() -> dist.Store:
-    """Meet the job's other processes, by what torchrun put into the environment; alone without it."""
-    if "RANK" not in os.environ:
-        return dist.HashStore()
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    return _unused(store, rank, world_size) if "TORCHELASTIC_RUN_ID" in os.environ else store
-
-
-def _unused(store: dist.Store, rank: int, world_size: int) -> dist.Store:
-    """A part of a store that no process has written to before.
-
-    torchrun --max-restarts may keep its store when it starts the processes again; in it are the addresses of those that
-    are gone. Its count of restarts differs between nodes, so rank 0 hands out a name for this start.
-    """
-    mine, began, missing = uuid.uuid4().hex, time.monotonic(), set(range(1, world_size))
-    if rank > 0:
-        store.set(f"hello/{rank}", mine)
-        start = store.get(f"welcome/{mine}").decode()
-        store.set(f"met/{start}/{rank}", "")
-        return dist.PrefixStore(start, store)
-    while missing:
-        for other in sorted(missing):
-            # Perhaps of a process that is gone; the one that is there says another word soon.
-            if store.check([f"hello/{other}"]):
-                store.set(f"welcome/{store.get(f'hello/{other}').decode()}", mine)
-            if store.check([f"met/{mine}/{other}"]):
-                missing.remove(other)
-        if time.monotonic() - began > MEETING_SECONDS:
-            raise TimeoutError(f"ranks {sorted(missing)} did not come within {MEETING_SECONDS:.0f} s")
-        time.sleep(0.01)
-    return dist.PrefixStore(mine, store)
-
-
 @contextlib.contextmanager
 def distributed(
     parallel: ParallelConfig, *, seed: int, timeout_minutes: float, store: dist.Store | None = None
 ) -> Iterator[Runtime]:
     """Join the job's processes (NCCL on GPUs, else gloo), build the parallel groups, seed, and leave at the end.
 
-    store: where they meet; None: `rendezvous()`. After an exception no collective is called: the others may not be there
-    any more.
+    store: where they meet; None: that of a `Meeting`. After an exception no collective is called: the others may not be
+    there any more.
     """
     # Notes of Megatron-Core to its own developers, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -99,8 +59,8 @@ def distributed(
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if cuda else "gloo"
-    store = store or rendezvous()
     rank, world_size = place()
+    store = store or Meeting(rank, world_size).store
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     build_groups(parallel)
     set_seeds(seed)

@@ -18,6 +18,7 @@ from configs.console import UserError, command, typed
 from data_prep.shards import load_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from train.config import RunConfig
+from train.launcher import check_alone
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -67,6 +68,7 @@ ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
 @command("sample")
 def main(hydra_config: DictConfig) -> None:
     """Print a continuation of each prompt."""
+    check_alone("train.sample")
     options = typed(hydra_config, SampleConfig)
     run = load_run_config(Path(options.run))
     tokenizer = load_tokenizer(load_manifest(run.data.blend[0].path).tokenizer_path)

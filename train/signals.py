@@ -11,7 +11,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from train.launcher import launcher_has_gone, under_torchrun
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""And SIGHUP under torchrun, which passes it on when its terminal is closed and then ends. Without torchrun a closed
+terminal stops nothing, with nohup or without."""
 
 
 class StopReason(enum.IntEnum):
@@ -24,7 +28,9 @@ class StopReason(enum.IntEnum):
     """run.time_limit is near."""
     SIGNAL = 3
     """SIGTERM, SIGINT (Ctrl-C) or SIGUSR1."""
-    DATA = 4
+    LAUNCHER = 4
+    """torchrun was killed: nobody would end this rank if another one failed."""
+    DATA = 5
     """A shard changed while it was read: the steps since it was last looked at are not to be saved."""
 
 
@@ -33,9 +39,12 @@ class StopRequest:
 
     def __init__(self, time_limit: float) -> None:
         self.noted = StopReason.NONE
-        self.deadline = psutil.Process(os.getpid()).create_time() + time_limit
+        # Both times from the clock of the calendar, at one moment; later it may be set.
+        age = max(0.0, time.time() - psutil.Process(os.getpid()).create_time())
+        self.deadline = time.monotonic() - age + time_limit
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGHUP, self._on_signal if under_torchrun() else signal.SIG_IGN)
         # A job script asks again and again. Python's exit takes its handlers away, and then that would kill who is leaving.
         atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
@@ -51,8 +60,10 @@ class StopRequest:
 
         reserve_seconds: what one more step and a checkpoint may take.
         """
-        if time.time() + reserve_seconds > self.deadline:
+        if time.monotonic() + reserve_seconds > self.deadline:
             self.note(StopReason.TIME)
+        if launcher_has_gone():
+            self.note(StopReason.LAUNCHER)
         highest = torch.tensor(int(self.noted), device=device)
         dist.all_reduce(highest, op=dist.ReduceOp.MAX)
         return StopReason(int(highest.item()))

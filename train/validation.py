@@ -62,8 +62,7 @@ def validate(config: RunConfig, world_size: int, *, transformer_engine: bool | N
     check(all(weighted) or not any(weighted), "data.blend", config.data.blend, "give every source a weight, or none")
     logging = config.logging
     check(
-        logging.figure_interval == 0
-        or (logging.neuron_interval > 0 and logging.figure_interval % logging.neuron_interval == 0),
+        logging.neuron_interval == 0 or logging.figure_interval % logging.neuron_interval == 0,
         "logging.figure_interval",
         logging.figure_interval,
         f"must be a multiple of logging.neuron_interval={logging.neuron_interval}, or 0",

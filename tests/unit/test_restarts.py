@@ -37,8 +37,10 @@ def failed(step: int) -> Attempt:
         ({"state": "failed", "reason": "Diverged", "exit_code": 3}, {}, "failed", False),
         ({"state": "running"}, {}, "failed", True),  # killed
         (None, {}, "failed", True),  # did not come so far
-        # What an earlier attempt said is not this one's.
-        ({"state": "stopped", "reason": "SIGNAL", "time": 60.0}, {}, "failed", True),
+        ({"state": "stopped", "reason": "LAUNCHER"}, {}, "stopped", True),
+        # What an earlier attempt said is not this one's; a clock that was set back in between matters to neither.
+        ({"state": "stopped", "reason": "SIGNAL", "time": 100.0}, {}, "failed", True),
+        ({"state": "stopped", "reason": "STEP", "time": 60.0}, {}, "stopped", False),
         ({"state": "running"}, {"earlier": [failed(20)]}, "failed", False),
         ({"state": "running"}, {"earlier": [failed(10)]}, "failed", True),
         ({"state": "stopped", "reason": "SIGNAL"}, {"earlier": [failed(20)]}, "stopped", True),

@@ -1,0 +1,96 @@
+"""What torchrun, or another launcher, tells the processes that it starts: environment variables, checked before use.
+
+check_launcher()                 # UserError for variables left over from somewhere else
+rank, world_size = place()
+launcher_has_gone()              # torchrun was killed
+"""
+
+import atexit
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from configs.console import UserError
+
+ALWAYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Set by every launcher."""
+ON_THIS_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Set by those that know of machines."""
+
+_parent = os.getppid()
+
+
+def check_launcher() -> None:
+    """UserError unless a launcher has set all variables that training reads, to values that fit, or nobody has set any."""
+    found = {name: os.environ[name] for name in (*ALWAYS, *ON_THIS_MACHINE) if name in os.environ}
+    if not found:
+        return
+    missing = [name for name in ALWAYS if not found.get(name)]
+    problem = f"{' and '.join(missing)} missing" if missing else _why_not(found)
+    if problem:
+        told = " ".join(f"{name}={value!r}" for name, value in found.items())
+        raise UserError(
+            f"environment variables {told}: {problem}; start several processes with torchrun, which sets them all, "
+            f"and one alone without any: unset {' '.join(found)}"
+        )
+
+
+def check_alone(command: str) -> None:
+    """UserError if a launcher has started several processes of a command that is one, or its variables do not fit."""
+    check_launcher()
+    if place()[1] > 1:
+        raise UserError(
+            f"WORLD_SIZE={place()[1]}: {command} is one process; start it without torchrun, "
+            f"and unset {' '.join((*ALWAYS, *ON_THIS_MACHINE))} if they are left over"
+        )
+
+
+def _why_not(found: dict[str, str]) -> str | None:
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", value):
+            return f"{name} is no number"
+    number = {name: int(value) for name, value in found.items() if name != "MASTER_ADDR"}
+    if number["RANK"] >= number["WORLD_SIZE"]:
+        return "RANK must be below WORLD_SIZE"
+    if not 0 < number["MASTER_PORT"] < 2**16:
+        return "MASTER_PORT must be from 1 to 65535"
+    here = number.get("LOCAL_WORLD_SIZE", number["WORLD_SIZE"])
+    if not number.get("LOCAL_RANK", 0) < here <= number["WORLD_SIZE"]:
+        return "LOCAL_RANK must be below LOCAL_WORLD_SIZE, and that at most WORLD_SIZE"
+    return None
+
+
+def place() -> tuple[int, int]:
+    """This process's rank and the number of processes, known before they meet; 0 and 1 without a launcher."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process."""
+    return "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launcher_has_gone() -> bool:
+    """Whether torchrun has ended while this process still runs; False without torchrun: a shell may go, the run goes on."""
+    return under_torchrun() and os.getppid() != _parent
+
+
+def remove_empty_logs() -> None:
+    """Have this process remove at its end the temporary folders of torchrun's logs, as far as they are empty.
+
+    torchrun makes them at each start, also where it redirects nothing, and leaves them behind.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        return
+    attempt = Path(error_file).parent.parent  # torchelastic_*/RUN_*/attempt_N/LOCAL_RANK/error.json
+    if attempt.parent.parent.name.startswith("torchelastic_"):
+        atexit.register(_remove_if_empty, attempt)
+
+
+def _remove_if_empty(attempt: Path) -> None:
+    with contextlib.suppress(OSError):
+        for folder in [*attempt.iterdir(), attempt, attempt.parent, attempt.parent.parent]:
+            with contextlib.suppress(OSError):
+                folder.rmdir()

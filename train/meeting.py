@@ -1,0 +1,288 @@
+"""The processes of a job before they can call collectives: they meet, and go on together or end together.
+
+    meeting = Meeting(rank, world_size)
+    with meeting.together("checks"):     # a check that fails on any rank ends all, with its reason, ranks and hosts
+        config = prepare(...)
+    meeting.store                        # for process groups
+
+Collectives cannot do that: a rank that failed takes part in none, and the others would wait for it.
+"""
+
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from configs.console import ReportedError, UserError
+from data_prep.files import writing
+
+MEETING_SECONDS = 600.0
+"""How long a rank may come later than the first."""
+GRACE_SECONDS = 5.0
+"""How long the others may still say what they found once one has failed."""
+PATIENCE_SECONDS = 30.0
+"""After which the first rank tells for whom it waits."""
+SHARED_SECONDS = 20.0
+"""How long a network file system may take to show a new file on another machine."""
+STORE_TIMEOUT = datetime.timedelta(minutes=30)
+TOKEN_FILE = ".start"
+
+
+class Missing(ReportedError):
+    """Some process of the job cannot be met."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank cannot go on for."""
+
+    rank: int
+    host: str
+    reason: str
+    code: int
+    """Exit code."""
+
+
+class Meeting:
+    """This process among those of its job; of a single one every verb is trivial."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size, self.host = rank, world_size, platform.node()
+        self.start, self.first_host = uuid.uuid4().hex, self.host
+        self._store: dist.Store | None = None if world_size > 1 else dist.HashStore()
+
+    @property
+    def store(self) -> dist.Store:
+        """Where the processes of this start of the job meet."""
+        if self._store is None:
+            with self.together("meeting"):
+                pass
+        assert self._store is not None
+        return self._store
+
+    @contextlib.contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Run the block on every rank; if it fails on any, all say so as one, and end with the exit code of the failure.
+
+        what: a name of its own for each use. Alone, its exception is raised as it is.
+        """
+        if self.world_size == 1:
+            yield
+            return
+        failure = None
+        try:
+            yield
+        except ReportedError as error:
+            failure = self._failure(str(error), error.exit_code)
+        except Exception as error:
+            traceback.print_exc()
+            failure = self._failure(f"{type(error).__name__}: {error}", ReportedError.exit_code)
+        self._agree(what, failure)
+
+    def tell(self, error: Exception) -> bool:
+        """Print why this rank ends, together with others that do at this moment; whether it is the first of them.
+
+        Of those that end for the same reason on the same machine, one prints. Takes two seconds unless all end.
+        """
+        code = error.exit_code if isinstance(error, ReportedError) else 1
+        reason = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
+        mine = self._failure(reason, code)
+        said = [mine]
+        with contextlib.suppress(RuntimeError):  # the store went with its process: this rank speaks for itself
+            said = self._those_who_end(mine)
+        same = [failure for failure in said if failure.reason == reason]
+        if self.rank == min(failure.rank for failure in same if failure.host == self.host):
+            _print(_describe(same, self.world_size))
+        return self.rank == min(failure.rank for failure in same)
+
+    def check_shared(self, folders: dict[str, Path]) -> None:
+        """UserError on every other rank that does not see what the first rank writes; folders: by their options.
+
+        To be called in `together`, once, by all ranks.
+        """
+        for number, (option, folder) in enumerate(folders.items() if self.world_size > 1 else ()):
+            key = f"token/{number}"
+            if self.rank == 0:
+                written = ""
+                try:
+                    with writing(folder / TOKEN_FILE) as temporary:
+                        temporary.write_text(self.start)
+                    written = self.start
+                except OSError as error:
+                    raise UserError(f"{option}={folder}: cannot be written ({error})") from error
+                finally:
+                    self.store.set(key, written)
+                continue
+            self.store.wait([key], datetime.timedelta(seconds=MEETING_SECONDS))
+            written = self.store.get(key).decode()
+            if written and not _shows(folder / TOKEN_FILE, written):
+                raise UserError(
+                    f"{option}={folder}: what rank 0 on {self.first_host} writes there cannot be seen here; "
+                    "give a folder that all machines share"
+                )
+
+    def _failure(self, reason: str, code: int) -> Failure:
+        return Failure(self.rank, self.host, reason, code)
+
+    def _agree(self, what: str, failure: Failure | None) -> None:
+        try:
+            failures = self._lead(what, failure) if self.rank == 0 else self._follow(what, failure)
+        except RuntimeError as error:
+            if failure is None:
+                address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                raise Missing(f"rank {self.rank} on {self.host} cannot meet rank 0 at {address}: {error}") from error
+            _print(_describe([failure], self.world_size))
+            sys.exit(failure.code)
+        if not failures:
+            return
+        # The first rank tells it all, and on each other machine its first rank what is wrong there.
+        here = [found for found in failures if found.host == self.host]
+        if self.rank == 0 or (self.host != self.first_host and here and here[0].rank == self.rank):
+            for reason in dict.fromkeys(found.reason for found in (failures if self.rank == 0 else here)):
+                _print(_describe([found for found in failures if found.reason == reason], self.world_size))
+        if self.rank == 0:
+            self._let_them_read(what)
+        else:
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"{what}/read/{self.rank}", "")
+        sys.exit(failures[0].code)
+
+    def _lead(self, what: str, failure: Failure | None) -> list[Failure]:
+        """Collect what every rank found; the failures, also of ranks that do not come."""
+        raw = self._connect(GRACE_SECONDS if failure else MEETING_SECONDS)
+        store = self._store = dist.PrefixStore(self.start, raw)
+        failures = [] if failure is None else [failure]
+        missing, began, failed, told = set(range(1, self.world_size)), time.monotonic(), 0.0, False
+        while missing:
+            for rank in sorted(missing):
+                self._welcome(rank, raw)
+                if store.check([f"{what}/{rank}"]):
+                    missing.remove(rank)
+                    found = json.loads(store.get(f"{what}/{rank}"))
+                    failures += [Failure(**found)] if found else []
+            waited = time.monotonic() - began
+            failed = failed or (waited if failures else 0.0)
+            if (failures and waited - failed > GRACE_SECONDS) or waited > MEETING_SECONDS:
+                break
+            if waited > PATIENCE_SECONDS and not told:
+                told = True
+                print(f"waiting for {_ranks(missing)} of {self.world_size} processes", file=sys.stderr, flush=True)
+            time.sleep(0.01)
+        if missing and not failures:
+            reason = f"{_ranks(missing)} did not come within {MEETING_SECONDS:.0f} s"
+            failures = [self._failure(reason, Missing.exit_code)]
+        failures.sort(key=lambda found: found.rank)
+        store.set(f"{what}/verdict", json.dumps([asdict(found) for found in failures]))
+        return failures
+
+    def _follow(self, what: str, failure: Failure | None) -> list[Failure]:
+        """Say what this rank found; what all found, from the first."""
+        seconds = 3 * GRACE_SECONDS if failure else MEETING_SECONDS + 2 * GRACE_SECONDS
+        patience = datetime.timedelta(seconds=seconds)
+        if self._store is None:
+            raw = self._connect(seconds)
+            raw.set(f"hello/{self.rank}", self.start)
+            raw.wait([f"welcome/{self.start}"], patience)
+            start, self.first_host = raw.get(f"welcome/{self.start}").decode().split(" ", 1)
+            self._store = dist.PrefixStore(start, raw)
+        self._store.set(f"{what}/{self.rank}", json.dumps(asdict(failure) if failure else None))
+        self._store.wait([f"{what}/verdict"], patience)
+        return [Failure(**found) for found in json.loads(self._store.get(f"{what}/verdict"))]
+
+    def _welcome(self, rank: int, raw: dist.Store) -> None:
+        """Tell a rank the name of this start.
+
+        torchrun --max-restarts may keep its store when it starts the processes again; in it are the words of those that
+        are gone, and its count of restarts differs between nodes. This may welcome one that is gone: no harm.
+        """
+        if raw.check([f"hello/{rank}"]):
+            raw.set(f"welcome/{raw.get(f'hello/{rank}').decode()}", f"{self.start} {self.host}")
+
+    def _connect(self, seconds: float) -> dist.Store:
+        """The job's store, which is torchrun's or the first rank's."""
+        if self.rank == 0 and self._store is not None:
+            return self._raw
+        agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        self._raw: dist.Store = dist.PrefixStore(
+            "mone",
+            dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                self.world_size,
+                is_master=self.rank == 0 and not agents,
+                timeout=datetime.timedelta(seconds=seconds),
+                # The first rank must hear of those that come, also if some never do.
+                wait_for_workers=False,
+                multi_tenant=True,
+            ),
+        )
+        self._raw.set_timeout(STORE_TIMEOUT)
+        return self._raw
+
+    def _let_them_read(self, what: str) -> None:
+        """Stay while others read the verdict: the store may end with this process."""
+        until = time.monotonic() + GRACE_SECONDS
+        readers = [f"{what}/read/{rank}" for rank in range(1, self.world_size) if self.store.check([f"{what}/{rank}"])]
+        while readers and not self.store.check(readers) and time.monotonic() < until:
+            time.sleep(0.05)
+
+    def _those_who_end(self, mine: Failure) -> list[Failure]:
+        if self.world_size == 1:
+            return [mine]
+        self.store.set(f"failed/{self.rank}", json.dumps(asdict(mine)))
+        count, until = self.store.add("failed", 1), time.monotonic() + 2.0
+        while count < self.world_size and time.monotonic() < until:
+            time.sleep(0.05)
+            count = self.store.add("failed", 0)
+        keys = [f"failed/{rank}" for rank in range(self.world_size)]
+        if count < self.world_size:
+            keys = [key for key in keys if self.store.check([key])]
+        return [Failure(**json.loads(found)) for found in self.store.multi_get(keys)]
+
+
+def _shows(path: Path, token: str) -> bool:
+    """Whether a file has this content, at the latest after what a network file system may need."""
+    until = time.monotonic() + SHARED_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            # To open a folder is to ask the server; a name alone may be looked up in memory.
+            os.close(os.open(path.parent.parent, os.O_RDONLY))
+            os.close(os.open(path.parent, os.O_RDONLY))
+            if path.read_text() == token:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+
+
+def _describe(failures: list[Failure], world_size: int) -> str:
+    """One line of failures for one reason: the reason alone if all ranks have it."""
+    if len(failures) == world_size:
+        return failures[0].reason
+    hosts = dict.fromkeys(failure.host for failure in failures)
+    where = ", ".join(f"{_ranks(failure.rank for failure in failures if failure.host == host)} on {host}" for host in hosts)
+    return f"{where}: {failures[0].reason}"
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    """rank 3; ranks 0, 8 to 15."""
+    ordered = sorted(ranks)
+    rank_less_place: Callable[[tuple[int, int]], int] = lambda numbered: numbered[1] - numbered[0]  # noqa: E731
+    runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ordered), key=rank_less_place)]
+    spans = [str(run[0]) if len(run) == 1 else f"{run[0]}{' to ' if len(run) > 2 else ', '}{run[-1]}" for run in runs]
+    return f"{'rank' if len(ordered) == 1 else 'ranks'} {', '.join(spans)}"
+
+
+def _print(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
