@@ -5,7 +5,6 @@ rank, world_size = place()
 launcher_has_gone()              # torchrun was killed
 """
 
-import atexit
 import contextlib
 import os
 import re
@@ -77,7 +76,7 @@ def launcher_has_gone() -> bool:
 
 
 def remove_empty_logs() -> None:
-    """Have this process remove at its end the temporary folders of torchrun's logs, as far as they are empty.
+    """Remove the temporary folders of torchrun's logs as far as they are empty; the last of its processes removes all.
 
     torchrun makes them at each start, also where it redirects nothing, and leaves them behind.
     """
@@ -86,11 +85,7 @@ def remove_empty_logs() -> None:
         return
     attempt = Path(error_file).parent.parent  # torchelastic_*/RUN_*/attempt_N/LOCAL_RANK/error.json
     if attempt.parent.parent.name.startswith("torchelastic_"):
-        atexit.register(_remove_if_empty, attempt)
-
-
-def _remove_if_empty(attempt: Path) -> None:
-    with contextlib.suppress(OSError):
-        for folder in [*attempt.iterdir(), attempt, attempt.parent, attempt.parent.parent]:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with contextlib.suppress(OSError):
+            for folder in [*attempt.iterdir(), attempt, attempt.parent, attempt.parent.parent]:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()

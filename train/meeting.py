@@ -141,7 +141,8 @@ class Meeting:
         except RuntimeError as error:
             if failure is None:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                raise Missing(f"rank {self.rank} on {self.host} cannot meet rank 0 at {address}: {error}") from error
+                why = str(error).partition("\n")[0]  # behind it, a page of C++ frames
+                raise Missing(f"rank {self.rank} on {self.host} cannot meet rank 0 at {address}: {why}") from error
             _print(_describe([failure], self.world_size))
             sys.exit(failure.code)
         if not failures:

@@ -6,6 +6,7 @@
 Compose, validate, build, run, report.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import functools
@@ -46,7 +47,7 @@ def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
     unblock_output()
     check_launcher()
-    remove_empty_logs()
+    atexit.register(remove_empty_logs)
     rank, world_size = place()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")

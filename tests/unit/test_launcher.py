@@ -1,0 +1,95 @@
+"""Variables of a launcher that are left over or damaged are refused at once; torchrun's end and its empty folders are seen to."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from configs.console import UserError
+from train import calibrate, pretrain, sample
+from train.launcher import ALWAYS, ON_THIS_MACHINE, check_alone, check_launcher, remove_empty_logs
+
+WHOLE = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+LOCAL = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*ALWAYS, *ON_THIS_MACHINE):
+        monkeypatch.delenv(name, raising=False)
+
+
+def give(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("variables", [{}, WHOLE, WHOLE | LOCAL, WHOLE | {"LOCAL_RANK": "1"}])
+def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    give(monkeypatch, variables)
+    check_launcher()
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE='2'", "RANK and MASTER_ADDR and MASTER_PORT missing", "unset WORLD_SIZE"]),
+        ({"RANK": "0"}, ["RANK='0'", "WORLD_SIZE and MASTER_ADDR and MASTER_PORT missing", "torchrun"]),
+        ({"RANK": ""}, ["RANK=''", "unset RANK"]),
+        ({"MASTER_ADDR": "localhost"}, ["RANK and WORLD_SIZE and MASTER_PORT missing"]),
+        ({"LOCAL_RANK": "0"}, ["LOCAL_RANK='0'", "unset LOCAL_RANK"]),
+        (WHOLE | {"MASTER_PORT": ""}, ["MASTER_PORT missing"]),
+        (WHOLE | {"RANK": "one"}, ["RANK is no number"]),
+        (WHOLE | {"RANK": "-1"}, ["RANK is no number"]),
+        (WHOLE | {"RANK": "1.0"}, ["RANK is no number"]),
+        (WHOLE | {"LOCAL_RANK": ""}, ["LOCAL_RANK is no number"]),
+        (WHOLE | {"RANK": "4"}, ["RANK must be below WORLD_SIZE"]),
+        (WHOLE | {"WORLD_SIZE": "0"}, ["RANK must be below WORLD_SIZE"]),
+        (WHOLE | {"MASTER_PORT": "0"}, ["MASTER_PORT must be from 1 to 65535"]),
+        (WHOLE | {"MASTER_PORT": "65536"}, ["MASTER_PORT must be from 1 to 65535"]),
+        (WHOLE | {"LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"}, ["LOCAL_RANK must be below LOCAL_WORLD_SIZE"]),
+        (WHOLE | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, ["at most WORLD_SIZE"]),
+    ],
+)
+def test_anything_else_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: list[str]
+) -> None:
+    give(monkeypatch, variables)
+    with pytest.raises(UserError) as error:
+        check_launcher()
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_command_of_one_process_refuses_to_be_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_alone("train.sample")
+    give(monkeypatch, WHOLE)
+    with pytest.raises(UserError, match="WORLD_SIZE=4: train.sample is one process"):
+        check_alone("train.sample")
+
+
+@pytest.mark.parametrize("main", [pretrain.main, sample.main, calibrate.main])
+def test_the_commands_check_before_anything_else(
+    main: Callable[[], None], call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A run that is not there, and nobody to meet.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, printed = call_main(main, *([] if main is pretrain.main else ["run=nowhere"]))
+    assert code == 2
+    assert printed.startswith("error: environment variables WORLD_SIZE='2': RANK and MASTER_ADDR and MASTER_PORT missing")
+    assert printed.count("\n") == 1
+
+
+def test_the_empty_log_folders_of_torchrun_go_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, others, filled = tmp_path / "torchelastic_1", tmp_path / "logs", tmp_path / "torchelastic_2"
+    for folder in (ours, others, filled):
+        for rank in "01":
+            (folder / "none_x/attempt_0" / rank).mkdir(parents=True)
+    (filled / "none_x/attempt_0/1/stdout.log").write_text("")
+    for folder in (ours, others, filled):
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / "none_x/attempt_0/0/error.json"))
+        remove_empty_logs()
+    assert not ours.exists()
+    assert (others / "none_x/attempt_0/0").is_dir()
+    assert (filled / "none_x/attempt_0/1/stdout.log").exists()
