@@ -271,9 +271,10 @@ class LoggingConfig:
             if value is None:
                 continue
             check(value.strip() != "", option, repr(value), "must not be empty; leave it out for the default")
-            check(len(value) <= 128, option, value, f"has {len(value)} characters, and W&B takes 128")
+            check(len(value) <= 128, option, repr(value), f"has {len(value)} characters, and W&B takes 128")
             found = [character for character in value if character in forbidden or not character.isprintable()]
-            check(not found, option, value, f"W&B takes none of {' '.join(forbidden)} and no control characters in it")
+            none_of = f"none of {' '.join(forbidden)} and " if forbidden else ""
+            check(not found, option, repr(value), f"W&B takes {none_of}no control characters in it")
 
 
 @dataclass

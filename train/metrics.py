@@ -44,8 +44,7 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held open for the run
         self.unwritten = b""
-        self.wandb = _start_wandb(config, folder, wandb_id)
-        self.record = OfflineRecord(Path(self.wandb.settings.sync_file)) if self.wandb and self.wandb.offline else None
+        self.wandb, self.record = _start_wandb(config, folder, wandb_id)
         self.wandb_id: str | None = self.wandb.id if self.wandb is not None else wandb_id
         """Id of the W&B run, to continue it after a resume."""
 
@@ -145,10 +144,11 @@ def wandb_settings() -> Any:
     return wandb.Settings(silent=True, **ours)
 
 
-def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
+def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> tuple[Any, OfflineRecord | None]:
+    """The W&B run, and its record if it is offline."""
     mode = config.logging.wandb_mode
     if mode == "disabled":
-        return None
+        return None, None
 
     def start(mode: str) -> Any:
         import wandb
@@ -159,7 +159,7 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
         return wandb.init(
             project=config.logging.wandb_project,
             entity=config.logging.wandb_entity,
-            name=config.run.name,
+            name=config.run.name[:128],  # as much as W&B takes
             group=config.logging.wandb_group,
             dir=str(folder.absolute()),  # W&B's process may have another working directory
             id=run_id,
@@ -175,10 +175,12 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> Any:
     try:
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
-                return start(attempt)
+                run = start(attempt)
+                return run, OfflineRecord(Path(run.settings.sync_file)) if run.offline else None
             except Exception as error:  # no network, no login, no server: the run goes on
                 print(f"W&B could not start {attempt} ({error})", flush=True)
-        return None
+        print("W&B has no record of this run; metrics.jsonl has every record", flush=True)
+        return None, None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 

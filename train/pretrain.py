@@ -294,12 +294,27 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
             f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
             f"{config.micro_batches(world_size)} micro-batches a step; engine {config.engine}",
-            f"memory    about {memory.total / 2**30:.2f} GiB a rank: weights {memory.weights / 2**30:.2f}, gradients "
+            f"memory    about {memory.total / 2**30:.2f} GiB a rank for the model: weights {memory.weights / 2**30:.2f}, gradients "
             f"{memory.gradients / 2**30:.2f}, optimizer {memory.optimizer / 2**30:.2f}, "
             f"activations {memory.activations / 2**30:.2f}, working space {memory.working / 2**30:.2f}",
+            f"          {describe_process_memory(memory.total)}",
             f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens "
             f"= {tokens / 1e6:.2f}M tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
         ]
+    )
+
+
+def describe_process_memory(model: float) -> str:
+    """What the estimate leaves out, so that it can be held against `memory/peak_gib`; model: its estimate in bytes."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return "of device memory; what CUDA and NCCL take for themselves comes on top"
+    resident = psutil.Process().memory_info().rss
+    return (
+        f"and {resident / 2**30:.2f} GiB for Python and its libraries, which are loaded: about "
+        f"{(model + resident) / 2**30:.2f} GiB of memory; W&B, figures and saves add some"
     )
 
 

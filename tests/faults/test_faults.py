@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from configs.run_folder import read_metrics
+from configs.run_folder import read_metrics, read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import (
     STEPS,
@@ -104,7 +104,7 @@ def test_a_process_that_leaves_is_not_killed_by_being_asked_again() -> None:
 
 def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(folder: Path) -> None:
     # SIGTERM after a save and to all that a rank has started, as launchers do; there is a reader among them.
-    for number, rank, step in ((signal.SIGUSR1, 0, 1), (signal.SIGTERM, 1, 4)):
+    for number, rank, step in ((signal.SIGUSR1, 0, 1), (signal.SIGTERM, 1, 3)):
         with Job(folder, "stopped", "data.num_workers=1", faults=[fault("slow", seconds=0.5)]) as job:
             assert job.wait_for_step(step)
             victim = job.ranks()[rank]
@@ -118,6 +118,14 @@ def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(fold
         assert step <= stopped["step"] < STEPS
         assert checkpoints(folder, "stopped")[-1] == stopped["step"]
         assert "the same command continues" in output
+    # torchrun is killed: nobody would end its processes. Its store goes with it, also for the save.
+    with Job(folder, "stopped", faults=[fault("slow", seconds=0.5)]) as job:
+        assert job.wait_for(lambda: "resumed from" in job.output())
+        job.process.send_signal(signal.SIGKILL)
+        job.finish(code=-signal.SIGKILL)
+    stopped = status(folder, "stopped")
+    assert (stopped["state"], stopped["reason"]) == ("stopped", "LAUNCHER")
+    assert checkpoints(folder, "stopped")[-1] == stopped["step"] < STEPS
     # The limit counts from the start of the process and spares ten seconds for a save: two steps at most.
     run_to_end(folder, "stopped", "run.time_limit=00:00:30", faults=[fault("slow", seconds=8)])
     assert status(folder, "stopped")["reason"] == "TIME"
@@ -182,6 +190,9 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_its_phase_and_the_run_ends(hu
     assert re.search(r"rank 1 on \S+: step 3, reading data, for \d+ s\n", output)
     assert "in getitem" in output  # the stack says where
     assert 4 in codes(output)
+    ended = read_status(hung["asleep"].run)
+    assert (ended["state"], ended["exit_code"]) == ("failed", 4)
+    assert "rank 1 holds up the others" in ended["reason"]
 
 
 def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
@@ -189,6 +200,8 @@ def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung:
     assert "rank 0 holds up the others" in output
     assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not answered for \d+ s|has never answered)", output)
     assert 4 in codes(output)
+    # The first rank, which writes it else, cannot.
+    assert read_status(hung["frozen"].run)["exit_code"] == 4
 
 
 def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder: Path, disk: Path) -> None:
@@ -198,8 +211,10 @@ def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder:
         fault("fill_disk", path=str(disk), step=8, until=9, leave=300_000),
     ]
     # Records of all layers and neurons, which do not fit into the last page of metrics.jsonl.
-    with Job(folder, disk.name, "checkpoint.keep_last=1", "logging.neuron_interval=1", faults=faults) as job:
+    options = ("checkpoint.keep_last=1", "logging.neuron_interval=1", "logging.wandb_mode=offline")
+    with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)
+    assert output.count("W&B's offline record") == 1
     assert re.search(r"step 4: cannot prepare .*; training goes on", output)
     assert "records wait in memory" in output
     assert re.search(r"error: cannot prepare .*checkpoints: .* are free and about", output)

@@ -1,5 +1,6 @@
 """Bad options are refused by name, with their value and a way out."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from train.config import (
     describe,
     load_config,
 )
+from train.pretrain import describe_run
 from train.validation import validate
 
 
@@ -57,6 +59,13 @@ from train.validation import validate
         (lambda: TrainingConfig(micro_batch_size=0), ["training.micro_batch_size=0"]),
         (lambda: EvaluationConfig(sequences=0), ["evaluation.sequences=0"]),
         (lambda: LoggingConfig(neuron_interval=-4), ["logging.neuron_interval=-4"]),
+        (lambda: LoggingConfig(wandb_project="a/b"), ["logging.wandb_project='a/b'", "/ \\ # ? % :"]),
+        (lambda: LoggingConfig(wandb_project=""), ["logging.wandb_project=''", "must not be empty"]),
+        (lambda: LoggingConfig(wandb_project="a" * 129), ["logging.wandb_project='a", "129 characters"]),
+        (lambda: LoggingConfig(wandb_entity="my team?"), ["logging.wandb_entity='my team?'"]),
+        (lambda: LoggingConfig(wandb_entity=" "), ["logging.wandb_entity=' '", "must not be empty"]),
+        (lambda: LoggingConfig(wandb_group="a" * 129), ["logging.wandb_group='a", "129 characters"]),
+        (lambda: LoggingConfig(wandb_group="a\nb"), ["logging.wandb_group=", "control characters"]),
         (lambda: CheckpointConfig(keep_last=0), ["checkpoint.keep_last=0"]),
         (lambda: DataConfig(num_workers=-1), ["data.num_workers=-1"]),
         (lambda: DataConfig(blend=[SourceConfig()]), ["data.blend", "needs a path"]),
@@ -162,6 +171,23 @@ def test_the_blend_needs_all_weights_or_none() -> None:
     config.data.blend = [SourceConfig(path="a", weight=1.0), SourceConfig(path="b")]
     with pytest.raises(ValueError, match="every source a weight, or none"):
         validate(config, 1)
+
+
+def test_no_neurons_no_heatmaps_and_names_that_wandb_takes_pass() -> None:
+    validate(run_config(logging=LoggingConfig(neuron_interval=0)), 1)
+    LoggingConfig(wandb_group=r"a/b: $\x$", wandb_project="mone, neurons")
+    LoggingConfig(wandb_mode="disabled", wandb_project="a/b")
+
+
+def test_the_memory_that_is_told_at_the_start_counts_the_process_too() -> None:
+    config = run_config()
+    text = describe_run(config, 1)
+    model, resident, both = (
+        float(re.search(pattern, text)[1])  # type: ignore[index]
+        for pattern in (r"about (\S+) GiB a rank for the model", r"and (\S+) GiB for Python", r"about (\S+) GiB of memory")
+    )
+    assert resident > 0.1
+    assert abs(model + resident - both) < 0.02
 
 
 def test_layouts_that_are_right_pass() -> None:

@@ -1,4 +1,4 @@
-"""Variables of a launcher that are left over or damaged are refused at once; torchrun's end and its empty folders are seen to."""
+"""Variables of a launcher that are left over or damaged are refused at once, and what torchrun leaves behind is removed."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -12,7 +12,8 @@ from train.watchdog import Watchdog
 
 now, jumped = time.time, False
 time.time = lambda: now() + (7200 if jumped else 0)
-watchdog = Watchdog(dist.HashStore(), rank=0, world_size=1, timeout=1, note=lambda reason: print("noted:", reason, flush=True))
+note = lambda reason: print("noted:", reason, flush=True)
+watchdog = Watchdog(dist.HashStore(), rank=0, world_size=1, timeout=1, note=note)
 for step in range(10):
     watchdog.enter(step, "training")
     jumped = step >= 5
