@@ -148,7 +148,7 @@ def unblock_output() -> None:
             # One thread for both where they are one file: lines keep their order.
             outlet = _outlets[descriptor] = _outlets[1] if same else _Outlet(descriptor)
             text = io.TextIOWrapper(
-                _Raw(outlet, f"<{name}>"),  # type: ignore[arg-type]
+                _Raw(outlet, f"<{name}>"),
                 encoding=stream.encoding,
                 errors="backslashreplace",
                 line_buffering=True,

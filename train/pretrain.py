@@ -294,8 +294,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
             f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
             f"{config.micro_batches(world_size)} micro-batches a step; engine {config.engine}",
-            f"memory    about {memory.total / 2**30:.2f} GiB a rank for the model: weights {memory.weights / 2**30:.2f}, gradients "
-            f"{memory.gradients / 2**30:.2f}, optimizer {memory.optimizer / 2**30:.2f}, "
+            f"memory    about {memory.total / 2**30:.2f} GiB a rank for the model: weights {memory.weights / 2**30:.2f}, "
+            f"gradients {memory.gradients / 2**30:.2f}, optimizer {memory.optimizer / 2**30:.2f}, "
             f"activations {memory.activations / 2**30:.2f}, working space {memory.working / 2**30:.2f}",
             f"          {describe_process_memory(memory.total)}",
             f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens "
