@@ -13,6 +13,7 @@ raise or wait.
 import atexit
 import contextlib
 import io
+import logging
 import os
 import queue
 import select
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 WAITING = 10_000
 """Pieces of text, mostly lines, that wait for a reader before further ones are left out."""
@@ -154,7 +155,16 @@ def unblock_output() -> None:
                 line_buffering=True,
             )
             setattr(sys, name, text)
+            _redirect_logging(stream, text)
     atexit.register(_close)
+
+
+def _redirect_logging(before: TextIO, after: TextIO) -> None:
+    """Give log handlers, which hold on to the stream that they were made with, the new one."""
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(after)
 
 
 def drain_output(seconds: float) -> None:

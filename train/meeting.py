@@ -93,8 +93,10 @@ class Meeting:
     def tell(self, error: Exception) -> bool:
         """Print why this rank ends, together with others that do at this moment; whether it is the first of them.
 
-        Of those that end for the same reason on the same machine, one prints. Takes two seconds unless all end.
+        Of those that end for the same reason on the same machine, one prints. Takes GRACE_SECONDS unless all end.
         """
+        if self.world_size == 1 and not isinstance(error, ReportedError):
+            return True  # its traceback follows
         code = error.exit_code if isinstance(error, ReportedError) else 1
         reason = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
         mine = self._failure(reason, code)
@@ -242,7 +244,7 @@ class Meeting:
         if self.world_size == 1:
             return [mine]
         self.store.set(f"failed/{self.rank}", json.dumps(asdict(mine)))
-        count, until = self.store.add("failed", 1), time.monotonic() + 2.0
+        count, until = self.store.add("failed", 1), time.monotonic() + GRACE_SECONDS
         while count < self.world_size and time.monotonic() < until:
             time.sleep(0.05)
             count = self.store.add("failed", 0)

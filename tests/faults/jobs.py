@@ -50,7 +50,7 @@ def make_data(folder: Path) -> None:
 class Job:
     """One start of the training command, under torchrun if there are several processes, with its output in a file.
 
-    faults: what tests.faults.victim is to do; None starts train.pretrain itself.
+    faults: what tests.faults.victim is to do; None starts train.pretrain itself. stdout: where it prints, if not there.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Job:
         processes: int = 2,
         launcher: tuple[str, ...] = (),
         environment: dict[str, str] | None = None,
+        stdout: int | None = None,
     ) -> None:
         self.run, self.processes = folder / "runs" / name, processes
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launcher]
@@ -87,7 +88,7 @@ class Job:
                     "MONE_FAULTS_JOB": self.mark,
                 },
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=log if stdout is None else stdout,
                 stderr=subprocess.STDOUT,
             )
 

@@ -12,12 +12,14 @@ import pytest
 from tests.conftest import ROOT
 
 TRAINING = """
-import os, sys
+import logging, os, sys
 from configs.output import unblock_output
+logging.basicConfig()
 unblock_output()
 for number in range(3000):
     print(f"step {number} " + 100 * "\N{GREEK SMALL LETTER ALPHA}", flush=True)
     print("a word", end=" ", file=sys.stderr)
+    logging.warning("a warning")
 sys.stdout.write("no end of line")
 if os.fork() == 0:
     print("of a fork", flush=True)
