@@ -4,11 +4,12 @@ import ctypes
 import functools
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+from multiprocessing.util import get_temp_dir
 
 PR_SET_PDEATHSIG = 1
-LEAVE_SECONDS = 3
 
 
 def end_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
@@ -25,7 +26,7 @@ def end_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
 def outlive_signals(*_: object) -> None:
     """Leave SIGTERM, SIGINT, SIGHUP and SIGUSR1 to the `multiprocessing` parent of this process, and end with it.
 
-    That end is Python's own, which removes what `multiprocessing` has put into the temporary folder.
+    Then it removes what `multiprocessing` has put into the temporary folder for this process.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -36,8 +37,9 @@ def outlive_signals(*_: object) -> None:
 
     def leave(*_: object) -> None:
         if os.getppid() != parent:  # else somebody else's signal
-            signal.alarm(LEAVE_SECONDS)  # which kills: a queue may wait for a reader that is gone
-            sys.exit(0)
+            # At a usual end of Python's this comes after a queue whose reader is gone, for ever.
+            shutil.rmtree(get_temp_dir(), ignore_errors=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     signal.signal(signal.SIGUSR2, leave)
     end_with_parent(parent, signal.SIGUSR2)

@@ -1,7 +1,9 @@
 """Processes end with the one that started them, also if that was faster."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,46 @@ if os.fork() == 0:
 os.read(ready, 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
+
+HELPERS = """
+import multiprocessing, os, signal, time
+from multiprocessing.managers import SyncManager
+from multiprocessing.util import get_temp_dir
+from data_prep.lifetime import outlive_signals
+
+def read():
+    outlive_signals()
+    get_temp_dir()
+    ready.put(1)
+    for number in signal.SIGHUP, signal.SIGUSR2:
+        os.kill(os.getpid(), number)  # the terminal's, somebody's
+    while True:
+        ready.put(bytes(100_000))  # nobody reads it
+
+manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+if __name__ == "__main__":
+    manager.start(initializer=outlive_signals)
+    ready = multiprocessing.Queue()
+    multiprocessing.get_context("fork").Process(target=read).start()
+    ready.get()
+    manager.list([1])
+    time.sleep(0.2)
+    print(*sorted(name[:5] for name in os.listdir(os.environ["TMPDIR"])), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
+def test_helpers_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "helpers.py").write_text(HELPERS)
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
+    # Returns when every process that holds the pipe has ended.
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "helpers.py")], env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.stderr) == ("pymp- pymp-\n", "")
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
