@@ -83,9 +83,8 @@ def remove_empty_logs() -> None:
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:
         return
-    attempt = Path(error_file).parent.parent  # torchelastic_*/RUN_*/attempt_N/LOCAL_RANK/error.json
-    if attempt.parent.parent.name.startswith("torchelastic_"):
-        with contextlib.suppress(OSError):
-            for folder in [*attempt.iterdir(), attempt, attempt.parent, attempt.parent.parent]:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
+    logs = Path(error_file).parents[3] if len(Path(error_file).parents) > 3 else Path()
+    if logs.name.startswith("torchelastic_"):  # torchelastic_*/RUN_*/attempt_N/LOCAL_RANK/error.json
+        for folder, _, _ in os.walk(logs, topdown=False):
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)

@@ -77,12 +77,15 @@ def test_a_killed_run_ends_like_one_that_was_left_alone(folder: Path, hurt: Roun
 
 
 def test_the_launcher_restarts_killed_workers_by_itself(folder: Path) -> None:
-    with Job(folder, "restarted", launcher=("--max-restarts=3",)) as job:
+    temporary = folder / "tmp"
+    temporary.mkdir()
+    with Job(folder, "restarted", launcher=("--max-restarts=3",), environment={"TMPDIR": str(temporary)}) as job:
         assert job.wait_for_step(3)
         job.ranks()[1].send_signal(signal.SIGKILL)
         output = job.finish()
     assert output.count("resumed from") == 1
     assert differences(folder, "restarted") == []
+    assert [path.name for path in temporary.iterdir() if path.name.startswith(("pymp-", "torchelastic_"))] == []
 
 
 LEAVES = """
