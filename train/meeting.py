@@ -37,6 +37,8 @@ SHARED_SECONDS = 20.0
 """How long a network file system may take to show a new file on another machine."""
 STORE_TIMEOUT = datetime.timedelta(minutes=30)
 TOKEN_FILE = ".start"
+FAILED = "failed"
+"""Key of the store under which ranks that end are counted."""
 
 
 class Missing(ReportedError):
@@ -244,10 +246,10 @@ class Meeting:
         if self.world_size == 1:
             return [mine]
         self.store.set(f"failed/{self.rank}", json.dumps(asdict(mine)))
-        count, until = self.store.add("failed", 1), time.monotonic() + GRACE_SECONDS
+        count, until = self.store.add(FAILED, 1), time.monotonic() + GRACE_SECONDS
         while count < self.world_size and time.monotonic() < until:
             time.sleep(0.05)
-            count = self.store.add("failed", 0)
+            count = self.store.add(FAILED, 0)
         keys = [f"failed/{rank}" for rank in range(self.world_size)]
         if count < self.world_size:
             keys = [key for key in keys if self.store.check([key])]

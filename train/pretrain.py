@@ -117,7 +117,8 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
     timeout, note = config.run.timeout_minutes, functools.partial(note_failure, config, exit_code=EXIT_HUNG)
     watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout, note=note)
     # The watchdog knows more about a silent rank than the collective that waits for it: let it be the first to speak.
-    with distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store) as runtime:
+    joining = distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store)
+    with contextlib.closing(watchdog), joining as runtime:
         if runtime.is_main:
             print(describe_run(config, world_size), flush=True)
         watchdog.enter(0, "verifying checkpoints")
@@ -147,7 +148,6 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
         if runtime.is_main:
             write_status(config, "complete" if complete else "stopped", step=trainer.step, reason=StopReason(reason).name)
             print(describe_end(trainer, complete), flush=True)
-        watchdog.close()
 
 
 def check_continues(

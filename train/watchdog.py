@@ -4,8 +4,9 @@
     watchdog.enter(step, "forward and backward")           # whenever the loop turns to something else
     watchdog.close()
 
-A collective waits for its slowest rank and tells nobody which that is. Here threads of every rank post to the job's store
-what the rank is doing. When a rank has been in one phase for too long, it prints what all ranks last said and its own stack.
+A collective waits for its slowest rank, or for one that has failed, and tells nobody which that is. Here threads of every rank
+post to the job's store what the rank is doing. When a rank has been in one phase for too long, it prints what all ranks last
+said and its own stack.
 
 No clocks are compared: the clock of a machine may be set, and those of two machines differ. Each rank adds up how long its
 own thread has waited, without the time in which the process was stopped. Another rank answers if its count of beats grows.
@@ -25,8 +26,11 @@ from typing import Any
 import torch.distributed as dist
 
 from configs.output import drain_output
+from train.meeting import FAILED
 
-EXIT_HUNG = 4
+EXIT_HUNG, EXIT_FAILED = 4, 1
+ORPHANED_SECONDS = 15.0
+"""How long a rank may go on after another one has said that it ends: with some communication it would wait for ever."""
 LOOK = 3
 """Beats in which a rank that answers is seen to answer."""
 
@@ -42,6 +46,7 @@ class Watchdog:
         self.rank, self.world_size, self.timeout, self.note = rank, world_size, timeout, note
         self.beat = max(0.2, min(10.0, timeout / 20))
         self.phase, self.step, self.count = "start", 0, 0
+        self.other_failed = False
         self.waited = 0.0
         """Seconds that this rank has been in its phase, as far as its process ran."""
         self.closed = threading.Event()
@@ -65,11 +70,12 @@ class Watchdog:
             # The store may be gone with the process that held it; what matters then is the time.
             with contextlib.suppress(Exception):
                 self.store.set(f"watchdog/{self.rank}", json.dumps(said | {"waited": self.waited}))
+                self.other_failed = self.world_size > 1 and self.store.check([FAILED])
             if self.closed.wait(self.beat):
                 return
 
     def _watch(self) -> None:
-        seen, before = -1, time.monotonic()
+        seen, before, orphaned = -1, time.monotonic(), 0.0
         while not self.closed.wait(self.beat):
             now = time.monotonic()
             # Of a longer time this process was stopped, or its machine asleep.
@@ -78,6 +84,12 @@ class Watchdog:
             seen = self.count
             if self.waited > self.timeout:
                 self._report()
+            orphaned += passed if self.other_failed else 0.0
+            if orphaned > ORPHANED_SECONDS:
+                where = f"rank {self.rank} ends in {self.phase} of step {self.step}"
+                print(f"error: {where}: another rank has ended and said why", file=sys.stderr, flush=True)
+                drain_output(2.0)
+                os._exit(EXIT_FAILED)
 
     def _report(self) -> None:
         """Print once for the job what every rank said last, this rank's stacks, and leave."""

@@ -1,9 +1,17 @@
 """A run that hangs is ended, whatever the clock of the machine does, and one that does not is left alone."""
 
+import os
 import subprocess
 import sys
+import threading
+
+import pytest
+import torch.distributed as dist
 
 from tests.conftest import ROOT
+from train import watchdog as module
+from train.meeting import FAILED
+from train.watchdog import Watchdog
 
 SCRIPT = """
 import os, signal, time
@@ -35,3 +43,25 @@ def test_a_run_that_hangs_ends_with_code_4_and_neither_a_clock_that_jumps_nor_a_
     assert done.stdout.startswith("still there\nnoted: no progress for 1 s (run.timeout_minutes): ")
     assert "step 9, training, for " in done.stderr
     assert "in <module>" in done.stderr  # the stack says where
+
+
+def test_a_rank_that_waits_for_one_that_has_failed_ends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes, ended = list[int](), threading.Event()
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        watchdog.close()
+        ended.set()
+
+    monkeypatch.setattr(module, "ORPHANED_SECONDS", 0.5)
+    monkeypatch.setattr(os, "_exit", leave)
+    store = dist.HashStore()
+    watchdog = Watchdog(store, rank=0, world_size=2, timeout=4, note=print)
+    watchdog.enter(3, "saving")
+    assert not ended.wait(1)
+    store.add(FAILED, 1)
+    assert ended.wait(10)
+    assert codes == [1]
+    assert "rank 0 ends in saving of step 3: another rank has ended" in capsys.readouterr().err
