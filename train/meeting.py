@@ -36,7 +36,7 @@ PATIENCE_SECONDS = 30.0
 SHARED_SECONDS = 20.0
 """How long a network file system may take to show a new file on another machine."""
 STORE_TIMEOUT = datetime.timedelta(minutes=30)
-TOKEN_FILE = ".start"
+TOKEN_PREFIX = ".start-"
 FAILED = "failed"
 """Key of the store under which ranks that end are counted."""
 
@@ -111,30 +111,40 @@ class Meeting:
         return self.rank == min(failure.rank for failure in same)
 
     def check_shared(self, folders: dict[str, Path]) -> None:
-        """UserError on every other rank that does not see what the first rank writes; folders: by their options.
-
-        To be called in `together`, once, by all ranks.
-        """
-        for number, (option, folder) in enumerate(folders.items() if self.world_size > 1 else ()):
-            key = f"token/{number}"
+        """End all ranks unless each sees what the first one writes into these folders, by their options."""
+        if self.world_size == 1:
+            return
+        # Of a name of its own: another run may use the folder, and a file system remembers what was not there.
+        files = {option: folder / f"{TOKEN_PREFIX}{self.start}" for option, folder in folders.items()}
+        try:
+            with self.together("shared folders"):
+                for option, path in files.items():
+                    self._write_token(option, path) if self.rank == 0 else self._look_for_token(option, path.parent)
+        finally:
             if self.rank == 0:
-                written = ""
-                try:
-                    with writing(folder / TOKEN_FILE) as temporary:
-                        temporary.write_text(self.start)
-                    written = self.start
-                except OSError as error:
-                    raise UserError(f"{option}={folder}: cannot be written ({error})") from error
-                finally:
-                    self.store.set(key, written)
-                continue
-            self.store.wait([key], datetime.timedelta(seconds=MEETING_SECONDS))
-            written = self.store.get(key).decode()
-            if written and not _shows(folder / TOKEN_FILE, written):
-                raise UserError(
-                    f"{option}={folder}: what rank 0 on {self.first_host} writes there cannot be seen here; "
-                    "give a folder that all machines share"
-                )
+                for path in files.values():
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
+    def _write_token(self, option: str, path: Path) -> None:
+        written = ""
+        try:
+            with writing(path) as temporary:
+                temporary.touch()
+            written = path.name
+        except OSError as error:
+            raise UserError(f"{option}={path.parent}: cannot be written ({error})") from error
+        finally:
+            self.store.set(f"token/{option}", written)
+
+    def _look_for_token(self, option: str, folder: Path) -> None:
+        self.store.wait([f"token/{option}"], datetime.timedelta(seconds=MEETING_SECONDS))
+        written = self.store.get(f"token/{option}").decode()
+        if written and not _appears(folder / written):
+            raise UserError(
+                f"{option}={folder}: what rank 0 on {self.first_host} writes there cannot be seen here; "
+                "give a folder that all machines share"
+            )
 
     def _failure(self, reason: str, code: int) -> Failure:
         return Failure(self.rank, self.host, reason, code)
@@ -256,16 +266,16 @@ class Meeting:
         return [Failure(**json.loads(found)) for found in self.store.multi_get(keys)]
 
 
-def _shows(path: Path, token: str) -> bool:
-    """Whether a file has this content, at the latest after what a network file system may need."""
+def _appears(path: Path) -> bool:
+    """Whether a file is there, at the latest after what a network file system may need."""
     until = time.monotonic() + SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):
             # To open a folder is to ask the server; a name alone may be looked up in memory.
             os.close(os.open(path.parent.parent, os.O_RDONLY))
             os.close(os.open(path.parent, os.O_RDONLY))
-            if path.read_text() == token:
-                return True
+        if path.exists():
+            return True
         if time.monotonic() > until:
             return False
         time.sleep(0.2)

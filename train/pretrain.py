@@ -56,9 +56,8 @@ def main(hydra_config: DictConfig) -> None:
         config, manifests, checkpoints = prepare(hydra_config, world_size)
     with meeting.together("run folder"), naming_errors():
         lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
-    with meeting.together("shared folders"):
-        # The first rank alone writes the records and the order of samples, which the others read.
-        meeting.check_shared({"run.dir": Path(config.run.dir), "data.index_cache": Path(config.data.index_cache)})
+    # The first rank alone writes the records and the order of samples, which the others read.
+    meeting.check_shared({"run.dir": Path(config.run.dir), "data.index_cache": Path(config.data.index_cache)})
     try:
         run(config, manifests, checkpoints, meeting)
     except Exception as error:

@@ -113,15 +113,15 @@ class Recorder:
         self.counted_from = samples
         if self.writer is None:
             return
-        summary = {f"expert/{name}": values for name, values in summarise_experts(usage).items()}
-        summary["expert/dropped"] = 1 - usage.tokens_LE.sum(-1) / routed
-        summary |= {f"neuron/{name}": values for name, values in summarise_neurons(usage, model.active_neurons).items()}
-        by_layer = {
-            f"{name}/layer_{layer:02d}": value
-            for name, values in summary.items()
-            for layer, value in enumerate(values.tolist())
-        }
         with self._going_on("record"):
+            summary = {f"expert/{name}": values for name, values in summarise_experts(usage).items()}
+            summary["expert/dropped"] = 1 - usage.tokens_LE.sum(-1) / routed
+            summary |= {f"neuron/{name}": values for name, values in summarise_neurons(usage, model.active_neurons).items()}
+            by_layer = {
+                f"{name}/layer_{layer:02d}": value
+                for name, values in summary.items()
+                for layer, value in enumerate(values.tolist())
+            }
             self.writer.write(step, {name: values.mean().item() for name, values in summary.items()} | by_layer)
         if draw:
             self._draw_usage(step, usage)

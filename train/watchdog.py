@@ -4,9 +4,9 @@
     watchdog.enter(step, "forward and backward")           # whenever the loop turns to something else
     watchdog.close()
 
-A collective waits for its slowest rank, or for one that has failed, and tells nobody which that is. Here threads of every rank
-post to the job's store what the rank is doing. When a rank has been in one phase for too long, it prints what all ranks last
-said and its own stack.
+A collective waits for its slowest rank, or for one that has failed, and tells nobody which that is. Here threads of every
+rank post to the job's store what the rank is doing. When a rank has been in one phase for too long, it prints what all ranks
+last said and its own stack.
 
 No clocks are compared: the clock of a machine may be set, and those of two machines differ. Each rank adds up how long its
 own thread has waited, without the time in which the process was stopped. Another rank answers if its count of beats grows.

@@ -117,12 +117,12 @@ def test_a_folder_that_is_not_shared_is_named_with_the_machine_that_lacks_it(
         def check(meeting: Meeting) -> None:
             folder = tmp_path / ("runs" if shared else f"runs-of-{meeting.host}")
             folder.mkdir(exist_ok=True)
-            with meeting.together("folders"):
-                meeting.check_shared({"run.dir": folder, "data.index_cache": folder / "index_cache"})
+            meeting.check_shared({"run.dir": folder, "data.index_cache": folder / "index_cache"})
 
         return check
 
     assert play(act(shared=True), "ab") == ["went on"] * 2
+    assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["index_cache"]
     monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
     assert play(act(shared=False), "ab") == [2, 2]
     told = f"error: rank 1 on b: run.dir={tmp_path}/runs-of-b: what rank 0 on a writes there cannot be seen here"
