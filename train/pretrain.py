@@ -58,6 +58,8 @@ def main(hydra_config: DictConfig) -> None:
         lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
     # The first rank alone writes the records and the order of samples, which the others read.
     meeting.check_shared({"run.dir": Path(config.run.dir), "data.index_cache": Path(config.data.index_cache)})
+    if rank == 0:
+        write_status(config, "running")
     try:
         run(config, manifests, checkpoints, meeting)
     except Exception as error:
@@ -219,7 +221,7 @@ def note_failure(config: RunConfig, reason: str, exit_code: int) -> None:
 
 
 def take_run_folder(config: RunConfig) -> IO[str]:
-    """Lock the run folder and note there what runs and where: config.yaml, environment.json and status.json.
+    """Lock the run folder and note there what runs and where: config.yaml and environment.json.
 
     ValueError if another run has the folder, or it cannot be written. The lock is held while the returned file is open.
     """
@@ -233,7 +235,6 @@ def take_run_folder(config: RunConfig) -> IO[str]:
         }.items():
             with writing(folder / name) as temporary:
                 temporary.write_text(text)
-        write_status(config, "running")
         return lock
     except OSError as error:
         raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
