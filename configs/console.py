@@ -109,11 +109,15 @@ def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, R
     return run
 
 
-def command(name: str, path: str | None = "pkg://configs") -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
+def command(
+    name: str, path: str | None = "pkg://configs", *, launched: bool = False
+) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
     """Make a command of a function of its composed configuration: Hydra's command line over the file `name` in `path`.
 
     In place of `@hydra.main`, whose flags it has: a mistake in options or configuration files ends the command with one
     line and exit code 2, as a ReportedError of the function does, and text stays as it was typed (configs.overrides).
+
+    launched: torchrun starts several processes with one command line; the first on each machine tells what is wrong in it.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:
@@ -122,7 +126,12 @@ def command(name: str, path: str | None = "pkg://configs") -> Callable[[Callable
         def main() -> None:
             from configs.command_line import run
 
-            run(reporting_errors(task), name, path)
+            try:
+                run(reporting_errors(task), name, path)
+            except ReportedError as error:
+                if launched and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+                    sys.exit(error.exit_code)
+                raise
 
         return main
 

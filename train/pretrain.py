@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from train.loop import Trainer
 
 
-@command("pretrain")
+@command("pretrain", launched=True)
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
     unblock_output()

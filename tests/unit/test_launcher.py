@@ -81,6 +81,16 @@ def test_the_commands_check_before_anything_else(
     assert printed.count("\n") == 1
 
 
+def test_a_mistake_in_the_command_line_is_told_once_on_a_machine(
+    call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(monkeypatch, WHOLE | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"})
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        code, _, printed = call_main(pretrain.main, "model.hiden_size=64")
+        assert (code, printed.count("error: ")) == (2, lines)
+
+
 def test_the_empty_log_folders_of_torchrun_go_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, others, filled = tmp_path / "torchelastic_1", tmp_path / "logs", tmp_path / "torchelastic_2"
     for folder in (ours, others, filled):
