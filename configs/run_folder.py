@@ -4,11 +4,13 @@ status = read_status(folder)          # {"state": "stopped", "step": 100, "reaso
 records = read_metrics(folder)        # [{"step": 5, "train/loss": 7.9, ...}, ...]
 options = read_config(folder)         # {"model.activation_ratio": 0.25, ...}
 folders = find_runs([Path("runs")])   # those that hold runs, also within sweeps
+check_free(folder)                    # a run can have it to itself
 with hold(folder): ...                # nobody else trains there
 """
 
 import fcntl
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +19,8 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
+FROZEN_FILE = "launch/frozen.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 LOCK_FILE = ".lock"
@@ -68,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
     Of a run that is queued and has not begun, those it was queued with.
     """
-    for path in (folder / CONFIG_FILE, folder / "launch/frozen.yaml"):
+    for path in (folder / CONFIG_FILE, folder / FROZEN_FILE):
         if path.exists():
             return flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
     return {}
@@ -101,6 +105,48 @@ def _runs_within(folder: Path) -> list[Path]:
         return [folder]
     subfolders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return [run for subfolder in subfolders for run in _runs_within(subfolder)]
+
+
+def check_free(folder: Path, *, sweep: bool = False) -> None:
+    """ValueError unless this folder, which need not exist, can be a run's alone, or with `sweep` that of a sweep's runs."""
+    try:
+        place = Path(os.path.realpath(folder))
+        problem = _why_not_free(place, sweep)
+    except OSError as error:  # a name that is too long, a file in place of a folder, no permission to look
+        problem = f"cannot be a folder ({error.strerror})"
+    if problem is not None:
+        raise ValueError(f"run.dir={folder}: {problem}; give a folder of its own, e.g. run.dir=runs/mine")
+
+
+def _why_not_free(place: Path, sweep: bool) -> str | None:
+    if _is_run(place):
+        return None
+    there = next(path for path in (place, *place.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        return f"{there} is not a folder"
+    here, home = Path.cwd(), Path(os.path.realpath(os.path.expanduser("~")))
+    if place in (here, home, *here.parents, *home.parents):
+        return "is the current or the home folder, or one above them"
+    if outer := next((parent for parent in place.parents if _is_run(parent)), None):
+        return f"lies within the run {outer}"
+    if sweep:
+        return None
+    if place == here / "runs":
+        return "is where all runs lie"
+    inner = _run_below(place)
+    return f"holds other runs, such as {inner}" if inner else None
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a run has begun here or is queued."""
+    begun = (folder / CONFIG_FILE).exists() and (folder / ENVIRONMENT_FILE).exists()
+    return begun or (folder / FROZEN_FILE).exists()
+
+
+def _run_below(folder: Path) -> Path | None:
+    """A run in this folder, or in one of its folders, as a sweep's are."""
+    below = (run for pattern in ("*", "*/*") for run in folder.glob(pattern))
+    return next((run for run in below if _is_run(run)), None)
 
 
 def hold(folder: Path) -> IO[str]:

@@ -17,10 +17,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, reporting_errors
-from launch.options import LocalOptions, SlurmOptions
+from launch.options import LocalOptions, SlurmOptions, stored
 
 if TYPE_CHECKING:
     from launch.sweep import Outcome, Point
+    from train.config import RunConfig
 
 
 @dataclass
@@ -40,7 +41,7 @@ class SlurmLauncherConfig(SlurmOptions):
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLauncherConfig)
-ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=SlurmLauncherConfig)
+ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=stored(SlurmLauncherConfig, "environment"))
 
 
 class _SweepLauncher(Launcher):
@@ -68,9 +69,9 @@ class _SweepLauncher(Launcher):
             if outcome.state == "failed":
                 print(f"  failed: {point.name}: {outcome.reason}", flush=True)
         if "submitted" in states:
-            print(f"  python -m launch.status {points[0].folder.parent}", flush=True)
+            print(f"  mone-status {points[0].folder.parent}", flush=True)
         if "complete" in states:
-            print(f"  python -m launch.report {points[0].folder.parent}", flush=True)
+            print(f"  mone-report {points[0].folder.parent}", flush=True)
         if "stopped" in states:
             print("  the same command continues", flush=True)
             sys.exit(0)  # the sweeper may have more
@@ -99,7 +100,11 @@ class LocalLauncher(_SweepLauncher):
         from train.pretrain import prepare
 
         processes = shares(options)[0].processes
-        points = plan_points(self.master, self.loader, jobs, lambda config, number: prepare(config, number)[0], processes)
+
+        def check(config: DictConfig, number: int) -> "RunConfig":
+            return prepare(config, number, processes="hydra.launcher.processes")[0]
+
+        points = plan_points(self.master, self.loader, jobs, check, processes)
         return points, run_points(points, options)
 
 

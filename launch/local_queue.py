@@ -145,8 +145,6 @@ class _Queue:
         environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
         environment |= {
             "PYTHON": sys.executable,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(frozen / "code"), os.environ.get("PYTHONPATH")])),
-            "PYTHONSAFEPATH": "1",  # else `python -m` would take the code of the checkout it is started in
             "PYTHONUNBUFFERED": "1",
             "NODES": "1",
             "PROCESSES": str(share.processes),

@@ -5,8 +5,23 @@ Imports no torch: hydra_plugins/mone_launchers.py reads this at the start of eve
 
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
+
+from omegaconf import DictConfig, OmegaConf
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SECRET = re.compile(
+    r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|_PWD|(?<!_P)KEYS?\d*(_|$)|TOKENS?\d*(_|$)|(^|_)(AUTH|PAT|PASS)(_|$)"
+)
+"""In names of variables whose values are secret, in capitals. InfiniBand's PKEY is none."""
+NO_SECRET = re.compile(r"_(FILE|PATH|DIR|SOCK)$")
+"""At the end of names of variables that only say where one lies."""
+ASSIGNED = re.compile(r"""(?<![\w$])([A-Za-z_]\w*)=(?!["']?[$`])["']?[^\s"']""")
+"""A variable or an option that is given a value as it is, in place of one that the shell works out."""
+LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
+"""A user and a password within an address."""
 
 TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<parts>\d+(?::\d+){0,2})")
 
@@ -71,7 +86,11 @@ class SlurmOptions:
     modules: list[str] = field(default_factory=list)
     """Environment modules to load."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the training processes, like launch.environment.NAME=value."""
+    """Environment variables of the training processes, like launch.environment.NAME=value. No secrets: the job script is
+    a plain file; name them in pass_environment."""
+    pass_environment: list[str] = field(default_factory=list)
+    """Variables of the submitting environment that the job needs, by name, e.g. '[WANDB_API_KEY]'. sbatch hands on all; a job
+    without one of these is not submitted, or ends at once. Their values are written nowhere."""
     setup: list[str] = field(default_factory=list)
     """Lines of bash for the job script, as they are, before the training starts, e.g. '["ulimit -n 65536"]'."""
     sbatch: list[str] = field(default_factory=list)
@@ -113,11 +132,33 @@ class SlurmOptions:
             self.save_seconds,
             f"leaves no time for training within {self.section}.time={self.time} ({self.seconds} seconds)",
         )
+        for option in ("environment", "pass_environment"):
+            for name in getattr(self, option):
+                known = VARIABLE.fullmatch(name) is not None
+                check(known, f"{self.section}.{option}", repr(name), "is no name of an environment variable")
         for line in self.sbatch:
-            check("\n" not in line, f"{self.section}.sbatch", line, "every option must be of one line")
-        for name, value in self.environment.items():
-            check(name.isidentifier(), f"{self.section}.environment", name, "is no name of an environment variable")
-            check("\n" not in value, f"{self.section}.environment", name, "must be of one line")
+            check(line.startswith("-"), f"{self.section}.sbatch", repr(line), "every option of sbatch begins with -")
+        for option, value in self._texts():
+            # Values are not printed: they may be secret.
+            if not value.isprintable():
+                raise ValueError(f"{option}: has a line break or another control character, which no job script may hold")
+            names = [option.rpartition(".")[2]] if option.startswith(f"{self.section}.environment.") else []
+            names += [match[1] for match in ASSIGNED.finditer(value)]
+            if secret := next(filter(is_secret, names), "a password" if LOGIN.search(value) else None):
+                raise ValueError(
+                    f"{option}: {secret} would stand in the job script, for others to read; set it in the environment that "
+                    f"submits, and name the variable: '{self.section}.pass_environment=[NAME]'"
+                )
+
+    def _texts(self) -> Iterator[tuple[str, str]]:
+        """Every text among the options, which a job script may hold, with the option's name."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            texts = value if isinstance(value, dict | list) else [value]
+            for key in texts:
+                text = value[key] if isinstance(value, dict) else key
+                if isinstance(text, str):
+                    yield f"{self.section}.{each.name}" + (f".{key}" if isinstance(value, dict) else ""), text
 
     @property
     def seconds(self) -> int:
@@ -140,3 +181,17 @@ class SlurmOptions:
     def world_size(self) -> int:
         """Processes of the job."""
         return self.nodes * self.processes
+
+
+def is_secret(variable: str) -> bool:
+    """Whether the value of a variable or an option of this name is likely to be secret."""
+    name = variable.upper()
+    return SECRET.search(name) is not None and NO_SECRET.search(name) is None
+
+
+def stored(kind: type[object], environment: str) -> DictConfig:
+    """The options of a dataclass for Hydra's store; the mapping at `environment` takes new names without a plus."""
+    node = OmegaConf.structured(kind)
+    assert isinstance(node, DictConfig)
+    OmegaConf.set_struct(OmegaConf.select(node, environment), False)
+    return node

@@ -7,6 +7,7 @@ The configuration is composed and checked for that many processes before anythin
 `launch/` of the run folder, and each start of the job runs just them.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -22,11 +23,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, command
+from configs.run_folder import check_free
 from data_prep.files import writing
 from launch.frozen import freeze
-from launch.options import SlurmOptions
+from launch.options import SlurmOptions, stored
 from mone_model.config import check
-from train.config import RunConfig
+from train.config import RunConfig, load_config
 from train.pretrain import prepare
 
 
@@ -37,7 +39,7 @@ class SlurmConfig(RunConfig):
     launch: SlurmOptions = field(default_factory=SlurmOptions)
 
 
-ConfigStore.instance().store(name="slurm_config", node=SlurmConfig)
+ConfigStore.instance().store(name="slurm_config", node=stored(SlurmConfig, "launch.environment"))
 
 
 class NotSubmitted(ReportedError):
@@ -57,7 +59,8 @@ def _submit(hydra_config: DictConfig) -> None:
     try:
         options = OmegaConf.to_object(hydra_config.launch)
         assert isinstance(options, SlurmOptions)
-        folder = Path(hydra_config.run.dir) / "launch"
+        folder = Path(load_config(hydra_config).run.dir) / "launch"
+        check_free(folder.parent)
         # Before the run is checked: a running job changes what its folder holds.
         if not options.dry_run and (active := active_job(folder)):
             raise UserError(f"run.dir={folder.parent}: job {active} works there or waits to; `scancel {active}` ends it")
@@ -70,7 +73,7 @@ def _submit(hydra_config: DictConfig) -> None:
     job = submit(config, options)
     print(f"job {job}: {options.world_size} processes on {options.nodes} nodes")
     print(f"  {folder}/log.txt    what it prints, all its starts one after another")
-    print(f"  python -m launch.status {config.run.dir}")
+    print(f"  mone-status {config.run.dir}")
 
 
 def main() -> None:
@@ -82,14 +85,26 @@ def main() -> None:
 def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
     """The typed configuration of a run, checked for the job's number of processes; ValueError for whatever is wrong."""
     on_gpus = options.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
-    config, _, _ = prepare(hydra_config, options.world_size, transformer_engine=on_gpus)
+    config, _, _ = prepare(
+        hydra_config,
+        options.world_size,
+        transformer_engine=on_gpus,
+        processes=f"{options.section}.nodes x {options.section}.processes_per_node",
+    )
     check(
         options.dry_run or shutil.which("sbatch") is not None,
         f"{options.section}.dry_run",
         options.dry_run,
         "there is no sbatch on this machine; --dry-run or dry_run=true prints the job script",
     )
-    check("\n" not in config.run.name, "run.name", repr(config.run.name), "must be of one line")
+    for name in options.pass_environment:
+        check(
+            options.dry_run or name in os.environ,
+            f"{options.section}.pass_environment",
+            name,
+            "is not set in this environment; export it first",
+        )
+    job_script(config, options)  # refuses what cannot stand in one
     return config
 
 
@@ -111,8 +126,10 @@ def submit(config: RunConfig, options: SlurmOptions) -> str:
 
 
 def job_script(config: RunConfig, launch: SlurmOptions) -> str:
-    """The bash script of the job, every value quoted."""
+    """The bash script of the job, every value quoted; ValueError for a value that does not stay on its line."""
     folder = Path(config.run.dir).absolute() / "launch"
+    # All other texts are checked by the options they belong to.
+    check(str(folder).isprintable(), "run.dir", repr(str(folder)), "its path must have no control characters")
     spec = sys.modules["__main__"].__spec__
     command = [*(["python", "-m", spec.name] if spec is not None else sys.argv[:1]), *sys.argv[1:]]
     options = {
@@ -136,6 +153,8 @@ def job_script(config: RunConfig, launch: SlurmOptions) -> str:
     lines = [f"--{name}={value}" for name, value in options.items() if value is not None] + ["--requeue", *launch.sbatch]
     environment = [f"module load {shlex.quote(module)}" for module in launch.modules]
     environment += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
+    passed = "not in the environment of this job: set it where sbatch is called, and let sbatch export it"
+    environment += [f': "${{{name}:?{passed}}}"' for name in launch.pass_environment]
     container = []
     if launch.container is not None:
         runs = folder.parent.parent  # the name of a sweep's point has commas, which would be two mounts
@@ -144,7 +163,7 @@ def job_script(config: RunConfig, launch: SlurmOptions) -> str:
         container.append(f"--container-workdir={Path.cwd()}")
     template = _JobScript((Path(__file__).parent / "templates/job.sh").read_text())
     return template.substitute(
-        command=shlex.join(command).replace("\n", " "),
+        command="".join(letter if letter.isprintable() else " " for letter in shlex.join(command)),
         sbatch="\n".join(f"#SBATCH {_quoted(line)}" for line in lines),
         frozen=shlex.quote(str(folder)),
         python=shlex.quote(launch.python),

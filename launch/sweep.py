@@ -8,6 +8,8 @@ A point is a run in a folder of its own, named after what was swept: runs/k_swee
 again, a sweep passes over its finished points and continues the others.
 """
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,13 +21,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from configs.console import ReportedError, UserError
-from configs.run_folder import flat, in_use, last_value, read_config, read_metrics, read_status
+from configs.run_folder import check_free, flat, in_use, last_value, read_config, read_metrics, read_status
 from launch.options import SlurmOptions
 from launch.slurm import active_job, job_script, submit
-from train.config import RunConfig, describe
+from train.config import RunConfig, check_name, describe
 
 SUBDIR = "${hydra.job.num}"
 """Hydra's own default of hydra.sweep.subdir, in whose place a point's name stands."""
+NAME_BYTES = 200
+"""Of a point's name, at most: file systems take 255, and some of them less."""
 LEARNED = (
     *("model.", "training.", "optimizer.", "deepspeed.", "guard.", "data.blend", "evaluation."),
     *("run.seed", "engine", "compute.precision"),
@@ -74,13 +78,15 @@ def plan_points(
     """
     swept, sweep = _swept_options(master), Path(master.hydra.sweep.dir)
     subdir = OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    check_name(master.run.name)
+    check_free(sweep, sweep=True)
     points, problems = [], []
     for number, overrides in jobs.items():
         composed = loader.load_sweep_config(master, list(overrides))
         with read_write(composed), open_dict(composed):
             composed.hydra.job.id, composed.hydra.job.num = str(number), number
             HydraConfig.instance().set_config(composed)
-            name = _name(overrides, swept)
+            name = shorten(_name(overrides, swept), sweep)
             folder = sweep / (name if subdir == SUBDIR else composed.hydra.sweep.subdir)
             del composed["hydra"]
             composed.run.name, composed.run.dir = f"{sweep.name}/{name}", str(folder)
@@ -178,3 +184,12 @@ def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
     short = [name if last.count(name) == 1 else key for name, key in zip(last, keys, strict=True)]
     pairs = [f"{name}={values[key]}" for name, key in zip(short, keys, strict=True)]
     return re.sub(r"[^\w.,=+-]+", "_", ",".join(pairs)) or "only"
+
+
+def shorten(name: str, sweep: Path) -> str:
+    """A name that a folder can have: one of more than NAME_BYTES ends in a hash of the whole, unless a run has it in full."""
+    encoded = name.encode()
+    if len(encoded) <= NAME_BYTES or os.path.exists(sweep / name):
+        return name
+    digest = hashlib.sha256(encoded).hexdigest()[:12]
+    return f"{encoded[: NAME_BYTES - 13].decode(errors='ignore')}-{digest}"

@@ -26,6 +26,21 @@ def check_least(section: str, config: object, least: int, *names: str) -> None:
         check(value >= least, f"{section}.{name}", value, f"must be at least {least}")
 
 
+def check_name(name: str) -> None:
+    """ValueError unless this can be the name of a run: the names of folders, each within the one before."""
+    good = name.isprintable() and all(
+        part.strip() not in ("", ".", "..") and not part.startswith("-") and len(part.encode()) <= 255
+        for part in name.split("/")
+    )
+    check(
+        good,
+        "run.name",
+        name if name.isprintable() else repr(name),
+        "names a folder below runs/: not empty, no . or .., no - at the front, no control characters, at most 255 bytes; "
+        "another place is given by run.dir",
+    )
+
+
 @dataclass
 class RunSection:
     """Where the run lives."""
@@ -44,6 +59,13 @@ class RunSection:
     """How long a rank may stay in one phase of a step before the run is ended and the silent rank named."""
 
     def __post_init__(self) -> None:
+        check_name(self.name)
+        check(
+            self.dir.strip() != "" and self.dir.isprintable(),
+            "run.dir",
+            repr(self.dir),
+            "must be the path of a folder, without control characters, e.g. run.dir=runs/mine",
+        )
         check_least("run", self, 0, "seed")
         check(self.timeout_minutes > 0, "run.timeout_minutes", self.timeout_minutes, "must be positive")
         check(
@@ -89,8 +111,8 @@ class OptimizerSection:
     """Learning rate at the end of the decay."""
     schedule: str = "cosine"
     """cosine, linear, wsd (warm up, stay, decay) or constant."""
-    warmup_steps: int = 100
-    """Steps of linear warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; null: 100, and at most a tenth of the steps until the decay ends."""
     decay_steps: int | None = None
     """Step at which min_lr is reached; null: training.steps."""
     wsd_decay_steps: int | None = None
@@ -116,7 +138,8 @@ class OptimizerSection:
             self.min_lr,
             f"must be between 0 and optimizer.lr={self.lr}",
         )
-        check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "must not be negative")
+        warmup = self.warmup_steps
+        check(warmup is None or warmup >= 0, "optimizer.warmup_steps", warmup, "must be null or not negative")
         for name in ("clip_grad", "weight_decay"):
             check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "must not be negative")
         for name in ("beta1", "beta2"):
@@ -301,6 +324,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         check(self.engine in ("megatron", "deepspeed"), "engine", self.engine, "choose megatron or deepspeed")
         check(self.resume in ("auto", "never"), "resume", self.resume, "choose auto or never")
+        if self.optimizer.warmup_steps is None:
+            self.optimizer.warmup_steps = min(100, (self.optimizer.decay_steps or self.training.steps) // 10)
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different sequences."""

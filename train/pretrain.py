@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, command
 from configs.output import unblock_output
-from configs.run_folder import METRICS_FILE, STATUS_FILE, hold, read_status
+from configs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATUS_FILE, check_free, hold, read_status
 from data_prep.files import writing
 from data_prep.shards import Manifest
 from train.checkpoint import Checkpoint
@@ -36,7 +36,7 @@ from train.data import describe_order, load_data, load_manifests, plan_order
 from train.launcher import check_launcher, place, remove_empty_logs
 from train.meeting import Meeting
 from train.runtime import distributed
-from train.validation import validate
+from train.validation import PROCESSES, validate
 
 if TYPE_CHECKING:
     from train.loop import Trainer
@@ -81,15 +81,17 @@ def naming_errors() -> Iterator[None]:
 
 
 def prepare(
-    hydra_config: DictConfig, world_size: int, *, transformer_engine: bool | None = None
+    hydra_config: DictConfig, world_size: int, *, transformer_engine: bool | None = None, processes: str = PROCESSES
 ) -> tuple[RunConfig, list[Manifest], list[Checkpoint]]:
     """The checked config, the data's manifests, and the checkpoints to choose from; ValueError for whatever is wrong.
 
     transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
+    processes: the options that set the world size, as the user types them.
     Reads only, and needs no other process: all that can be refused is refused here, before anything is built.
     """
     config = load_config(hydra_config)
-    validate(config, world_size, transformer_engine=transformer_engine)
+    check_free(Path(config.run.dir))
+    validate(config, world_size, transformer_engine=transformer_engine, processes=processes)
     manifests = load_manifests(config)
     if config.model.vocab_size is None:
         config.model.vocab_size = manifests[0].vocab_size
@@ -230,8 +232,8 @@ def take_run_folder(config: RunConfig) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder)
         for name, text in {
-            "config.yaml": OmegaConf.to_yaml(OmegaConf.structured(config)),
-            "environment.json": json.dumps(environment(), indent=1) + "\n",
+            CONFIG_FILE: OmegaConf.to_yaml(OmegaConf.structured(config)),
+            ENVIRONMENT_FILE: json.dumps(environment(), indent=1) + "\n",
         }.items():
             with writing(folder / name) as temporary:
                 temporary.write_text(text)
@@ -299,7 +301,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"activations {memory.activations / 2**30:.2f}, working space {memory.working / 2**30:.2f}",
             f"          {describe_process_memory(memory.total)}",
             f"training  {training.steps} steps of {training.global_batch_size} x {model.seq_length} tokens "
-            f"= {tokens / 1e6:.2f}M tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP",
+            f"= {tokens / 1e6:.2f}M tokens, {3 * tokens * flops.dense / 1e15:.3g} PFLOP; "
+            f"{config.optimizer.warmup_steps} steps of warm-up",
         ]
     )
 

@@ -4,23 +4,31 @@ validate(config, world_size)              # before anything is built
 """
 
 import math
+from collections.abc import Iterator
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
 from mone_model.expert_methods import check_skip, why_not_skip
 from train.config import RunConfig
 
 
-def validate(config: RunConfig, world_size: int, *, transformer_engine: bool | None = None) -> None:
+PROCESSES = "torchrun --nproc-per-node"
+"""What sets the number of processes of a run that is started by hand."""
+
+
+def validate(
+    config: RunConfig, world_size: int, *, transformer_engine: bool | None = None, processes: str = PROCESSES
+) -> None:
     """Check every rule that spans sections or needs the world size; ValueError names options, values and a way out.
 
     transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
+    processes: the options that set the world size, as the user types them.
     """
     from mone_model.layer_spec import uses_transformer_engine
 
     model, parallel, training = config.model, config.parallel, config.training
     if transformer_engine is None:
         transformer_engine = uses_transformer_engine(config.compute)
-    _validate_layout(model, parallel, config.compute, world_size, transformer_engine)
+    _validate_layout(config, world_size, transformer_engine, processes)
     if config.engine == "deepspeed":
         from train.engines.deepspeed_config import check_config
 
@@ -42,15 +50,16 @@ def validate(config: RunConfig, world_size: int, *, transformer_engine: bool | N
         parallel.virtual_pipeline,
         f"the interleaved schedule needs micro-batches (training.global_batch_size {training.global_batch_size} / "
         f"({per_pass} a pass) = {micro_batches}) divisible by parallel.pipeline={parallel.pipeline}; "
-        f"nearest training.global_batch_size: {_multiples(training.global_batch_size, per_pass * parallel.pipeline)}",
+        f"nearest training.global_batch_size: {' or '.join(map(str, _multiples(training.global_batch_size, per_pass * parallel.pipeline)))}",
     )
     optimizer = config.optimizer
     last = optimizer.decay_steps or training.steps
+    assert optimizer.warmup_steps is not None, "RunConfig replaces null"
     check(
         optimizer.warmup_steps < last,
         "optimizer.warmup_steps",
         optimizer.warmup_steps,
-        f"must be below the end of the decay, step {last}",
+        f"must be below the end of the decay, step {last}; optimizer.warmup_steps=null takes at most a tenth of it",
     )
     check(
         optimizer.schedule != "wsd" or optimizer.warmup_steps + (optimizer.wsd_decay_steps or 0) <= last,
@@ -69,71 +78,98 @@ def validate(config: RunConfig, world_size: int, *, transformer_engine: bool | N
     )
 
 
-def _divides(divisor: int, number: int, option: str, of: str) -> None:
-    check(number % divisor == 0, option, divisor, f"must divide {of}={number}; nearest: {_divisors_near(divisor, number)}")
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def _divisors_near(value: int, number: int) -> str:
-    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-    return ", ".join(map(str, sorted(sorted(divisors, key=lambda divisor: abs(divisor - value))[:2])))
+def _nearest(value: int, choices: list[int]) -> str:
+    """The two of them that are closest to a value."""
+    return ", ".join(map(str, sorted(sorted(choices, key=lambda choice: abs(choice - value))[:2])))
 
 
-def _multiples(value: int, of: int) -> str:
+def _multiples(value: int, of: int) -> list[int]:
     """The multiples next to a value."""
     below = value // of * of
-    return f"{below} or {below + of}" if below else str(of)
+    return [below, below + of] if below else [of]
 
 
-def _validate_layout(
-    model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, world_size: int, transformer_engine: bool
-) -> None:
+def _misfits(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> Iterator[str]:
+    """What the model's sizes do not allow of the layout, and the nearest degrees that all of them allow.
+
+    Of these, degrees that the number of processes allows, too, are proposed where there are any above 1.
+    """
+    dense, sparse = parallel.pipeline * parallel.context, parallel.pipeline
+    heads, hidden = model.num_attention_heads, model.moe_ffn_hidden_size
+    sizes = {
+        "model.num_attention_heads": heads,
+        "model.num_query_groups": model.num_query_groups or heads,
+        "model.seq_length": model.seq_length,
+        "model.vocab_multiple": model.vocab_multiple,
+        "model.shared_expert_ffn_hidden_size": model.shared_expert_ffn_hidden_size or 0,
+    }
+    for name, others, numbers, common in (
+        ("expert", parallel.expert_tensor * sparse, {"model.num_experts": model.num_experts}, model.num_experts),
+        # Grouped GEMMs need a multiple of 8 neurons a rank.
+        ("expert_tensor", parallel.expert * sparse, {"model.moe_ffn_hidden_size": hidden}, hidden // 8),
+        ("tensor", dense, sizes, math.gcd(*sizes.values())),
+    ):
+        degree = getattr(parallel, name)
+        allowed = _divisors(common)
+        launched = [divisor for divisor in allowed if world_size % (divisor * others) == 0]
+        nearest = _nearest(degree, launched if len(launched) > 1 else allowed)
+        for size, number in numbers.items():
+            if number % degree:
+                yield f"parallel.{name}={degree}: must divide {size}={number}; nearest: {nearest}"
+    rank = hidden // parallel.expert_tensor
+    if rank % 8:
+        yield (
+            f"parallel.expert_tensor={parallel.expert_tensor}: leaves {rank} neurons a rank; "
+            "grouped GEMMs need a multiple of 8"
+        )
+    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
+    if model.num_layers % chunks:
+        yield (
+            f"parallel.pipeline={parallel.pipeline}: pipeline x virtual_pipeline = {chunks} must divide "
+            f"model.num_layers={model.num_layers}; nearest: {_nearest(chunks, _divisors(model.num_layers))}"
+        )
+
+
+def _starts(config: RunConfig, world_size: int) -> str:
+    """The numbers of processes next to this one that the layout and, if there are any, the batch allow."""
+    parallel, training = config.parallel, config.training
     dense = parallel.tensor * parallel.pipeline * parallel.context
+    unit = math.lcm(dense, parallel.expert * parallel.expert_tensor * parallel.pipeline)
+    passes = training.global_batch_size // training.micro_batch_size
+    whole = training.global_batch_size % training.micro_batch_size == 0
+    # dense x data-parallel size, of which the second divides the micro-batches of a step.
+    allowed = [dense * size for size in _divisors(passes) if whole and dense * size % unit == 0]
+    allowed = allowed or _multiples(world_size, unit)
+    below = [number for number in allowed if number < world_size]
+    above = [number for number in allowed if number > world_size]
+    return " or ".join(map(str, [*below[-1:], *above[:1]]))
+
+
+def _validate_layout(config: RunConfig, world_size: int, transformer_engine: bool, processes: str) -> None:
+    model, parallel, compute = config.model, config.parallel, config.compute
+    misfit = next(_misfits(model, parallel, world_size), None)
+    dense = parallel.tensor * parallel.pipeline * parallel.context
+    sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
+    # More processes do not help a degree that the model does not allow.
+    way_out = misfit or f"start {_starts(config, world_size)} ({processes})"
     check(
         world_size % dense == 0,
         "parallel",
         f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}",
-        f"must divide the number of processes, {world_size} = data x {dense}; start {_multiples(world_size, dense)}",
+        f"must divide the number of processes, {world_size} = data x {dense}; {way_out}",
     )
-    sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
-    starts = _multiples(world_size, math.lcm(sparse, dense))
     check(
         world_size % sparse == 0,
         "parallel",
         f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline {parallel.pipeline} = {sparse}",
-        f"must divide the number of processes, {world_size}; start {starts} (torchrun --nproc-per-node)",
+        f"must divide the number of processes, {world_size}; {way_out}",
     )
-    _divides(parallel.expert, model.num_experts, "parallel.expert", "model.num_experts")
-    _divides(parallel.expert_tensor, model.moe_ffn_hidden_size, "parallel.expert_tensor", "model.moe_ffn_hidden_size")
-    check(
-        model.moe_ffn_hidden_size // parallel.expert_tensor % 8 == 0,
-        "parallel.expert_tensor",
-        parallel.expert_tensor,
-        f"leaves {model.moe_ffn_hidden_size // parallel.expert_tensor} neurons a rank; grouped GEMMs need a multiple of 8",
-    )
-    _divides(parallel.tensor, model.num_attention_heads, "parallel.tensor", "model.num_attention_heads")
-    _divides(
-        parallel.tensor,
-        model.num_query_groups or model.num_attention_heads,
-        "parallel.tensor",
-        "model.num_query_groups",
-    )
-    _divides(parallel.tensor, model.seq_length, "parallel.tensor", "model.seq_length")
-    _divides(parallel.tensor, model.vocab_multiple, "parallel.tensor", "model.vocab_multiple")
-    if model.shared_expert_ffn_hidden_size:
-        _divides(
-            parallel.tensor,
-            model.shared_expert_ffn_hidden_size,
-            "parallel.tensor",
-            "model.shared_expert_ffn_hidden_size",
-        )
-    chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
-    check(
-        model.num_layers % chunks == 0,
-        "parallel.pipeline",
-        parallel.pipeline,
-        f"pipeline x virtual_pipeline = {chunks} must divide model.num_layers={model.num_layers}; nearest: "
-        f"{_divisors_near(chunks, model.num_layers)}",
-    )
+    if misfit is not None:
+        raise ValueError(misfit)
     check(
         parallel.virtual_pipeline is None or parallel.pipeline > 1,
         "parallel.virtual_pipeline",

@@ -4,13 +4,15 @@
 @sbatch
 set -uo pipefail
 
-# The code and the configuration of the submission, whatever happens to the checkout in the meantime.
-frozen=@frozen
-export PYTHONPATH="$frozen/code${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONSAFEPATH=1
 export PYTHON=@python
 export PYTHONUNBUFFERED=1
 @environment
+
+# The code and the configuration of the submission, whatever happens to the checkout in the meantime, and whatever modules
+# or other variables put before it.
+frozen=@frozen
+export PYTHONPATH="$frozen/code${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONSAFEPATH=1
 
 # The first node of the job is where all meet; its address, where its name says nothing.
 address_of() {
@@ -20,10 +22,12 @@ export -f address_of
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export NODES=$SLURM_JOB_NUM_NODES
 export HEAD="$(address_of "$first"):$((20000 + SLURM_JOB_ID % 20000))"
-export JOB="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+# Who knows it can make the nodes execute code: new at each start, handed on in the environment alone, printed nowhere.
+JOB=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') && [[ ${#JOB} == 32 ]] || exit 1
+export JOB
 export PROCESSES=@processes
 export RESTARTS=@restarts
-echo "== job $JOB on $SLURM_JOB_NODELIST, $(date --iso-8601=seconds)"
+echo "== job $SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} on $SLURM_JOB_NODELIST, $(date --iso-8601=seconds)"
 
 # Near the time limit this script alone is told (--signal=B:USR1), and asks the training processes to save and leave: more
 # than once, since one that has just begun does not hear yet. Before pre-emption Slurm tells them itself.
