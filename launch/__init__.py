@@ -1,1 +1,5 @@
 """Many machines, many runs."""
+
+from mone_common.commands import PACKAGES, check_packages
+
+check_packages(*PACKAGES)

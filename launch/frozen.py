@@ -16,7 +16,7 @@ from data_prep.files import writing
 from train.config import RunConfig, describe
 from train.pretrain import commit
 
-PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train")
+PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
 FROZEN = """# Composed and checked before it was queued; the job runs exactly this. Code: ./code, commit {commit}.
 defaults:
   - run_config

@@ -89,8 +89,8 @@ class SlurmOptions:
     """Environment variables of the training processes, like launch.environment.NAME=value. No secrets: the job script is
     a plain file; name them in pass_environment."""
     pass_environment: list[str] = field(default_factory=list)
-    """Variables of the submitting environment that the job needs, by name, e.g. '[WANDB_API_KEY]'. sbatch hands on all; a job
-    without one of these is not submitted, or ends at once. Their values are written nowhere."""
+    """Variables of the submitting environment that the job needs, by name, e.g. '[WANDB_API_KEY]'. sbatch hands on all of
+    them; a job without one of these is not submitted, or ends at once. Their values are written nowhere."""
     setup: list[str] = field(default_factory=list)
     """Lines of bash for the job script, as they are, before the training starts, e.g. '["ulimit -n 65536"]'."""
     sbatch: list[str] = field(default_factory=list)

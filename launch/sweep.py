@@ -187,7 +187,7 @@ def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
 
 
 def shorten(name: str, sweep: Path) -> str:
-    """A name that a folder can have: one of more than NAME_BYTES ends in a hash of the whole, unless a run has it in full."""
+    """A name that a folder can have: beyond NAME_BYTES it is cut and ends in a hash, unless a run has it in full."""
     encoded = name.encode()
     if len(encoded) <= NAME_BYTES or os.path.exists(sweep / name):
         return name

@@ -1,3 +1,7 @@
 """The run: data, engine, loop, checkpoints, metrics."""
 
-import mone_model  # noqa: F401  makes Megatron-Core ready for this machine before any module here imports it
+from mone_common.commands import PACKAGES, check_packages
+
+check_packages(*PACKAGES)
+
+import mone_model  # noqa: E402, F401  makes Megatron-Core ready for this machine before any module here imports it

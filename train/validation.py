@@ -6,10 +6,9 @@ validate(config, world_size)              # before anything is built
 import math
 from collections.abc import Iterator
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
+from mone_model.config import ModelConfig, ParallelConfig, check
 from mone_model.expert_methods import check_skip, why_not_skip
 from train.config import RunConfig
-
 
 PROCESSES = "torchrun --nproc-per-node"
 """What sets the number of processes of a run that is started by hand."""
@@ -25,7 +24,7 @@ def validate(
     """
     from mone_model.layer_spec import uses_transformer_engine
 
-    model, parallel, training = config.model, config.parallel, config.training
+    parallel, training = config.parallel, config.training
     if transformer_engine is None:
         transformer_engine = uses_transformer_engine(config.compute)
     _validate_layout(config, world_size, transformer_engine, processes)
@@ -50,7 +49,7 @@ def validate(
         parallel.virtual_pipeline,
         f"the interleaved schedule needs micro-batches (training.global_batch_size {training.global_batch_size} / "
         f"({per_pass} a pass) = {micro_batches}) divisible by parallel.pipeline={parallel.pipeline}; "
-        f"nearest training.global_batch_size: {' or '.join(map(str, _multiples(training.global_batch_size, per_pass * parallel.pipeline)))}",
+        f"nearest training.global_batch_size: {_or(_multiples(training.global_batch_size, per_pass * parallel.pipeline))}",
     )
     optimizer = config.optimizer
     last = optimizer.decay_steps or training.steps
@@ -85,6 +84,10 @@ def _divisors(number: int) -> list[int]:
 def _nearest(value: int, choices: list[int]) -> str:
     """The two of them that are closest to a value."""
     return ", ".join(map(str, sorted(sorted(choices, key=lambda choice: abs(choice - value))[:2])))
+
+
+def _or(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _multiples(value: int, of: int) -> list[int]:
@@ -146,7 +149,7 @@ def _starts(config: RunConfig, world_size: int) -> str:
     allowed = allowed or _multiples(world_size, unit)
     below = [number for number in allowed if number < world_size]
     above = [number for number in allowed if number > world_size]
-    return " or ".join(map(str, [*below[-1:], *above[:1]]))
+    return _or([*below[-1:], *above[:1]])
 
 
 def _validate_layout(config: RunConfig, world_size: int, transformer_engine: bool, processes: str) -> None:

@@ -24,7 +24,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's content and scripts, built from a copy, so that no leftovers of a build go in."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for package in ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train"):
+    for package in ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
