@@ -14,11 +14,12 @@ class Device:
     """One accelerator, from its vendor's data sheet (dense, without sparsity), and the network it usually comes with."""
 
     memory_gib: float
-    bf16_tflops: float
+    bf16_tflops: float | None
+    """With sums in fp32; None: the device has no bf16."""
     fp32_tflops: float
-    """TF32 on GPUs."""
+    """TF32 on GPUs that have it."""
     node_gb_per_second: float
-    """Sent by one device to others of its node: NVLink, one direction."""
+    """Sent by one device to others of its node, in one direction: NVLink, else PCIe."""
     network_gb_per_second: float
     """Sent by one device to other nodes."""
 
@@ -29,9 +30,21 @@ DEVICES = {
     "h100": Device(80, 989, 494, 450, 50),
     "h200": Device(141, 989, 494, 450, 50),
     "b200": Device(180, 2250, 1125, 900, 50),
+    "rtx_3090": Device(24, 71, 35.6, 32, 1.25),
+    "rtx_4090": Device(24, 165, 82.6, 32, 1.25),
+    "rtx_5090": Device(32, 210, 105, 64, 1.25),
+    "t4": Device(16, None, 8.1, 16, 3),
+    "v100_16gb": Device(16, None, 15.7, 150, 6.25),
+    "v100": Device(32, None, 15.7, 150, 6.25),
+    "a10": Device(24, 125, 62.5, 32, 6.25),
+    "l4": Device(24, 121, 60, 32, 6.25),
+    "l40s": Device(48, 362, 183, 32, 25),
     # One core with AVX-512, as half of a small machine; bf16 is no faster there.
     "cpu": Device(12, 0.1, 0.1, 2, 1),
 }
+
+
+WITH_BF16 = [name for name, device in DEVICES.items() if device.bf16_tflops is not None]
 
 
 @dataclass
@@ -39,7 +52,8 @@ class ClusterConfig:
     """What the run is planned for."""
 
     gpu: str = "h100"
-    """a100_40gb, a100, h100, h200, b200, or cpu (one core a process)."""
+    """a100_40gb, a100, h100, h200, b200, rtx_3090, rtx_4090, rtx_5090, t4, v100_16gb, v100, a10, l4, l40s, or cpu (one core a
+    process)."""
     nodes: int = 1
     """Machines."""
     gpus_per_node: int = 8
@@ -95,8 +109,14 @@ class ClusterConfig:
         return self.total_gib - self.reserve_gib
 
     def tflops(self, precision: str) -> float:
-        """Peak of a device."""
-        return self.peak_tflops or (self.device.bf16_tflops if precision == "bf16" else self.device.fp32_tflops)
+        """Peak of a device; ValueError if it lacks this precision."""
+        peak = self.device.bf16_tflops if precision == "bf16" else self.device.fp32_tflops
+        if peak is None:
+            raise ValueError(
+                f"compute.precision={precision}: cluster.gpu={self.gpu} has no {precision}; "
+                f"compute.precision=fp32, or one of {', '.join(WITH_BF16)}"
+            )
+        return self.peak_tflops or peak
 
     def gb_per_second(self, span: int) -> float:
         """What a device sends to others of a group that lies within so many consecutive ranks."""

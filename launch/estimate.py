@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launch.cluster import ClusterConfig
+from launch.cluster import WITH_BF16, ClusterConfig
 from mone_model.accounting import Memory, Sent, count_communication, count_flops
 from mone_model.config import ComputeConfig, ParallelConfig
 from train.config import RunConfig, TrainingConfig
@@ -36,13 +36,19 @@ class Estimate:
 
 
 def uses_transformer_engine(config: RunConfig, cluster: ClusterConfig) -> bool:
-    """Whether the layers would be Transformer Engine's there."""
-    return not cluster.is_cpu and config.compute.transformer_impl != "local"
+    """Whether the layers would be Transformer Engine's there; it needs a GPU with bf16."""
+    return not cluster.is_cpu and cluster.gpu in WITH_BF16 and config.compute.transformer_impl != "local"
 
 
 def check_run(config: RunConfig, cluster: ClusterConfig) -> None:
     """ValueError if this configuration could not run on that cluster."""
-    validate(config, cluster.world_size, transformer_engine=uses_transformer_engine(config, cluster))
+    cluster.tflops(config.compute.precision)
+    validate(
+        config,
+        cluster.world_size,
+        transformer_engine=uses_transformer_engine(config, cluster),
+        processes="cluster.nodes x cluster.gpus_per_node",
+    )
 
 
 def estimate_run(config: RunConfig, cluster: ClusterConfig) -> Estimate:

@@ -14,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from configs.console import UserError, command
-from launch.cluster import ClusterConfig
+from launch.cluster import WITH_BF16, ClusterConfig
 from launch.estimate import Estimate, check_run, estimate_run, propose
 from mone_model.accounting import Memory, count_flops, count_parameters
 from mone_model.config import check
@@ -144,9 +144,9 @@ def _describe_time(config: PlanConfig, estimate: Estimate) -> str:
 def _describe_proposals(config: PlanConfig, estimate: Estimate) -> str:
     proposals = propose(config, config.cluster)
     if not proposals:
-        return (
-            "No layout fits: more nodes (cluster.nodes), a shorter model.seq_length, or a smaller model; "
-            "compute.precision=bf16 halves activations"
+        halves = "compute.precision=bf16 halves activations"
+        return "No layout fits: more nodes (cluster.nodes), a shorter model.seq_length, or a smaller model" + (
+            f"; {halves}" if config.compute.precision == "fp32" and config.cluster.gpu in WITH_BF16 else ""
         )
     rows = []
     for proposal in proposals:

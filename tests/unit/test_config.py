@@ -136,11 +136,31 @@ def run_config(**sections: Any) -> RunConfig:
         ({"parallel": ParallelConfig(expert_tensor=128)}, 128, ["parallel.expert_tensor=128", "4 neurons a rank"]),
         ({"parallel": ParallelConfig(tensor=8)}, 8, ["parallel.tensor=8", "num_attention_heads=4"]),
         ({"parallel": ParallelConfig(pipeline=3)}, 3, ["parallel.pipeline=3", "num_layers=4"]),
+        # What is proposed obeys all other rules: 6 divides the heads, but not the length; 12 processes leave no whole batch.
+        (
+            {"parallel": ParallelConfig(tensor=5), "model": ModelConfig(hidden_size=240, num_attention_heads=12)},
+            5,
+            ["parallel.tensor=5", "num_attention_heads=12", "nearest: 2, 4"],
+        ),
+        (
+            {"parallel": ParallelConfig(tensor=8), "model": ModelConfig(num_attention_heads=8, num_query_groups=4)},
+            8,
+            ["parallel.tensor=8", "num_query_groups=4", "nearest: 2, 4"],
+        ),
+        (
+            {"parallel": ParallelConfig(tensor=4), "training": TrainingConfig(global_batch_size=32)},
+            10,
+            ["10 = data x 4; start 8 or 16 (torchrun --nproc-per-node)"],
+        ),
         ({"parallel": ParallelConfig(virtual_pipeline=2)}, 1, ["parallel.virtual_pipeline=2", "at least 2"]),
         ({"parallel": ParallelConfig(context=2)}, 2, ["parallel.context=2", "GPUs"]),
         ({"training": TrainingConfig(global_batch_size=6)}, 1, ["global_batch_size=6", "micro_batch_size=4", "= 4"]),
         ({"training": TrainingConfig(global_batch_size=4)}, 2, ["global_batch_size=4", "data-parallel size=2", "8"]),
-        ({"training": TrainingConfig(steps=50)}, 1, ["optimizer.warmup_steps=100", "50"]),
+        (
+            {"training": TrainingConfig(steps=50), "optimizer": OptimizerSection(warmup_steps=100)},
+            1,
+            ["optimizer.warmup_steps=100", "50", "null"],
+        ),
         ({"logging": LoggingConfig(neuron_interval=30)}, 1, ["logging.figure_interval=200", "neuron_interval=30"]),
         (
             {"optimizer": OptimizerSection(schedule="wsd", wsd_decay_steps=950)},
@@ -198,6 +218,68 @@ def test_layouts_that_are_right_pass() -> None:
         (ParallelConfig(pipeline=2, virtual_pipeline=2, tensor=2), 4),
     ]:
         validate(run_config(parallel=parallel), world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_more_processes_are_no_way_out_where_the_model_does_not_allow_the_degree(world_size: int) -> None:
+    with pytest.raises(ValueError, match="must divide the number of processes") as error:
+        validate(run_config(parallel=ParallelConfig(tensor=3)), world_size)
+    assert "parallel.tensor=3: must divide model.num_attention_heads=4; nearest: " in str(error.value)
+    assert "start" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("training", "optimizer", "warmup"),
+    [
+        (TrainingConfig(steps=140), OptimizerSection(), 14),
+        (TrainingConfig(steps=5), OptimizerSection(), 0),
+        (TrainingConfig(steps=5000), OptimizerSection(), 100),
+        (TrainingConfig(steps=5000), OptimizerSection(decay_steps=300), 30),
+        (TrainingConfig(steps=140), OptimizerSection(warmup_steps=100), 100),
+    ],
+)
+def test_warm_up_fits_short_runs(training: TrainingConfig, optimizer: OptimizerSection, warmup: int) -> None:
+    config = run_config(training=training, optimizer=optimizer)
+    validate(config, 1)
+    assert config.optimizer.warmup_steps == warmup
+    assert describe(config)["optimizer"]["warmup_steps"] == warmup
+
+
+NOT_NAMES = (
+    "",
+    " ",
+    ".",
+    "..",
+    "../../x",
+    "a/../b",
+    "/tmp/x",
+    "a//b",
+    "a/",
+    "-x",
+    "a/-x",
+    "a\nb",
+    "a\0b",
+    "a\x1b[2J",
+    "é" * 128,
+)
+
+
+@pytest.mark.parametrize("name", NOT_NAMES)
+def test_names_that_are_no_folders_below_runs_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^run\.name=.*names a folder below runs/") as error:
+        RunSection(name=name)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["mone", "k_sweep/activation_ratio=0.5,seed=1", "it's a name", "über", "a..b", "x" * 255])
+def test_names_of_folders_are_taken(name: str) -> None:
+    assert RunSection(name=name).name == name
+
+
+@pytest.mark.parametrize("folder", ["", " ", "runs/a\nb", "runs/a\0b", "runs/\x7f"])
+def test_a_run_folder_is_a_path_of_one_line(folder: str) -> None:
+    with pytest.raises(ValueError, match=r"^run\.dir=.*must be the path of a folder"):
+        RunSection(dir=folder)
 
 
 @pytest.mark.parametrize(

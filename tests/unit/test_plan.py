@@ -81,6 +81,18 @@ def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
     ("arguments", "message"),
     [
         (["cluster.gpu=h1000"], "cluster.gpu=h1000: choose from a100_40gb, a100, h100"),
+        (
+            ["model.vocab_size=64", "parallel.expert=16"],
+            "parallel.expert=16: must divide model.num_experts=8; nearest: 4, 8",
+        ),
+        (
+            ["model.vocab_size=64", "parallel.expert=4", "cluster.gpus_per_node=6"],
+            "start 4 or 8 (cluster.nodes x cluster.gpus_per_node)",
+        ),
+        (
+            ["model.vocab_size=64", "cluster.gpu=v100", "compute.precision=bf16"],
+            "compute.precision=bf16: cluster.gpu=v100 has no bf16; compute.precision=fp32, or one of a100_40gb",
+        ),
         (["cluster.reserve_gib=90"], "cluster.reserve_gib=90.0: must be less than the device's 80 GiB"),
         (["model=mone_2p8b", "parallel.expert=7"], "must divide the number of processes, 8"),
         (["model=mone_tiny", "data.blend=[]"], "model.vocab_size=null: give it"),
@@ -90,3 +102,14 @@ def test_mistakes_are_told_by_name(call_main: Call, arguments: list[str], messag
     code, _, error = call_main(main, *arguments)
     assert code == 2
     assert message in error
+
+
+@pytest.mark.parametrize("gpu", ["rtx_4090", "l40s", "t4"])
+def test_one_small_or_older_gpu_is_planned_for(call_main: Call, gpu: str) -> None:
+    precision = "fp32" if gpu == "t4" else "bf16"
+    options = ("model=mone_small", "model.vocab_size=32000", f"cluster.gpu={gpu}", "cluster.gpus_per_node=1")
+    code, out, _ = call_main(main, *options, f"compute.precision={precision}")
+    assert code in (0, 1)
+    assert f"1 = 1 x 1 {gpu}" in out
+    assert "Layouts that fit" in out
+    assert f"GiB usable on {gpu}" in out
