@@ -52,8 +52,8 @@ class ClusterConfig:
     """What the run is planned for."""
 
     gpu: str = "h100"
-    """a100_40gb, a100, h100, h200, b200, rtx_3090, rtx_4090, rtx_5090, t4, v100_16gb, v100, a10, l4, l40s, or cpu (one core a
-    process)."""
+    """a100_40gb, a100, h100, h200, b200, rtx_3090, rtx_4090, rtx_5090, t4, v100_16gb, v100, a10, l4, l40s, or cpu (one core
+    a process)."""
     nodes: int = 1
     """Machines."""
     gpus_per_node: int = 8
