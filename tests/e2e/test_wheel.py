@@ -37,11 +37,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def run(site: Path, *command: str) -> str:
+def run(site: Path, *command: str, folder: Path | None = None) -> str:
+    """What a command prints; with a folder, one that comes before the wheel, for the command and all that it starts."""
+    path = str(site) if folder is None else f".:{site}"
     done = subprocess.run(
-        command, cwd=site.parent, env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=120
+        command,
+        cwd=folder or site.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
@@ -64,6 +71,52 @@ def test_pretrain_trains_from_the_wheel(site: Path) -> None:
     options += ["optimizer.warmup_steps=1", "training.global_batch_size=4", "logging.wandb_mode=disabled"]
     assert "complete" in run(site, str(site / "bin/mone-pretrain"), *options)
     assert (site.parent / "runs/mone/checkpoints/step-00000002/mone.json").exists()
+
+
+@pytest.fixture(scope="module")
+def hostile(site: Path) -> Path:
+    """A folder whose files have the names of our packages; importing one ends the process."""
+    folder = site.parent / "hostile"
+    folder.mkdir()
+    make_shards(folder / "shards")
+    for name in ("train", "launch", "data_prep", "mone_model"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a file of the current folder was imported')")
+    for name in ("configs", "hydra_plugins"):
+        (folder / name).mkdir()
+        (folder / name / "pretrain.yaml").write_text("a: 1")
+    (folder / "configs/__init__.py").write_text("raise SystemExit('a file of the current folder was imported')")
+    return folder
+
+
+def test_a_sweep_trains_in_a_folder_with_files_of_our_packages_names(site: Path, hostile: Path) -> None:
+    options = ["--multirun", "run.seed=1,2", "data.blend=[{path: shards}]", "model.hidden_size=48", "model.seq_length=32"]
+    options += ["training.steps=20", "run.stop_at_step=1", "training.global_batch_size=4", "logging.wandb_mode=disabled"]
+    told = run(site, str(site / "bin/mone-pretrain"), *options, "hydra.launcher.jobs=2", folder=hostile)
+    assert "sweep: 2 stopped" in told
+    assert "2 steps of warm-up" in (hostile / "runs/mone/seed=1/log.txt").read_text()
+
+
+def test_python_m_says_which_file_stands_before_ours(site: Path, hostile: Path, tmp_path: Path) -> None:
+    for file, module in {
+        "configs/__init__.py": "train.pretrain",
+        "launch.py": "data_prep.tokenize",
+        "hydra_plugins/__init__.py": "launch.status",
+    }.items():
+        folder = tmp_path / module / file.partition("/")[0]
+        (folder / file).parent.mkdir(parents=True)
+        (folder / file).touch()
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(site)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 2
+        (line,) = done.stderr.splitlines()
+        package = file.partition("/")[0].removesuffix(".py")
+        assert line.startswith(f"error: {folder / file} stands before this project's package `{package}`, in {site}; ")
 
 
 # What each script's --help has to mention.
@@ -94,10 +147,10 @@ for script in sys.argv[1:]:
 """
 
 
-def test_every_script_explains_its_options(site: Path) -> None:
+def test_every_script_explains_its_options_in_any_folder(site: Path, hostile: Path) -> None:
     scripts = sorted(path for path in (site / "bin").iterdir() if path.name.startswith("mone-"))
     assert {script.name for script in scripts} == OPTIONS.keys() == PROJECT["scripts"].keys()
-    shown = run(site, sys.executable, "-c", EVERY_SCRIPT, *map(str, scripts))
+    shown = run(site, sys.executable, "-P", "-c", EVERY_SCRIPT, *map(str, scripts), folder=hostile)
     helps = {name: text for name, _, text in (part.partition("\n") for part in shown.split("== ")[1:])}
     for script, option in OPTIONS.items():
         assert option in helps[script]

@@ -17,6 +17,7 @@ from configs.run_folder import find_runs, read_config, read_metrics, read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, STEPS, make_data
 from tests.faults.wandb_server import Server
+from tests.tiny import make_shards
 
 Call = Callable[..., tuple[int, str, str]]
 BLEND = "data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]"
@@ -149,6 +150,9 @@ def call(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, *option
         (["run.seed=1,2", "data.blend=[{path: nowhere}]"], "seed=2: nowhere"),
         (["run.seed=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be at least 1"),
         (["run.seed=1,2", "hydra.sweep.subdir=same"], "several points would share runs/mone/same"),
+        (["run.seed=1,2", "run.name=../../x"], "run.name=../../x: names a folder below runs/"),
+        (["run.seed=1,2", "run.dir=."], "run.dir=.: is the current or the home folder"),
+        (["run.seed=1,2", "parallel.expert=2"], "start 2 (hydra.launcher.processes)"),
     ],
 )
 def test_a_point_that_cannot_run_is_named_before_any_is_started(
@@ -168,6 +172,42 @@ def test_a_run_is_not_mistaken_for_one_of_other_options(
     assert code == 2
     assert "activation_ratio=1,lr=0.001 holds a run of other options: optimizer.weight_decay=0.1 (now 0.2)" in error
     assert "activation_ratio=0.25,lr=0.01" not in error
+
+
+def test_long_names_of_points_are_cut_and_stay_apart(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for number in range(8):
+        make_shards(folder / f"source-of-a-mixture-{number}", name=f"source {number}", documents=20)
+    first, second = (
+        ",".join(f"{{path: source-of-a-mixture-{number}, weight: {max(1, number - last)}}}" for number in range(8))
+        for last in (5, 6)
+    )
+    slurm = ["hydra/launcher=slurm", "hydra.launcher.gpus_per_node=0", "hydra.launcher.processes_per_node=1"]
+    options = ("run.name=mixtures", f"data.blend=[{first}],[{second}]", *slurm, "hydra.launcher.dry_run=true")
+    monkeypatch.chdir(folder)
+    from train.pretrain import main
+
+    code, out, error = call_main(main, "--multirun", *(option for option in SWEEP[:-1] if option != BLEND), *options)
+    assert code == 0, error
+    names = re.findall(r"^#SBATCH --job-name=(.*)$", out, re.MULTILINE)
+    assert len(set(names)) == 2
+    for name in names:
+        assert re.fullmatch(r"mixtures/blend=_path_source-of-a-mixture-0,weight_1_.*-[0-9a-f]{12}", name)
+        assert len(name.removeprefix("mixtures/").encode()) == 200
+
+
+def test_names_that_a_folder_can_have_stay(tmp_path: Path) -> None:
+    from launch.sweep import shorten
+
+    assert shorten("activation_ratio=0.5,seed=1", tmp_path) == "activation_ratio=0.5,seed=1"
+    assert shorten("a" * 200, tmp_path) == "a" * 200
+    cut = [shorten("ä" * 200 + end, tmp_path) for end in "ab"]
+    assert cut[0] != cut[1]
+    for name in cut:
+        (tmp_path / name).mkdir()
+        assert len(name.encode()) <= 200
+    # A sweep of an earlier version finds its points.
+    (tmp_path / ("b" * 240)).mkdir()
+    assert shorten("b" * 240, tmp_path) == "b" * 240
 
 
 def test_torchrun_around_a_sweep_is_refused(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
