@@ -1,7 +1,7 @@
 """Say what a run will need, before anything is paid for.
 
-    python -m launch.plan model=mone_2p8b compute.precision=bf16 parallel.expert=8 cluster.gpu=h100 cluster.nodes=8
-    python -m launch.plan --help
+    mone-plan model=mone_2p8b compute.precision=bf16 parallel.expert=8 cluster.gpu=h100 cluster.nodes=8
+    mone-plan --help
 
 Needs no GPU, no data and no cluster. Exit code 1 if the run would not fit.
 """

@@ -1,6 +1,6 @@
 """Say how runs are doing, in a table.
 
-python -m launch.status runs/*               # or a sweep's folder: all its points
+mone-status runs/*               # or a sweep's folder: all its points
 """
 
 import argparse
@@ -18,7 +18,7 @@ COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last
 
 def main() -> None:
     """Print a line a run; exit code 2 if a folder holds none."""
-    parser = argparse.ArgumentParser(prog="python -m launch.status", description="Say how runs are doing.")
+    parser = argparse.ArgumentParser(prog="mone-status", description="Say how runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep, e.g. runs")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     options = parser.parse_args()

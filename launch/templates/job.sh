@@ -42,7 +42,7 @@ trap 'echo "== time limit is near"; ask & asking=$!' USR1
 trap 'echo "== asked to stop"' TERM
 
 "$PYTHON" -m launch.restarts begin "$frozen" || exit 1
-srun --ntasks-per-node=1 --wait=120 @container bash -c '
+srun --export=ALL --ntasks-per-node=1 --wait=120 @container bash -c '
   trap "" USR1
   export NODE_RANK=$SLURM_NODEID ADDRESS=$(address_of "$SLURMD_NODENAME")
   exec bash "$0/code/launch/torchrun" --config-dir "$0" --config-name frozen' "$frozen" &
