@@ -1,5 +1,6 @@
 """The job script that launch.slurm makes: no value becomes a line of its own, no secret stands in it, and what it starts."""
 
+import importlib
 import os
 import re
 import shlex
@@ -10,13 +11,14 @@ from typing import Any
 
 import pytest
 
-from hydra_plugins.mone_launchers import SlurmLauncherConfig
 from launch.options import SlurmOptions
 from launch.slurm import main
 from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, make_data
 from train.pretrain import main as pretrain
 
+# A namespace package, which mypy would find under a second name.
+SlurmLauncherConfig = importlib.import_module("hydra_plugins.mone_launchers").SlurmLauncherConfig
 Call = Callable[..., tuple[int, str, str]]
 CPU: dict[str, Any] = {"gpus_per_node": 0, "processes_per_node": 1}
 LAUNCH = ("launch.nodes=2", "launch.gpus_per_node=0", "launch.processes_per_node=1")
@@ -44,13 +46,16 @@ def slurm(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Cal
 @pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\udc80"])
 def test_no_text_holds_a_control_character(kind: type[SlurmOptions], character: str) -> None:
     bad = f"a{character}touch owned"
-    texts = {name: bad for name in TEXTS} | {name: ["fine", bad] for name in LISTS} | {"sbatch": [f"--{bad}"]}
+    texts: dict[str, Any] = (
+        {name: bad for name in TEXTS} | {name: ["fine", bad] for name in LISTS} | {"sbatch": [f"--{bad}"]}
+    )
     for name, value in texts.items():
         with pytest.raises(ValueError, match=rf"^{kind.section}\.{name}: has a line break or another control character"):
             kind(**CPU, **{name: value})
     with pytest.raises(ValueError, match=rf"^{kind.section}\.environment\.A: has a line break or another control character"):
         kind(**CPU, environment={"A": bad})
-    for name, variables in {"environment": {f"A{character}B": "1"}, "pass_environment": [f"A{character}B"]}.items():
+    names: dict[str, Any] = {"environment": {f"A{character}B": "1"}, "pass_environment": [f"A{character}B"]}
+    for name, variables in names.items():
         with pytest.raises(ValueError, match=rf"^{kind.section}\.{name}='A.+B': is no name of an environment variable"):
             kind(**CPU, **{name: variables})
 
