@@ -85,12 +85,9 @@ def main() -> None:
 def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
     """The typed configuration of a run, checked for the job's number of processes; ValueError for whatever is wrong."""
     on_gpus = options.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
-    config, _, _ = prepare(
-        hydra_config,
-        options.world_size,
-        transformer_engine=on_gpus,
-        processes=f"{options.section}.nodes x {options.section}.processes_per_node",
-    )
+    per_node = "gpus_per_node" if options.processes_per_node is None else "processes_per_node"
+    processes = f"{options.section}.nodes x {options.section}.{per_node}"
+    config, _, _ = prepare(hydra_config, options.world_size, transformer_engine=on_gpus, processes=processes)
     check(
         options.dry_run or shutil.which("sbatch") is not None,
         f"{options.section}.dry_run",

@@ -110,25 +110,23 @@ def _misfits(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> I
         "model.vocab_multiple": model.vocab_multiple,
         "model.shared_expert_ffn_hidden_size": model.shared_expert_ffn_hidden_size or 0,
     }
-    for name, others, numbers, common in (
-        ("expert", parallel.expert_tensor * sparse, {"model.num_experts": model.num_experts}, model.num_experts),
-        # Grouped GEMMs need a multiple of 8 neurons a rank.
-        ("expert_tensor", parallel.expert * sparse, {"model.moe_ffn_hidden_size": hidden}, hidden // 8),
-        ("tensor", dense, sizes, math.gcd(*sizes.values())),
+    shares = [degree for degree in _divisors(hidden) if hidden // degree % 8 == 0]
+    for name, others, numbers, allowed in (
+        ("expert", parallel.expert_tensor * sparse, {"model.num_experts": model.num_experts}, _divisors(model.num_experts)),
+        ("expert_tensor", parallel.expert * sparse, {"model.moe_ffn_hidden_size": hidden}, shares),
+        ("tensor", dense, sizes, _divisors(math.gcd(*sizes.values()))),
     ):
         degree = getattr(parallel, name)
-        allowed = _divisors(common)
-        launched = [divisor for divisor in allowed if world_size % (divisor * others) == 0]
+        launched = [each for each in allowed if world_size % (each * others) == 0]
         nearest = _nearest(degree, launched if len(launched) > 1 else allowed)
         for size, number in numbers.items():
             if number % degree:
                 yield f"parallel.{name}={degree}: must divide {size}={number}; nearest: {nearest}"
-    rank = hidden // parallel.expert_tensor
-    if rank % 8:
-        yield (
-            f"parallel.expert_tensor={parallel.expert_tensor}: leaves {rank} neurons a rank; "
-            "grouped GEMMs need a multiple of 8"
-        )
+        if name == "expert_tensor" and degree not in allowed:
+            yield (
+                f"parallel.{name}={degree}: leaves {hidden // degree} neurons a rank; "
+                f"grouped GEMMs need a multiple of 8; nearest: {nearest}"
+            )
     chunks = parallel.pipeline * (parallel.virtual_pipeline or 1)
     if model.num_layers % chunks:
         yield (
@@ -157,20 +155,15 @@ def _validate_layout(config: RunConfig, world_size: int, transformer_engine: boo
     misfit = next(_misfits(model, parallel, world_size), None)
     dense = parallel.tensor * parallel.pipeline * parallel.context
     sparse = parallel.expert * parallel.expert_tensor * parallel.pipeline
-    # More processes do not help a degree that the model does not allow.
-    way_out = misfit or f"start {_starts(config, world_size)} ({processes})"
-    check(
-        world_size % dense == 0,
-        "parallel",
-        f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}",
-        f"must divide the number of processes, {world_size} = data x {dense}; {way_out}",
-    )
-    check(
-        world_size % sparse == 0,
-        "parallel",
-        f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor} x pipeline {parallel.pipeline} = {sparse}",
-        f"must divide the number of processes, {world_size}; {way_out}",
-    )
+    if world_size % dense or world_size % sparse:
+        product = f"tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = {dense}"
+        equation = f"{world_size} = data x {dense}"
+        if world_size % dense == 0:
+            experts = f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor}"
+            product, equation = f"{experts} x pipeline {parallel.pipeline} = {sparse}", str(world_size)
+        # More processes do not help a degree that the model does not allow.
+        way_out = misfit or f"start {_starts(config, world_size)} ({processes})"
+        raise ValueError(f"parallel={product}: must divide the number of processes, {equation}; {way_out}")
     if misfit is not None:
         raise ValueError(misfit)
     check(
