@@ -8,7 +8,6 @@ check_free(folder)                    # a run can have it to itself
 with hold(folder): ...                # nobody else trains there
 """
 
-import fcntl
 import json
 import os
 import time
@@ -18,12 +17,13 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from configs.locks import LOCK_FILE, is_locked, lock
+
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
 FROZEN_FILE = "launch/frozen.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
-LOCK_FILE = ".lock"
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -151,28 +151,15 @@ def _run_below(folder: Path) -> Path | None:
 
 def hold(folder: Path) -> IO[str]:
     """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
-    lock = open(folder / LOCK_FILE, "w")  # noqa: SIM115  it is the lock
+    file = open(folder / LOCK_FILE, "w")  # noqa: SIM115  it is the lock
     for attempt in range(10):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        except BlockingIOError:
-            # Of a process that was just killed, perhaps.
-            time.sleep(0.5 if attempt < 9 else 0)
-        except OSError:
-            return lock  # a file system without locks
+        if lock(file):
+            return file
+        # Of a process that was just killed, perhaps.
+        time.sleep(0.5 if attempt < 9 else 0)
     raise ValueError(f"run.dir={folder}: another run works there; wait for it, or give another run.dir or run.name")
 
 
 def in_use(folder: Path) -> bool:
     """Whether a process on a machine that shares this file system's locks trains there now."""
-    if not (folder / LOCK_FILE).exists():
-        return False
-    with open(folder / LOCK_FILE) as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # a file system without locks
-    return False
+    return is_locked(folder / LOCK_FILE)

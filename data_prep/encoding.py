@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.corpora import Record
 from data_prep.errors import DataError
-from data_prep.shards import dtype_of
+from data_prep.shards import check_range, dtype_of
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -61,12 +61,13 @@ def is_validation(text: str, fraction: float) -> bool:
 
 
 def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: float) -> Encoded:
-    """Encode texts [N]; an end-of-document behind each that is not empty."""
+    """Encode texts [N]; an end-of-document behind each that is not empty. DataError for an id outside the vocabulary."""
     documents = tokenizer.encode_documents([text for text in texts if text])
     lengths = np.zeros(len(texts), np.int64)
     lengths[[bool(text) for text in texts]] = [len(document) for document in documents]
-    dtype = dtype_of(tokenizer.vocab_size)
-    tokens = np.concatenate([np.empty(0, dtype), *documents], dtype=dtype, casting="unsafe")
+    tokens = np.concatenate([np.empty(0, np.int32), *documents])
+    check_range(tokens, tokenizer.vocab_size, "tokenizer")
+    tokens = tokens.astype(dtype_of(tokenizer.vocab_size))
     return Encoded(tokens, lengths, [is_validation(text, validation_fraction) for text in texts])
 
 

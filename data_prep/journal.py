@@ -18,7 +18,7 @@ import numpy as np
 from data_prep.corpora import Position
 from data_prep.errors import DataError
 from data_prep.files import TEMPORARY_PREFIX
-from data_prep.shards import Shard, publish_json, size_problems
+from data_prep.shards import Shard, publish_json, shard_problems, size_problems
 
 JOURNAL_NAME = "progress.json"
 
@@ -97,9 +97,11 @@ class Journal:
             content["unigrams"] = np.array(content["unigrams"], np.int64)
             content["position"] = Position(*content["position"])
             content["records"] = Counter(content["records"])
+            if problems := list(shard_problems(content["shards"])):
+                raise ValueError("; ".join(problems))
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
             return cls(folder=folder, **content)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise DataError(f"{path}: damaged ({error}). Remove the folder and start again") from error
 
 

@@ -11,21 +11,28 @@ lengths.
 """
 
 import json
+import math
+import re
+import reprlib
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 from unittest import mock
 
 import numpy as np
 
 from data_prep.errors import DataError as DataError
 from data_prep.files import publish, sha256_of, temporary, writing
+from data_prep.json_fields import field_problems, is_of
+from data_prep.shard_index import header_problems
 
 FORMAT = "mone-token-shards-1"
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
+MAX_VOCABULARY = 1 << 24
+"""More pieces than any tokenizer has; tables as long as the vocabulary are made of it."""
 
 Split = Literal["train", "validation"]
 
@@ -109,14 +116,16 @@ class Manifest:
         return sum(shard.documents for shard in self.of_split(split))
 
     def check_sizes(self) -> None:
-        """Compare the size of every shard file with the manifest: cheap, reads no content.
+        """Compare the size of every shard file and the header of every index with the manifest: cheap, reads no content.
 
-        Raises DataError that names the shard which is missing, truncated or grown.
+        Raises DataError that names the shard which is missing, truncated, grown or of other counts or type.
         """
         problems = size_problems(self.folder, self.shards)
+        if not problems:
+            problems = [p for shard in self.shards for p in header_problems(self.folder, shard, self.dtype)]
         if problems:
             raise DataError(
-                f"{self.folder}: {'; '.join(problems)}. Run mone-verify path={self.folder} for a full list, "
+                f"{self.folder}: {'; '.join(problems[:10])}. Run mone-verify path={self.folder} for a full list, "
                 "then remove the folder and run mone-tokenize again"
             )
 
@@ -126,10 +135,19 @@ class Manifest:
         publish_json(self.folder / MANIFEST_NAME, {"format": FORMAT, **content})
 
 
+class DamagedManifest(DataError):
+    """A manifest.json that cannot be used; `problems` are its faults, one sentence each."""
+
+    def __init__(self, path: Path, problems: list[str], how: str) -> None:
+        super().__init__(f"{path}: damaged ({'; '.join(problems[:5])}). {how}")
+        self.problems = problems
+
+
 def load_manifest(folder: str | Path) -> Manifest:
     """Read `<folder>/manifest.json`.
 
-    Raises DataError if the folder or the manifest is missing, unreadable or of another format.
+    Raises DataError if the folder or the manifest is missing, and DamagedManifest if it is unreadable, of another format, or
+    has fields of other types or impossible values.
     """
     folder = Path(folder)
     how = f"Make it with: mone-tokenize corpus.path=TEXT tokenizer=TOKENIZER output={folder}"
@@ -140,14 +158,63 @@ def load_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{folder}: no {MANIFEST_NAME}, so tokenization never finished here. {how}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        found = content.pop("format", None)
-        shards = tuple(Shard(**shard) for shard in content.pop("shards"))
-        missing = {f.name for f in fields(Manifest)} - {"folder", "shards"} - set(content)
-        if found != FORMAT or missing:
-            raise DataError(f"{path}: format {found!r}, this version reads {FORMAT!r}. {how}")
-        return Manifest(folder=folder, shards=shards, **content)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: damaged ({error}). {how}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise DamagedManifest(path, [f"cannot be read: {error}"], how) from error
+    if problems := list(_manifest_problems(content)):
+        raise DamagedManifest(path, problems, how)
+    shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+    del content["format"]
+    return Manifest(folder=folder, shards=shards, **content)
+
+
+def _manifest_problems(content: Any) -> Iterator[str]:
+    if not isinstance(content, dict):
+        yield f"holds {reprlib.repr(content)}, not the fields of a manifest"
+        return
+    if content.get("format") != FORMAT:
+        yield f"format {content.get('format')!r}, this version reads {FORMAT!r}"
+        return
+    problems = list(field_problems(Manifest, content, {"folder": None, "format": None, "shards": list}))
+    yield from problems
+    shards = content.get("shards")
+    yield from shard_problems(shards if isinstance(shards, list) else [])
+    if problems:
+        return
+    vocab_size, entropy = content["vocab_size"], content["unigram_entropy"]
+    if not 0 < vocab_size <= MAX_VOCABULARY:
+        yield f"vocab_size is {vocab_size}, must be 1 to {MAX_VOCABULARY}"
+    elif content["dtype"] != dtype_of(vocab_size):
+        yield f"dtype is {content['dtype']!r}, that of vocab_size {vocab_size} is {dtype_of(vocab_size)!r}"
+    if not 0 <= content["eod_id"] < vocab_size:
+        yield f"eod_id is {content['eod_id']}, must be below vocab_size {vocab_size}"
+    if not (math.isfinite(entropy) and entropy >= 0):
+        yield f"unigram_entropy is {entropy}, must be a number of nats"
+    for fate, count in content["records"].items():
+        if not is_of(count, int) or count < 0:
+            yield f"records.{fate} is {reprlib.repr(count)}, must be a count"
+
+
+def shard_problems(shards: list[Any]) -> Iterator[str]:
+    """What is wrong with stored `Shard`s, one sentence each; their files are not looked at."""
+    names = [shard.get("name") if isinstance(shard, dict) else None for shard in shards]
+    for number, shard in enumerate(shards):
+        where = f"shards.{number}"
+        if not isinstance(shard, dict):
+            yield f"{where} is {reprlib.repr(shard)}, not the fields of a shard"
+            continue
+        problems = list(field_problems(Shard, shard, {}, f"{where}."))
+        yield from problems
+        if problems:
+            continue
+        if not re.fullmatch(r"\w[\w.-]*", shard["name"]):
+            yield f"{where}.name is {reprlib.repr(shard['name'])}, not the name of a file in the folder"
+        elif names.count(shard["name"]) > 1:
+            yield f"{where}.name is that of another shard, too: {shard['name']}"
+        if shard["split"] not in get_args(Split):
+            yield f"{where}.split is {reprlib.repr(shard['split'])}, must be train or validation"
+        for name in ("documents", "tokens", "bin_bytes", "idx_bytes"):
+            if shard[name] < 1:
+                yield f"{where}.{name} is {shard[name]}, must be positive"
 
 
 def size_problems(folder: Path, shards: Iterable[Shard]) -> list[str]:
@@ -195,14 +262,21 @@ def megatron_indexed_dataset() -> Any:
 
 
 def count_tokens(bin_path: Path, dtype: str, vocab_size: int) -> np.ndarray:
-    """Occurrences [vocab_size or more, if there are larger ids] int64 of each token id in a .bin file."""
+    """Occurrences [vocab_size] int64 of each token id in a .bin file; DataError for an id outside the vocabulary."""
     counts = np.zeros(vocab_size, np.int64)
     with open(bin_path, "rb") as file:
         while len(tokens := np.fromfile(file, dtype, 1 << 20)):
-            part = np.bincount(tokens, minlength=len(counts))
-            part[: len(counts)] += counts
-            counts = part
+            check_range(tokens, vocab_size, bin_path.name)
+            part = np.bincount(tokens)
+            counts[: len(part)] += part
     return counts
+
+
+def check_range(tokens: np.ndarray, vocab_size: int, where: str) -> None:
+    """DataError, which begins with `where`, unless all token ids are 0 .. vocab_size - 1."""
+    if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
+        raise DataError(f"{where}: token {wrong} outside the vocabulary of {vocab_size}")
 
 
 class ShardWriter:

@@ -10,8 +10,6 @@ one train shard and one validation shard, whatever the number of workers, and th
 progress.json.
 """
 
-import fcntl
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -19,13 +17,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from configs.console import command, typed
+from configs.locks import LOCK_FILE, lock
 from data_prep.corpora import Corpus, CorpusConfig, Position
 from data_prep.encoding import EncoderPool
 from data_prep.errors import DataError, naming_folder
@@ -54,7 +53,8 @@ class TokenizeConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: str = MISSING
-    """A folder written by mone-tokenizer, a sentencepiece .model file, or a Hugging Face tokenizer folder."""
+    """A folder written by mone-tokenizer, a sentencepiece .model file, a Hugging Face tokenizer folder, or the id of one on
+    the hub, such as EleutherAI/gpt-neox-20b. The copy in the output folder is what training uses."""
     output: str = MISSING
     """Folder for the shards: one folder per corpus; several are blended in training."""
     validation_fraction: float = 0.01
@@ -170,14 +170,10 @@ def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manif
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for this process alone; the kernel lets go of it however the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(folder / LOCK_FILE, "w") as file:
+        if not lock(file):
+            raise DataError(f"output={folder}: another mone-tokenize is writing there")
         yield
-    except BlockingIOError as error:
-        raise DataError(f"output={folder}: another mone-tokenize is writing there") from error
-    finally:
-        os.close(descriptor)
 
 
 def tokenize(config: TokenizeConfig) -> Manifest:
@@ -193,25 +189,35 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         "validation_fraction": config.validation_fraction,
         "shard_tokens": config.shard_tokens,
     }
+    if manifest := finished(output, settings):
+        return manifest
     with naming_folder("output", output), locked(output):
-        if (output / MANIFEST_NAME).is_file():
-            manifest = load_manifest(output)
-            refuse_other_settings(output, manifest.settings, settings)
-            manifest.check_sizes()
+        if manifest := finished(output, settings):
             return manifest
         journal = Journal.open(output, settings, tokenizer.vocab_size)
         (output / TOKENIZER_NAME).mkdir(exist_ok=True)
         tokenizer.copy_to(output / TOKENIZER_NAME)
         corpus.refuse_changes()  # not after hours, if the output is within the corpus
-        with EncoderPool(config.tokenizer, config.validation_fraction, config.workers) as pool:
+        with EncoderPool(str(output / TOKENIZER_NAME), config.validation_fraction, config.workers) as pool:
             write_groups(config, corpus, tokenizer, pool, journal)
         return publish_manifest(corpus.name, tokenizer, journal)
+
+
+def finished(output: Path, settings: dict[str, Any]) -> Manifest | None:
+    """The manifest of a finished folder, which nothing is written to; DataError if it is of other settings or damaged."""
+    if not (output / MANIFEST_NAME).is_file():
+        return None
+    manifest = load_manifest(output)
+    refuse_other_settings(output, manifest.settings, settings)
+    manifest.check_sizes()
+    return manifest
 
 
 @command("tokenize")
 def main(config: DictConfig) -> None:
     """Tokenize; exit code 2 with a message on stderr if the input, an option or the folder is at fault."""
-    manifest = tokenize(typed(config, TokenizeConfig))
+    options = typed(config, TokenizeConfig)
+    manifest = tokenize(options)
     for split in get_args(Split):
         print(
             f"{manifest.folder}: {split} {manifest.documents(split):,} documents, "
@@ -219,6 +225,13 @@ def main(config: DictConfig) -> None:
         )
     for fate, count in manifest.records.items():
         print(f"{manifest.folder}: {count:,} records {fate}")
+    if not manifest.documents("validation") and options.validation_fraction > 0:
+        print(
+            f"warning: {manifest.folder}: no document is held out for validation, so training cannot validate on it. "
+            f"validation_fraction={options.validation_fraction:g} of {manifest.documents('train'):,} documents is none: "
+            "raise it, or split the text into more documents (corpus.sample_by=paragraph or line for plain text)",
+            file=sys.stderr,
+        )
     if not manifest.round_trip:
         print(f"{manifest.folder}: this tokenizer does not give back its text exactly (it normalises)")
 

@@ -1,13 +1,14 @@
 """Tokenizers: train a sentencepiece model, load that one or any other.
 
 mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
-tokenizer = load_tokenizer("data/demo/tokenizer")   # or a .model file, or a Hugging Face tokenizer folder
+tokenizer = load_tokenizer("data/demo/tokenizer")   # or a .model file, a Hugging Face folder or hub id
 tokens = tokenizer.encode(["Hello, world."])        # [[271, 119, ...]], no special tokens added
 tokenizer.decode(tokens[0])                         # "Hello, world."
 """
 
 import hashlib
 import os
+import re
 import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -21,9 +22,33 @@ from configs.console import command, typed
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from data_prep.files import sha256_of
+from data_prep.shards import MAX_VOCABULARY
 
 MODEL_NAME = "tokenizer.model"
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = {
+    *HUGGING_FACE_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    MODEL_NAME,
+}
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+ENDS = (
+    "<|endoftext|>",
+    "</s>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "[EOS]",
+    "[SEP]",
+    "<|end|>",
+    "<end>",
+)
+"""Pieces that end a document in other people's tokenizers."""
 
 
 class Tokenizer(ABC):
@@ -92,26 +117,22 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({error})") from error
-        self.vocab_size = len(self._tokenizer)
+        except Exception as error:  # of damaged files the tokenizers' own library raises nothing more special
+            raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({_first_line(error)})") from error
+        vocabulary = self._tokenizer.get_vocab()
+        # Not the number of its pieces: ids may have gaps.
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        if not 0 < self.vocab_size <= MAX_VOCABULARY:
+            raise DataError(f"{folder}: its highest token id is {self.vocab_size - 1}, must be 0 to {MAX_VOCABULARY - 1}")
         if self._tokenizer.eos_token_id is None:
-            raise DataError(f"{folder}: has no eos_token to end documents with; name it in tokenizer_config.json")
+            raise DataError(_no_end(folder, vocabulary))
         self.eod_id = self._tokenizer.eos_token_id
         self._folder = folder
         self.sha256 = hashlib.sha256("".join(map(sha256_of, self._files())).encode()).hexdigest()
 
     def _files(self) -> list[Path]:
         """Files of the tokenizer; a folder of a whole model may hold weights beside them."""
-        own = {*self._tokenizer.vocab_files_names.values(), *HUGGING_FACE_FILES}
-        own |= {
-            "special_tokens_map.json",
-            "added_tokens.json",
-            "vocab.json",
-            "merges.txt",
-            "vocab.txt",
-            MODEL_NAME,
-        }
+        own = {*self._tokenizer.vocab_files_names.values(), *TOKENIZER_FILES}
         return [path for path in sorted(self._folder.iterdir()) if path.name in own]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -126,7 +147,7 @@ class HuggingFaceTokenizer(Tokenizer):
         )["input_ids"]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array([*ids, self.eod_id], np.int32) for ids in self.encode(texts)]
+        return [np.array([*ids, self.eod_id], np.int64) for ids in self.encode(texts)]
 
     def decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -137,21 +158,58 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, or a Hugging Face tokenizer
-    folder.
+    """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, a Hugging Face tokenizer folder, or what the
+    Hugging Face hub has under an id such as EleutherAI/gpt-neox-20b.
 
     Raises DataError if there is nothing of the kind, or it has no end-of-sentence token.
     """
-    path = Path(path)
+    given, path = str(path), Path(path)
     if not path.exists():
-        raise DataError(f"tokenizer={path}: no such file or folder. Train one with mone-tokenizer output={path}")
+        path = _from_hub(given)
+    if path.is_file() and path.suffix == ".json":
+        if path.name != HUGGING_FACE_FILES[0]:
+            raise DataError(
+                f"tokenizer={path}: a Hugging Face tokenizer is a folder in which this file is called tokenizer.json"
+            )
+        path = path.parent
     if path.is_file():
         return SentencePieceTokenizer(path)
     if any((path / name).is_file() for name in HUGGING_FACE_FILES):
         return HuggingFaceTokenizer(path)
     if (path / MODEL_NAME).is_file():
         return SentencePieceTokenizer(path / MODEL_NAME)
-    raise DataError(f"tokenizer={path}: holds neither {MODEL_NAME} nor {' nor '.join(HUGGING_FACE_FILES)}")
+    raise DataError(f"tokenizer={given}: holds neither {MODEL_NAME} nor {' nor '.join(HUGGING_FACE_FILES)}")
+
+
+def _from_hub(given: str) -> Path:
+    """The folder of the local cache with the tokenizer of a hub id, fetched if it is not there."""
+    missing = f"tokenizer={given}: no such file or folder"
+    how = "Train one with mone-tokenizer output=FOLDER, or give a folder with tokenizer.json and tokenizer_config.json"
+    if not HUB_ID.fullmatch(given) or given.endswith((".model", ".json")):
+        raise DataError(f"{missing}. {how}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(given, allow_patterns=sorted(TOKENIZER_FILES)))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{missing}, and the Hugging Face hub gives no tokenizer of this id ({_first_line(error)}). {how}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def _no_end(folder: Path, vocabulary: dict[str, int]) -> str:
+    """That a tokenizer does not say which of its pieces ends a document, and how to say it."""
+    candidates = [piece for piece in ENDS if piece in vocabulary]
+    found = f"its vocabulary has {' and '.join(candidates)}" if candidates else "its vocabulary has none of the usual names"
+    config = f'"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "{candidates[0] if candidates else "PIECE"}"'
+    return (
+        f"{folder}: has no eos_token to end documents with; {found}. Name it in {folder / HUGGING_FACE_FILES[1]}, "
+        f"which needs no more than {{{config}}}"
+    )
 
 
 @dataclass
