@@ -4,8 +4,8 @@
         if not lock(file): ...                # another process has it
     is_locked(folder / LOCK_FILE)
 
-The file must be open for writing: some file systems (NFS) lock no other. Where a file system has no locks, every lock is given
-and each process says so once.
+The file must be open for writing: some file systems (NFS) lock no other. Where a file system has no locks, every lock is
+given, and each process says so once.
 """
 
 import fcntl

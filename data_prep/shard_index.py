@@ -3,8 +3,8 @@
 for problem in header_problems(folder, shard, "uint16"): ...    # reads 34 bytes
 for problem in index_problems(folder, shard, "uint16"): ...     # reads the whole file
 
-A shard's index holds, behind its header, for each of D documents the length in tokens (int32) and the place in bytes (int64),
-and then the numbers 0 .. D (int64).
+Behind the header it holds the length in tokens (int32) of each of D documents, the place in bytes (int64) of each, and the
+numbers 0 .. D (int64).
 """
 
 import struct

@@ -168,9 +168,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         path = _from_hub(given)
     if path.is_file() and path.suffix == ".json":
         if path.name != HUGGING_FACE_FILES[0]:
-            raise DataError(
-                f"tokenizer={path}: a Hugging Face tokenizer is a folder in which this file is called tokenizer.json"
-            )
+            raise DataError(f"tokenizer={path}: put it into a folder of its own under the name tokenizer.json")
         path = path.parent
     if path.is_file():
         return SentencePieceTokenizer(path)

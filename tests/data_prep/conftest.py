@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from configs.locks import LOCK_FILE
 from data_prep import encoding
 from data_prep import tokenize as tokenize_module
 from data_prep.corpora import CorpusConfig, Record
@@ -34,8 +35,9 @@ def write_jsonl(path: Path, texts: Iterable[str]) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder` with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Every file below `folder` with its bytes, but for the lock."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK_FILE]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 class InlinePool:

@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from configs.locks import LOCK_FILE, lock
+from configs.run_folder import hold
 from data_prep import files, journal
 from data_prep.encoding import is_validation
 from data_prep.errors import DataError
@@ -269,12 +271,44 @@ def test_shards_of_unknown_origin_are_left_alone(options: Options) -> None:
 def test_only_one_run_writes_to_a_folder(options: Options) -> None:
     folder = Path(options().output)
     folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(DataError, match="another mone-tokenize is writing there"):
-        tokenize(options())
-    os.close(descriptor)
+    with open(folder / LOCK_FILE, "w") as file:
+        assert lock(file)
+        with pytest.raises(DataError, match="another mone-tokenize is writing there"):
+            tokenize(options())
     tokenize(options())
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
+def test_a_file_system_without_locks_is_told_of_once(
+    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def flock(file: Any, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    folder = Path(options().output)
+    assert tokenize(options()).documents("train")
+    with hold(folder):  # as a run locks its folder
+        pass
+    assert capsys.readouterr().err.count(f"{folder}: this file system has no locks ({os.strerror(number)})") == 1
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_what_is_locked_is_a_file_open_for_writing(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS wants it, where flock is a lock of fcntl."""
+    flock, modes = fcntl.flock, []
+
+    def flock_as_nfs(file: Any, operation: int) -> None:
+        mode = fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE
+        modes.append(mode)
+        if operation & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock_as_nfs)
+    tokenize(options())
+    assert modes == [os.O_WRONLY]
 
 
 @pytest.mark.usefixtures("inline_pool")
