@@ -24,7 +24,7 @@ import numpy as np
 
 from data_prep.corpora import Record
 from data_prep.errors import DataError
-from data_prep.shards import check_range, dtype_of
+from data_prep.shards import dtype_of, range_problem
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -66,7 +66,8 @@ def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: fl
     lengths = np.zeros(len(texts), np.int64)
     lengths[[bool(text) for text in texts]] = [len(document) for document in documents]
     tokens = np.concatenate([np.empty(0, np.int32), *documents])
-    check_range(tokens, tokenizer.vocab_size, "tokenizer")
+    if problem := range_problem(tokens, tokenizer.vocab_size):
+        raise DataError(f"tokenizer: {problem}: it has ids that it does not list")
     tokens = tokens.astype(dtype_of(tokenizer.vocab_size))
     return Encoded(tokens, lengths, [is_validation(text, validation_fraction) for text in texts])
 

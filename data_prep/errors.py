@@ -21,13 +21,16 @@ class DataError(UserError):
 
 
 @contextmanager
-def naming_folder(option: str, folder: Path) -> Iterator[None]:
-    """Turn an OSError that comes of a full or forbidden `folder`, given as `option`, into a DataError."""
+def naming_folder(option: str, folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Turn an OSError that comes of a full or forbidden `folder`, given as `option`, into a DataError.
+
+    shared: other processes write there, too. Else what is unfinished there makes room on a full disk.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
-            for unfinished in folder.glob(f"{TEMPORARY_PREFIX}*"):
+            for unfinished in [] if shared else folder.glob(f"{TEMPORARY_PREFIX}*"):
                 unfinished.unlink()
             raise DataError(
                 f"{option}={folder}: no space left in this folder ({error.strerror}). "

@@ -6,6 +6,7 @@ with writing(path) as temporary:
 
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,12 @@ def temporary(path: Path) -> Path:
     return path.with_name(TEMPORARY_PREFIX + path.name)
 
 
-def publish(path: Path) -> None:
-    """Make what stands under `temporary(path)` durable and give it its final name."""
-    with open(temporary(path), "rb") as file:
+def publish(path: Path, unfinished: Path | None = None) -> None:
+    """Make what stands under `unfinished`, else `temporary(path)`, durable and give it its final name."""
+    unfinished = unfinished or temporary(path)
+    with open(unfinished, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary(path), path)
+    os.replace(unfinished, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -31,14 +33,20 @@ def publish(path: Path) -> None:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; publish it as `path` if the block ends well, else remove it."""
+def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Give a temporary path to write; publish it as `path` if the block ends well, else remove it.
+
+    shared: several processes may write the same file at a time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = temporary(path)
+    if shared:
+        unfinished = unfinished.with_name(f"{unfinished.name}-{uuid.uuid4().hex}")
     try:
-        yield temporary(path)
-        publish(path)
+        yield unfinished
+        publish(path, unfinished)
     finally:
-        temporary(path).unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:

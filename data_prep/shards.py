@@ -266,17 +266,18 @@ def count_tokens(bin_path: Path, dtype: str, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, np.int64)
     with open(bin_path, "rb") as file:
         while len(tokens := np.fromfile(file, dtype, 1 << 20)):
-            check_range(tokens, vocab_size, bin_path.name)
+            if problem := range_problem(tokens, vocab_size):
+                raise DataError(f"{bin_path.name}: {problem}")
             part = np.bincount(tokens)
             counts[: len(part)] += part
     return counts
 
 
-def check_range(tokens: np.ndarray, vocab_size: int, where: str) -> None:
-    """DataError, which begins with `where`, unless all token ids are 0 .. vocab_size - 1."""
-    if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
-        wrong = tokens[(tokens < 0) | (tokens >= vocab_size)][0]
-        raise DataError(f"{where}: token {wrong} outside the vocabulary of {vocab_size}")
+def range_problem(tokens: np.ndarray, vocab_size: int) -> str | None:
+    """The first token id that is not 0 .. vocab_size - 1, as a sentence; None if there is none."""
+    if len(tokens) == 0 or (tokens.min() >= 0 and tokens.max() < vocab_size):
+        return None
+    return f"token {tokens[(tokens < 0) | (tokens >= vocab_size)][0]} outside the vocabulary of {vocab_size}"
 
 
 class ShardWriter:

@@ -22,21 +22,30 @@ TINY_MODEL: dict[str, Any] = {
 EXTREMES = [s * x for x in (0.0, 1e-38, 40.0, 87.4, 88.5, 88.71, 88.8, 103.0, 1e4, 1e19, 1e38) for s in (-1.0, 1.0)]
 
 
-def make_shards(folder: Path, *, name: str = "synthetic", vocab_size: int = 64, documents: int = 200, seed: int = 0) -> Path:
+def make_shards(
+    folder: Path,
+    *,
+    name: str = "synthetic",
+    vocab_size: int = 64,
+    documents: int = 200,
+    seed: int = 0,
+    shards_per_split: int = 1,
+) -> Path:
     """Write a dataset whose documents count upwards in steps of 1 or 2, so that a model can learn to predict them."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     shards, counts = [], np.zeros(vocab_size)
     for split, number in (("train", documents), ("validation", documents // 5)):
-        writer = ShardWriter(folder, f"{split}-00000", split, "uint16")  # type: ignore[arg-type]
-        for _ in range(number):
-            length, start, step = random.integers(20, 80), random.integers(1, vocab_size), random.integers(1, 3)
-            tokens = 1 + (start + step * np.arange(length)) % (vocab_size - 1)
-            tokens[-1] = 0
-            writer.add(tokens.astype(np.uint16))
-            if split == "train":
-                counts += np.bincount(tokens, minlength=vocab_size)
-        shards.append(writer.finish("synthetic"))
+        for shard, part in enumerate(np.array_split(np.arange(number), shards_per_split)):
+            writer = ShardWriter(folder, f"{split}-{shard:05}", split, "uint16")  # type: ignore[arg-type]
+            for _ in part:
+                length, start, step = random.integers(20, 80), random.integers(1, vocab_size), random.integers(1, 3)
+                tokens = 1 + (start + step * np.arange(length)) % (vocab_size - 1)
+                tokens[-1] = 0
+                writer.add(tokens.astype(np.uint16))
+                if split == "train":
+                    counts += np.bincount(tokens, minlength=vocab_size)
+            shards.append(writer.finish("synthetic"))
     Manifest(
         folder=folder,
         name=name,

@@ -24,7 +24,8 @@ from train.launcher import check_alone
 from train.sample import load_model, load_run_config
 
 if TYPE_CHECKING:
-    from train.data import Batch, RunData
+    from train.data import RunData
+    from train.sources import Batch
 
 
 @dataclass

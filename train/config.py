@@ -50,7 +50,7 @@ class RunSection:
     dir: str = "runs/${run.name}"
     """Folder of the run: composed config, environment, metrics, checkpoints, figures."""
     seed: int = 1234
-    """Of initial weights, data order and dropout."""
+    """Of initial weights, dropout and, unless data.seed is given, the order of training samples."""
     stop_at_step: int | None = None
     """Save and stop after this step, as a signal would; the same command without it continues."""
     time_limit: str | None = None
@@ -188,13 +188,16 @@ class DataConfig:
 
     blend: list[SourceConfig] = field(default_factory=list)
     """Sources and weights, e.g. 'data.blend=[{path: data/a, weight: 0.7}, {path: data/b, weight: 0.3}]'."""
+    seed: int | None = None
+    """Of the order of training samples; null: run.seed. Validation reads the same sequences whatever the seeds."""
     index_cache: str = "${run.dir}/index_cache"
-    """Where the sample order is kept between runs; safe to delete."""
+    """Where the order of large sources is kept between runs; runs may share it. Safe to delete when no run reads it."""
     num_workers: int = 0
     """Reader processes of each rank; 0 reads in the training process."""
 
     def __post_init__(self) -> None:
         check_least("data", self, 0, "num_workers")
+        check(self.seed is None or self.seed >= 0, "data.seed", self.seed, "must be null or at least 0")
         for source in self.blend:
             check(source.path != MISSING, "data.blend", self.blend, "every source needs a path")
             check(source.weight is None or source.weight > 0, f"weight of {source.path}", source.weight, "must be positive")
@@ -326,6 +329,13 @@ class RunConfig:
         check(self.resume in ("auto", "never"), "resume", self.resume, "choose auto or never")
         if self.optimizer.warmup_steps is None:
             self.optimizer.warmup_steps = min(100, (self.optimizer.decay_steps or self.training.steps) // 10)
+        option = "run.seed" if self.data.seed is None else "data.seed"
+        check(self.data_seed < 2**31, option, self.data_seed, "it decides the order of samples and must be below 2**31")
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of training samples."""
+        return self.run.seed if self.data.seed is None else self.data.seed
 
     def data_parallel_size(self, world_size: int) -> int:
         """Ranks that see different sequences."""

@@ -8,7 +8,6 @@
 Neither the world size nor the number of steps changes the order, so a run continues anywhere with the next sample.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,36 +18,24 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.datasets import helpers
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.lifetime import outlive_signals
-from data_prep.shards import Manifest, Shard, Split, load_manifest
+from data_prep.shards import Manifest, Shard, load_manifest
 from mone_model.config import check
 from train.config import RunConfig, SourceConfig
+from train.sources import Batch, ReadError, Source, reserve_descriptors, usable_shards
 
-Batch = dict[str, torch.Tensor]
-
-
-class SourceEpochs(Dataset[Batch]):
-    """The sequences of one source, epoch after epoch, each in an order of its own."""
-
-    def __init__(self, epochs: list[Any]) -> None:
-        self.epochs, self.size = epochs, len(epochs[0])
-
-    def __getitem__(self, index: int) -> Batch:
-        epoch, offset = divmod(index, self.size)
-        return self.epochs[epoch][offset]
-
-    def __len__(self) -> int:
-        return self.size * len(self.epochs)
+VALIDATION_SEED = 1234
+"""Of the order of validation sequences, whatever run reads them: losses of two runs are of the same text."""
+MANY_EPOCHS = 4
+"""Text read so often teaches nearly as much as new text, read more often much less (arXiv 2305.16264)."""
 
 
 class Blend(Dataset[Batch]):
     """Sources interleaved by weight, by Megatron-Core's greedy rule: sample i does not depend on how many follow."""
 
-    def __init__(self, sources: list[SourceEpochs], source_of: np.ndarray, index_in: np.ndarray) -> None:
+    def __init__(self, sources: list[Source], source_of: np.ndarray, index_in: np.ndarray) -> None:
         self.sources, self.source_of, self.index_in = sources, source_of, index_in
 
     def __getitem__(self, index: int) -> Batch:
@@ -59,12 +46,27 @@ class Blend(Dataset[Batch]):
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a run reads of one source from its beginning to its end."""
+
+    name: str
+    share: float
+    """Of the blend."""
+    tokens: int
+    """In its training shards."""
+    read: int
+    """Tokens that the run reads of it."""
+    epochs: float
+    """How often it is read."""
+
+
+@dataclass(frozen=True)
 class RunData:
     """What a run reads."""
 
     train: Blend
     """From sample `order["start"]` of the run on."""
-    validation: dict[str, SourceEpochs]
+    validation: dict[str, Source]
     """By name of the source."""
     unvalidated: list[str]
     """Sources whose validation documents do not hold one sequence."""
@@ -74,6 +76,8 @@ class RunData:
     """Size and time of change (ns) of every shard when the run began."""
     unigram_entropy: float
     """Mean over the validated sources of the loss that knowing only each token's frequency gives, in nats per token."""
+    reading: list[Reading]
+    """By source."""
 
     def changed_file(self) -> Path | None:
         """A shard that is not what it was when the run began, or None. Reads only their directories' entries."""
@@ -88,15 +92,6 @@ def _look_at(path: Path) -> tuple[int, int]:
     return (found.st_size, found.st_mtime_ns)
 
 
-@dataclass(frozen=True)
-class _Tokenizer:
-    """What GPTDataset asks of a tokenizer; its identifiers are part of the key of the cached order."""
-
-    vocab_size: int
-    eod: int
-    unique_identifiers: dict[str, str]
-
-
 def load_manifests(config: RunConfig) -> list[Manifest]:
     """The manifests of all sources, their shards' sizes checked; ValueError for none, damage, or sources that do not fit."""
     blend, length = config.data.blend, config.model.seq_length
@@ -106,7 +101,7 @@ def load_manifests(config: RunConfig) -> list[Manifest]:
     first = manifests[0]
     for source, manifest in zip(blend, manifests, strict=True):
         manifest.check_sizes()
-        if not _usable_shards(manifest, "train", length):
+        if not usable_shards(manifest, "train", length):
             raise ValueError(f"data.blend: no shard of {source.path} holds a sequence of model.seq_length={length} tokens")
         if manifest.tokenizer_sha256 != first.tokenizer_sha256:
             raise ValueError(
@@ -126,9 +121,9 @@ def plan_order(config: RunConfig, manifests: list[Manifest], saved: dict[str, An
     `read` samples taken from it before; `earlier` remembers sources that left the blend. With another blend than the saved
     one a new order begins.
 
-    Raises ValueError if the seed changed, or a source has the name of another one with other content.
+    Raises ValueError if the seed of the order changed, or a source has the name of another one with other content.
     """
-    seed = config.run.seed
+    seed = config.data_seed
     sources = [
         {"name": manifest.name, "weight": _weight(source, manifest), "content": _content(manifest.of_split("train"))}
         | {"read": 0}
@@ -137,7 +132,8 @@ def plan_order(config: RunConfig, manifests: list[Manifest], saved: dict[str, An
     if saved is None:
         return {"seed": seed, "start": 0, "sources": sources, "earlier": []}
     if saved["seed"] != seed:
-        raise ValueError(f"run.seed={seed} (saved: {saved['seed']}): it decides the order of samples")
+        option = "run.seed" if config.data.seed is None else "data.seed"
+        raise ValueError(f"{option}={seed} (saved: {saved['seed']}): it decides the order of samples")
     if [_without_read(source) for source in sources] == [_without_read(source) for source in saved["sources"]]:
         return saved
     weights = _weights(saved["sources"])
@@ -162,6 +158,22 @@ def describe_order(order: dict[str, Any], saved: dict[str, Any] | None) -> str |
         return None
     parts = [f"{source['name']} from its sample {source['read']}" for source in order["sources"]]
     return f"data.blend changed: from sample {order['start']} on, {', '.join(parts)}"
+
+
+def describe_reading(reading: list[Reading]) -> str:
+    """A line for each source, and a warning for those that are read many times."""
+    width = max(len(source.name) for source in reading)
+    lines = [
+        f"{'' if number else 'data':<9} {source.name:<{width}} {source.share:6.1%} of the blend: "
+        f"{source.read / 1e6:.2f}M of {source.tokens / 1e6:.2f}M tokens, {source.epochs:.2f} epochs"
+        for number, source in enumerate(reading)
+    ]
+    if many := [f"{source.name} {source.epochs:.1f} times" for source in reading if source.epochs > MANY_EPOCHS]:
+        lines.append(
+            f"warning: this run reads {', '.join(many)}. Beyond {MANY_EPOCHS} epochs, text that is read again teaches much "
+            "less than new text: give more text, less weight, or fewer steps"
+        )
+    return "\n".join(lines)
 
 
 def _weight(source: SourceConfig, manifest: Manifest) -> float:
@@ -190,83 +202,47 @@ def _content(shards: list[Shard]) -> str:
 
 
 def load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any], *, samples: int) -> RunData:
-    """Build the order of the run's samples, rank 0 first; a collective on every rank.
+    """Make ready the order of the run's samples, rank 0 first; a collective on every rank.
 
     order: from `plan_order`. samples: that the run will have read at its end, those before a resume included.
+
+    Raises ReadError for a damaged shard, DataError for more shards than files can be open.
     """
-    with _rebuilt_unless_complete(Path(config.data.index_cache)):
-        return _load_data(config, manifests, order, samples)
-
-
-@contextlib.contextmanager
-def _rebuilt_unless_complete(cache: Path) -> Iterator[None]:
-    """Have Megatron-Core build anew a cache that it was killed in: to it, a file that exists is whole."""
-    complete = cache / "complete"
-    if dist.get_rank() == 0:
-        if not complete.exists():
-            for path in cache.glob("*-*Dataset-*"):
-                path.unlink()
-        complete.unlink(missing_ok=True)
-        cache.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    yield
-    dist.barrier()
-    if dist.get_rank() == 0:
-        complete.touch()
-
-
-def _load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any], samples: int) -> RunData:
     source_of, index_in = _interleave(_weights(order["sources"]), samples - order["start"])
     read = np.array([source["read"] for source in order["sources"]], dtype=np.int64)
-    counts = np.bincount(source_of, minlength=len(read)) + read
+    length, cache = config.model.seq_length, Path(config.data.index_cache)
     sources = [
-        _load_source(config, manifest, "train", samples=int(count))
-        for manifest, count in zip(manifests, counts, strict=True)
+        Source(manifest, "train", sequence_length=length, seed=config.data_seed, cache=cache) for manifest in manifests
     ]
-    validated = [manifest for manifest in manifests if _usable_shards(manifest, "validation", config.model.seq_length)]
+    validated = [manifest for manifest in manifests if usable_shards(manifest, "validation", length)]
+    validation = {
+        manifest.name: Source(manifest, "validation", sequence_length=length, seed=VALIDATION_SEED, cache=cache)
+        for manifest in validated
+    }
+    reserve_descriptors([*sources, *validation.values()])
+    # Where the file system has no locks, all ranks would make the same files at the same time.
+    for turn in (True, False):
+        if turn == (dist.get_rank() == 0):
+            for source, first in [
+                *zip(sources, read.tolist(), strict=True),
+                *((source, 0) for source in validation.values()),
+            ]:
+                source.open_epoch(first)
+        dist.barrier()
     shards = [manifest.folder / name for manifest in manifests for shard in manifest.shards for name, *_ in shard.files()]
+    counts = np.bincount(source_of, minlength=len(read)) + read
     return RunData(
         train=Blend(sources, source_of, index_in + read[source_of]),
-        validation={manifest.name: _load_source(config, manifest, "validation", samples=1) for manifest in validated},
+        validation=validation,
         order=order,
         unvalidated=[manifest.name for manifest in manifests if manifest not in validated],
         files={path: _look_at(path) for path in shards},
         unigram_entropy=sum(manifest.unigram_entropy for manifest in validated) / max(1, len(validated)),
+        reading=[
+            Reading(source.manifest.name, share, source.manifest.tokens("train"), int(count) * length, count / source.size)
+            for source, share, count in zip(sources, _weights(order["sources"]).tolist(), counts.tolist(), strict=True)
+        ],
     )
-
-
-def _load_source(config: RunConfig, manifest: Manifest, split: Split, *, samples: int) -> SourceEpochs:
-    """As many epochs of a source as hold `samples`."""
-    length = config.model.seq_length
-    shards = _usable_shards(manifest, split, length)
-    prefixes = [str(manifest.folder / shard.name) for shard in shards]
-    tokenizer = _Tokenizer(manifest.vocab_size, manifest.eod_id, {"content": _content(shards)})
-    epochs: list[Any] = []
-    while not epochs or len(epochs) * len(epochs[0]) < samples:
-        blend = (prefixes, None)
-        built = BlendedMegatronDatasetBuilder(
-            GPTDataset,
-            [None, None, None],
-            lambda: True,
-            GPTDatasetConfig(
-                random_seed=config.run.seed + len(epochs),
-                sequence_length=length,
-                blend_per_split=[blend if split == "train" else None, blend if split == "validation" else None, None],
-                path_to_cache=config.data.index_cache,
-                reset_position_ids=False,
-                reset_attention_mask=False,
-                eod_mask_loss=False,
-                create_attention_mask=False,
-                tokenizer=tokenizer,
-            ),
-        ).build()
-        epochs.append(built[0] if split == "train" else built[1])
-    return SourceEpochs(epochs)
-
-
-def _usable_shards(manifest: Manifest, split: Split, length: int) -> list[Shard]:
-    # Megatron-Core packs sequences within a shard, so one of a few documents may not hold any.
-    return [shard for shard in manifest.of_split(split) if shard.tokens > length]
 
 
 def micro_batches(
@@ -298,7 +274,11 @@ def micro_batches(
         # Of its own: a loader draws a seed when it starts, and a resumed run starts one more.
         generator=torch.Generator(),
     )
-    yield from loader
+    try:
+        yield from loader
+    except ReadError as error:
+        # A worker's error comes with its traceback in the message, behind which the message stands.
+        raise ReadError(str(error).strip().rpartition("ReadError: ")[2]) from None
 
 
 class _Padded(Dataset[Batch]):

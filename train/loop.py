@@ -17,12 +17,13 @@ from megatron.core import parallel_state
 from data_prep.errors import DataError
 from train.checkpoint import Checkpoint, Saved, SaveFailed, Saver, load_checkpoint
 from train.config import RunConfig, describe
-from train.data import Batch, RunData, SourceEpochs, micro_batches
+from train.data import RunData, micro_batches
 from train.engines.base import Engine
 from train.guards import Diverged, StepGuard
 from train.recorder import Recorder
 from train.runtime import Runtime
 from train.signals import StopReason, StopRequest
+from train.sources import Batch, Source
 from train.watchdog import Watchdog
 
 
@@ -228,7 +229,7 @@ class Trainer:
             self.watchdog.enter(self.step, "forward and backward")
             yield batch
 
-    def _validation_loss(self, source: SourceEpochs) -> float:
+    def _validation_loss(self, source: Source) -> float:
         self.watchdog.enter(self.step, "validation")
         batches = list(
             micro_batches(

@@ -39,13 +39,13 @@ from train import checkpoint
 from train.checkpoint import Saver, load_checkpoint
 from train.checkpoint_health import list_checkpoints
 from train.config import CheckpointConfig, DeepSpeedSection, GuardConfig, OptimizerSection, RunConfig, TrainingConfig
-from train.data import Batch
 from train.engines import build_engine
 from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine
 from train.guards import StepGuard
 from train.recorder import auxiliary_loss_names
 from train.runtime import Runtime, distributed, set_seeds
+from train.sources import Batch
 
 
 def sequence(index: int, length: int) -> Batch:

@@ -15,11 +15,11 @@ from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
 from train.config import DeepSpeedSection, GuardConfig, OptimizerSection, RunConfig, TrainingConfig
-from train.data import Batch
 from train.engines import build_engine
 from train.engines.megatron import MegatronEngine
 from train.guards import StepGuard
 from train.runtime import Runtime, set_seeds
+from train.sources import Batch
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

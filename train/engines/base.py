@@ -9,7 +9,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from train.config import OptimizerSection
-from train.data import Batch
+from train.sources import Batch
 
 Accept = Callable[[float, float], bool]
 """Says, given the loss and the gradient norm of a step, whether the step may change the weights."""

@@ -30,7 +30,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from mone_model.config import check
 from mone_model.gpt import build_gpt
 from train.config import RunConfig
-from train.data import Batch
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.deepspeed_config import deepspeed_config
 from train.engines.deepspeed_private import (
@@ -43,6 +42,7 @@ from train.engines.deepspeed_private import (
     whole_parameters,
 )
 from train.runtime import Runtime
+from train.sources import Batch
 
 
 class DeepSpeedEngine:

@@ -23,10 +23,10 @@ from megatron.core.utils import get_model_config
 
 from mone_model.gpt import build_gpt, moe_layers
 from train.config import RunConfig
-from train.data import Batch
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.megatron_state import common_form, fill, steps_taken
 from train.runtime import Runtime
+from train.sources import Batch
 
 
 class MegatronEngine:

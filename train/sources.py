@@ -1,0 +1,224 @@
+"""The sequences of one source of a blend, epoch after epoch, each epoch in an order of its own.
+
+    source = Source(manifest, "train", sequence_length=1024, seed=1234, cache=Path("runs/demo/index_cache"))
+    source.size                         # sequences of an epoch
+    source[i]["tokens"]                 # [sequence_length]; i counts on through the epochs
+
+Sequence i is a function of the shards, the seed and i: the documents of each shard are shuffled and cut into sequences,
+these are shuffled, and the shards take turns by size. It is the order of Megatron-Core's GPTDataset and BlendedDataset with
+the seed seed + epoch. Here one open file serves all epochs, and the order of an epoch is made when it is read. Small orders
+are made again by every process; large ones are kept in files, which processes share.
+"""
+
+import hashlib
+import json
+import math
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets import helpers
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch.utils.data import Dataset
+
+from configs.console import UserError
+from configs.locks import LOCK_FILE, lock
+from data_prep.errors import DataError, naming_folder
+from data_prep.files import writing
+from data_prep.shard_index import index_problems
+from data_prep.shards import Manifest, Shard, Split, range_problem
+
+Batch = dict[str, torch.Tensor]
+
+SMALL_ORDER_BYTES = 4 << 20
+"""An order of at most so many bytes is made in a few hundredths of a second, and not worth a file."""
+ORDERS_IN_USE = 2
+"""Epochs of a source that are at hand at a time: reader processes may stand on both sides of an end."""
+FILES_OF_A_SHARD = 3
+"""Descriptors that Megatron-Core's IndexedDataset holds."""
+MAX_SHARDS = 2**15 - 1
+"""Of a split; their numbers are int16 in Megatron-Core."""
+
+
+class ReadError(UserError):
+    """Met by the one process that reads: the others may be anywhere, so no collective may follow."""
+
+
+class Source(Dataset[Batch]):
+    """One split of one source."""
+
+    def __init__(self, manifest: Manifest, split: Split, *, sequence_length: int, seed: int, cache: Path) -> None:
+        """DataError if there are more shards than can be told apart."""
+        self.manifest, self.sequence_length, self.seed, self.cache = manifest, sequence_length, seed, cache
+        self.shards = usable_shards(manifest, split, sequence_length)
+        if len(self.shards) > MAX_SHARDS:
+            raise DataError(
+                f"data.blend: {manifest.folder} has {len(self.shards)} {split} shards, at most {MAX_SHARDS} can be read; "
+                "tokenize with larger shard_tokens"
+            )
+        self.sizes = [(shard.tokens - 1) // sequence_length for shard in self.shards]
+        self.size = sum(self.sizes)
+        # Of each shard its documents, the bounds of its sequences, and their numbers.
+        lengths = [shard.documents + 2 * (n + 1) + n for shard, n in zip(self.shards, self.sizes, strict=True)]
+        self._starts = np.cumsum([0, *lengths])
+        self._content = hashlib.sha256(json.dumps([[s.bin_sha256, s.idx_sha256] for s in self.shards]).encode()).hexdigest()
+        self._datasets: dict[int, Any] = {}
+        self._checked: set[int] = set()
+        self._orders: dict[int, np.ndarray] = {}
+        self._turns: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Sequences of an epoch; there is no end to the epochs."""
+        return self.size
+
+    def __getitem__(self, index: int) -> Batch:
+        """Sequence `index`: tokens, labels, loss_mask, position_ids [sequence_length].
+
+        Raises ReadError for a shard that is not what its manifest says.
+        """
+        epoch, place = divmod(index, self.size)
+        number, sequence = self._turn(place)
+        try:
+            tokens = self._read(epoch, number, sequence)
+        except UserError as error:
+            raise ReadError(str(error)) from error
+        except (ValueError, IndexError, AssertionError) as error:
+            raise self._damaged(f"{self.shards[number].name}: damaged ({type(error).__name__}: {error})") from error
+        text_S = torch.from_numpy(tokens)
+        return {
+            "tokens": text_S[:-1],
+            "labels": text_S[1:],
+            "loss_mask": torch.ones(self.sequence_length),
+            "position_ids": torch.arange(self.sequence_length),
+        }
+
+    def open_epoch(self, index: int) -> None:
+        """Make ready what reading sequence `index` takes; ReadError for an index file that is damaged."""
+        self._order(index // self.size)
+        self._turn(index % self.size)
+
+    def _turn(self, place: int) -> tuple[int, int]:
+        """The shard whose turn it is at a place of an epoch, and the sequence of that shard."""
+        if len(self.shards) == 1:
+            return 0, place
+        if self._turns is None:
+            self._turns = self._cached("turns", [], 2 * self.size, self._take_turns)
+        return int(self._turns[place]), int(self._turns[self.size + place])
+
+    def _take_turns(self) -> np.ndarray:
+        shard_of, number_in = np.zeros(self.size, np.int16), np.zeros(self.size, np.int64)
+        helpers.build_exhaustive_blending_indices(shard_of, number_in, self.sizes, len(self.sizes))
+        return np.concatenate([shard_of, number_in], dtype=np.int32, casting="same_kind")
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """[sum of lengths] int32; see `_starts`."""
+        if epoch not in self._orders:
+            for earlier in list(self._orders)[: 1 - ORDERS_IN_USE]:
+                del self._orders[earlier]
+            seed = self.seed + epoch
+            self._orders[epoch] = self._cached("order", [seed], int(self._starts[-1]), lambda: self._shuffle(seed))
+        return self._orders[epoch]
+
+    def _shuffle(self, seed: int) -> np.ndarray:
+        parts: list[np.ndarray] = []
+        for number, shard in enumerate(self.shards):
+            self._check(number)
+            random = np.random.RandomState(seed)
+            documents = np.arange(shard.documents, dtype=np.int32)
+            random.shuffle(documents)
+            lengths = self._dataset(number).sequence_lengths
+            bounds = helpers.build_sample_idx(lengths, documents, self.sequence_length, 1, shard.tokens, True, True)
+            sequences = np.arange(self.sizes[number], dtype=np.int32)
+            random.shuffle(sequences)
+            parts += [documents, bounds.reshape(-1), sequences]
+        return np.concatenate(parts, dtype=np.int32, casting="same_kind")
+
+    def _check(self, number: int) -> None:
+        """Read a shard's whole index, which Megatron-Core's compiled code takes on faith; ReadError if it is damaged."""
+        if number not in self._checked:
+            folder, shard = self.manifest.folder, self.shards[number]
+            if problem := next(index_problems(folder, shard, self.manifest.dtype), None):
+                raise self._damaged(problem)
+            self._checked.add(number)
+
+    def _dataset(self, number: int) -> Any:
+        if number not in self._datasets:
+            self._datasets[number] = IndexedDataset(str(self.manifest.folder / self.shards[number].name))
+        return self._datasets[number]
+
+    def _read(self, epoch: int, number: int, sequence: int) -> np.ndarray:
+        """The tokens [sequence_length + 1] int64 of a sequence of a shard."""
+        shard, size, dataset = self.shards[number], self.sizes[number], self._dataset(number)
+        order = self._order(epoch)[self._starts[number] : self._starts[number + 1]]
+        documents, bounds, sequences = np.split(order, [shard.documents, shard.documents + 2 * (size + 1)])
+        place = 2 * int(sequences[sequence])
+        first, start, last, end = bounds[place : place + 4].tolist()
+        if first == last:
+            parts = [dataset.get(int(documents[first]), offset=start, length=end - start + 1)]
+        else:
+            parts = [dataset.get(int(documents[first]), offset=start)]
+            parts += [dataset.get(document) for document in documents[first + 1 : last].tolist()]
+            parts += [dataset.get(int(documents[last]), length=end + 1)]
+        tokens = np.concatenate(parts, dtype=np.int64)
+        if problem := range_problem(tokens, self.manifest.vocab_size):
+            raise self._damaged(f"{shard.name}.bin: {problem}")
+        return tokens
+
+    def _damaged(self, problem: str) -> ReadError:
+        folder = self.manifest.folder
+        return ReadError(f"data.blend: {folder}: {problem}. Run mone-verify path={folder} for a full list")
+
+    def _cached(self, kind: str, of: list[int], length: int, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """An array [length] int32 made now if it is small, else from its file, which the first process to need it writes."""
+        if 4 * length <= SMALL_ORDER_BYTES:
+            return make()
+        key = hashlib.sha256(json.dumps([kind, self._content, self.sequence_length, *of]).encode()).hexdigest()
+        path = self.cache / f"{kind}-{key[:32]}.npy"
+        with naming_folder("data.index_cache", self.cache, shared=True):
+            found = _load_whole(path, length)
+            if found is None:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                with open(self.cache / LOCK_FILE, "w") as file:
+                    lock(file, wait=True)
+                    found = _load_whole(path, length)
+                    if found is None:
+                        # Where there are no locks, or each machine has its own, several write it: under names of their own.
+                        with writing(path, shared=True) as temporary, open(temporary, "wb") as written:
+                            np.save(written, make())
+                        found = _load_whole(path, length)
+        assert found is not None
+        return found
+
+
+def _load_whole(path: Path, length: int) -> np.ndarray | None:
+    """The array in a file, mapped; None if there is none of this length."""
+    try:
+        found = np.load(path, mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return None
+    return found if found.shape == (length,) and found.dtype == np.int32 else None
+
+
+def usable_shards(manifest: Manifest, split: Split, length: int) -> list[Shard]:
+    """Those that hold a sequence: sequences are packed within a shard."""
+    return [shard for shard in manifest.of_split(split) if shard.tokens > length]
+
+
+def reserve_descriptors(sources: list[Source]) -> None:
+    """Raise this process's limit of open files to what these sources take; DataError if the system allows fewer."""
+    shards = sum(len(source.shards) for source in sources)
+    # The files of the orders, and some that checkpoints, sockets and W&B open.
+    least = len(os.listdir("/dev/fd")) + FILES_OF_A_SHARD * shards + (ORDERS_IN_USE + 1) * len(sources) + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = math.inf if hard == resource.RLIM_INFINITY else hard
+    if allowed < least:
+        raise DataError(
+            f"data.blend: its {shards} shards take {least} open files, and a process may have {hard} here. Raise the hard "
+            f"limit (ulimit -Hn) to {least} at least, or tokenize with larger shard_tokens"
+        )
+    if soft != resource.RLIM_INFINITY and soft < least + 256:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (int(min(least + 256, allowed)), hard))
