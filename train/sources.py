@@ -80,14 +80,10 @@ class Source(Dataset[Batch]):
 
         Raises ReadError for a shard that is not what its manifest says.
         """
-        epoch, place = divmod(index, self.size)
-        number, sequence = self._turn(place)
         try:
-            tokens = self._read(epoch, number, sequence)
+            tokens = self._read(*divmod(index, self.size))
         except UserError as error:
             raise ReadError(str(error)) from error
-        except (ValueError, IndexError, AssertionError) as error:
-            raise self._damaged(f"{self.shards[number].name}: damaged ({type(error).__name__}: {error})") from error
         text_S = torch.from_numpy(tokens)
         return {
             "tokens": text_S[:-1],
@@ -150,19 +146,24 @@ class Source(Dataset[Batch]):
             self._datasets[number] = IndexedDataset(str(self.manifest.folder / self.shards[number].name))
         return self._datasets[number]
 
-    def _read(self, epoch: int, number: int, sequence: int) -> np.ndarray:
-        """The tokens [sequence_length + 1] int64 of a sequence of a shard."""
-        shard, size, dataset = self.shards[number], self.sizes[number], self._dataset(number)
+    def _read(self, epoch: int, place: int) -> np.ndarray:
+        """The tokens [sequence_length + 1] int64 at a place of an epoch."""
+        number, sequence = self._turn(place)
+        shard, size = self.shards[number], self.sizes[number]
         order = self._order(epoch)[self._starts[number] : self._starts[number + 1]]
         documents, bounds, sequences = np.split(order, [shard.documents, shard.documents + 2 * (size + 1)])
-        place = 2 * int(sequences[sequence])
-        first, start, last, end = bounds[place : place + 4].tolist()
-        if first == last:
-            parts = [dataset.get(int(documents[first]), offset=start, length=end - start + 1)]
-        else:
-            parts = [dataset.get(int(documents[first]), offset=start)]
-            parts += [dataset.get(document) for document in documents[first + 1 : last].tolist()]
-            parts += [dataset.get(int(documents[last]), length=end + 1)]
+        bound = 2 * int(sequences[sequence])
+        first, start, last, end = bounds[bound : bound + 4].tolist()
+        try:
+            dataset = self._dataset(number)
+            if first == last:
+                parts = [dataset.get(int(documents[first]), offset=start, length=end - start + 1)]
+            else:
+                parts = [dataset.get(int(documents[first]), offset=start)]
+                parts += [dataset.get(document) for document in documents[first + 1 : last].tolist()]
+                parts += [dataset.get(int(documents[last]), length=end + 1)]
+        except (ValueError, IndexError, AssertionError) as error:
+            raise self._damaged(f"{shard.name}: damaged ({type(error).__name__}: {error})") from error
         tokens = np.concatenate(parts, dtype=np.int64)
         if problem := range_problem(tokens, self.manifest.vocab_size):
             raise self._damaged(f"{shard.name}.bin: {problem}")
