@@ -24,6 +24,7 @@ ENVIRONMENT_FILE = "environment.json"
 FROZEN_FILE = "launch/frozen.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
+READING_FILE = "data.json"
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -55,6 +56,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def read_reading(folder: Path) -> list[dict[str, Any]]:
+    """What a run reads of each source: name, share of the blend, tokens, tokens read, epochs; [] if it has not said so."""
+    path = folder / READING_FILE
+    found = json.loads(path.read_text()) if path.exists() else []
+    assert isinstance(found, list)
+    return found
 
 
 def last_step(records: list[dict[str, Any]]) -> int:

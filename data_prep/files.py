@@ -6,6 +6,7 @@ with writing(path) as temporary:
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,14 +23,18 @@ def temporary(path: Path) -> Path:
 def publish(path: Path, unfinished: Path | None = None) -> None:
     """Make what stands under `unfinished`, else `temporary(path)`, durable and give it its final name."""
     unfinished = unfinished or temporary(path)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
+    _sync(unfinished)
     os.replace(unfinished, path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -47,6 +52,21 @@ def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         publish(path, unfinished)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_folder(path: Path) -> Iterator[Path]:
+    """As `writing`, for a folder of files that is not there yet."""
+    unfinished = temporary(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            _sync(file)
+        publish(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def sha256_of(path: Path) -> str:

@@ -20,6 +20,9 @@ from omegaconf import MISSING, DictConfig
 
 from configs.console import UserError, command, typed
 from data_prep.files import writing
+from data_prep.shards import TOKENIZER_NAME, Manifest
+from data_prep.tokenizer import load_tokenizer
+from train.config import RunConfig, SourceConfig
 from train.launcher import check_alone
 from train.sample import load_model, load_run_config
 
@@ -42,6 +45,8 @@ class CalibrateConfig:
     """One threshold for each `layer`, or one for the whole `model`."""
     sequences: int = 64
     """Validation sequences, from all sources alike."""
+    data: list[str] | None = None
+    """Folders of token shards to take them from, e.g. 'data=[shards/a,shards/b]'; null: those of the run."""
     output: str | None = None
     """File to write; null: thresholds.json in the folder of the run."""
     trust: bool = False
@@ -68,14 +73,11 @@ def main(hydra_config: DictConfig) -> None:
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
     from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
-    from train.data import load_data, load_manifests, plan_order
+    from train.data import load_data, plan_order
     from train.runtime import distributed
 
     with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
-        try:
-            manifests = load_manifests(run)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        manifests = find_manifests(run, options)
         data = load_data(run, manifests, plan_order(run, manifests, None, 0), samples=1)
         setting, held_out = (list(validation_sequences(data, start, options.sequences // 2)) for start in (0, 1))
         if not held_out:
@@ -99,6 +101,25 @@ def main(hydra_config: DictConfig) -> None:
     kept = f"the {run.model.active_neurons} best" if run.model.activation_ratio < 1 else "all neurons"
     print(f"loss {loss:.4f} nats per token, with {kept} of each token {exact:.4f}")
     print(f"written: {output}")
+
+
+def find_manifests(run: RunConfig, options: CalibrateConfig) -> list[Manifest]:
+    """Those of the data to calibrate on; UserError if it is not there, or has another tokenizer than the run."""
+    from train.data import load_manifests
+
+    if options.data is not None:
+        run.data.blend = [SourceConfig(path=path) for path in options.data]
+    if not run.data.blend:
+        raise UserError(f"data={options.data}: name at least one folder of token shards")
+    try:
+        manifests = load_manifests(run)
+    except ValueError as error:
+        how = "" if options.data is not None else ". Calibrate on other shards of the same tokenizer with data=[FOLDER]"
+        raise UserError(f"{error}{how}") from error
+    kept = Path(options.run) / TOKENIZER_NAME
+    if kept.is_dir() and load_tokenizer(kept).sha256 != manifests[0].tokenizer_sha256:
+        raise UserError(f"data: {manifests[0].folder} was tokenized with another tokenizer than {kept}, that of the run")
+    return manifests
 
 
 def validation_sequences(data: "RunData", start: int, count: int) -> Iterator["Batch"]:

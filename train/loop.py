@@ -148,6 +148,7 @@ class Trainer:
         described = describe(self.config)
         facts = {
             "samples": self.samples,
+            "seed": self.config.run.seed,
             "wandb_id": self.recorder.wandb_id(),
             "engine": self.config.engine,
             "model": described["model"],

@@ -26,15 +26,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, command
 from configs.output import unblock_output
-from configs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, STATUS_FILE, check_free, hold, read_status
+from configs.run_folder import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    READING_FILE,
+    STATUS_FILE,
+    check_free,
+    hold,
+    read_status,
+)
 from data_prep.files import writing
 from data_prep.shards import Manifest
 from train.checkpoint import Checkpoint
 from train.checkpoint_health import list_checkpoints, newest_intact
 from train.config import RunConfig, describe, load_config
-from train.data import describe_order, load_data, load_manifests, plan_order
+from train.data import Reading, describe_order, describe_reading, load_data, load_manifests, plan_order
 from train.launcher import check_launcher, place, remove_empty_logs
 from train.meeting import Meeting
+from train.run_tokenizer import keep_tokenizer
 from train.runtime import distributed
 from train.validation import PROCESSES, validate
 
@@ -56,6 +66,8 @@ def main(hydra_config: DictConfig) -> None:
         config, manifests, checkpoints = prepare(hydra_config, world_size)
     with meeting.together("run folder"), naming_errors():
         lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
+        if rank == 0:
+            keep_tokenizer(Path(config.run.dir), manifests[0], begun=bool(checkpoints))
     # The first rank alone writes the records and the order of samples, which the others read.
     meeting.check_shared({"run.dir": Path(config.run.dir), "data.index_cache": Path(config.data.index_cache)})
     if rank == 0:
@@ -138,6 +150,8 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
         samples = read + (config.training.steps - step) * config.training.global_batch_size
         data = load_data(config, manifests, order, samples=samples)
         if runtime.is_main:
+            write_reading(config, data.reading)
+            print(describe_reading(data.reading), flush=True)
             changed = describe_order(order, checkpoint.facts["order"] if checkpoint is not None else None)
             if changed:
                 print(changed, flush=True)
@@ -166,6 +180,10 @@ def check_continues(
     ours = {f"model.{name}": value for name, value in described["model"].items()}
     ours["compute.precision"] = config.compute.precision
     changed = [f"{name}={value} (saved: {saved.get(name)})" for name, value in ours.items() if saved.get(name) != value]
+    # Of earlier checkpoints the seed of the order is the run's.
+    began_with = facts.get("seed", facts["order"]["seed"])
+    if config.data.seed is not None and config.run.seed != began_with:
+        changed.append(f"run.seed={config.run.seed} (saved: {began_with})")
     try:
         order = plan_order(config, manifests, facts["order"], facts["samples"])
     except ValueError as error:
@@ -220,6 +238,12 @@ def note_failure(config: RunConfig, reason: str, exit_code: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         if read_status(Path(config.run.dir)).get("state") == "running":
             write_status(config, "failed", reason=reason, exit_code=exit_code)
+
+
+def write_reading(config: RunConfig, reading: list[Reading]) -> None:
+    """Note what the run reads of each source in data.json, for the report."""
+    with contextlib.suppress(OSError), writing(Path(config.run.dir) / READING_FILE) as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(source) for source in reading], indent=1) + "\n")
 
 
 def take_run_folder(config: RunConfig) -> IO[str]:

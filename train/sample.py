@@ -15,10 +15,10 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from configs.console import UserError, command, typed
-from data_prep.shards import load_manifest
-from data_prep.tokenizer import Tokenizer, load_tokenizer
+from data_prep.tokenizer import Tokenizer
 from train.config import RunConfig
 from train.launcher import check_alone
+from train.run_tokenizer import find_tokenizer
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -71,7 +71,7 @@ def main(hydra_config: DictConfig) -> None:
     check_alone("train.sample")
     options = typed(hydra_config, SampleConfig)
     run = load_run_config(Path(options.run))
-    tokenizer = load_tokenizer(load_manifest(run.data.blend[0].path).tokenizer_path)
+    tokenizer = find_tokenizer(Path(options.run), run)
     for prompt, tokens in zip(options.prompts, tokenizer.encode(options.prompts), strict=True):
         if not tokens:
             raise UserError(f"prompts={prompt!r}: the tokenizer of the run makes no token of it")
@@ -100,13 +100,20 @@ def load_thresholds(path: Path, config: RunConfig) -> list[float]:
 
 
 def load_run_config(folder: Path) -> RunConfig:
-    """The configuration that a run noted in its folder, laid out for one process; UserError if there is none."""
+    """The configuration that a run noted in its folder, laid out for one process; UserError if there is none.
+
+    The folder may have been moved since.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"run={folder}: no config.yaml there; give the folder of a run, e.g. run=runs/demo")
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
     assert isinstance(config, RunConfig)
     config.parallel = type(config.parallel)()
+    cache = Path(config.data.index_cache)
+    if cache.is_relative_to(config.run.dir):
+        config.data.index_cache = str(folder / cache.relative_to(config.run.dir))
+    config.run.dir = str(folder)
     return config
 
 

@@ -54,8 +54,13 @@ def test_raw_text_becomes_a_model_that_writes(
     assert len(thresholds["thresholds"]) == 2
     assert abs(thresholds["loss"] - thresholds["loss_of_k_best"]) < 0.1
     assert "kept" in calibrated
-    again = run("train.sample", "run=runs/words", 'prompts=["the river"]', "thresholds=runs/words/thresholds.json")
+    # A run that was moved away from its data still writes.
+    (tmp_path / "runs/words").rename(tmp_path / "words")
+    (tmp_path / "shards").rename(tmp_path / "gone")
+    again = run("train.sample", "run=words", 'prompts=["the river"]', "thresholds=words/thresholds.json")
     assert again.startswith("the river ...")
+    assert not list((tmp_path / "runs").iterdir())
+    (tmp_path / "words").rename(tmp_path / "runs/words")
     refused = command("train.sample", "run=runs/words", "thresholds=runs/words/config.yaml")
     assert refused.returncode == 2
     assert "error: thresholds=runs/words/config.yaml: no such file of train.calibrate" in refused.stderr

@@ -1,6 +1,7 @@
 """The order of samples is a function of the seed and the sample's number alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import make_shards
 from train.config import RunConfig, SourceConfig
-from train.data import RunData, describe_order, load_data, load_manifests, micro_batches, plan_order
+from train.data import RunData, describe_order, describe_reading, load_data, load_manifests, micro_batches, plan_order
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -24,9 +25,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(
-    folder: Path, *, steps: int = 20, seed: int = 1, weights: tuple[float | None, float | None] = (0.75, 0.25)
+    folder: Path,
+    *,
+    steps: int = 20,
+    seed: int = 1,
+    data_seed: int | None = None,
+    weights: tuple[float | None, float | None] = (0.75, 0.25),
 ) -> RunData:
     config = RunConfig()
+    config.data.seed = data_seed
     config.run.seed, config.training.steps, config.training.global_batch_size = seed, steps, 8
     config.model.seq_length = 32
     config.data.blend = [
@@ -77,6 +84,32 @@ def test_another_seed_and_another_epoch_give_another_order(folder: Path) -> None
     source = load(folder, steps=100).train.sources[1]
     epochs = [[source[i]["tokens"].tolist() for i in range(e * source.size, (e + 1) * source.size)] for e in (0, 1)]
     assert epochs[0] != epochs[1]
+
+
+def test_validation_is_the_same_whatever_the_seeds(folder: Path) -> None:
+    first, other = load(folder, seed=1), load(folder, seed=2, data_seed=3)
+    assert list(first.validation) == list(other.validation) == ["a", "b"]
+    for name, source in first.validation.items():
+        assert source.size > 5
+        for i in range(source.size):
+            assert torch.equal(source[i]["tokens"], other.validation[name][i]["tokens"])
+
+
+def test_data_seed_alone_decides_the_order_where_it_is_given(folder: Path) -> None:
+    first = samples(load(folder, seed=5), 0, 64, data_size=1, micro_batch_size=8)
+    assert samples(load(folder, seed=1, data_seed=5), 0, 64, data_size=1, micro_batch_size=8) == first
+    assert samples(load(folder, seed=5, data_seed=1), 0, 64, data_size=1, micro_batch_size=8) != first
+
+
+def test_epochs_of_each_source_are_told_and_many_are_warned_of(folder: Path) -> None:
+    few = load(folder, steps=20)
+    for source, number in zip(few.reading, (120, 40), strict=True):
+        assert source.read == number * 32
+        assert source.epochs == pytest.approx(source.read / source.tokens, rel=0.05)
+    assert "warning" not in describe_reading(few.reading)
+    text = describe_reading(load(folder, steps=200).reading)
+    assert re.search(r"^data +a +75.0% of the blend: 0.04M of 0.01M tokens, 3.\d\d epochs$", text, re.MULTILINE)
+    assert re.search(r"^warning: this run reads b \d.\d times\. Beyond 4 epochs", text, re.MULTILINE)
 
 
 def test_weights_are_kept_all_along_the_run(folder: Path) -> None:
@@ -141,7 +174,11 @@ def test_a_changed_blend_is_told_and_what_has_no_meaning_is_refused(folder: Path
     config.run.seed += 1
     with pytest.raises(ValueError, match=r"run.seed=1235 \(saved: 1234\)"):
         plan_order(config, manifests, before, 80)
-    config.run.seed -= 1
+    config.data.seed = 7
+    with pytest.raises(ValueError, match=r"data.seed=7 \(saved: 1234\)"):
+        plan_order(config, manifests, before, 80)
+    config.data.seed = 1234
+    assert plan_order(config, manifests, after, 80) is after
     config.data.blend[0].path = str(make_shards(tmp_path / "a", name="a", seed=9))
     with pytest.raises(ValueError, match="source a has other content"):
         plan_order(config, load_manifests(config), before, 80)
@@ -202,6 +239,23 @@ def test_bad_sources_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no shard of .*tiny holds a sequence of model.seq_length=1000"):
         load_manifests(config)
     config.model.seq_length = 32
+
+    for number, (at, value, message) in enumerate(
+        [
+            (0, b"JUNK", "no index of Megatron-Core"),
+            (9, b"\x07", "index of version 7"),
+            (17, b"\x04", "token type has code 4, that of the manifest's uint16 is 8"),
+            (18, b"\xc7", "199 documents, the manifest says 200"),
+            (26, b"\xff", "255 bounds of documents, 200 documents have 201"),
+        ]
+    ):
+        damaged = make_shards(tmp_path / f"damaged {number}", name="c")
+        with open(damaged / "train-00000.idx", "r+b") as file:
+            file.seek(at)
+            file.write(value)
+        config.data.blend[1].path = str(damaged)
+        with pytest.raises(ValueError, match=f"train-00000.idx: {message}.*mone-verify"):
+            load_manifests(config)
 
     manifest = make_shards(tmp_path / "other", name="d") / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "none"', '"tokenizer_sha256": "other"'))

@@ -1,0 +1,99 @@
+"""A run keeps its tokenizer, and finds it wherever it is moved to."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from configs.console import UserError
+from data_prep.corpora import CorpusConfig
+from data_prep.errors import DataError
+from data_prep.files import sha256_of
+from data_prep.shards import Manifest, load_manifest
+from data_prep.tokenizer import TrainTokenizerConfig
+from data_prep.tokenizer_training import train_tokenizer
+from tests.tiny import make_shards
+from train.calibrate import CalibrateConfig, find_manifests
+from train.config import RunConfig, RunSection, SourceConfig
+from train.run_tokenizer import find_tokenizer, keep_tokenizer
+from train.sample import load_run_config
+
+
+def with_tokenizer(folder: Path, vocab_size: int) -> Manifest:
+    """Shards that have a tokenizer, which never saw their tokens."""
+    make_shards(folder, name=folder.name, vocab_size=vocab_size)
+    (folder.parent / "text.txt").write_text("\n\n".join(f"The number {n} and the number {n * n}." for n in range(300)))
+    corpus = CorpusConfig(path=str(folder.parent / "text.txt"))
+    train_tokenizer(TrainTokenizerConfig(corpus, str(folder / "tokenizer"), vocab_size=vocab_size))
+    sha256 = sha256_of(folder / "tokenizer/tokenizer.model")
+    dataclasses.replace(load_manifest(folder), tokenizer_sha256=sha256).save()
+    return load_manifest(folder)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Manifest:
+    return with_tokenizer(tmp_path / "data", 300)
+
+
+def run_on(data: Manifest, folder: Path) -> RunConfig:
+    """A run's configuration, noted in its folder."""
+    config = RunConfig(run=RunSection(dir=str(folder)))
+    config.data.blend, config.data.index_cache = [SourceConfig(path=str(data.folder))], str(folder / "index_cache")
+    folder.mkdir()
+    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    return config
+
+
+def test_a_run_that_was_moved_from_its_data_has_its_tokenizer(data: Manifest, tmp_path: Path) -> None:
+    run_on(data, tmp_path / "run")
+    keep_tokenizer(tmp_path / "run", data, begun=False)
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    shutil.rmtree(data.folder)
+    config = load_run_config(moved)
+    assert (config.run.dir, config.data.index_cache) == (str(moved), str(moved / "index_cache"))
+    assert find_tokenizer(moved, config).sha256 == data.tokenizer_sha256
+    assert not list(moved.glob(".unfinished*"))
+    with pytest.raises(UserError, match=r"data: no such folder of token shards.*on other shards.* data=\[FOLDER\]"):
+        find_manifests(config, CalibrateConfig(run=str(moved)))
+    other = with_tokenizer(tmp_path / "other", 310)
+    with pytest.raises(UserError, match="other was tokenized with another tokenizer than .*moved/tokenizer"):
+        find_manifests(config, CalibrateConfig(run=str(moved), data=[str(other.folder)]))
+    again = with_tokenizer(tmp_path / "again", 300)
+    assert find_manifests(config, CalibrateConfig(run=str(moved), data=[str(again.folder)])) == [again]
+
+
+def test_a_run_of_an_earlier_version_takes_the_tokenizer_of_its_data(data: Manifest, tmp_path: Path) -> None:
+    config = run_on(data, tmp_path / "run")
+    assert find_tokenizer(tmp_path / "run", config).sha256 == data.tokenizer_sha256
+    shutil.rmtree(data.folder)
+    with pytest.raises(UserError, match=r"there is no .*run/tokenizer, and the run's data has no tokenizer either \(.*data"):
+        find_tokenizer(tmp_path / "run", config)
+
+
+def test_a_run_goes_on_with_its_tokenizer_only(data: Manifest, tmp_path: Path) -> None:
+    other = with_tokenizer(tmp_path / "other", 310)
+    keep_tokenizer(tmp_path / "run", data, begun=False)
+    keep_tokenizer(tmp_path / "run", data, begun=True)
+    with pytest.raises(DataError, match="other was tokenized with another tokenizer than .*run/tokenizer"):
+        keep_tokenizer(tmp_path / "run", other, begun=True)
+    keep_tokenizer(tmp_path / "run", other, begun=False)
+    assert find_tokenizer(tmp_path / "run", RunConfig()).sha256 == other.tokenizer_sha256
+
+
+def test_a_tokenizer_that_is_not_the_manifests_is_refused(data: Manifest, tmp_path: Path) -> None:
+    for change, message in (
+        ({"tokenizer_sha256": "0" * 64}, "tokenizer_sha256 is 000"),
+        ({"vocab_size": 400}, "vocab_size is 400"),
+    ):
+        with pytest.raises(DataError, match=f"data: the manifest's {message}.*mone-verify"):
+            keep_tokenizer(tmp_path / "run", dataclasses.replace(data, **change), begun=False)
+        assert not (tmp_path / "run/tokenizer").exists()
+
+
+def test_data_without_a_tokenizer_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = load_manifest(make_shards(tmp_path / "data"))
+    keep_tokenizer(tmp_path / "run", manifest, begun=False)
+    assert "data/tokenizer is missing, so train.sample will have no tokenizer" in capsys.readouterr().err

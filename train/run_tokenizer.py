@@ -1,0 +1,72 @@
+"""The tokenizer that a run keeps in its folder, so that a run that was moved still reads and writes text.
+
+keep_tokenizer(Path("runs/demo"), manifests[0], begun=False)      # when training starts
+tokenizer = find_tokenizer(Path("runs/demo"), config)             # wherever the folder is
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from configs.console import UserError
+from data_prep.errors import DataError
+from data_prep.files import writing_folder
+from data_prep.shards import TOKENIZER_NAME, Manifest, load_manifest
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from train.config import RunConfig
+
+
+def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
+    """Copy the data's tokenizer into a run folder, unless it is there.
+
+    begun: the run goes on. Its data must then have the tokenizer that it began with.
+
+    Raises DataError if the data's tokenizer is not the manifest's, or not the run's.
+    """
+    kept, source = folder / TOKENIZER_NAME, manifest.tokenizer_path
+    if _same_files(kept, source):
+        return
+    if begun and kept.is_dir() and load_tokenizer(kept).sha256 != manifest.tokenizer_sha256:
+        raise DataError(
+            f"data.blend: {manifest.folder} was tokenized with another tokenizer than {kept}, that of this run; "
+            "give data of that tokenizer, or another run.dir"
+        )
+    if not source.is_dir():
+        if not kept.is_dir():
+            print(f"warning: {source} is missing, so train.sample will have no tokenizer", file=sys.stderr, flush=True)
+        return
+    tokenizer = load_tokenizer(source)
+    for name, here, there in (
+        ("tokenizer_sha256", manifest.tokenizer_sha256, tokenizer.sha256),
+        ("vocab_size", manifest.vocab_size, tokenizer.vocab_size),
+    ):
+        if here != there:
+            raise DataError(
+                f"data.blend: {manifest.folder}: the manifest's {name} is {here}, {source} has {there}. "
+                f"Run mone-verify path={manifest.folder}, and tokenize again"
+            )
+    shutil.rmtree(kept, ignore_errors=True)
+    with writing_folder(kept) as unfinished:
+        tokenizer.copy_to(unfinished)
+
+
+def find_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
+    """The tokenizer in a run folder; of a run that has none there, that of its data. UserError if there is neither."""
+    kept = folder / TOKENIZER_NAME
+    if kept.is_dir():
+        return load_tokenizer(kept)
+    try:
+        return load_tokenizer(load_manifest(config.data.blend[0].path).tokenizer_path)
+    except DataError as error:
+        raise UserError(
+            f"run={folder}: there is no {kept}, and the run's data has no tokenizer either ({error}). "
+            f"Copy the tokenizer of that data to {kept}"
+        ) from error
+
+
+def _same_files(kept: Path, source: Path) -> bool:
+    """Whether both are folders of the same files; spares loading them, which may take seconds."""
+    if not (kept.is_dir() and source.is_dir()):
+        return False
+    ours, theirs = ({path.name: path.read_bytes() for path in of.iterdir() if path.is_file()} for of in (kept, source))
+    return ours == theirs
