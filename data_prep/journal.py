@@ -18,9 +18,11 @@ import numpy as np
 from data_prep.corpora import Position
 from data_prep.errors import DataError
 from data_prep.files import TEMPORARY_PREFIX
+from data_prep.json_fields import field_problems
 from data_prep.shards import Shard, publish_json, shard_problems, size_problems
 
 JOURNAL_NAME = "progress.json"
+STORED_TYPES = {"folder": None, "unigrams": list, "position": list, "records": dict, "shards": list}
 
 
 @dataclass
@@ -57,6 +59,11 @@ class Journal:
             earlier = cls._load(folder)
             if earlier.shards:
                 refuse_other_settings(folder, earlier.settings, settings)
+                if len(earlier.unigrams) != vocab_size:
+                    raise DataError(
+                        f"{folder / JOURNAL_NAME}: damaged (counts of {len(earlier.unigrams)} tokens, the tokenizer has "
+                        f"{vocab_size}). Remove the folder and start again"
+                    )
                 journal = earlier
         elif files:
             raise DataError(
@@ -94,6 +101,8 @@ class Journal:
         path = folder / JOURNAL_NAME
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            if problems := list(field_problems(cls, content, STORED_TYPES)):
+                raise ValueError("; ".join(problems))
             content["unigrams"] = np.array(content["unigrams"], np.int64)
             content["position"] = Position(*content["position"])
             content["records"] = Counter(content["records"])

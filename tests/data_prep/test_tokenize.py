@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import math
 import os
 from collections import Counter
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from configs.locks import LOCK_FILE, lock
 from configs.run_folder import hold
 from data_prep import files, journal
+from data_prep import tokenize as tokenize_module
 from data_prep.encoding import is_validation
 from data_prep.errors import DataError
 from data_prep.shards import Manifest, Split, load_manifest, megatron_indexed_dataset
@@ -255,6 +257,54 @@ def test_a_full_disk_keeps_finished_shards(options: Options, tmp_path: Path, mon
     assert not list((tmp_path / "shards").glob(".unfinished-*"))  # what is of no use gives its room back
     tokenize(options())
     assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_a_finished_folder_needs_no_permission_to_write(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = tokenize(options())
+    monkeypatch.setattr(tokenize_module, "lock", None)
+    assert tokenize(options()) == first
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize(("fraction", "warns"), [(0.1, True), (0.0, False)])
+def test_a_split_without_validation_is_warned_of(
+    options: Options, tmp_path: Path, call_main: Callable[..., Any], fraction: float, warns: bool
+) -> None:
+    (tmp_path / "one.txt").write_text("A text.\n\nAll of it is one document.\n")
+    changed = options(validation_fraction=fraction)
+    code, _, err = call_main(
+        tokenize_module.main,
+        f"corpus.path={tmp_path}/one.txt",
+        "corpus.sample_by=document",
+        *(f"{name}={getattr(changed, name)}" for name in ("tokenizer", "output", "validation_fraction")),
+    )
+    assert code == 0
+    assert ("no document is held out for validation" in err) == warns
+    assert not warns or "validation_fraction=0.1 of 1 documents is none: raise it, or split the text" in err
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content["shards"][0].update(name=5),
+        lambda content: content["shards"][0].update(bin_bytes="many"),
+        lambda content: content.update(unigrams=3, shards=[7]),
+        lambda content: content.update(position=5),
+        lambda content: content.update(records=[1]),
+        lambda content: content.update(unigrams=[1, 2]),
+        lambda content: content.pop("groups"),
+    ],
+)
+def test_a_damaged_journal_is_named(options: Options, damage: Callable[[dict[str, Any]], Any]) -> None:
+    stop_after_groups(options(), 2)
+    path = Path(options().output) / "progress.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"progress\.json: damaged"):
+        tokenize(options())
 
 
 @pytest.mark.usefixtures("inline_pool")

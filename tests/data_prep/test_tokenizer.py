@@ -1,6 +1,7 @@
 """Training gives the same bytes, encoding loses nothing, other people's tokenizers are accepted."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,101 @@ def test_weights_beside_a_tokenizer_are_no_part_of_it(hugging_face_folder: Path,
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert load_tokenizer(tmp_path).sha256 == load_tokenizer(hugging_face_folder).sha256
     assert isinstance(load_tokenizer(tmp_path), HuggingFaceTokenizer)
+
+
+def with_a_gap(folder: Path, copy: Path, first: int, gap: int) -> Path:
+    """The tokenizer with all ids from `first` on larger by `gap`."""
+    copy.mkdir()
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {piece: number + gap * (number >= first) for piece, number in vocabulary.items()}
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    (copy / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("gap", "dtype"), [(30, "uint16"), (65_536 - 500, "uint16"), (65_537 - 500, "int32"), (10**6, "int32")]
+)
+def test_ids_with_gaps_are_kept(
+    hugging_face_folder: Path, documents: list[str], tmp_path: Path, gap: int, dtype: str
+) -> None:
+    tokenizer = load_tokenizer(with_a_gap(hugging_face_folder, tmp_path / "gap", 300, gap))
+    assert tokenizer.vocab_size == 500 + gap
+    encoded = encode_batch(tokenizer, documents, 0.5)
+    assert encoded.tokens.dtype == dtype
+    assert encoded.tokens.max() >= 300 + gap
+    assert [tokenizer.decode(tokens[:-1].tolist()) for tokens in encoded.documents()] == documents
+
+
+def test_ids_that_are_impossible_are_refused(
+    hugging_face_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError, match="highest token id is 20000499, must be 0 to 16777215"):
+        load_tokenizer(with_a_gap(hugging_face_folder, tmp_path / "gap", 300, 20_000_000))
+    tokenizer = load_tokenizer(hugging_face_folder)
+    for wrong in (500, 70_000, 2**31 + 5, 2**40, -1):
+        monkeypatch.setattr(tokenizer, "encode", lambda texts, wrong=wrong: [[3, wrong] for _ in texts])
+        with pytest.raises(DataError, match=f"token {wrong} outside the vocabulary of 500"):
+            encode_batch(tokenizer, ["a", "b"], 0.5)
+
+
+@pytest.mark.parametrize("given", ["EleutherAI/gpt-neox-20b", "gpt2", "data/tokenizr"])
+def test_an_id_of_the_hub_that_cannot_be_reached_and_a_mistyped_folder(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(given)
+    message = str(caught.value)
+    assert message.startswith(
+        f"tokenizer={given}: no such file or folder, and the Hugging Face hub gives no tokenizer of this id"
+    )
+    assert "give a folder with tokenizer.json" in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("given", ["a/b/c", "/a/b", "./a", "a.model", "a/tokenizer.json", "~/a", "org/name with space"])
+def test_what_is_no_id_of_the_hub_is_not_looked_for_there(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(DataError, match="no such file or folder. Train one"):
+        load_tokenizer(given)
+
+
+def test_an_id_of_the_hub(hugging_face_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def snapshot_download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(hugging_face_folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    tokenizer = load_tokenizer("org/name")
+    assert asked[0][0] == "org/name"
+    assert "tokenizer.json" in asked[0][1]
+    tokenizer.copy_to(tmp_path)
+    assert load_tokenizer(tmp_path).sha256 == load_tokenizer(hugging_face_folder).sha256 == tokenizer.sha256
+
+
+def test_a_tokenizer_without_an_end_is_told_its_candidates(hugging_face_folder: Path, tmp_path: Path) -> None:
+    def rename(name: str) -> None:
+        text = (hugging_face_folder / "tokenizer.json").read_text()
+        (tmp_path / "tokenizer.json").write_text(text.replace("<|end|>", name))
+
+    for name in ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"):
+        rename(name)
+        with pytest.raises(DataError) as caught:
+            load_tokenizer(tmp_path)
+        assert f"has no eos_token to end documents with; its vocabulary has {name}." in str(caught.value)
+        config = re.search(r"{.*}", str(caught.value))
+        assert config is not None
+        (tmp_path / "tokenizer_config.json").write_text(config[0])
+        assert load_tokenizer(tmp_path).eod_id == load_tokenizer(tmp_path / "tokenizer.json").eod_id == 0
+        (tmp_path / "tokenizer_config.json").unlink()
+    rename("<|stop|>")
+    with pytest.raises(DataError, match="its vocabulary has none of the usual names"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").rename(tmp_path / "other.json")
+    with pytest.raises(DataError, match=r"other\.json: put it into a folder of its own under the name tokenizer\.json"):
+        load_tokenizer(tmp_path / "other.json")
 
 
 def test_what_is_no_tokenizer(tmp_path: Path, hugging_face_folder: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,38 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep import tokenize as tokenize_module
 from data_prep import verify
+from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from data_prep.files import sha256_of
 from data_prep.shards import Manifest, ShardWriter, load_manifest
 from data_prep.tokenize import TokenizeConfig, tokenize
-from tests.data_prep.conftest import made_up_documents, write_jsonl
+from data_prep.tokenizer import SentencePieceTokenizer
+from tests.data_prep.conftest import InlinePool, made_up_documents, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("inline_pool")
 
 
+@pytest.fixture(scope="module")
+def intact(corpus_file: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of token shards as it was written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_module, "EncoderPool", InlinePool)
+        config = TokenizeConfig(
+            corpus=CorpusConfig(path=str(corpus_file)),
+            tokenizer=str(tokenizer_folder),
+            output=str(tmp_path_factory.mktemp("intact") / "shards"),
+            validation_fraction=0.1,
+            shard_tokens=2000,
+        )
+        return tokenize(config).folder
+
+
 @pytest.fixture
-def folder(options: Callable[..., TokenizeConfig]) -> Path:
-    """An intact folder of token shards."""
-    return tokenize(options()).folder
+def folder(intact: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(intact, tmp_path / "shards")
 
 
 def flip_byte(path: Path, at: int) -> None:
@@ -107,6 +126,135 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"tokenizer: holds neither tokenizer\.model",
     ),
 }
+
+
+def forge_index(folder: Path, at: int, value: Any) -> None:
+    """Overwrite bytes of the first shard's index, and the manifest so that the checksum agrees."""
+    path = folder / "train-00000.idx"
+    content = bytearray(path.read_bytes())
+    at %= len(content)
+    content[at : at + len(value.tobytes())] = value.tobytes()
+    path.write_bytes(content)
+    edit_manifest(folder, lambda m: m["shards"][0].update(idx_sha256=sha256_of(path)))
+
+
+def truncate_index(folder: Path, size: int) -> None:
+    """Cut the first shard's index, and the manifest so that size and checksum agree."""
+    path = folder / "train-00000.idx"
+    os.truncate(path, size)
+    edit_manifest(folder, lambda m: m["shards"][0].update(idx_sha256=sha256_of(path), idx_bytes=size))
+
+
+INDEX_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "magic": (lambda f: forge_index(f, 0, np.uint8(0)), "no index of Megatron-Core"),
+    "version": (lambda f: forge_index(f, 9, np.uint64(2)), "index of version 2"),
+    "type": (lambda f: forge_index(f, 17, np.uint8(4)), "token type has code 4"),
+    "unknown type": (lambda f: forge_index(f, 17, np.uint8(99)), "token type has code 99"),
+    "many documents": (lambda f: forge_index(f, 18, np.uint64(2**40)), f"{2**40} documents, the manifest says"),
+    "many bounds": (lambda f: forge_index(f, 26, np.uint64(2**63)), f"{2**63} bounds of documents"),
+    "truncated": (lambda f: truncate_index(f, 100), r"100 bytes, \d+ documents take"),
+    "header truncated": (lambda f: truncate_index(f, 20), "20 bytes, too short for an index"),
+    "length": (lambda f: forge_index(f, 34, np.int32(5)), r"\d+ tokens, the manifest says"),
+    "negative length": (lambda f: forge_index(f, 34, np.int32(-5)), "document 0 has -5 tokens"),
+    "places": (lambda f: forge_index(f, -16 - 8 * documents_in(f), np.int64(2**50)), "document .* does not stand where"),
+    "last bound": (lambda f: forge_index(f, -8, np.int64(3)), "the bounds of its documents are not 0"),
+}
+
+
+def documents_in(folder: Path) -> int:
+    """Of the first shard."""
+    return load_manifest(folder).shards[0].documents
+
+
+@pytest.mark.parametrize("damage", INDEX_DAMAGES)
+def test_each_damage_of_an_index_is_named_even_if_its_checksum_agrees(
+    folder: Path, call_main: Callable[..., Any], damage: str
+) -> None:
+    do, message = INDEX_DAMAGES[damage]
+    do(folder)
+    code, out, err = call_main(verify.main, f"path={folder}")
+    assert code == 1
+    assert not err
+    assert re.search(rf"train-00000\.idx: {message}", out), out
+
+
+MANIFEST_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "text for a number": ({"vocab_size": "600"}, "vocab_size is '600', must be a whole number"),
+    "fraction": ({"vocab_size": 600.5}, "vocab_size is 600.5, must be a whole number"),
+    "true": ({"eod_id": True}, "eod_id is True, must be a whole number"),
+    "end": ({"eod_id": 600}, "eod_id is 600, must be below vocab_size 600"),
+    "huge vocabulary": ({"vocab_size": 10**12, "dtype": "int32"}, "vocab_size is 1000000000000, must be"),
+    "no vocabulary": ({"vocab_size": -1}, "vocab_size is -1, must be"),
+    "type": ({"dtype": "int32"}, "dtype is 'int32', that of vocab_size 600 is 'uint16'"),
+    "unknown type": ({"dtype": ["float"]}, r"dtype is \['float'\], must be a text"),
+    "entropy": ({"unigram_entropy": None}, "unigram_entropy is None, must be a number"),
+    "infinite entropy": ({"unigram_entropy": float("nan")}, "unigram_entropy is nan"),
+    "name": ({"name": 3}, "name is 3, must be a text"),
+    "round trip": ({"round_trip": "yes"}, "round_trip is 'yes', must be true or false"),
+    "records": ({"records": {"kept": "all"}}, "records.kept is 'all', must be a count"),
+    "settings": ({"settings": []}, r"settings is \[\], must be an object"),
+    "shards": ({"shards": {}}, "shards is {}, must be a list"),
+    "format": ({"format": 1}, "format 1, this version reads"),
+    "unknown": ({"more": 1}, "'more' is no field of it"),
+    "tokenizer": ({"tokenizer_sha256": None}, "tokenizer_sha256 is None, must be a text"),
+}
+SHARD_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "documents": ({"documents": "3"}, "shards.0.documents is '3', must be a whole number"),
+    "negative": ({"tokens": -3}, "shards.0.tokens is -3, must be positive"),
+    "absolute name": ({"name": "/etc/passwd"}, "shards.0.name is '/etc/passwd', not the name of a file in the folder"),
+    "parent": ({"name": "../a"}, "shards.0.name is '../a', not the name"),
+    "null name": ({"name": None}, "shards.0.name is None, must be a text"),
+    "twice": ({"name": "train-00001"}, "shards.0.name is that of another shard, too"),
+    "split": ({"split": "test"}, "shards.0.split is 'test', must be train or validation"),
+    "checksum": ({"bin_sha256": 5}, "shards.0.bin_sha256 is 5, must be a text"),
+    "size": ({"idx_bytes": [1]}, r"shards.0.idx_bytes is \[1\], must be a whole number"),
+}
+
+
+@pytest.mark.parametrize("damage", [*MANIFEST_DAMAGES, *(f"shard: {name}" for name in SHARD_DAMAGES)])
+def test_a_manifest_with_impossible_fields_is_named_and_never_trained_on(
+    folder: Path, call_main: Callable[..., Any], damage: str
+) -> None:
+    change, message = MANIFEST_DAMAGES.get(damage) or SHARD_DAMAGES[damage.removeprefix("shard: ")]
+    edit_manifest(folder, lambda m: (m["shards"][0] if damage.startswith("shard:") else m).update(change))
+    code, out, err = call_main(verify.main, f"path={folder}")
+    assert code == 1
+    assert not err
+    assert re.search(rf"^{folder}: manifest\.json: {message}", out, re.MULTILINE), out
+    with pytest.raises(DataError, match=rf"manifest\.json: damaged \(.*{message}"):
+        load_manifest(folder)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000, '{"shards": [5]}', "\x00"])
+def test_a_manifest_that_is_none_is_named(folder: Path, call_main: Callable[..., Any], content: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    code, out, err = call_main(verify.main, f"path={folder}")
+    assert (code, err) == (1, "")
+    assert out.startswith(f"{folder}: manifest.json: ")
+
+
+def test_a_manifest_of_another_vocabulary_than_the_tokenizers_is_named(folder: Path) -> None:
+    edit_manifest(folder, lambda m: m.update(vocab_size=700, eod_id=5))
+    found = list(verify.damages(load_manifest(folder), decode_documents=0))
+    assert "manifest.json: vocab_size 700, the tokenizer has 600" in found
+    assert "manifest.json: eod_id 5, the tokenizer has 2" in found
+
+
+class LowerCase(SentencePieceTokenizer):
+    """A tokenizer that normalises."""
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return super().encode([text.lower() for text in texts])
+
+
+def test_without_an_exact_tokenizer_texts_are_compared_in_place_of_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_manifest(folder, lambda m: m.update(round_trip=False))
+    assert list(verify.damages(load_manifest(folder))) == []
+    monkeypatch.setattr(verify, "load_tokenizer", lambda path: LowerCase(path / "tokenizer.model"))
+    found = list(verify.damages(load_manifest(folder), decode_documents=1))
+    assert found[0] == "train-00000: document 0 decodes to text that encodes and decodes to another text"
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -84,12 +84,10 @@ def test_a_run_goes_on_with_its_tokenizer_only(data: Manifest, tmp_path: Path) -
 
 
 def test_a_tokenizer_that_is_not_the_manifests_is_refused(data: Manifest, tmp_path: Path) -> None:
-    for change, message in (
-        ({"tokenizer_sha256": "0" * 64}, "tokenizer_sha256 is 000"),
-        ({"vocab_size": 400}, "vocab_size is 400"),
-    ):
-        with pytest.raises(DataError, match=f"data: the manifest's {message}.*mone-verify"):
-            keep_tokenizer(tmp_path / "run", dataclasses.replace(data, **change), begun=False)
+    changes: dict[str, Any] = {"tokenizer_sha256": "0" * 64, "vocab_size": 400}
+    for name, value in changes.items():
+        with pytest.raises(DataError, match=f"data: the manifest's {name} is {value}.*mone-verify"):
+            keep_tokenizer(tmp_path / "run", dataclasses.replace(data, **{name: value}), begun=False)
         assert not (tmp_path / "run/tokenizer").exists()
 
 
