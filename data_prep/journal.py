@@ -22,7 +22,7 @@ from data_prep.json_fields import field_problems
 from data_prep.shards import Shard, publish_json, shard_problems, size_problems
 
 JOURNAL_NAME = "progress.json"
-STORED_TYPES = {"folder": None, "unigrams": list, "position": list, "records": dict, "shards": list}
+STORED_TYPES: dict[str, type | None] = {"folder": None, "unigrams": list, "position": list, "records": dict, "shards": list}
 
 
 @dataclass

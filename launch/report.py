@@ -75,6 +75,8 @@ def write_report(folders: Sequence[Path], output: Path, title: str | None, wandb
     try:
         losses, validation, layers = draw(points, output)
         tables = [tabulate_points(points), tabulate_settings(points), tabulate_runs(points)]
+        if (data := tabulate_data(points)).rows:
+            tables.insert(2, data)
         with writing(output / "index.html") as temporary:
             temporary.write_text(page(title, points, losses, validation, layers, tables), encoding="utf-8")
     except OSError as error:
@@ -156,6 +158,17 @@ def tabulate_settings(points: Sequence[Point]) -> Table:
     varying = varying_options([point.options for point in points])
     rows = [(label, *(shown(values[row]) for values in varying.values())) for row, label in enumerate(labels(points))]
     return Table("Settings that differ", "All other options are the same in all points.", ("point", *varying), rows)
+
+
+def tabulate_data(points: Sequence[Point]) -> Table:
+    """What the runs of each point read of each source, and how often."""
+    rows = []
+    for label, point in zip(labels(points), points, strict=True):
+        for source in next((run.reading for run in point.runs if run.reading), []):
+            read, tokens = (f"{source[name] / 1e6:,.2f}M" for name in ("read", "tokens"))
+            rows.append((label, source["name"], f"{source['share']:.1%}", tokens, read, f"{source['epochs']:.2f}"))
+    headings = ("point", "source", "share of the blend", "training tokens", "tokens read", "epochs")
+    return Table("Data", "Epochs: how often a whole run reads a source.", headings, rows)
 
 
 def tabulate_runs(points: Sequence[Point]) -> Table:

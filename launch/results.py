@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from configs.run_folder import find_runs, last_value, read_config, read_metrics, read_state
+from configs.run_folder import find_runs, last_value, read_config, read_metrics, read_reading, read_state
 from mone_model.accounting import Parameters, count_flops, count_parameters
 from mone_model.config import ModelConfig
 
@@ -68,6 +68,11 @@ class Run:
     def peak_gib(self) -> float | None:
         """Of the fullest rank."""
         return max((value for _, value in self.series("memory/peak_gib")), default=None)
+
+    @cached_property
+    def reading(self) -> list[dict[str, Any]]:
+        """What it reads of each source; [] if it has not said so."""
+        return read_reading(self.folder)
 
     @cached_property
     def commit(self) -> str:

@@ -34,6 +34,8 @@ def write_run(folder: Path, group: str, ratio: float, seed: int, loss: float, st
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
     (folder / "status.json").write_text(json.dumps({"state": state, "time": 1.0}))
     (folder / "environment.json").write_text(json.dumps({"commit": "abc1234"}))
+    reading = {"name": "made up", "share": 1.0, "tokens": 1_700_000, "read": 24_600_000, "epochs": 14.47}
+    (folder / "data.json").write_text(json.dumps([reading]))
     records: list[dict[str, Any]] = [
         {
             "step": step,
@@ -103,6 +105,8 @@ def test_the_page_has_every_number_and_needs_nothing_beside_itself(
         "3 of 4",
         "abc1234",
         "model.moe_ffn_hidden_size",
+        "24.60M",
+        "14.47",
     ):
         assert f"{cell}</t" in page, cell
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|https?://|@import""", page)
@@ -110,7 +114,7 @@ def test_the_page_has_every_number_and_needs_nothing_beside_itself(
     assert {"validation_by_ratio.png", "validation_by_active.png", "training_loss.png", "expert_load_max.png"} <= {*pictures}
     assert page.count("data:image/png;base64,") == len(pictures)
     tables = list((runs.parent / "report/wandb").glob("offline-run-*-report-*/files/media/table/table/*.table.json"))
-    assert sorted(path.name.split("_")[0] for path in tables) == ["Points", "Runs", "Settings that differ"]
+    assert sorted(path.name.split("_")[0] for path in tables) == ["Data", "Points", "Runs", "Settings that differ"]
     (points,) = (json.loads(path.read_text()) for path in tables if path.name.startswith("Points"))
     assert points["data"][1][:4] == ["sweep: activation_ratio=0.25", "3 of 4", "4.5400 ± 0.1114", "+0.0400 ± 0.0200"]
 
