@@ -159,11 +159,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, a Hugging Face tokenizer folder, or what the
-    Hugging Face hub has under an id such as EleutherAI/gpt-neox-20b.
+    Hugging Face hub has under an id such as EleutherAI/gpt-neox-20b. Only a string may be an id; a Path is a path.
 
     Raises DataError if there is nothing of the kind, or it has no end-of-sentence token.
     """
-    given, path = str(path), Path(path)
+    given, path = path, Path(path)
     if not path.exists():
         path = _from_hub(given)
     if path.is_file() and path.suffix == ".json":
@@ -179,16 +179,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     raise DataError(f"tokenizer={given}: holds neither {MODEL_NAME} nor {' nor '.join(HUGGING_FACE_FILES)}")
 
 
-def _from_hub(given: str) -> Path:
+def _from_hub(given: str | Path) -> Path:
     """The folder of the local cache with the tokenizer of a hub id, fetched if it is not there."""
     missing = f"tokenizer={given}: no such file or folder"
     how = "Train one with mone-tokenizer output=FOLDER, or give a folder with tokenizer.json and tokenizer_config.json"
-    if not HUB_ID.fullmatch(given) or given.endswith((".model", ".json")):
+    if isinstance(given, Path) or not HUB_ID.fullmatch(given) or given.endswith((".model", ".json")):
         raise DataError(f"{missing}. {how}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(given, allow_patterns=sorted(TOKENIZER_FILES)))
+        return Path(snapshot_download(given, allow_patterns=[*sorted(TOKENIZER_FILES), "*.model", "*.spm", "*.bpe"]))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{missing}, and the Hugging Face hub gives no tokenizer of this id ({_first_line(error)}). {how}"

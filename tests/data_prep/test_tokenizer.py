@@ -223,6 +223,8 @@ def test_what_is_no_id_of_the_hub_is_not_looked_for_there(given: str, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(DataError, match="no such file or folder. Train one"):
         load_tokenizer(given)
+    with pytest.raises(DataError, match="no such file or folder. Train one"):
+        load_tokenizer(Path("shards/tokenizer"))
 
 
 def test_an_id_of_the_hub(hugging_face_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,8 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import make_shards
-from train.config import RunConfig, SourceConfig
+from train.config import RunConfig, SourceConfig, describe
 from train.data import RunData, describe_order, describe_reading, load_data, load_manifests, micro_batches, plan_order
+from train.pretrain import check_continues
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -182,6 +185,35 @@ def test_a_changed_blend_is_told_and_what_has_no_meaning_is_refused(folder: Path
     config.data.blend[0].path = str(make_shards(tmp_path / "a", name="a", seed=9))
     with pytest.raises(ValueError, match="source a has other content"):
         plan_order(config, load_manifests(config), before, 80)
+
+
+def test_a_resumed_run_keeps_both_seeds(folder: Path) -> None:
+    config = blended(folder, {"a": 3.0, "b": 1.0})
+    config.run.seed, config.data.seed, config.model.vocab_size = 5, 6, 64
+    manifests = load_manifests(config)
+    facts = {
+        "model": describe(config)["model"],
+        "precision": config.compute.precision,
+        "order": plan_order(config, manifests, None, 0),
+        "samples": 8,
+        "parallel": {},
+        "guard": {},
+        "seed": 5,
+    }
+    checkpoint: Any = SimpleNamespace(path=folder / "step-1", step=1, facts=facts)
+    assert check_continues(config, manifests, checkpoint)[1:] == (1, 8)
+    config.run.seed = 7
+    with pytest.raises(ValueError, match=r"run.seed=7 \(saved: 5\)"):
+        check_continues(config, manifests, checkpoint)
+    config.run.seed, config.data.seed = 5, None
+    with pytest.raises(ValueError, match=r"run.seed=5 \(saved: 6\): it decides the order of samples"):
+        check_continues(config, manifests, checkpoint)
+    # A checkpoint of an earlier version, whose one seed was both.
+    del facts["seed"]
+    config.run.seed, config.data.seed = 6, None
+    assert check_continues(config, manifests, checkpoint)[1:] == (1, 8)
+    config.data.seed = 6
+    assert check_continues(config, manifests, checkpoint)[1:] == (1, 8)
 
 
 def test_a_shard_that_changes_while_a_run_reads_it_is_noticed(folder: Path, tmp_path: Path) -> None:
