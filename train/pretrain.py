@@ -68,8 +68,8 @@ def main(hydra_config: DictConfig) -> None:
         lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
         if rank == 0:
             keep_tokenizer(Path(config.run.dir), manifests[0], begun=bool(checkpoints))
-    # The first rank alone writes the records and the order of samples, which the others read.
-    meeting.check_shared({"run.dir": Path(config.run.dir), "data.index_cache": Path(config.data.index_cache)})
+    # Checkpoints are written there by all ranks, and read by others when a run goes on.
+    meeting.check_shared({"run.dir": Path(config.run.dir)})
     if rank == 0:
         write_status(config, "running")
     try:
