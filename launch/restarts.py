@@ -52,7 +52,7 @@ def main() -> None:
     """Exit code 0 if the run is complete or goes on, else 1."""
     verb, folder = sys.argv[1], Path(sys.argv[2])
     if verb == "begin":
-        (folder / "began").write_text(str(read_status(folder.parent).get("time", 0.0)))
+        (folder / "began").write_text(str(_said(folder.parent).get("time", 0.0)))
         return
     attempt = judge(
         folder,
@@ -99,6 +99,15 @@ def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Att
     elif outcome == "failed" and earlier and (earlier[-1].outcome, earlier[-1].step) == ("failed", step):
         again, reason = False, f"{reason}; the attempt before failed at the same step: not tried again"
     return Attempt(job, restart, time.time(), outcome, step, reason, again)
+
+
+def _said(run: Path) -> dict[str, Any]:
+    """`read_status`; of a damaged file nothing, so that the job is judged by its exit code."""
+    try:
+        return read_status(run)
+    except DamagedFile as error:
+        print(f"== {error}", flush=True)
+        return {}
 
 
 def read_attempts(folder: Path) -> list[Attempt]:
