@@ -30,15 +30,15 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
 
 def is_locked(path: Path) -> bool:
     """Whether a process on a machine that shares this file system's locks holds the lock of this file."""
-    if not path.exists():
+    if not path.is_file():
         return False
-    with open(path) as file:
-        try:
+    try:
+        with open(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            pass  # a file system without locks
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # a file system without locks, or another user's folder, whose lock is theirs alone to open
     return False
 
 

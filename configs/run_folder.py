@@ -6,16 +6,26 @@ options = read_config(folder)         # {"model.activation_ratio": 0.25, ...}
 folders = find_runs([Path("runs")])   # those that hold runs, also within sweeps
 check_free(folder)                    # a run can have it to itself
 with hold(folder): ...                # nobody else trains there
+
+A file that is not what a run writes raises DamagedFile, which names it.
 """
 
+import fcntl
+import io
 import json
 import os
+import re
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Parsed = TypeVar("Parsed")
 
 from configs.locks import LOCK_FILE, is_locked, lock
 
@@ -28,14 +38,17 @@ READING_FILE = "data.json"
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What a run last said of itself; {} if nothing.
+    """What a run last said of itself; {} if nothing; DamagedFile.
 
     state: running, complete, stopped (in good order, the same command continues) or failed; time: in seconds since 1970;
     step and reason where there are any; exit_code of what failed.
     """
-    path = folder / STATUS_FILE
-    found = json.loads(path.read_text()) if path.exists() else {}
-    assert isinstance(found, dict)
+    text = read_file(folder / STATUS_FILE)
+    if text is None:
+        return {}
+    found = _parsed(folder / STATUS_FILE, text)
+    if not isinstance(found, dict) or not isinstance(found.get("state"), str) or not is_number(found.get("time", 0)):
+        raise DamagedFile(f"{printable(folder / STATUS_FILE)}: needs an object with a text `state` and a number `time`")
     return found
 
 
@@ -47,23 +60,70 @@ def read_state(folder: Path) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run so far; a last line cut short by a kill is left out."""
-    path = folder / METRICS_FILE
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """All records of a run so far; lines that are no records are left out; DamagedFile if the file cannot be read."""
+    return examine_metrics(folder)[0]
+
+
+def examine_metrics(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The same, and what is wrong with the lines left out."""
+    return examine_lines(folder / METRICS_FILE, _record)
+
+
+def examine_lines(path: Path, parse: Callable[[Any], Parsed | None]) -> tuple[list[Parsed], str | None]:
+    """What `parse` makes of the JSON of each line of a file, and what is wrong with the lines of which it makes None.
+
+    A last line cut short by a kill is nothing wrong. DamagedFile if the file cannot be read.
+    """
+    *lines, rest = (read_file(path) or b"").split(b"\n")
+    found, damaged = [], []
+    for number, line in enumerate([*lines, *([rest] if rest else [])], start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            parsed = parse(json.loads(line.decode()))
+        except (ValueError, RecursionError):
+            parsed = None
+        if parsed is not None:
+            found.append(parsed)
+        elif number <= len(lines):
+            damaged.append(number)
+    if not damaged:
+        return found, None
+    lines_are = "lines are" if len(damaged) > 1 else "line is"
+    return found, f"{printable(path)}: {len(damaged)} {lines_are} damaged and left out, first line {damaged[0]}"
+
+
+def _record(found: Any) -> dict[str, Any] | None:
+    return found if isinstance(found, dict) and is_number(found.get("step")) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number, as a float too."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_reading(folder: Path) -> list[dict[str, Any]]:
-    """What a run reads of each source: name, share of the blend, tokens, tokens read, epochs; [] if it has not said so."""
+    """What a run reads of each source: name, share of the blend, tokens, tokens read, epochs; [] if it has not said so.
+
+    DamagedFile for a file of another kind.
+    """
     path = folder / READING_FILE
-    found = json.loads(path.read_text()) if path.exists() else []
-    assert isinstance(found, list)
+    text = read_file(path)
+    found = [] if text is None else _parsed(path, text)
+    numbers = ("share", "tokens", "tokens_read", "epochs")
+    if not isinstance(found, list) or not all(
+        isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+        and all(is_number(source.get(number)) for number in numbers)
+        for source in found
+    ):
+        raise DamagedFile(f"{printable(path)}: needs a list of objects with a text `name` and numbers {', '.join(numbers)}")
     return found
+
+
+def _parsed(path: Path, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{printable(path)}: no JSON ({error})") from error
 
 
 def last_step(records: list[dict[str, Any]]) -> int:
@@ -73,18 +133,63 @@ def last_step(records: list[dict[str, Any]]) -> int:
 
 def last_value(records: list[dict[str, Any]], name: str) -> float | None:
     """Of a metric, where it was defined."""
-    return next((record[name] for record in reversed(records) if record.get(name) is not None), None)
+    return next((record[name] for record in reversed(records) if is_number(record.get(name))), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The run's composed options by their names on the command line; {} if there are none.
+    """The run's composed options by their names on the command line; {} if there are none; DamagedFile.
 
     Of a run that is queued and has not begun, those it was queued with.
     """
     for path in (folder / CONFIG_FILE, folder / FROZEN_FILE):
-        if path.exists():
-            return flat(OmegaConf.to_container(OmegaConf.load(path)))  # type: ignore[arg-type]
+        text = read_file(path)
+        if text is None:
+            continue
+        try:
+            found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text.decode())))
+        except (ValueError, OSError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise DamagedFile(f"{printable(path)}: no options in YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(found, dict) or not found:
+            raise DamagedFile(f"{printable(path)}: holds no options")
+        return flat({str(name): value for name, value in found.items() if name not in HYDRAS})
     return {}
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a run folder by their names, intact or not, in order; DamagedFile."""
+    saves = folder / "checkpoints"
+    try:
+        names = [name for name in os.listdir(saves) if os.path.isdir(saves / name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DamagedFile(f"{printable(saves)}: cannot be read ({error.strerror})") from error
+    return sorted(int(match[1]) for name in names if (match := CHECKPOINT_NAME.fullmatch(name)))
+
+
+def read_file(path: Path) -> bytes | None:
+    """The content of a regular file; None where there is nothing of this name; DamagedFile."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DamagedFile(f"{printable(path)}: cannot be read ({error.strerror})") from error
+    # What is no file, such as a pipe, could be waited for without end.
+    if not os.path.isfile(path):
+        raise DamagedFile(f"{printable(path)}: not a regular file")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedFile(f"{printable(path)}: cannot be read ({error.strerror})") from error
+
+
+def printable(text: object) -> str:
+    """Text for a line, a page or a picture: what cannot be written, or would act on a terminal, as an escape sequence."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in str(text)
+    )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -99,21 +204,44 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def find_runs(folders: Iterable[Path]) -> list[Path]:
     """These folders where they hold runs, else the runs in their subfolders, such as the points of a sweep.
 
-    Each once. ValueError for a folder that is not there, or if there is no run in any.
+    Each once, however many links lead there. ValueError for a folder that is not there, or if there is no run in any. A
+    subfolder that cannot be read is among them: whoever reads it finds out why.
     """
     folders = list(folders)
-    found = {run.resolve(): run for folder in folders for run in _runs_within(folder)}
-    missing = [folder for folder in folders if not folder.is_dir()] or ([] if found else folders)
+    seen = set[str]()
+    found = [run for folder in folders for run in _runs_within(folder, seen)]
+    missing = [folder for folder in folders if not os.path.isdir(folder)] or ([] if found else folders)
     if missing:
-        raise ValueError(f"{', '.join(map(str, missing))}: no run there (a run's folder has {CONFIG_FILE})")
-    return list(found.values())
+        raise ValueError(f"{', '.join(map(printable, missing))}: no run there (a run's folder has {CONFIG_FILE})")
+    return found
 
 
-def _runs_within(folder: Path) -> list[Path]:
-    if (folder / CONFIG_FILE).exists() or (folder / "launch").exists():
-        return [folder]
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [run for subfolder in subfolders for run in _runs_within(subfolder)]
+def check_readable(folder: Path) -> None:
+    """DamagedFile if a folder cannot be listed."""
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise DamagedFile(f"{printable(folder)}: cannot be read ({error.strerror})") from error
+
+
+def _runs_within(folder: Path, seen: set[str]) -> list[Path]:
+    """Those not in `seen`, which gets the real path of every folder on the way."""
+    runs, waiting = list[Path](), [folder]
+    while waiting:
+        folder = waiting.pop()
+        if not os.path.isdir(folder) or (real := os.path.realpath(folder)) in seen:
+            continue
+        seen.add(real)
+        try:
+            names = sorted(os.listdir(folder))
+        except OSError:
+            runs.append(folder)
+            continue
+        if any(name in names for name in (CONFIG_FILE, METRICS_FILE, STATUS_FILE)) or os.path.lexists(folder / FROZEN_FILE):
+            runs.append(folder)
+        else:
+            waiting += [folder / name for name in reversed(names)]
+    return runs
 
 
 def check_free(folder: Path, *, sweep: bool = False) -> None:
@@ -171,4 +299,14 @@ def hold(folder: Path) -> IO[str]:
 
 def in_use(folder: Path) -> bool:
     """Whether a process on a machine that shares this file system's locks trains there now."""
-    return is_locked(folder / LOCK_FILE)
+    path = folder / LOCK_FILE
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path) as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # a file system without locks, or the folder of a user whose lock is theirs alone to open
+    return False

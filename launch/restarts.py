@@ -12,12 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs.run_folder import last_step, read_metrics, read_status
+from configs.run_folder import DamagedFile, examine_lines, is_number, last_step, read_metrics, read_status
 
 ATTEMPTS = "attempts.jsonl"
 STOPPED = {
@@ -74,11 +75,14 @@ def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Att
     """What this attempt came to; code: exit code of its training, runs: whether Slurm still lets the job run."""
     run = folder.parent
     options = OmegaConf.load(folder / "launch.yaml")
-    status = read_status(run)
+    status, records = _said(run), list[dict[str, Any]]()
+    try:
+        records = read_metrics(run)
+    except DamagedFile as error:
+        print(f"== {error}", flush=True)
     # The time that status.json had when this attempt began, not that of a clock, which may be set in between.
     if status.get("time", 0.0) == float((folder / "began").read_text()):
         status = {}  # of an earlier attempt
-    records = read_metrics(run)
     state, step = status.get("state"), last_step(records)
     outcome, again, reason = "failed", True, f"training ended with exit code {code}"
     if state == "complete":
@@ -110,10 +114,31 @@ def _said(run: Path) -> dict[str, Any]:
         return {}
 
 
+def _said(run: Path) -> dict[str, Any]:
+    """`read_status`; of a damaged file nothing, so that the job is judged by its exit code."""
+    try:
+        return read_status(run)
+    except DamagedFile as error:
+        print(f"== {error}", flush=True)
+        return {}
+
+
 def read_attempts(folder: Path) -> list[Attempt]:
     """All ended attempts of the jobs of a run, in order; folder: the run's `launch`."""
-    path = folder / ATTEMPTS
-    return [Attempt(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return examine_attempts(folder)[0]
+
+
+def examine_attempts(folder: Path) -> tuple[list[Attempt], str | None]:
+    """The same, and what is wrong with the lines left out; DamagedFile if the file cannot be read."""
+    return examine_lines(folder / ATTEMPTS, _attempt)
+
+
+def _attempt(found: Any) -> Attempt | None:
+    if not isinstance(found, dict) or found.keys() != {field.name for field in fields(Attempt)}:
+        return None
+    numbers, texts = (found["restart"], found["time"], found["step"]), (found["job"], found["outcome"], found["reason"])
+    fits = all(map(is_number, numbers)) and all(isinstance(text, str) for text in texts)
+    return Attempt(**found) if fits and isinstance(found["requeued"], bool) else None
 
 
 def _runs(job: str) -> bool:

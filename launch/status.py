@@ -1,17 +1,34 @@
 """Say how runs are doing, in a table.
 
-mone-status runs/*               # or a sweep's folder: all its points
+    mone-status runs/*               # or a sweep's folder: all its points
+
+What is damaged in a run's folder is named on stderr; the rest of it, and the other runs, are told all the same.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from configs.run_folder import find_runs, read_config, read_metrics, read_state, read_status
-from launch.restarts import read_attempts
+from configs.run_folder import (
+    CONFIG_FILE,
+    DamagedFile,
+    check_readable,
+    examine_metrics,
+    find_runs,
+    is_number,
+    printable,
+    read_config,
+    read_state,
+    read_status,
+    saved_steps,
+)
+from launch.restarts import examine_attempts
+
+Read = TypeVar("Read")
 
 COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last record", "checkpoint", "restarts")
 
@@ -29,7 +46,15 @@ def main() -> None:
         sys.exit(2)
     if options.json:
         print(*map(json.dumps, rows), sep="\n")
-        return
+    else:
+        print_table(rows)
+    for row in rows:
+        for problem in row["problems"]:
+            print(problem, file=sys.stderr)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """COLUMNS of these runs, aligned."""
     table = [COLUMNS, *(tuple(_cell(name, row[name]) for name in COLUMNS) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     for line in table:
@@ -37,23 +62,43 @@ def main() -> None:
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """What is known of a run: COLUMNS, with None for what it has not said yet; times in seconds since 1970."""
-    status, latest = read_status(run), dict[str, Any]()
-    for record in read_metrics(run):
-        latest |= record
-    saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+    """What is known of a run: COLUMNS, with None for what it has not said yet; times in seconds since 1970.
+
+    reason: why it ended so; problems: what of its folder is damaged.
+    """
+    problems = list[str]()
+
+    def tried(read: Callable[[Path], Read]) -> Read | None:
+        try:
+            return read(run)
+        except DamagedFile as error:
+            problems.append(str(error))
+            return None
+
+    latest = dict[str, Any]()
+    tried(check_readable)
+    unreadable = list(problems)
+    options, status, saved = tried(read_config) or {}, tried(read_status) or {}, tried(saved_steps) or []
+    records, damaged_records = tried(examine_metrics) or ([], None)
+    attempts, damaged_attempts = tried(lambda run: examine_attempts(run / "launch")) or ([], None)
+    for record in records:
+        latest |= {name: value if is_number(value) else None for name, value in record.items()}
+    problems += [problem for problem in (damaged_records, damaged_attempts) if problem]
+    if not options and not problems:
+        problems.append(f"{printable(run)}: no {CONFIG_FILE}")
     return {
-        "run": str(run),
-        "state": read_state(run),
-        "reason": status.get("reason"),
+        "run": printable(run),
+        "state": printable(tried(read_state) or "damaged"),
+        "reason": printable(status["reason"]) if status.get("reason") is not None else None,
         "step": latest.get("step", 0),
-        "of": read_config(run).get("training.steps"),
+        "of": options.get("training.steps"),
         "loss": latest.get("train/loss"),
         "validation": latest.get("validation/loss"),
         "tokens/s": latest.get("speed/tokens_per_second"),
         "last record": latest.get("time"),
-        "checkpoint": int(saved[-1].removeprefix("step-")) if saved else None,
-        "restarts": sum(attempt.requeued for attempt in read_attempts(run / "launch")),
+        "checkpoint": saved[-1] if saved else None,
+        "restarts": sum(attempt.requeued for attempt in attempts),
+        "problems": unreadable or list(dict.fromkeys(problems)),
     }
 
 
@@ -65,7 +110,7 @@ def _cell(name: str, value: Any) -> str:
         return f"{minutes // 60}:{minutes % 60:02d} ago"
     if name in ("loss", "validation"):
         return f"{value:.4f}"
-    return f"{value:,.0f}" if name == "tokens/s" else str(value)
+    return f"{value:,.0f}" if name == "tokens/s" else printable(value)
 
 
 if __name__ == "__main__":

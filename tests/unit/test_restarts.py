@@ -53,3 +53,12 @@ def test_a_job_goes_on_unless_that_is_in_vain(
     folder = folder_of_a_run(tmp_path / "run", step=20, status=status, earlier=options.pop("earlier"))
     attempt = judge(folder, job="1", code=1, **options)
     assert (attempt.outcome, attempt.requeued, attempt.step) == (outcome, requeued, 20)
+
+
+def test_damaged_files_do_not_keep_a_job_from_going_on(tmp_path: Path) -> None:
+    folder = folder_of_a_run(tmp_path / "run", step=20, status=None, earlier=[failed(10)])
+    (folder.parent / "status.json").write_text('{"state": "stop')
+    with open(folder / ATTEMPTS, "a") as file:
+        file.write('{"job": 5}\ngarbage\n')
+    attempt = judge(folder, job="1", restart=1, code=1, runs=True)
+    assert (attempt.outcome, attempt.requeued, attempt.step) == ("failed", True, 20)
