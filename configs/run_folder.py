@@ -10,7 +10,6 @@ with hold(folder): ...                # nobody else trains there
 A file that is not what a run writes raises DamagedFile, which names it.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -25,9 +24,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-Parsed = TypeVar("Parsed")
-
 from configs.locks import LOCK_FILE, is_locked, lock
+
+Parsed = TypeVar("Parsed")
 
 CONFIG_FILE = "config.yaml"
 ENVIRONMENT_FILE = "environment.json"
@@ -35,6 +34,13 @@ FROZEN_FILE = "launch/frozen.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 READING_FILE = "data.json"
+CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
+HYDRAS = ("defaults", "hydra")
+"""Parts of a frozen configuration that are no options of a run."""
+
+
+class DamagedFile(ValueError):
+    """A file of a run folder cannot be read, or is not what a run writes; the message names it and what is wrong."""
 
 
 def read_status(folder: Path) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def read_reading(folder: Path) -> list[dict[str, Any]]:
     path = folder / READING_FILE
     text = read_file(path)
     found = [] if text is None else _parsed(path, text)
-    numbers = ("share", "tokens", "tokens_read", "epochs")
+    numbers = ("share", "tokens", "read", "epochs")
     if not isinstance(found, list) or not all(
         isinstance(source, dict)
         and isinstance(source.get("name"), str)
@@ -299,14 +305,4 @@ def hold(folder: Path) -> IO[str]:
 
 def in_use(folder: Path) -> bool:
     """Whether a process on a machine that shares this file system's locks trains there now."""
-    path = folder / LOCK_FILE
-    if not os.path.isfile(path):
-        return False
-    try:
-        with open(path) as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        pass  # a file system without locks, or the folder of a user whose lock is theirs alone to open
-    return False
+    return is_locked(folder / LOCK_FILE)

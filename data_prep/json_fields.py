@@ -23,7 +23,8 @@ def field_problems(kind: type, content: dict[str, Any], others: dict[str, type |
 
     others: types of fields that are stored otherwise than the dataclass holds them; None for any. prefix: of their names.
     """
-    types = {field.name: getattr(field.type, "__origin__", field.type) for field in fields(kind)} | others
+    types: dict[str, Any] = {field.name: getattr(field.type, "__origin__", field.type) for field in fields(kind)}
+    types |= others
     for name in sorted(content.keys() - types.keys()):
         yield f"{prefix}{reprlib.repr(name)} is no field of it"
     for name, type_ in types.items():

@@ -1,24 +1,28 @@
-"""Pictures of a report, as PNG files: one idea each, readable on a phone."""
+"""Pictures of a report, as PNG files: one idea each, readable on a phone and sharp on a desk.
+
+Each draw_* gives False where there is nothing to draw. Of more than MOST points, only the first are drawn.
+"""
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from data_prep.files import writing
-from launch.results import Point, Run, labels
+from launch.points import Point
+from launch.results import labels
+from train.figures import plt, save
 
-# Names of points are shown as they are; with a dollar sign they would be read as formulas, and most refused.
-plt.rcParams["text.parse_math"] = False
-
-SIZE = (5.6, 4.0)
+WIDTH, HEIGHT = 4.0, 3.1
+"""Inches: about as wide as a phone, where a letter then has the size that it has here."""
+SHARPNESS = 240
+"""Dots an inch: two for each point of light where a page shows a picture of WIDTH at its largest."""
+LETTERS = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8.5, "figure.titlesize": 9}
+MOST, MOST_NUMBERS = 40, 8
+"""Points in a picture; layers whose values stand in a map as numbers."""
 HEATMAPS = {
     "expert/load_max": "tokens of the busiest expert over the mean (1: balanced)",
     "neuron/usage_entropy": "entropy of how often neurons are kept (1: even)",
@@ -27,123 +31,195 @@ HEATMAPS = {
 }
 
 
-def draw_losses(path: Path, points: Sequence[Point]) -> None:
+def draw_losses(path: Path, points: Sequence[Point], title: str) -> bool:
     """Training loss over tokens: the mean over seeds, and their range as a band."""
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(points)))
-    lowest, highest = math.inf, -math.inf
-    for point, colour in zip(points, colours, strict=True):
-        curves = [dict(_losses_by_tokens(run)) for run in point.counted]
-        tokens = sorted(set[float]().union(*curves))
-        if not tokens:
-            continue
-        losses = np.array([[curve.get(count, np.nan) for count in tokens] for curve in curves])
-        millions = np.array(tokens) / 1e6
-        axes.plot(millions, np.nanmean(losses, 0), color=colour, linewidth=1.4, label=point.name)
-        axes.fill_between(millions, np.nanmin(losses, 0), np.nanmax(losses, 0), color=colour, alpha=0.2, linewidth=0)
-        # The first steps fall so far that nothing else could be seen.
-        late = losses[:, len(tokens) // 10 :]
-        lowest, highest = min(lowest, np.nanmin(late)), max(highest, np.nanmax(late))
-    if lowest < highest:
-        axes.set_ylim(lowest - 0.03 * (highest - lowest), highest)
-    axes.set_xlabel("million tokens")
-    axes.set_ylabel("training loss, nats per token")
-    axes.set_title(points[0].group, fontsize=10)
-    axes.legend(fontsize=8)
-    _save(figure, axes, path)
-
-
-def draw_validation_by_ratio(path: Path, points: Sequence[Point]) -> None:
-    """Validation loss against the share K/H of neurons that a token keeps."""
-    figure, axes = _draw_validation(points, lambda point: point.ratio)
-    axes.set_xscale("log", base=2)
-    ratios = sorted({point.ratio for point in points})
-    axes.xaxis.set_major_locator(FixedLocator(ratios))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
-    axes.set_xlabel("activation_ratio: share K/H of neurons that a token keeps")
-    _save(figure, axes, path)
-
-
-def draw_validation_by_active(path: Path, points: Sequence[Point]) -> None:
-    """Validation loss against the routed experts' weights that a token touches; beside each point, their share."""
-    figure, axes = _draw_validation(points, lambda point: point.parameters.active_experts / 1e6)
-    for point in points:
-        if point.validation.values:
-            share = f"{point.parameters.active_expert_params:.0%}"
-            at = (point.parameters.active_experts / 1e6, point.validation.mean)
-            axes.annotate(share, at, textcoords="offset points", xytext=(7, 4), fontsize=8)
-    axes.set_xlabel(
-        "millions of routed experts' weights that a token touches\n(beside a point: active_expert_params, their share)"
-    )
-    axes.margins(x=0.12)
-    _save(figure, axes, path)
-
-
-def draw_validation_by_point(path: Path, points: Sequence[Point]) -> None:
-    """Validation loss of each point, its seeds as dots."""
-    shown = [point for point in points if point.validation.values]
-    figure, axes = plt.subplots(figsize=(SIZE[0], 1.2 + 0.32 * len(shown)), layout="constrained")
-    groups = list(dict.fromkeys(point.group for point in shown))
-    for row, point in enumerate(shown):
-        losses, colour = point.validation.values, f"C{groups.index(point.group)}"
-        axes.plot(losses, [row] * len(losses), ".", color=colour, alpha=0.6)
-        axes.plot([point.validation.mean], [row], "|", color=colour, markersize=14, markeredgewidth=2)
-    axes.set_yticks(range(len(shown)), labels(shown), fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("validation loss, nats per token")
-    _save(figure, axes, path)
-
-
-def draw_heatmap(path: Path, points: Sequence[Point], metric: str) -> bool:
-    """A metric by point (rows) and layer (columns), the mean over seeds of the last record; False if it was not recorded."""
-    layers = max(point.model.num_layers for point in points)
-    values = np.full((len(points), layers), np.nan)
-    for row, point in enumerate(points):
-        for layer in range(point.model.num_layers):
-            found = point.mean(f"{metric}/layer_{layer:02d}")
-            values[row, layer] = np.nan if found is None else found
-    if np.isnan(values).all():
+    drawn = [(point, [dict(run.series("train/loss", "train/tokens")) for run in point.counted]) for point in points[:MOST]]
+    drawn = [(point, curves) for point, curves in drawn if any(curves)]
+    if not drawn:
         return False
-    figure, axes = plt.subplots(figsize=(max(SIZE[0], 3.4 + 0.3 * layers), 1.2 + 0.3 * len(points)), layout="constrained")
-    image = axes.imshow(values, aspect="auto", cmap="viridis")
-    middle = (np.nanmin(values) + np.nanmax(values)) / 2
-    if layers <= 8:
-        for (row, layer), value in np.ndenumerate(values):
-            if not np.isnan(value):
-                colour = "white" if value < middle else "black"
-                axes.text(layer, row, f"{value:.3g}", ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(range(0, layers, -(-layers // 12)))
-    axes.set_xlabel("layer")
-    axes.set_yticks(range(len(points)), labels(points), fontsize=8)
-    figure.suptitle(HEATMAPS[metric], fontsize=9)
-    figure.colorbar(image)
-    _save(figure, axes, path, grid=False)
+    with plt.rc_context(LETTERS):
+        figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+        names = dict(zip(map(id, points), labels(points), strict=True))
+        colours = plt.get_cmap("viridis")(np.linspace(0, 0.85, len(drawn)))
+        lowest, highest = math.inf, -math.inf
+        for (point, curves), colour in zip(drawn, colours, strict=True):
+            tokens = sorted(set[float]().union(*curves))
+            losses = np.array([[curve.get(count, np.nan) for count in tokens] for curve in curves])
+            millions = np.array(tokens) / 1e6
+            axes.plot(millions, np.nanmean(losses, 0), color=colour, linewidth=1.4, label=_legend(names[id(point)]))
+            axes.fill_between(millions, np.nanmin(losses, 0), np.nanmax(losses, 0), color=colour, alpha=0.2, linewidth=0)
+            # The first steps fall so far that nothing else could be seen.
+            late = losses[:, len(tokens) // 10 :]
+            lowest, highest = min(lowest, np.nanmin(late)), max(highest, np.nanmax(late))
+        if lowest < highest:
+            axes.set_ylim(lowest - 0.03 * (highest - lowest), highest)
+        axes.set_xlabel("million tokens")
+        axes.set_ylabel("training loss, nats per token")
+        axes.set_title(textwrap.fill(title, 50))
+        _explain(axes, len(drawn))
+        _save(figure, axes, path)
     return True
 
 
-def _draw_validation(points: Sequence[Point], where: Any) -> tuple[Any, Any]:
+def draw_validation_by_ratio(path: Path, points: Sequence[Point]) -> bool:
+    """Validation loss against the share K/H of neurons that a token keeps."""
+    ratios = sorted({point.ratio for point in points if point.validation.values})
+    if len(ratios) < 2:
+        return False
+    with plt.rc_context(LETTERS):
+        figure, axes = _draw_validation(points, lambda point: point.ratio)
+        axes.set_xscale("log", base=2)
+        axes.margins(x=0.08)
+        axes.xaxis.set_major_locator(FixedLocator(_apart(ratios)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+        axes.set_xlabel("activation_ratio: share K/H of neurons\nthat a token keeps")
+        _save(figure, axes, path)
+    return True
+
+
+def draw_validation_by_active(path: Path, points: Sequence[Point]) -> bool:
+    """Validation loss against the routed experts' weights that a token touches; beside each point, their share."""
+    shown = [point for point in points if point.validation.values]
+    if len(shown) < 2:
+        return False
+    with plt.rc_context(LETTERS):
+        figure, axes = _draw_validation(shown, lambda point: point.parameters.active_experts / 1e6)
+        for point in shown[:MOST]:
+            share = f"{point.parameters.active_expert_params:.0%}"
+            at = (point.parameters.active_experts / 1e6, point.validation.mean)
+            axes.annotate(share, at, textcoords="offset points", xytext=(7, 4), fontsize=8)
+        axes.set_xlabel(
+            "millions of expert weights that a token touches\n(beside a point their share, active_expert_params)"
+        )
+        axes.margins(x=0.2, y=0.1)
+        _save(figure, axes, path)
+    return True
+
+
+def draw_validation_by_point(path: Path, points: Sequence[Point]) -> bool:
+    """Validation loss of each point, its seeds as dots."""
+    names = [(point, name) for point, name in zip(points, labels(points), strict=True) if point.validation.values][:MOST]
+    if not names:
+        return False
+    with plt.rc_context(LETTERS):
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.9 + _row_height(names) * len(names)), layout="constrained")
+        groups = list(dict.fromkeys(point.group for point, _ in names))
+        for row, (point, _) in enumerate(names):
+            losses, colour = point.validation.values, f"C{groups.index(point.group)}"
+            axes.plot(losses, [row] * len(losses), ".", color=colour, alpha=0.6)
+            axes.plot([point.validation.mean], [row], "|", color=colour, markersize=12, markeredgewidth=2)
+        axes.set_yticks(range(len(names)), [_fold(name) for _, name in names])
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.margins(x=0.1)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.set_xlabel("validation loss, nats per token")
+        _save(figure, axes, path)
+    return True
+
+
+def draw_heatmap(path: Path, points: Sequence[Point], metric: str) -> bool:
+    """A metric by point (rows) and layer (columns): the mean over seeds of the last record.
+
+    A plain MoE keeps every neuron, so that what is said of its neurons is no result: its rows are grey, and the colours are
+    spread over the others.
+    """
+    names = [(point, name) for point, name in zip(points, labels(points), strict=True)][:MOST]
+    layers = max(point.layers(metric) for point, _ in names)
+    if layers == 0:
+        return False
+    found = [[point.mean(f"{metric}/layer_{layer:02d}") for layer in range(layers)] for point, _ in names]
+    values = np.array(found, dtype=float)
+    plain = np.array([metric.startswith("neuron/") and point.ratio == 1 for point, _ in names])
+    if np.isnan(values).all():
+        return False
+    absent = np.isnan(values)
+    grey = absent if (absent | plain[:, None]).all() else absent | plain[:, None]
+    coloured = np.ma.masked_array(values, grey)
+    lowest, highest = float(coloured.min()), float(coloured.max())
+    with plt.rc_context(LETTERS):
+        figure, axes = plt.subplots(figsize=(WIDTH, 1.1 + _row_height(names) * len(names)), layout="constrained")
+        palette = plt.get_cmap("viridis").with_extremes(bad="0.92")
+        image = axes.imshow(coloured, aspect="auto", cmap=palette, vmin=lowest, vmax=highest, interpolation="nearest")
+        if layers <= MOST_NUMBERS:
+            for (row, layer), value in np.ndenumerate(values):
+                dark = not grey[row, layer] and value <= (lowest + highest) / 2
+                if not np.isnan(value):
+                    text = f"{value:.3g}" if layers <= 6 else f"{value:.2g}"
+                    axes.text(layer, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=8)
+        else:
+            for row in np.flatnonzero(plain & grey.all(1)):
+                axes.text((layers - 1) / 2, row, "plain MoE", ha="center", va="center", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.set_xlabel("layer")
+        axes.set_yticks(range(len(names)), [_fold(name) for _, name in names])
+        title = HEATMAPS[metric]
+        if lowest == highest:
+            # A bar of colours would invent a range.
+            title += f": {lowest:.3g} everywhere"
+        else:
+            figure.colorbar(image, ticks=MaxNLocator(4))
+        if (plain & grey.all(1)).any():
+            title += "; grey: plain MoE, which keeps every neuron"
+        figure.suptitle(textwrap.fill(title, 58))
+        _save(figure, axes, path, grid=False)
+    return True
+
+
+def _draw_validation(points: Sequence[Point], where: Callable[[Point], float]) -> tuple[Any, Any]:
     """Lines of series with their seeds as dots and the standard deviation over seeds as bars."""
-    figure, axes = plt.subplots(figsize=SIZE, layout="constrained")
-    for number, series in enumerate(dict.fromkeys(point.series for point in points)):
-        line = [point for point in points if point.series == series and point.validation.values]
+    figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
+    shown = [point for point in points if point.validation.values]
+    series = list(dict.fromkeys(point.series for point in shown))[:MOST]
+    for number, name in enumerate(series):
+        line = [point for point in shown if point.series == name]
         xs, means = [where(point) for point in line], [point.validation.mean for point in line]
         spreads = [0 if math.isnan(point.validation.spread) else point.validation.spread for point in line]
-        axes.errorbar(xs, means, yerr=spreads, marker="o", markersize=5, capsize=3, color=f"C{number}", label=series)
+        colour = f"C{number % 10}"
+        axes.errorbar(xs, means, yerr=spreads, marker="o", markersize=4, capsize=3, color=colour, label=_legend(name))
         for point, x in zip(line, xs, strict=True):
-            axes.plot([x] * len(point.validation.values), point.validation.values, ".", color=f"C{number}", alpha=0.5)
+            axes.plot([x] * len(point.validation.values), point.validation.values, ".", color=colour, alpha=0.5)
     axes.set_ylabel("validation loss, nats per token")
-    axes.legend(fontsize=8)
+    _explain(axes, len(series))
     return figure, axes
 
 
-def _losses_by_tokens(run: Run) -> list[tuple[float, float]]:
-    return [(record["train/tokens"], record["train/loss"]) for record in run.records if record.get("train/loss") is not None]
+def _explain(axes: Any, entries: int) -> None:
+    """A legend, unless it would say nothing or hide what it explains."""
+    if 1 < entries <= 12:
+        axes.legend(handlelength=1.2, borderaxespad=0.3, framealpha=0.7)
+
+
+def _legend(name: str) -> str:
+    """matplotlib leaves out what begins with an underscore."""
+    short = textwrap.shorten(name, 40, placeholder="…") if " " in name else name if len(name) <= 40 else f"{name[:39]}…"
+    return f" {short}" if short.startswith("_") else short
+
+
+def _fold(name: str) -> str:
+    """In lines of a width that leaves room for the chart, three at most, broken where a part of a name ends."""
+    lines = [""]
+    for part in name.replace(",", ",\n").replace(": ", ":\n").splitlines():
+        for piece in textwrap.wrap(part, 24) or [part]:
+            lines = [*lines[:-1], lines[-1] + piece] if len(lines[-1]) + len(piece) <= 24 else [*lines, piece]
+    return "\n".join(lines if len(lines) <= 3 else [*lines[:2], lines[2][:23] + "…"]).strip("\n")
+
+
+def _row_height(names: Sequence[tuple[Point, str]]) -> float:
+    """Inches that the highest label needs."""
+    return 0.12 + 0.15 * max(_fold(name).count("\n") + 1 for _, name in names)
+
+
+def _apart(ratios: Sequence[float]) -> list[float]:
+    """Ratios whose labels do not run into each other on a logarithmic axis."""
+    chosen = [ratios[-1]]
+    for ratio in ratios[-2::-1]:
+        if math.log2(chosen[-1] / ratio) >= math.log2(ratios[-1] / ratios[0]) / 7:
+            chosen.append(ratio)
+    return chosen
 
 
 def _save(figure: Any, axes: Any, path: Path, *, grid: bool = True) -> None:
     if grid:
         axes.grid(alpha=0.3)
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=150)
-    plt.close(figure)
+    save(figure, path, dots=SHARPNESS)

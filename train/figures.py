@@ -8,11 +8,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from data_prep.files import writing
 from mone_model.neuron_stats import NeuronUsage
 
-# Names of sources are shown as they are; with a dollar sign they would be read as formulas, and most refused.
+# Names of runs and sources are shown as they are; with a dollar sign they would be read as formulas, and most refused.
 plt.rcParams["text.parse_math"] = False
 
 
@@ -30,11 +31,12 @@ def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: floa
         )
     if unigram_entropy is not None:
         axes.axhline(unigram_entropy, color="grey", linestyle="--", label="unigram entropy")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("cross-entropy, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_expert_load(path: Path, usage: NeuronUsage, step: int) -> None:
@@ -43,12 +45,13 @@ def draw_expert_load(path: Path, usage: NeuronUsage, step: int) -> None:
     layers, experts = share_LE.shape
     figure, axes = plt.subplots(figsize=(1.5 + max(4.0, 0.35 * experts), 1.4 + 0.35 * layers), layout="constrained")
     image = axes.imshow(share_LE, aspect="auto", cmap="coolwarm", vmin=0, vmax=2)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     axes.set_yticks(range(layers))
     axes.set_title(f"expert load relative to an even share, step {step}", fontsize=10)
     figure.colorbar(image)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: int) -> None:
@@ -73,6 +76,7 @@ def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: i
         image = axes.imshow(kept_LEH[layer], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
         axes.axvline(active_neurons - 0.5, color="white", linewidth=0.8, linestyle=":")
         axes.set_title(f"layer {layer}", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_yticks(np.arange(experts) if experts <= 8 else [])
         axes.tick_params(labelsize=7)
     figure.supxlabel(f"neurons of an expert, most used first (dotted: K = {active_neurons} of {neurons})", fontsize=9)
@@ -80,10 +84,13 @@ def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: i
     figure.suptitle(f"share of its expert's tokens that keep a neuron, step {step}", fontsize=10)
     if image is not None:
         figure.colorbar(image, ax=panels, shrink=0.8)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    plt.close(figure)
+def save(figure: Any, path: Path, *, dots: int = 130) -> None:
+    """Write a picture with that many dots an inch, and forget it."""
+    try:
+        with writing(path) as temporary:
+            figure.savefig(temporary, dpi=dots)
+    finally:
+        plt.close(figure)

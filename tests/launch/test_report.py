@@ -1,19 +1,24 @@
 """The report's numbers against their own arithmetic, and its page in a real browser."""
 
+import html
 import json
+import math
 import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
+from launch import charts
+from launch.baselines import Comparison, compare
+from launch.findings import sentence
 from launch.report import main
-from launch.results import group_runs, read_runs
+from launch.results import group_runs, labels, read_runs
 from mone_model.config import ModelConfig
 from train.config import LoggingConfig, RunConfig, RunSection, TrainingConfig
 
@@ -22,16 +27,26 @@ LOSSES = {1.0: (4.50, 4.60, 4.40), 0.25: (4.56, 4.64, 4.42)}
 LAYERS = 2
 
 
-def write_run(folder: Path, group: str, ratio: float, seed: int, loss: float, state: str = "complete", **model: Any) -> None:
-    """A run folder as a run leaves it, without running."""
+def write_run(
+    folder: Path,
+    group: str | None,
+    ratio: float,
+    seed: int,
+    loss: float,
+    state: str = "complete",
+    options: Sequence[str] = (),
+    **model: Any,
+) -> None:
+    """A run folder as a run leaves it, without running; group: of a sweep, None for a run made by itself."""
     folder.mkdir(parents=True)
     config = RunConfig(
-        run=RunSection(name=f"{group}/{folder.name}", dir=str(folder), seed=seed),
+        run=RunSection(name=f"{group}/{folder.name}" if group else folder.name, dir=str(folder), seed=seed),
         model=ModelConfig(num_layers=LAYERS, vocab_size=256, activation_ratio=ratio, **model),
         training=TrainingConfig(steps=20),
         logging=LoggingConfig(wandb_group=group),
     )
-    OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")
+    composed = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    OmegaConf.save(OmegaConf.merge(composed, OmegaConf.from_dotlist(list(options))), folder / "config.yaml")
     (folder / "status.json").write_text(json.dumps({"state": state, "time": 1.0}))
     (folder / "environment.json").write_text(json.dumps({"commit": "abc1234"}))
     reading = {"name": "made up", "share": 1.0, "tokens": 1_700_000, "read": 24_600_000, "epochs": 14.47}
@@ -46,8 +61,10 @@ def write_run(folder: Path, group: str, ratio: float, seed: int, loss: float, st
         }
         for step in range(1, 21)
     ]
-    load = {f"expert/load_max/layer_{layer:02d}": 1.5 + layer for layer in range(LAYERS)}
-    records += [{"step": 10, "validation/loss": 9.0}, {"step": 20, "validation/loss": loss}, {"step": 20, **load}]
+    by_layer = {f"expert/load_max/layer_{layer:02d}": 1.5 + layer for layer in range(LAYERS)}
+    by_layer |= {f"neuron/overlap/layer_{layer:02d}": 1.0 if ratio == 1 else ratio + layer / 50 for layer in range(LAYERS)}
+    by_layer |= {f"neuron/dead/layer_{layer:02d}": 0.0 for layer in range(LAYERS)}
+    records += [{"step": 10, "validation/loss": 9.0}, {"step": 20, "validation/loss": loss}, {"step": 20, **by_layer}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -119,6 +136,245 @@ def test_the_page_has_every_number_and_needs_nothing_beside_itself(
     assert points["data"][1][:4] == ["sweep: activation_ratio=0.25", "3 of 4", "4.5400 ± 0.1114", "+0.0400 ± 0.0200"]
 
 
+def compared(folder: Path, **baseline: Any) -> dict[str, Comparison | None]:
+    """What each point is compared with, by its label."""
+    points = group_runs(read_runs([folder]))
+    return dict(zip(labels(points), compare(points, **baseline), strict=True))
+
+
+def finding(folder: Path) -> str:
+    points = group_runs(read_runs([folder]))
+    return sentence(points, compare(points), "the plain MoE")
+
+
+def test_a_run_is_compared_with_its_plain_twin_in_another_folder(
+    tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/demo", None, 0.25, 1, 4.47)
+    write_run(tmp_path / "runs/plain", None, 1.0, 1, 4.5)
+    code, out, _ = call_main(main, "runs/demo", "runs/plain", "--wandb", "disabled")
+    assert (code, out.splitlines()[0].startswith("report/index.html  2 runs, 2 points")) == (0, True)
+    page = (tmp_path / "report/index.html").read_text()
+    assert "<td>-0.0300</td>" in page
+    said = "demo, which touches 50.0% of its experts' weights for each token, ends at a validation loss of 4.4700 nats per "
+    said += "token, 0.0300 below that of the plain MoE (plain, 4.5000): one seed each, so that the difference may be chance."
+    assert finding(tmp_path / "runs") == said
+    # It is the first thing that the page says.
+    assert re.findall(r"<p[^>]*>([^<]*)</p>", page)[0] == said.replace("'", "&#x27;")
+
+
+@pytest.mark.parametrize(
+    ("options", "comparable"),
+    [
+        (["parallel.expert=2", "training.micro_batch_size=4"], True),
+        (["engine=deepspeed", "deepspeed.zero_stage=2", "compute.experts=loop"], True),
+        (["logging.interval=1", "checkpoint.keep_last=7", "run.timeout_minutes=5", "data.index_cache=/tmp/x"], True),
+        (["evaluation.interval=7", "resume=never", "run.time_limit=10:00"], True),
+        (["data.blend=[{path: ./somewhere/, weight: null}]"], False),
+        (["model.neuron_balance_coeff=0.5"], True),  # its loss is a constant where all neurons are kept
+        (["model.neuron_balance_coeff=0.5", "model.neuron_balance_form=masked"], False),
+        (["training.steps=21"], False),
+        (["optimizer.lr=2e-3"], False),
+        (["model.hidden_size=128"], False),
+        (["model.moe_ffn_hidden_size=320"], False),
+        (["compute.precision=bf16"], False),
+        (["evaluation.sequences=8"], False),
+    ],
+)
+def test_what_keeps_a_plain_run_from_being_the_baseline(tmp_path: Path, options: list[str], comparable: bool) -> None:
+    write_run(tmp_path / "mone", None, 0.25, 1, 4.47)
+    write_run(tmp_path / "plain", None, 1.0, 1, 4.5, options=options)
+    found = compared(tmp_path)
+    assert found.pop("plain") is None
+    (comparison,) = found.values()
+    assert (comparison is not None) == comparable
+    if comparison is not None:
+        assert comparison.difference.values == pytest.approx([-0.03])
+
+
+def test_the_closest_baseline_is_taken_and_the_same_shards_by_another_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "runs/a", None, 1.0, 1, 4.6, options=["parallel.expert=2", "data.blend=[{path: data/x}]"])
+    write_run(tmp_path / "runs/b", None, 1.0, 1, 4.5, options=["data.blend=[{path: data/x}]"])
+    write_run(tmp_path / "runs/c", "sweep", 1.0, 2, 4.4, options=["data.blend=[{path: data/x}]"])
+    write_run(tmp_path / "runs/mone", None, 0.25, 1, 4.47, options=[f"data.blend=[{{path: {tmp_path}/data/x/}}]"])
+    comparison = compared(tmp_path / "runs")["mone"]
+    assert comparison is not None
+    assert comparison.base.name == "b"
+    assert comparison.other_options == {}
+
+
+def test_seeds_of_runs_made_one_by_one_make_a_point(tmp_path: Path) -> None:
+    for seed, (plain, sparse) in enumerate(((4.5, 4.47), (4.6, 4.55), (4.4, 4.39)), start=1):
+        write_run(tmp_path / f"plain-{seed}", None, 1.0, seed, plain, options=["model.moe_ffn_hidden_size=128"])
+        # Wider, so that a token touches as many weights.
+        write_run(tmp_path / f"wide-{seed}", None, 0.25, seed, sparse, options=["model.moe_ffn_hidden_size=256"])
+    write_run(tmp_path / "plain-again", None, 1.0, 4, 9.0, options=["training.steps=40"])
+    found = compared(tmp_path)
+    assert list(found) == ["plain", "plain-again", "wide"]
+    comparison = found["wide"]
+    assert comparison is not None
+    assert comparison.difference.values == pytest.approx([-0.03, -0.05, -0.01])
+    assert comparison.other_options == {"model.moe_ffn_hidden_size": (256, 128)}
+    assert finding(tmp_path).endswith(
+        "0.0300 ± 0.0200 below that of the plain MoE (plain, 4.5000): lower in each of 3 seeds."
+    )
+
+
+def test_a_repeated_run_stays_apart(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write_run(tmp_path / name, None, 0.5, 1, 4.4)
+    assert [point.name for point in group_runs(read_runs([tmp_path]))] == ["first", "second"]
+
+
+def test_seeds_of_data_count_as_seeds(tmp_path: Path) -> None:
+    for number, seed in enumerate(("null", "7"), start=1):
+        for ratio in (1.0, 0.5):
+            write_run(tmp_path / f"{ratio}-{number}", None, ratio, 1, 4.4, options=[f"data.seed={seed}"])
+    found = compared(tmp_path)
+    assert len(found) == 2
+    comparison = found["0.5"]
+    assert comparison is not None
+    assert len(comparison.difference.values) == 2
+
+
+@pytest.mark.parametrize(
+    ("baseline", "base"),
+    [
+        ("runs/other", "other"),
+        ("{optimizer.lr: 2e-3, model.activation_ratio: 1}", "other"),
+    ],
+)
+def test_a_user_names_the_baseline(
+    runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch, baseline: str, base: str
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    write_run(runs / "other", None, 1.0, 1, 4.25, options=["optimizer.lr=2e-3"])
+    code, _, error = call_main(main, "runs/sweep", "runs/other", "--wandb", "disabled", "--baseline", baseline)
+    assert code == 0, error
+    page = (runs.parent / "report/index.html").read_text()
+    row = next(line for line in page.splitlines() if "sweep: activation_ratio=" in line and "128 of 512" in line)
+    assert f">{base}" in row.replace("<wbr>", "")
+    assert ("+0.0400 ± 0.0200" if base != "other" else "+0.3100") in row
+
+
+@pytest.mark.parametrize(
+    "baseline", ["runs/nothing", "runs/sweep", "runs", "model.nothing=1", "model.activation_ratio=0.7", "{", "a=[", "=", "x"]
+)
+def test_a_baseline_that_is_none_is_refused(
+    runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch, baseline: str
+) -> None:
+    monkeypatch.chdir(runs.parent)
+    code, _, error = call_main(main, "runs", "--wandb", "disabled", "--baseline", baseline)
+    assert code == 2
+    assert error.startswith("error: ")
+    assert f"--baseline={baseline}" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_the_sentence_claims_no_more_than_the_runs_say(runs: Path, tmp_path: Path) -> None:
+    assert finding(runs / "sweep").endswith(
+        "0.0400 ± 0.0200 above that of the plain MoE (activation_ratio=1, 4.5000): higher in each of 3 seeds."
+    )
+    # Beside it, a sweep of one seed.
+    said = "Compared with the plain MoE, the validation loss is lower in every seed at none of 2 points, higher in every "
+    said += (
+        "seed at 1, undecided at 1 (seeds that disagree, or a single one); the lowest is wide: activation_ratio=0.25, level "
+    )
+    assert finding(runs).startswith(said)
+    one = tmp_path / "one"
+    write_run(one / "mone", None, 0.5, 1, 4.3)
+    assert finding(one).startswith(
+        "mone ends at a validation loss of 4.3000 nats per token in one seed, and there is no run "
+    )
+    write_run(one / "more", None, 0.25, 1, 4.2)
+    assert finding(one).startswith(
+        "more has the lowest validation loss of 2 points, 4.2000 nats per token in one seed, but "
+    )
+    write_run(one / "plain", None, 1.0, 1, 4.25)
+    assert finding(one) == (
+        "The validation loss is lower than that of the plain MoE at 1 of 2 points; the lowest is more, 0.0500 nats per "
+        "token below the plain MoE; each is compared in one pair of runs, so that any of these differences may be chance."
+    )
+    (one / "plain/status.json").write_text('{"state": "stopped"}')
+    assert finding(one).endswith("but plain, the plain MoE to compare it with, has no result yet.")
+    (one / "plain/status.json").write_text('{"state": "complete"}')
+    shutil.rmtree(one / "more")
+    write_run(one / "mone2", None, 0.5, 2, 4.2)
+    write_run(one / "plain2", None, 1.0, 2, 4.3)
+    assert finding(one).endswith("the 2 seeds disagree, so that the two cannot be told apart.")
+    other = tmp_path / "other"
+    write_run(other / "mone", None, 0.5, 1, 4.3)
+    write_run(other / "plain", None, 1.0, 2, 4.2)
+    assert finding(other).endswith("their seeds differ, so that this may be chance or the order of the data.")
+    none = tmp_path / "none"
+    write_run(none / "mone", None, 0.5, 1, 4.3, state="stopped")
+    assert finding(none).startswith("No run is complete and has a validation loss")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """What charts draw, by the name of the file, in place of the file."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(charts, "save", lambda figure, path, dots: drawn.setdefault(path.stem, figure))
+    yield drawn
+    for figure in drawn.values():
+        charts.plt.close(figure)
+
+
+def test_maps_show_differences_where_there_are_any(runs: Path, figures: dict[str, Any]) -> None:
+    points = group_runs(read_runs([runs / "sweep"]))
+    for metric in charts.HEATMAPS:
+        charts.draw_heatmap(Path(f"{metric.rpartition('/')[2]}.png"), points, metric)
+    axes, bar = figures["overlap"].axes
+    # Those of the plain MoE are all 1 and would make the others look alike.
+    assert axes.images[0].get_clim() == pytest.approx((0.25, 0.27))
+    assert [text.get_text() for text in axes.texts] == ["1", "1", "0.25", "0.27"]
+    assert len(bar.get_yticks()) > 1
+    assert len(figures["dead"].axes) == 1, "a bar of colours has nothing to say of a single value"
+    assert "0 everywhere" in figures["dead"].get_suptitle()
+    assert len(figures["load_max"].axes) == 2
+    assert "usage_entropy" not in figures, "which was not recorded"
+
+
+def test_charts_hold_what_has_a_value_and_whole_markers(runs: Path, figures: dict[str, Any]) -> None:
+    write_run(runs / "queued", "queued", 0.5, 1, 4.4, "stopped")
+    (runs / "queued/metrics.jsonl").unlink()
+    name = r"_a $\x$ name"
+    write_run(runs / name, None, 0.5, 1, 4.4)
+    points = group_runs(read_runs([runs]))
+    charts.draw_validation_by_ratio(Path("ratio.png"), points)
+    charts.draw_validation_by_point(Path("point.png"), points)
+    charts.draw_losses(Path("losses.png"), points, "all")
+    legends = {
+        stem: {text.get_text().strip() for text in figures[stem].axes[0].get_legend().get_texts()}
+        for stem in ("ratio", "losses")
+    }
+    assert legends["ratio"] == {"sweep", "wide", name}
+    assert name in legends["losses"]
+    assert "queued" not in legends["losses"]
+    bottom, top = figures["point"].axes[0].get_ylim()
+    assert (bottom, top) == (4.6, -0.6), "half a row above the first and below the last"
+    for figure in figures.values():
+        figure.canvas.draw()  # a formula that is none would fail here
+        assert figure.get_size_inches()[0] * 96 <= 400, "as wide as a phone, so that letters keep their size"
+
+
+def test_many_points_make_a_page(tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(charts, "MOST", 5)
+    for number in range(9):
+        write_run(tmp_path / f"runs/{number}", None, 0.5, 1, 4.4, options=[f"optimizer.weight_decay={number / 100}"])
+    code, out, _ = call_main(main, "runs", "--wandb", "disabled")
+    assert (code, "9 points" in out) == (0, True)
+    page = (tmp_path / "report/index.html").read_text()
+    assert "The charts show 5 of the 9 points" in page
+    assert page.count("complete</td>") == 9
+
+
 MEASURE = """<iframe src="report/index.html" width="{width}" height="900"></iframe><pre id="found"></pre><script>
 onload = () => {{
   const page = document.querySelector("iframe").contentDocument;
@@ -127,6 +383,10 @@ onload = () => {{
     broken: [...page.images].filter(image => !image.complete || image.naturalWidth == 0).length,
     shown: [...page.images].filter(image => image.getBoundingClientRect().width > 250).length,
     letters: parseFloat(getComputedStyle(page.querySelector("td")).fontSize),
+    widest: Math.max(...[...page.images].map(image => image.getBoundingClientRect().width)),
+    sharpness: Math.min(...[...page.images].map(image => image.naturalWidth / image.getBoundingClientRect().width)),
+    cut: [...page.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth + 1).length,
+    signs: [...page.querySelectorAll(".sideways")].filter(sign => sign.offsetHeight > 0).length,
     titles: [...page.querySelectorAll("h2")].map(title => title.textContent),
   }});
 }};
@@ -134,7 +394,7 @@ onload = () => {{
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("width", [375, 1400])
 def test_it_opens_in_a_browser_on_a_phone_and_on_a_desk(
     runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
@@ -154,10 +414,64 @@ def test_it_opens_in_a_browser_on_a_phone_and_on_a_desk(
     assert found["broken"] == 0
     assert found["shown"] >= 6
     assert found["letters"] >= 14
+    assert found["widest"] <= 480
+    assert found["sharpness"] >= 1.9, "two dots for each point of light"
+    assert found["signs"] == found["cut"] >= 1, "where a table goes on, the page says so"
     assert found["titles"] == [
         *("Validation loss", "Training loss", "Experts and neurons"),
         *("Points", "Settings that differ", "Runs"),
     ]
+
+
+def test_what_is_damaged_is_named_and_the_others_are_reported(
+    tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_run(Path("runs/mone"), None, 0.25, 1, 4.47)
+    write_run(Path("runs/plain"), None, 1.0, 1, 4.5)
+    named = {
+        "status.json": '{"state": 5}',
+        "config.yaml": "- a\n- b\n",
+        "metrics.jsonl": None,
+        "environment.json": "[",
+        "figures/neuron_use.png": "no picture",
+    }
+    for name, text in named.items():
+        folder = Path(f"runs/{name.partition('.')[0].replace('/', '_')}")
+        write_run(folder, None, 0.5, 1, 4.4, options=[f"optimizer.weight_decay={len(name)}"])
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).parent.mkdir(exist_ok=True)
+        if text is None:
+            (folder / name).mkdir()
+        else:
+            (folder / name).write_text(text)
+    options = [
+        "model.num_layers=0",
+        "model.hidden_size=x",
+        "run.seed=x",
+        "run.name=[1]",
+        "training.steps=many",
+        "model.vocab_size=null",
+    ]
+    for number, option in enumerate([*options, "data.seed=x", "model.activation_ratio=.nan"]):
+        write_run(Path(f"runs/option{number}"), None, 0.5, 1, 4.4, options=[option])
+    write_run(Path("runs/<script>alert(1)<"), None, 0.5, 1, 4.4, options=["optimizer.lr=0.5"])
+    with open("runs/mone/metrics.jsonl") as file:
+        lines = file.read().splitlines()
+    # Undefined at the end: what was measured before does not stand for it.
+    lines = [*lines[:3], "garbage", *lines[3:]]
+    Path("runs/mone/metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_run(Path("runs/diverged"), None, 0.125, 1, math.nan)
+    code, out, error = call_main(main, "runs", "--wandb", "disabled")
+    assert (code, out.splitlines()[0].startswith("report/index.html  6 runs, 6 points")) == (0, True), out + error
+    assert len(error.splitlines()) == 3 + 8 + 1
+    page = Path("report/index.html").read_text()
+    for problem in error.splitlines():
+        assert f"<li>{html.escape(problem)}</li>" in page
+    assert "runs/mone/metrics.jsonl: 1 line is damaged and left out, first line 4" in error
+    assert "<td>-0.0300</td>" in page
+    assert "<script>alert" not in page
+    assert "9.0000" not in page
 
 
 def test_a_single_running_run_is_reported_too(tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch) -> None:

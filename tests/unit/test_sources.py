@@ -66,7 +66,7 @@ def test_the_order_is_that_of_megatron_core(
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
-            tokenizer=Vocabulary(),  # type: ignore[arg-type]
+            tokenizer=Vocabulary(),
         )
         built = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
         theirs: Any = built[0] if split == "train" else built[1]

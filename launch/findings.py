@@ -1,0 +1,100 @@
+"""What was found, in one sentence: who is better than the baseline, by how much, and how sure that is.
+
+print(sentence(points, compare(points), "the plain MoE"))
+"""
+
+from collections.abc import Sequence
+
+from launch.baselines import Comparison
+from launch.points import Point, Spread
+from launch.results import labels
+
+
+def sentence(points: Sequence[Point], compared: Sequence[Comparison | None], baseline: str) -> str:
+    """One sentence; baseline: what the points are compared with, in words."""
+    names = dict(zip(map(id, points), labels(points), strict=True))
+    measured = [point for point in points if point.validation.values]
+    differences = [
+        (names[id(point)], point, comparison)
+        for point, comparison in zip(points, compared, strict=True)
+        if comparison is not None and comparison.difference.values
+    ]
+    if not measured:
+        return "No run is complete and has a validation loss, so nothing can be compared yet."
+    if not differences:
+        waited_for = {id(point): comparison.base for point, comparison in zip(points, compared, strict=True) if comparison}
+        return _without_baseline(measured, names, baseline, waited_for)
+    if len(differences) == 1:
+        name, point, comparison = differences[0]
+        return _of_one(name, point, comparison, names[id(comparison.base)], baseline)
+    return _of_several([(name, comparison) for name, _, comparison in differences], baseline)
+
+
+def _without_baseline(measured: Sequence[Point], names: dict[int, str], baseline: str, waited_for: dict[int, Point]) -> str:
+    """waited_for: baselines without a validation loss, by the id of the point that has one."""
+    best = min(measured, key=lambda point: point.validation.mean)
+    name, loss = names[id(best)], f"{best.validation} nats per token{_over(best.validation)}"
+    if id(best) in waited_for:
+        missing = f"{names[id(waited_for[id(best)])]}, {baseline} to compare it with, has no result yet"
+    else:
+        missing = f"there is no run of {baseline} with otherwise the same options to compare it with"
+    if len(measured) > 1:
+        return f"{name} has the lowest validation loss of {len(measured)} points, {loss}, but {missing}."
+    if best.ratio == 1:
+        return f"{name}, a plain MoE, ends at a validation loss of {loss}, and no other point is complete."
+    return f"{name} ends at a validation loss of {loss}, and {missing}."
+
+
+def _of_one(name: str, point: Point, comparison: Comparison, base: str, baseline: str) -> str:
+    difference, loss = comparison.difference, f"{comparison.base.validation.mean:.4f}"
+    against = f"{base} ({loss})" if base == baseline else f"{baseline} ({base}, {loss})"
+    touched = f"touches {point.parameters.active_expert_params:.1%} of its experts' weights for each token"
+    amount = "the same as" if difference.mean == 0 else f"{_size(difference)} {'below' if difference.mean < 0 else 'above'}"
+    ends = f"ends at a validation loss of {point.validation.mean:.4f} nats per token, {amount} that of {against}"
+    return f"{name}, which {touched}, {ends}: {_certainty(comparison)}."
+
+
+def _of_several(differences: Sequence[tuple[str, Comparison]], baseline: str) -> str:
+    count = len(differences)
+    name, best = min(differences, key=lambda found: found[1].difference.mean)
+    difference = best.difference
+    size = f"{_size(difference)} nats per token {'below' if difference.mean < 0 else 'above'}"
+    lowest = f"the lowest is {name}, {'level with' if difference.mean == 0 else size} {baseline}"
+    if all(len(comparison.difference.values) == 1 for _, comparison in differences):
+        below = sum(comparison.difference.mean < 0 for _, comparison in differences)
+        return (
+            f"The validation loss is lower than that of {baseline} at {below or 'none'} of {count} points; {lowest}; "
+            "each is compared in one pair of runs, so that any of these differences may be chance."
+        )
+    lower, higher = (sum(_sign(comparison) == sign for _, comparison in differences) for sign in (-1, 1))
+    parts = [f"lower in every seed at {lower or 'none'} of {count} points", f"higher in every seed at {higher or 'none'}"]
+    if undecided := count - lower - higher:
+        parts.append(f"undecided at {undecided} (seeds that disagree, or a single one)")
+    return f"Compared with {baseline}, the validation loss is {', '.join(parts)}; {lowest}{_over(difference)}."
+
+
+def _sign(comparison: Comparison) -> int:
+    """-1 or 1 where several pairs of runs agree, else 0."""
+    values = comparison.difference.values
+    if len(values) < 2 or not comparison.paired:
+        return 0
+    return -1 if max(values) < 0 else 1 if min(values) > 0 else 0
+
+
+def _certainty(comparison: Comparison) -> str:
+    count = len(comparison.difference.values)
+    if not comparison.paired:
+        return "their seeds differ, so that this may be chance or the order of the data"
+    if count == 1:
+        return "one seed each, so that the difference may be chance"
+    if (sign := _sign(comparison)) == 0:
+        return f"the {count} seeds disagree, so that the two cannot be told apart"
+    return f"{'lower' if sign < 0 else 'higher'} in each of {count} seeds"
+
+
+def _size(difference: Spread) -> str:
+    return str(Spread(tuple(value if difference.mean >= 0 else -value for value in difference.values)))
+
+
+def _over(found: Spread) -> str:
+    return f" over {len(found.values)} seeds" if len(found.values) > 1 else " in one seed"
