@@ -102,7 +102,7 @@ def _record(found: Any) -> dict[str, Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number, as a float too."""
+    """Whether it is a number, finite also as a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 

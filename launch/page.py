@@ -73,7 +73,7 @@ def page(
             parts += [f"<h2>{heading}</h2>", '<div class="charts">', *map(_figure, those), "</div>"]
     parts += [_details(point, label) for point, label in zip(points[: charts.MOST], labels(points), strict=False)]
     parts += [_html_table(table) for table in tables]
-    command = shlex.join(["python", "-m", "launch.report", *sys.argv[1:]])
+    command = shlex.join(["mone-report", *sys.argv[1:]])
     made = f"Made {datetime.datetime.now().isoformat(sep=' ', timespec='minutes')} by"
     made += f" <code>{html.escape(printable(command))}</code>"
     template = string.Template((Path(__file__).parent / "templates/report.html").read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """One page of what runs came to: what was found, curves, validation loss against k, experts and neurons by layer, tables.
 
-    python -m launch.report runs/k_sweep runs/k_sweep_equal_active --output report
-    python -m launch.report runs/demo runs/plain --baseline runs/plain
+    mone-report runs/k_sweep runs/k_sweep_equal_active --output report
+    mone-report runs/demo runs/plain --baseline runs/plain
 
 writes report/index.html, which needs nothing beside itself and no network, each chart as a PNG file, and a W&B run with the
 same charts and tables. Runs that differ in their seed alone are one point.
@@ -33,7 +33,7 @@ from train.metrics import wandb_settings
 
 def main() -> None:
     """Write the report; exit code 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="python -m launch.report", description="Write a page of what runs came to.")
+    parser = argparse.ArgumentParser(prog="mone-report", description="Write a page of what runs came to.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs or of sweeps, e.g. runs/k_sweep")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the page and its charts (report)")
     parser.add_argument("--title", help="of the page (the names of the sweeps, or of runs made one by one)")
