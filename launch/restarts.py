@@ -114,24 +114,6 @@ def _said(run: Path) -> dict[str, Any]:
         return {}
 
 
-def _said(run: Path) -> dict[str, Any]:
-    """`read_status`; of a damaged file nothing, so that the job is judged by its exit code."""
-    try:
-        return read_status(run)
-    except DamagedFile as error:
-        print(f"== {error}", flush=True)
-        return {}
-
-
-def _said(run: Path) -> dict[str, Any]:
-    """`read_status`; of a damaged file nothing, so that the job is judged by its exit code."""
-    try:
-        return read_status(run)
-    except DamagedFile as error:
-        print(f"== {error}", flush=True)
-        return {}
-
-
 def read_attempts(folder: Path) -> list[Attempt]:
     """All ended attempts of the jobs of a run, in order; folder: the run's `launch`."""
     return examine_attempts(folder)[0]

@@ -1,14 +1,12 @@
 """What is recorded and drawn may fail; the run may not."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from configs.run_folder import read_metrics
-from launch import charts
 from mone_model.neuron_stats import NeuronUsage
 from tests.unit.test_config import run_config
 from train import figures
@@ -36,13 +34,6 @@ def test_text_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path: Path, capsys
     recorder.close(1, unigram_entropy=3.0)
     assert (tmp_path / "figures/loss.png").read_bytes().startswith(b"\x89PNG")
     assert "no figure" not in capsys.readouterr().out
-
-
-def test_names_of_points_in_a_report_are_drawn_as_they_are(tmp_path: Path) -> None:
-    run = SimpleNamespace(records=[{"train/tokens": step, "train/loss": 2.0 / step} for step in (1, 2)])
-    point: Any = SimpleNamespace(counted=[run], name=FORMULA, group=FORMULA)
-    charts.draw_losses(tmp_path / "losses.png", [point])
-    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_no_exception_of_a_figure_or_a_sink_leaves_the_recorder(
