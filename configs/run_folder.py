@@ -34,6 +34,7 @@ FROZEN_FILE = "launch/frozen.yaml"
 METRICS_FILE = "metrics.jsonl"
 STATUS_FILE = "status.json"
 READING_FILE = "data.json"
+PUBLISHED_FILE = "published.json"
 CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 HYDRAS = ("defaults", "hydra")
 """Parts of a frozen configuration that are no options of a run."""
@@ -130,6 +131,32 @@ def _parsed(path: Path, text: bytes) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{printable(path)}: no JSON ({error})") from error
+
+
+def read_published(folder: Path) -> dict[str, Any]:
+    """The `run` id and the `step` of the last checkpoint that a run published; {} if it noted none that can be read."""
+    try:
+        found = json.loads(read_file(folder / PUBLISHED_FILE) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def last_published(folder: Path) -> int | None:
+    """The step of the last checkpoint that a run has saved, by its own word; None if it has saved none.
+
+    Also of runs of earlier versions, which did not note it: their records and their status tell.
+    """
+    try:
+        status = read_status(folder)
+    except DamagedFile:
+        status = {}
+    steps = [
+        read_published(folder).get("step"),
+        status.get("step") if status.get("state") in ("complete", "stopped") else None,
+    ]
+    steps += [record["step"] for record in read_metrics(folder) if "checkpoint/write_seconds" in record]
+    return max((step for step in steps if isinstance(step, int)), default=None)
 
 
 def last_step(records: list[dict[str, Any]]) -> int:

@@ -1,59 +1,51 @@
-"""Checkpoints: write, publish, prune, find, load. Megatron-Core's sharded format; docs/checkpoints.md.
+"""Save and load checkpoints on all ranks together. Megatron-Core's sharded format; docs/checkpoints.md.
 
     saver = Saver(folder, config.checkpoint)
     saver.save(step=200, state=engine.sharded_state(), facts={...})
     saver.finish(wait=False)                     # between steps, while one is written in the background
     engine.load_state(load_checkpoint(checkpoint, engine.sharded_state(loading=True), same_layout=True))
 
-A checkpoint is written under a temporary name, its manifest last, and renamed when everything is on disk: a folder
-named step-* is complete. The manifest holds size and sha256 of every file, which train.checkpoint_health holds against them.
+What the files on disk mean is train.checkpoint_folder's; which checkpoint to continue from, train.checkpoint_health's.
 """
 
 import contextlib
 import functools
 import json
-import os
+import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replica
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
 from configs.console import ReportedError
-from data_prep.files import sha256_of, writing
+from data_prep.files import writing
 from data_prep.lifetime import forks_end_with_this_process
-from train.checkpoint_private import noted_errors, results_manager
+from train.checkpoint_folder import MANIFEST as MANIFEST
+from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, printable, prune, publish, remove_leftovers
+from train.checkpoint_private import noted_errors, start_results_manager
 from train.config import CheckpointConfig
-
-MANIFEST = "mone.json"
-FORMAT = "mone-checkpoint-3"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A published checkpoint."""
-
-    path: Path
-    step: int
-    facts: dict[str, Any]
-    """What the run noted about itself: samples read, W&B run id, world size, model config."""
-    files: dict[str, dict[str, Any]]
-    """`size` in bytes and `sha256` by file name."""
+from train.random_state import random_state, restore_random_state
 
 
 class SaveFailed(ReportedError):
     """A checkpoint could not be written; those before it are untouched, and nothing of it has its final name."""
+
+
+class NotFinite(SaveFailed):
+    """Weights or optimizer state are not finite: no later step can mend them, and they are not saved."""
+
+    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -65,6 +57,9 @@ class Saved:
     """How long training stood still for it."""
     write_seconds: float
     """From its beginning until it was published."""
+    step: int
+    notes: list[str]
+    """What the user should know of its folder: what was renamed, or cannot be deleted."""
 
 
 class Saver:
@@ -74,28 +69,39 @@ class Saver:
         self.folder, self.config = folder, config
         self.queue = AsyncCallsQueue(persistent=False)  # a persistent writer hangs on CPUs
         self.pending: _Pending | None = None
+        self.resumed_from: int | None = None
+        self.passed_over: Set[int] = frozenset()
+        self.told: set[str] = set()
         # Writers whose training process was killed -9 would wait for one another for ever.
         forks_end_with_this_process()
         noted_errors()
 
+    def resumed(self, step: int, *, passed_over: Set[int]) -> None:
+        """Never delete the checkpoint of this step, which is known to load; those passed over do not count as kept."""
+        self.resumed_from, self.passed_over = step, passed_over
+
     def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
         """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
 
-        One that is still being written must be finished first. Raises SaveFailed on every rank.
+        One that is still being written must be finished first. Raises SaveFailed or NotFinite on every rank.
         """
         assert self.pending is None
         began = time.monotonic()
-        unfinished = self.folder / f".unfinished-step-{step:08d}"
-        state = state | {"random": _random_state()}
+        if found := find_not_finite(state):
+            raise NotFinite(
+                f"step {step}: {found} is not finite, and not saved. Earlier checkpoints are intact; try a lower "
+                "optimizer.lr, a longer optimizer.warmup_steps or a smaller optimizer.clip_grad"
+            )
+        state = state | {"random": random_state()}
+        notes, unfinished = _agree(functools.partial(self._clear, step), "prepare", self.folder)
         _agree(functools.partial(self._make_room, unfinished, _bytes_of_all_ranks(state)), "prepare", self.folder)
-        results_manager()
+        _agree_all(start_results_manager, "prepare", self.folder)
         request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
         _agree(_raise_noted, "begin", unfinished)
         if request.async_fn is not None:
             # In the process that writes, so that training does not wait for it.
             request = request._replace(async_fn=functools.partial(_write_and_digest, request.async_fn, unfinished))
-        facts = {"format": FORMAT, "step": step, "world_size": dist.get_world_size(), **facts}
-        self.pending = _Pending(unfinished, step, facts, began)
+        self.pending = _Pending(unfinished, step, {"world_size": dist.get_world_size(), **facts}, began, notes)
         try:
             if self.config.async_save:
                 self.queue.schedule_async_request(request)
@@ -123,14 +129,19 @@ class Saver:
             if self.queue.get_num_unfinalized_calls():
                 return None
         pending, self.pending = self.pending, None
-        final = self.folder / f"step-{pending.step:08d}"
-        _agree(functools.partial(self._publish, pending, final), "publish", final)
+        final, notes = _agree(functools.partial(self._publish, pending), "publish", self.folder / name_of(pending.step))
+        self.passed_over -= {pending.step}
         now = time.monotonic()
-        return Saved(final, stall_seconds=pending.stall + now - began, write_seconds=now - pending.began)
+        stall, write = pending.stall + now - began, now - pending.began
+        untold = [note for note in pending.notes + notes if note not in self.told]
+        self.told.update(untold)
+        return Saved(final, stall, write, pending.step, untold)
+
+    def _clear(self, step: int) -> tuple[list[str], Path]:
+        """Remove leftovers; notes, and the name under which to write."""
+        return remove_leftovers(self.folder), free_name(self.folder / f".unfinished-step-{step:08d}")
 
     def _make_room(self, unfinished: Path, needed: int) -> None:
-        for leftover in self.folder.glob(".unfinished-*"):
-            shutil.rmtree(leftover)
         unfinished.mkdir(parents=True)
         # Before anything is written: where one rank runs out of space half way, the others may wait for it.
         free = shutil.disk_usage(self.folder).free
@@ -138,41 +149,34 @@ class Saver:
             unfinished.rmdir()
             raise OSError(f"{free / 2**30:.3f} GiB are free and about {needed / 2**30:.3f} GiB needed")
 
-    def _publish(self, pending: "_Pending", final: Path) -> None:
-        unfinished = pending.unfinished
+    def _publish(self, pending: "_Pending") -> tuple[Path, list[str]]:
         _raise_noted()
-        files: dict[str, Any] = {}
-        for digests in unfinished.glob("digests-*.json"):
-            files |= json.loads(digests.read_text())
-            digests.unlink()
-        for path in unfinished.iterdir():
-            if path.name not in files:
-                files[path.name] = digest(path)
-        with writing(unfinished / MANIFEST) as temporary:
-            temporary.write_text(json.dumps(pending.facts | {"files": files}, indent=1))
-        _flush(unfinished)
-        if final.exists():
-            _delete(final)
-        os.replace(unfinished, final)
-        _flush(self.folder)
-        every = self.config.keep_every
-        published = sorted(path for path in self.folder.glob("step-*") if (path / MANIFEST).exists())
-        for old in published[: -self.config.keep_last]:
-            if every is None or int(old.name.removeprefix("step-")) % every:
-                _delete(old)
+        final, notes = publish(pending.unfinished, step=pending.step, facts=pending.facts)
+        notes += prune(
+            self.folder,
+            step=pending.step,
+            run=pending.facts.get("run"),
+            keep_last=self.config.keep_last,
+            keep_every=self.config.keep_every,
+            spared=() if self.resumed_from is None else (self.resumed_from,),
+            uncounted=self.passed_over - {pending.step},
+        )
+        return final, notes
 
     def _give_up(self, error: BaseException) -> None:
         assert self.pending is not None
         unfinished, self.pending = self.pending.unfinished, None
-        if isinstance(error, CheckpointException):  # its own text is a page of tracebacks
-            reason = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-        else:
-            reason = str(error)
+        reason = _reason(error) if isinstance(error, CheckpointException) else str(error)
         # torch's writer has other words for a full disk.
         reason += f"; {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB are free"
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise SaveFailed(f"no checkpoint in {self.folder}: {reason}") from error
+
+
+def _reason(error: CheckpointException) -> str:
+    """In one line: its own text is a page of tracebacks."""
+    return "; ".join(f"rank {rank}: {printable(failure[0])}" for rank, failure in error.failures.items())
 
 
 @dataclass
@@ -181,6 +185,7 @@ class _Pending:
     step: int
     facts: dict[str, Any]
     began: float
+    notes: list[str]
     stall: float = 0.0
     written: bool = False
 
@@ -188,28 +193,89 @@ class _Pending:
 def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, same_layout: bool) -> dict[str, Any]:
     """Fill a sharded state and restore the random generators; a collective on every rank.
 
-    same_layout: elsewhere a rank's generators have no successor and keep their fresh seeds.
+    same_layout: elsewhere a rank's generators have no successor and keep their fresh seeds. ValueError on every rank, with
+    the state filled in part, if a file cannot be read as what it should be, or numbers are not finite.
     """
     same_layout = same_layout and checkpoint.facts["world_size"] == dist.get_world_size()
     if same_layout:
-        state = state | {"random": _random_state()}
-    loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint.path))
-    if same_layout:
-        _restore_random_state(loaded.pop("random"))
+        state = state | {"random": random_state()}
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint.path))
+    except CheckpointException as error:  # which torch raises on every rank
+        raise ValueError(f"damaged: {_reason(error)}") from error
+    random = loaded.pop("random") if same_layout else None
+    if found := find_not_finite(loaded):
+        raise ValueError(f"refused: {found} is not finite")
+    if same_layout and (problems := gather_problems(restore_random_state(random))):
+        raise ValueError(f"damaged: the random state of {problems[0]}")
     return loaded
 
 
-def _agree(act: Callable[[], None], verb: str, path: Path) -> None:
-    """Let rank 0 act, and raise SaveFailed on every rank if it could not."""
-    outcome: list[str | None] = [None]
+def gather_problems(mine: str | None) -> list[str]:
+    """What every rank found wrong, with its number; a collective on every rank."""
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return [f"rank {rank}: {problem}" for rank, problem in enumerate(gathered) if problem is not None]
+
+
+def find_not_finite(state: dict[str, Any]) -> str | None:
+    """The name of a tensor in a sharded or loaded state that has a number that is not finite; a collective on every rank."""
+    found = next((name for name, tensor in _tensors(state) if not _finite(tensor)), None)
+    # Their number first: the names are seldom needed.
+    count = torch.tensor(int(found is not None), device=torch.cuda.current_device())
+    dist.all_reduce(count)
+    if not count.item():
+        return None
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(names, found)
+    return next(name for name in names if name is not None)
+
+
+def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of nested dicts and lists: one to be written by its name on disk, a loaded one by its place."""
+    if isinstance(tree, ShardedBase):
+        if torch.is_tensor(tree.data) and is_main_replica(tree.replica_id):
+            yield tree.key, tree.data
+    elif torch.is_tensor(tree):
+        yield name, tree
+    elif isinstance(tree, dict | list):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _tensors(value, f"{name}.{key}" if name else str(key))
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # Both are not a number if one of the tensor's is, and no mask of its size is made.
+    return all(math.isfinite(bound.item()) for bound in tensor.detach().aminmax())
+
+
+Result = TypeVar("Result")
+
+
+def _agree(act: Callable[[], Result], verb: str, path: Path) -> Result:
+    """Let rank 0 act; its result, or SaveFailed on every rank if it could not."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            act()
+            outcome[0] = act()
         except OSError as error:
-            outcome = [str(error)]
+            outcome[1] = str(error)
     dist.broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise SaveFailed(f"cannot {verb} {path}: {outcome[0]}")
+    if outcome[1] is not None:
+        raise SaveFailed(f"cannot {verb} {path}: {outcome[1]}")
+    return outcome[0]
+
+
+def _agree_all(act: Callable[[], object], verb: str, path: Path) -> None:
+    """Let every rank act, and raise SaveFailed on every rank if one could not."""
+    failed = None
+    try:
+        act()
+    except (OSError, EOFError) as error:  # the latter of a process that ended while it started
+        failed = repr(error)
+    if failures := gather_problems(failed):
+        raise SaveFailed(f"cannot {verb} {path}: {'; '.join(failures)}")
 
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
@@ -241,45 +307,3 @@ def _write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args
         digests = {path.name: digest(path) for path in folder.glob(f"__{rank}_*")}
         with writing(folder / f"digests-{rank}.json") as temporary:
             temporary.write_text(json.dumps(digests))
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes and sha256 of a file."""
-    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def _delete(path: Path) -> None:
-    """Take a checkpoint's name away before its content, so that none is ever half there under its name."""
-    doomed = path.with_name(f".unfinished-delete-{path.name}")
-    os.replace(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def _random_state() -> ShardedObject:
-    """The generators of this rank, as tensors and numbers: to load them executes no code."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    state = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
-        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
-        "trackers": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
-    }
-    return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),))
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-    tensor_parallel.get_cuda_rng_tracker().set_states(state["trackers"])
-
-
-def _flush(folder: Path) -> None:
-    """Have the disk hold every file of a folder, and the folder's own entries."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

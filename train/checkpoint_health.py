@@ -1,54 +1,26 @@
-"""Which checkpoint of a run to continue from: the newest that is whole, ours, and executes no code when it is loaded.
+"""Which checkpoint of a run to continue from: the newest that is whole, fits, and executes no code when it is loaded.
 
 found, problems = list_checkpoints(folder)            # by their manifests and file sizes; needs no other process
-checkpoint = newest_intact(found, trust=False)        # by their content, on all ranks together
+checkpoint, problems = newest_intact(found, trust=False)                              # by their content
+checkpoint, loaded, problems = load_newest(found, make_state, trust=False)            # that also fits what is to be filled
+
+The last two are collectives on every rank.
 """
 
 import io
-import json
+import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from train.checkpoint import FORMAT, MANIFEST, Checkpoint, digest
-
-METADATA = ".metadata"
-
-
-def list_checkpoints(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints in a folder whose files are all there, oldest first, and what is wrong with each of the others."""
-    found, problems = [], []
-    for path in sorted(folder.glob("step-*")):
-        try:
-            found.append(read_manifest(path))
-        except ValueError as error:
-            problems.append(f"{path}: {error}")
-    return sorted(found, key=lambda checkpoint: checkpoint.step), problems
-
-
-def read_manifest(path: Path) -> Checkpoint:
-    """A published checkpoint; ValueError if it is foreign, or a file is missing or has another size."""
-    try:
-        facts = json.loads((path / MANIFEST).read_text())
-        files, step = dict(facts.pop("files")), int(facts["step"])
-        sizes = {name: int(of_file["size"]) for name, of_file in files.items()}
-        known = facts["format"] == FORMAT
-    except FileNotFoundError as error:
-        raise ValueError(f"foreign: no {MANIFEST}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"damaged or foreign: {MANIFEST} cannot be read") from error
-    if not known:
-        raise ValueError(f"foreign: format {facts['format']}, not {FORMAT}")
-    for name, expected in sizes.items():
-        size = (path / name).stat().st_size if (path / name).exists() else None
-        if size != expected:
-            raise ValueError(
-                f"damaged: {name} is missing" if size is None else f"damaged: {name} has {size} bytes, not {expected}"
-            )
-    return Checkpoint(path, step, facts, files)
+from train.checkpoint import load_checkpoint
+from train.checkpoint_fit import check_fits
+from train.checkpoint_folder import COMMON, METADATA, Checkpoint, check_content, open_regular, printable, read_manifest
+from train.checkpoint_folder import list_checkpoints as list_checkpoints
 
 
 def newest_intact(found: list[Checkpoint], *, trust: bool) -> tuple[Checkpoint | None, list[str]]:
@@ -74,19 +46,49 @@ def newest_intact(found: list[Checkpoint], *, trust: bool) -> tuple[Checkpoint |
     return None, problems
 
 
+def load_newest(
+    found: list[Checkpoint],
+    make_state: Callable[[], dict[str, Any]],
+    *,
+    trust: bool,
+    whole: bool = True,
+    same_layout: Callable[[Checkpoint], bool] = lambda checkpoint: False,
+) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
+    """Fill a sharded state from the newest checkpoint that is intact, fits it, and holds finite numbers only.
+
+    Gives that checkpoint, the filled state, and what is wrong with newer ones; a collective on every rank. make_state: what
+    is to be filled, made anew for each checkpoint that is tried. whole: it is all that a checkpoint holds; same_layout:
+    whether the random generators are to be restored from this one, too.
+    """
+    problems: list[str] = []
+    while found:
+        checkpoint, more = newest_intact(found, trust=trust)
+        problems += more
+        if checkpoint is None:
+            break
+        try:
+            state = make_state()
+            check_fits(checkpoint, state, whole=whole)
+            return checkpoint, load_checkpoint(checkpoint, state, same_layout=same_layout(checkpoint)), problems
+        except ValueError as error:  # raised on every rank
+            problems.append(f"{checkpoint.path}: {error}")
+        found = found[: found.index(checkpoint)]
+    return None, {}, problems
+
+
 def _problem_of_share(checkpoint: Checkpoint, *, trust: bool) -> str | None:
     """What is wrong with the files that this rank looks at; never an exception, which would leave the others waiting."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     try:
         for name in sorted(checkpoint.files)[rank::ranks]:
-            if digest(checkpoint.path / name) != checkpoint.files[name]:
-                return f"damaged: the content of {name} is not what was written"
+            check_content(checkpoint, name)
         if rank == 0 and not trust:
             check_executes_no_code(checkpoint.path)
+            check_index(checkpoint)
     except ValueError as error:
         return str(error)
     except Exception as error:
-        return f"damaged: {type(error).__name__}: {error}"
+        return f"damaged: {type(error).__name__}: {printable(error)}"
     return None
 
 
@@ -132,14 +134,38 @@ def check_executes_no_code(path: Path) -> None:
     """
     refusal = "refused: {}; set checkpoint.trust=true if you know where it comes from"
     try:
-        metadata = _MetadataUnpickler(io.BytesIO((path / METADATA).read_bytes())).load()
+        metadata = _read_index(path)
+        files = read_manifest(path).files
         for index, place in metadata.storage_data.items():
             if getattr(place, "transform_descriptors", None):
                 raise ValueError("its files are transformed, which this check does not see through")
+            if place.relative_path not in files:
+                raise ValueError(f"{METADATA} names {printable(place.relative_path)!r}, which is none of its files")
             if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
-                with open(path / place.relative_path, "rb") as file:
+                with open_regular(path, place.relative_path) as file:
                     file.seek(place.offset)
                     torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
-        torch.load(path / "common.pt", weights_only=True)
+        with open_regular(path, COMMON) as file:
+            torch.load(file, weights_only=True)
     except Exception as error:  # whatever a pickle that is not what it should be leads to
-        raise ValueError(refusal.format(str(error).splitlines()[0])) from error
+        raise ValueError(refusal.format(printable(error) or type(error).__name__)) from error
+
+
+def check_index(checkpoint: Checkpoint) -> None:
+    """ValueError unless the index has a place within the files for every part of every tensor: others stay unfilled."""
+    metadata = _read_index(checkpoint.path)
+    for index, place in metadata.storage_data.items():
+        if not 0 <= place.offset <= place.offset + place.length <= checkpoint.files[place.relative_path]["size"]:
+            raise ValueError(f"damaged: {METADATA} has {index.fqn} beyond the end of {place.relative_path}")
+    stored = {(index.fqn, tuple(index.offset or ())) for index in metadata.storage_data}
+    for name, entry in metadata.state_dict_metadata.items():
+        chunks = getattr(entry, "chunks", None)
+        places = [()] if chunks is None else [tuple(chunk.offsets) for chunk in chunks]
+        missing = [place for place in places if (name, place) not in stored]
+        if missing or (chunks is not None and sum(math.prod(chunk.sizes) for chunk in chunks) < math.prod(entry.size)):
+            raise ValueError(f"damaged: {METADATA} has no place for a part of {name}")
+
+
+def _read_index(path: Path) -> Any:
+    with open_regular(path, METADATA) as file:
+        return _MetadataUnpickler(io.BytesIO(file.read())).load()

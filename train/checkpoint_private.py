@@ -3,6 +3,7 @@
 Written for megatron-core 0.16.1.
 """
 
+import contextlib
 import functools
 import multiprocessing
 import pickle
@@ -45,12 +46,19 @@ def noted_errors() -> list[Exception]:
     return noted
 
 
-@functools.cache
-def results_manager() -> SyncManager:
-    """The process through which writers report to this one; Megatron-Core's own survives a kill -9 of this one.
+_manager: SyncManager | None = None
+
+
+def start_results_manager() -> None:
+    """Start the process through which writers report to this one, unless it runs; Megatron-Core's own survives a kill -9
+    of this one.
 
     It knows nothing of torch, nor of the main module, which others of its kind spend seconds of the first save on.
+    OSError or EOFError if it cannot be started.
     """
+    global _manager
+    if _manager is not None and _manager._process.is_alive():  # type: ignore[attr-defined]
+        return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     # Launchers signal whole process groups, and the save that follows a signal needs this process.
     main = sys.modules["__main__"]
@@ -63,7 +71,7 @@ def results_manager() -> SyncManager:
         for name, value in names.items():
             setattr(main, name, value)
     filesystem_async._results_queue = _Results(manager.Queue())
-    return manager
+    _manager = manager
 
 
 class _Results:
@@ -73,7 +81,10 @@ class _Results:
         self.queue = queue
 
     def put(self, result: Any) -> None:
-        self.queue.put(pickle.dumps(result))
+        # Without the process that collects them `get_nowait` says so; raised here, between two collectives of a save that
+        # training waits for, the error would leave the other ranks waiting.
+        with contextlib.suppress(EOFError, OSError):
+            self.queue.put(pickle.dumps(result))
 
     def get_nowait(self) -> Any:
         try:

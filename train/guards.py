@@ -61,6 +61,15 @@ class StepGuard:
                 "try a lower optimizer.lr, a longer optimizer.warmup_steps or a smaller optimizer.clip_grad"
             )
 
+    def check_progress(self, step: int, *, since: int) -> None:
+        """Raise Diverged if the last `window` steps, as far as they are later than `since`, were all dropped."""
+        first = max(since, step - self.config.window) + 1
+        if len([dropped for dropped in self.dropped if dropped >= first]) == step - first + 1:
+            raise Diverged(
+                f"all of the last {step - first + 1} steps were dropped ({self.reason}): nothing was learned, and the last "
+                "step is not saved. Earlier checkpoints are intact; try a lower optimizer.lr"
+            )
+
     def _objection(self, loss: float, grad_norm: float) -> str:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite"

@@ -1,6 +1,6 @@
 """The training loop: a list of verbs, the same on every rank.
 
-trainer = Trainer(config, runtime, engine, data)
+trainer = Trainer(config, runtime, engine, data, watchdog, stop)
 trainer.resume(checkpoint)
 reason = trainer.train()
 """
@@ -8,14 +8,21 @@ reason = trainer.train()
 import contextlib
 import functools
 import gc
+import json
+import math
 import time
-from collections.abc import Iterable, Iterator
+import uuid
+from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
 
+import torch.distributed as dist
 from megatron.core import parallel_state
 
+from configs.run_folder import PUBLISHED_FILE, read_published
 from data_prep.errors import DataError
-from train.checkpoint import Checkpoint, Saved, SaveFailed, Saver, load_checkpoint
+from data_prep.files import writing
+from train.checkpoint import NotFinite, Saved, SaveFailed, Saver
+from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, describe
 from train.data import RunData, micro_batches
 from train.engines.base import Engine
@@ -30,25 +37,30 @@ from train.watchdog import Watchdog
 class Trainer:
     """Drives an engine through the steps of a run and records what happens."""
 
-    def __init__(self, config: RunConfig, runtime: Runtime, engine: Engine, data: RunData, watchdog: Watchdog) -> None:
-        self.config, self.runtime, self.engine, self.data, self.watchdog = config, runtime, engine, data, watchdog
+    def __init__(
+        self, config: RunConfig, runtime: Runtime, engine: Engine, data: RunData, watchdog: Watchdog, stop: StopRequest
+    ) -> None:
+        self.config, self.runtime, self.engine, self.data = config, runtime, engine, data
+        self.watchdog, self.stop = watchdog, stop
         self.step, self.samples = 0, 0
-        self.validation_loss: float | None = None
-        self.stop = StopRequest(config.run.time_limit_seconds)
+        self.validated: tuple[int, float] | None = None
+        """The step of the last validation, and its mean loss."""
         self.saver = Saver(self.checkpoints, config.checkpoint)
         self.slowest_step, self.slowest_save = 0.0, 0.0
         self.usual_step = 0.0
         self.steps_while_saving: list[float] = []
 
-    def resume(self, checkpoint: Checkpoint | None) -> None:
-        """Continue from a checkpoint, or begin with None, and open the records."""
+    def resume(self, checkpoint: Checkpoint | None, *, passed_over: Set[int] = frozenset()) -> None:
+        """Count on from the checkpoint that filled the engine, or begin with None, and open the records.
+
+        passed_over: the steps of newer checkpoints, which could not be used.
+        """
         facts = checkpoint.facts if checkpoint is not None else {}
         if checkpoint is not None:
-            self.watchdog.enter(checkpoint.step, "loading a checkpoint")
-            same_layout = facts["parallel"] == describe(self.config)["parallel"]
-            state = self.engine.sharded_state(loading=True)
-            self.engine.load_state(load_checkpoint(checkpoint, state, same_layout=same_layout))
             self.step, self.samples = checkpoint.step, facts["samples"]
+            self.saver.resumed(checkpoint.step, passed_over=passed_over)
+        self.began_at = self.step
+        self.run_id = self._agree_on_id(facts.get("run"))
         self.guard = StepGuard(self.config.guard, self.runtime.device, facts.get("guard"))
         self.recorder = Recorder(
             self.config,
@@ -64,14 +76,15 @@ class Trainer:
     def train(self) -> StopReason:
         """Train to the last step, or until there is a reason to stop; that reason.
 
-        Raises Diverged when too many steps were dropped, DataError when a shard changed, SaveFailed for the last checkpoint.
+        Raises Diverged when too many steps were dropped, NotFinite when the weights are not, DataError when a shard changed,
+        SaveFailed for the last checkpoint.
         """
         # Megatron-Core collects garbage in each save: what was made up to here lives as long as the run.
         gc.collect()
         gc.freeze()
         try:
             return self._train()
-        except (Diverged, DataError):
+        except (Diverged, NotFinite, DataError):
             # Every rank raises them after the same step; a checkpoint that is being written is from before.
             self.finish_saving(wait=True)
             raise
@@ -96,6 +109,8 @@ class Trainer:
                 self.recorder.record_neurons(self.step, self.samples, draw=self._due(logging.figure_interval, last))
             if self._due(config.evaluation.interval, last):
                 self.validate()
+            if last:
+                self.check_end()
             self.finish_saving(wait=False)
             if self._due(config.checkpoint.interval, last or reason is not StopReason.NONE):
                 self.save(must=last or reason is not StopReason.NONE)
@@ -140,13 +155,24 @@ class Trainer:
     def validate(self) -> None:
         """Record the validation loss of each source, and their mean."""
         losses = {name: self._validation_loss(source) for name, source in self.data.validation.items()}
-        self.validation_loss = self.recorder.record_validation(self.step, losses)
+        mean = self.recorder.record_validation(self.step, losses)
+        self.validated = None if mean is None else (self.step, mean)
+
+    def check_end(self) -> None:
+        """Raise Diverged on every rank if what is about to be called complete has come to nothing."""
+        self.guard.check_progress(self.step, since=self.began_at)
+        if self.validated is not None and not math.isfinite(self.validated[1]):
+            raise Diverged(
+                f"the validation loss of the last step, {self.step}, is {self.validated[1]}: not saved. Earlier checkpoints "
+                "are intact; try a lower optimizer.lr"
+            )
 
     def save(self, *, must: bool) -> None:
         """Write a checkpoint, or begin to; one that must be written raises SaveFailed, of others the run only tells."""
         self.watchdog.enter(self.step, "saving")
         described = describe(self.config)
         facts = {
+            "run": self.run_id,
             "samples": self.samples,
             "seed": self.config.run.seed,
             "wandb_id": self.recorder.wandb_id(),
@@ -157,6 +183,8 @@ class Trainer:
             "experts": self.config.compute.experts,
             "order": self.data.order,
             "guard": self.guard.state(),
+            "optimizer": described["optimizer"],
+            "steps": self.config.training.steps,
         }
         self.finish_saving(wait=True)
         with self._tolerating_failure(must):
@@ -184,10 +212,16 @@ class Trainer:
         try:
             yield
         except SaveFailed as error:
-            if must:
+            if must or isinstance(error, NotFinite):
                 raise
             self.recorder.record(self.step, {"checkpoint/failed": 1.0})
             self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
+
+    def _agree_on_id(self, saved: str | None) -> str:
+        """The id of the run, which its checkpoints bear: as before, else a new one; on every rank the same."""
+        agreed = [saved or read_published(Path(self.config.run.dir)).get("run") or uuid.uuid4().hex]
+        dist.broadcast_object_list(agreed)
+        return str(agreed[0])
 
     def _tell_of(self, saved: Saved) -> None:
         values = {"checkpoint/stall_seconds": saved.stall_seconds, "checkpoint/write_seconds": saved.write_seconds}
@@ -199,7 +233,11 @@ class Trainer:
             self.steps_while_saving = []
         self.slowest_save = max(self.slowest_save, saved.write_seconds)
         self.recorder.record(self.step, values)
-        self.recorder.say(text)
+        self.recorder.say("\n".join([text, *saved.notes]))
+        if self.runtime.is_main:
+            # On a full disk the record above says so, too.
+            with contextlib.suppress(OSError), writing(Path(self.config.run.dir) / PUBLISHED_FILE) as temporary:
+                temporary.write_text(json.dumps({"run": self.run_id, "step": saved.step}) + "\n")
 
     def _due(self, interval: int, last: bool) -> bool:
         return last or (interval > 0 and self.step % interval == 0)

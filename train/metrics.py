@@ -9,6 +9,7 @@ A missing W&B server or login never stops a run: it goes on offline, and the JSO
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from configs.run_folder import METRICS_FILE, read_metrics
+from configs.run_folder import METRICS_FILE
 from data_prep.files import writing
 from train.config import RunConfig, describe
 
@@ -35,13 +36,11 @@ ROOM = 2**16
 
 
 class MetricsWriter:
-    """Writes records of named numbers, one a step; after a resume it drops records of later steps first."""
+    """Writes records of named numbers, one a step; after a resume it first puts records of later steps aside."""
 
     def __init__(self, config: RunConfig, folder: Path, *, resume_step: int, wandb_id: str | None) -> None:
         self.path = folder / METRICS_FILE
-        kept = [record for record in read_metrics(folder) if record["step"] <= resume_step]
-        with writing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        put_aside(self.path, later_than=resume_step)
         self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115  held open for the run
         self.unwritten = b""
         self.wandb, self.record = _start_wandb(config, folder, wandb_id)
@@ -130,6 +129,32 @@ class OfflineRecord:
         if not self.told:
             self.told = True
             print(f"W&B's offline record {self.path} is incomplete: {why}; metrics.jsonl has every record", flush=True)
+
+
+def put_aside(path: Path, *, later_than: int) -> None:
+    """Move the records of later steps than this into a numbered file beside the others; nothing is lost."""
+    text = path.read_bytes() if path.exists() else b""
+    # What a kill has cut short is no record.
+    lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = [line for line in lines if _step(line) <= later_than]
+    if len(kept) == len(lines) and path.exists() and len(text) == sum(map(len, lines)):
+        return
+    if aside := [line for line in lines if _step(line) > later_than]:
+        numbers = itertools.count(1)
+        other = next(free for number in numbers if not (free := path.with_name(f"metrics.later-{number}.jsonl")).exists())
+        with writing(other) as temporary:
+            temporary.write_bytes(b"".join(aside))
+        print(f"{len(aside)} records of steps after {later_than} are kept in {other}", flush=True)
+    with writing(path) as temporary:
+        temporary.write_bytes(b"".join(kept))
+
+
+def _step(line: bytes) -> float:
+    """Of a record; of a line that is none, infinity: it is put aside with the later ones."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def wandb_settings() -> Any:

@@ -29,7 +29,6 @@ from configs.output import unblock_output
 from configs.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
-    METRICS_FILE,
     READING_FILE,
     STATUS_FILE,
     check_free,
@@ -38,10 +37,11 @@ from configs.run_folder import (
 )
 from data_prep.files import writing
 from data_prep.shards import Manifest
-from train.checkpoint import Checkpoint
-from train.checkpoint_health import list_checkpoints, newest_intact
+from train.checkpoint_folder import Checkpoint, list_checkpoints
+from train.checkpoint_health import load_newest
 from train.config import RunConfig, describe, load_config
-from train.data import Reading, describe_order, describe_reading, load_data, load_manifests, plan_order
+from train.continuation import check_continues, describe_schedule, find_checkpoints, tell_of_problems
+from train.data import Reading, describe_order, describe_reading, load_data, load_manifests
 from train.launcher import check_launcher, place, remove_empty_logs
 from train.meeting import Meeting
 from train.run_tokenizer import keep_tokenizer
@@ -49,7 +49,9 @@ from train.runtime import distributed
 from train.validation import PROCESSES, validate
 
 if TYPE_CHECKING:
+    from train.engines import Engine
     from train.loop import Trainer
+    from train.watchdog import Watchdog
 
 
 @command("pretrain", launched=True)
@@ -109,23 +111,14 @@ def prepare(
         config.model.vocab_size = manifests[0].vocab_size
     elif config.model.vocab_size < manifests[0].vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
-    folder = Path(config.run.dir)
-    checkpoints, problems = list_checkpoints(folder / "checkpoints")
-    tell_of_problems(problems)
-    if problems and not checkpoints:
-        raise ValueError(f"run.dir={folder}: none of its checkpoints can be loaded; move them away, or give another run.dir")
-    if config.resume == "never" and (checkpoints or (folder / METRICS_FILE).exists()):
-        raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
-    if checkpoints:
-        check_continues(config, manifests, checkpoints[-1])
-    return config, manifests, checkpoints
+    return config, manifests, find_checkpoints(config, manifests)
 
 
 def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoint], meeting: Meeting) -> None:
     """Build and train."""
     from train.engines import build_engine
     from train.loop import Trainer
-    from train.signals import StopReason
+    from train.signals import StopReason, StopRequest
     from train.watchdog import EXIT_HUNG, Watchdog
 
     store, rank, world_size = meeting.store, meeting.rank, meeting.world_size
@@ -136,30 +129,31 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
     with contextlib.closing(watchdog), joining as runtime:
         if runtime.is_main:
             print(describe_run(config, world_size), flush=True)
-        watchdog.enter(0, "verifying checkpoints")
-        checkpoint, problems = newest_intact(checkpoints, trust=config.checkpoint.trust)
-        tell_of_problems(problems)
-        if checkpoints and checkpoint is None:
-            raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
         with naming_errors():
-            order, step, read = check_continues(config, manifests, checkpoint)
-            config.compute.experts = agree_on_experts(config, checkpoint)
+            config.compute.experts = agree_on_experts(config, checkpoints[-1] if checkpoints else None)
         if runtime.is_main:
             print(f"experts   compute.experts={config.compute.experts}", flush=True)
+        watchdog.enter(0, "building the model")
+        engine = build_engine(config, runtime)
+        stop = StopRequest(config.run.time_limit_seconds)
+        checkpoint = fill_engine(config, engine, checkpoints, watchdog)
+        with naming_errors():
+            order, step, read = check_continues(config, manifests, checkpoint)
         watchdog.enter(step, "building the order of samples")
         samples = read + (config.training.steps - step) * config.training.global_batch_size
         data = load_data(config, manifests, order, samples=samples)
         if runtime.is_main:
             write_reading(config, data.reading)
             print(describe_reading(data.reading), flush=True)
+            print(describe_schedule(config, checkpoint), flush=True)
             changed = describe_order(order, checkpoint.facts["order"] if checkpoint is not None else None)
             if changed:
                 print(changed, flush=True)
             if data.unvalidated:
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
-        watchdog.enter(step, "building the model")
-        trainer = Trainer(config, runtime, build_engine(config, runtime), data, watchdog)
-        trainer.resume(checkpoint)
+        trainer = Trainer(config, runtime, engine, data, watchdog, stop)
+        newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
+        trainer.resume(checkpoint, passed_over=newer)
         reason = trainer.train()
         complete = trainer.step >= config.training.steps
         if runtime.is_main:
@@ -167,34 +161,32 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
             print(describe_end(trainer, complete), flush=True)
 
 
-def check_continues(
-    config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None
-) -> tuple[dict[str, Any], int, int]:
-    """The order of samples, the step and the samples read to go on from; ValueError if this config cannot go on."""
-    if checkpoint is None:
-        return plan_order(config, manifests, None, 0), 0, 0
-    facts, described = checkpoint.facts, describe(config)
-    if missing := {"model", "precision", "order", "samples", "parallel", "guard"} - facts.keys():
-        raise ValueError(f"{checkpoint.path} is of no run: its manifest says nothing of {', '.join(sorted(missing))}")
-    saved = {f"model.{name}": value for name, value in facts["model"].items()} | {"compute.precision": facts["precision"]}
-    ours = {f"model.{name}": value for name, value in described["model"].items()}
-    ours["compute.precision"] = config.compute.precision
-    changed = [f"{name}={value} (saved: {saved.get(name)})" for name, value in ours.items() if saved.get(name) != value]
-    # Of earlier checkpoints the seed of the order is the run's.
-    began_with = facts.get("seed", facts["order"]["seed"])
-    if config.data.seed is not None and config.run.seed != began_with:
-        changed.append(f"run.seed={config.run.seed} (saved: {began_with})")
-    try:
-        order = plan_order(config, manifests, facts["order"], facts["samples"])
-    except ValueError as error:
-        changed.append(str(error))
-    if changed:
-        raise ValueError(
-            f"{checkpoint.path} is of another run: {', '.join(changed)}; restore these options, or give another run.dir"
-        )
-    if checkpoint.step > config.training.steps:
-        raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
-    return order, checkpoint.step, facts["samples"]
+def fill_engine(
+    config: RunConfig, engine: "Engine", checkpoints: list[Checkpoint], watchdog: "Watchdog"
+) -> Checkpoint | None:
+    """Load the newest checkpoint that is intact and fits, which is returned; a collective on every rank.
+
+    UserError if there are checkpoints and none can be loaded.
+    """
+    watchdog.enter(0, "verifying checkpoints")
+
+    def state_to_fill() -> dict[str, Any]:
+        watchdog.enter(0, "loading a checkpoint")
+        return engine.sharded_state(loading=True)
+
+    parallel = describe(config)["parallel"]
+    checkpoint, loaded, problems = load_newest(
+        checkpoints,
+        state_to_fill,
+        trust=config.checkpoint.trust,
+        same_layout=lambda checkpoint: checkpoint.facts["parallel"] == parallel,
+    )
+    tell_of_problems(problems)
+    if checkpoint is not None:
+        engine.load_state(loaded)
+    elif checkpoints:
+        raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
+    return checkpoint
 
 
 def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
@@ -218,13 +210,6 @@ def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
             chosen = [choose_method(model, parallel, compute)]
     dist.broadcast_object_list(chosen)
     return chosen[0]
-
-
-def tell_of_problems(problems: list[str]) -> None:
-    """Name the checkpoints that are passed over."""
-    if place()[0] == 0:
-        for problem in problems:
-            print(f"passed over {problem}", file=sys.stderr, flush=True)
 
 
 def write_status(config: RunConfig, state: str, **more: Any) -> None:
@@ -348,9 +333,10 @@ def describe_process_memory(model: float) -> str:
 def describe_end(trainer: "Trainer", complete: bool) -> str:
     """What came of it, and where it lies."""
     lines = []
-    if trainer.validation_loss is not None:
+    if trainer.validated is not None:
+        step, loss = trainer.validated
         lines.append(
-            f"validation loss {trainer.validation_loss:.3f} nats per token; "
+            f"validation loss {loss:.3f} nats per token at step {step}; "
             f"knowing only how frequent each token is would give {trainer.data.unigram_entropy:.3f}"
         )
     folder = trainer.checkpoints.parent
@@ -358,7 +344,7 @@ def describe_end(trainer: "Trainer", complete: bool) -> str:
         "complete" if complete else f"stopped at step {trainer.step}; the same command continues",
         f"  {folder}/figures/        loss.png, expert_load.png, neuron_use.png",
         f"  {folder}/metrics.jsonl   every record; {folder}/wandb/ the same for W&B (`wandb sync` uploads it)",
-        f"  {folder}/checkpoints/    {', '.join(path.name for path in sorted(trainer.checkpoints.glob('step-*')))}",
+        f"  {folder}/checkpoints/    {', '.join(found.path.name for found in list_checkpoints(trainer.checkpoints)[0])}",
         f"  {folder}/config.yaml     the composed configuration; environment.json versions and machine",
     ]
     return "\n".join(lines)

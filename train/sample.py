@@ -6,6 +6,7 @@ One process, whatever layout the run had; the newest checkpoint, unless `step` n
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,25 +120,24 @@ def load_run_config(folder: Path) -> RunConfig:
 
 def load_model(config: RunConfig, checkpoints: Path, step: int | None, *, trust: bool) -> "GPTModel":
     """The whole model on this one process with the weights of a checkpoint; UserError if there is no such."""
-    from megatron.core import dist_checkpointing
-
+    from configs.run_folder import read_published
     from mone_model.gpt import build_gpt
-    from train.checkpoint_health import check_executes_no_code, list_checkpoints
+    from train.checkpoint_health import list_checkpoints, load_newest
 
-    intact, problems = list_checkpoints(checkpoints)
-    found = {checkpoint.step: checkpoint for checkpoint in intact}
-    if not found or (step is not None and step not in found):
+    found, problems = list_checkpoints(checkpoints, run=read_published(checkpoints.parent).get("run"))
+    asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
+    if not asked:
+        steps = [checkpoint.step for checkpoint in found]
         also = "".join(f"; {problem}" for problem in problems)
-        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {sorted(found) or 'none'}{also}")
-    checkpoint = found[max(found) if step is None else step]
-    try:
-        if not trust:
-            check_executes_no_code(checkpoint.path)
-    except ValueError as error:
-        raise UserError(f"{checkpoint.path}: {error}".replace("checkpoint.trust", "trust")) from error
+        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {steps or 'none'}{also}")
     model = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
-    state = {"model0": model.sharded_state_dict()}
-    model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model0"])
+    checkpoint, loaded, more = load_newest(asked, lambda: {"model0": model.sharded_state_dict()}, trust=trust, whole=False)
+    problems += [problem.replace("checkpoint.trust", "trust") for problem in more]
+    if checkpoint is None:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        print(f"passed over {problem}", file=sys.stderr, flush=True)
+    model.load_state_dict(loaded["model0"])
     return model.eval()
 
 

@@ -230,7 +230,7 @@ def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder:
     assert list(recorded(disk, "train/loss")) == list(range(1, STEPS + 1))
     (disk / "filler").unlink()
     run_to_end(folder, disk.name)
-    assert checkpoints(folder, disk.name) == [6, 8]
+    assert checkpoints(folder, disk.name) == [2, 6, 8], "the one resumed from stays"
     assert differences(folder, disk.name) == []
 
 

@@ -4,15 +4,20 @@ import json
 import os
 import pickle
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-from train.checkpoint import MANIFEST, Checkpoint, SaveFailed, Saver, digest, load_checkpoint
+from train import checkpoint, checkpoint_private
+from train.checkpoint import SaveFailed, Saver, find_not_finite, load_checkpoint
+from train.checkpoint_folder import MANIFEST, Checkpoint, digest
 from train.checkpoint_health import METADATA, check_executes_no_code, list_checkpoints, newest_intact
 from train.config import CheckpointConfig
 
@@ -34,8 +39,8 @@ def state_of(value: float, **objects: Any) -> dict[str, Any]:
     return {"weight": weight} | {name: ShardedObject(name, thing, (1,), (0,)) for name, thing in objects.items()}
 
 
-def save(folder: Path, step: int, state: dict[str, Any] | None = None) -> Path:
-    saver = Saver(folder, CheckpointConfig(keep_last=9))
+def save(folder: Path, step: int, state: dict[str, Any] | None = None, *, async_save: bool = False) -> Path:
+    saver = Saver(folder, CheckpointConfig(keep_last=9, async_save=async_save))
     saver.save(step=step, state=state or state_of(float(step)), facts={"note": "of a test"})
     saved = saver.finish(wait=True)
     assert saved is not None
@@ -223,3 +228,56 @@ def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints
     saver.save(step=4, state=state_of(4.0), facts={})
     assert saver.finish(wait=True) is not None
     assert [path.name for path in folder.iterdir()] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype: torch.dtype, value: float) -> None:
+    state = {"count": torch.ones(3, dtype=torch.int64), "none": torch.ones(0), "fine": torch.full((4, 4), 3e4, dtype=dtype)}
+    assert find_not_finite(state) is None
+    state["fine"][2, 3] = value
+    assert find_not_finite({"model": [state]}) == "model.0.fine"
+    saver = Saver(folder, CheckpointConfig())
+    with pytest.raises(SaveFailed, match="weight is not finite, and not saved"):
+        saver.save(step=3, state={"weight": ShardedTensor.from_rank_offsets("weight", state["fine"])}, facts={})
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+    assert saver.finish(wait=True) is None
+
+
+def test_a_save_whose_collecting_process_was_killed_fails_and_the_next_one_does_not(folder: Path) -> None:
+    for async_save in (False, True):
+        saver = Saver(folder, CheckpointConfig(async_save=async_save))
+        saver.save(step=3, state=state_of(3.0), facts={})
+        assert saver.finish(wait=True) is not None
+        kill_collector()
+        saver.save(step=4, state=state_of(4.0), facts={})
+        assert saver.finish(wait=True) is not None, "it was started again"
+        assert choose(folder)[0] is not None
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_a_save_in_which_the_collecting_process_is_killed_fails_in_good_order(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    write = checkpoint._write_and_digest
+
+    def write_and_lose(*args: Any, **kwargs: Any) -> None:
+        kill_collector()
+        write(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_and_digest", write_and_lose)
+        with pytest.raises(SaveFailed, match="the process that collects results is gone"):
+            save(folder, 3, async_save=async_save)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
+    save(folder, 4, async_save=async_save)
+
+
+def kill_collector() -> None:
+    """Kill -9 the process through which writers report."""
+    manager = checkpoint_private._manager
+    assert manager is not None
+    process = manager._process  # type: ignore[attr-defined]
+    os.kill(process.pid, signal.SIGKILL)
+    while psutil.pid_exists(process.pid) and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)

@@ -35,6 +35,21 @@ def test_the_budget_counts_the_last_steps_only() -> None:
         guard.check_budget(13)
 
 
+def test_a_run_has_come_to_nothing_if_its_whole_last_window_was_dropped() -> None:
+    guard = StepGuard(GuardConfig(max_dropped=9, window=3), CPU)
+    guard.accepts(1, 2.0, 1.0)
+    for step in (2, 3):
+        guard.accepts(step, math.nan, 1.0)
+    guard.check_progress(3, since=0)
+    with pytest.raises(Diverged, match="all of the last 2 steps"):
+        guard.check_progress(3, since=1)
+    guard.accepts(4, math.nan, 1.0)
+    with pytest.raises(Diverged, match="all of the last 3 steps"):
+        guard.check_progress(4, since=0)
+    guard.accepts(5, 2.0, 1.0)
+    guard.check_progress(5, since=3)
+
+
 def test_a_spike_is_dropped_and_does_not_widen_what_is_usual() -> None:
     config = GuardConfig(spike_sigma=6.0, spike_window=20)
     guard = StepGuard(config, CPU)

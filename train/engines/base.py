@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -88,3 +89,10 @@ def make_scheduler(section: OptimizerSection, steps: int, optimizer: Any) -> Opt
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
+
+
+def learning_rate(section: OptimizerSection, steps: int, step: int) -> float:
+    """The rate that `make_scheduler`'s schedule gives a step, counted from 1."""
+    group = {"lr": 0.0, "weight_decay": 0.0}
+    make_scheduler(section, steps, SimpleNamespace(param_groups=[group])).step(increment=step)
+    return group["lr"]

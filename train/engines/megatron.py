@@ -160,7 +160,7 @@ class MegatronEngine:
         if loading:
             # torch's AdamW has no state before its first step, and there would be nothing to load into.
             for optimizer in self.optimizers():
-                if isinstance(optimizer, DistributedOptimizer):
+                if isinstance(optimizer, DistributedOptimizer) and not optimizer.optimizer.state:
                     optimizer._init_optimizer_states_with_dummy_values()
         weights = {str(index): module.sharded_state_dict(metadata=SHARDING) for index, module in enumerate(self.modules)}
         state: dict[str, Any] = self.optimizer.sharded_state_dict(weights, is_loading=loading, metadata=SHARDING)

@@ -1,0 +1,544 @@
+"""From which checkpoint a run continues, and whether it may; runs of a second, in this process."""
+
+import contextlib
+import dataclasses
+import json
+import pickle
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from omegaconf import OmegaConf
+
+from configs.console import ReportedError
+from mone_model.config import ComputeConfig, ModelConfig
+from tests.tiny import TINY_MODEL, make_shards
+from train import pretrain
+from train.checkpoint import NotFinite, Saver
+from train.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
+from train.config import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    GuardConfig,
+    LoggingConfig,
+    OptimizerSection,
+    RunConfig,
+    RunSection,
+    SourceConfig,
+    TrainingConfig,
+)
+from train.engines import build_engine
+from train.guards import Diverged
+from train.loop import Trainer
+from train.runtime import Runtime, set_seeds
+
+pytestmark = pytest.mark.usefixtures("one_process")
+STEPS = 6
+Train = Callable[[RunConfig], str]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("data") / "a", name="a")
+
+
+def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
+    """Of a tiny run that saves every second step; sections: dicts of options that differ."""
+    options: dict[str, dict[str, Any]] = {
+        "run": {"name": "run", "dir": str(folder)},
+        "model": TINY_MODEL,
+        "compute": {"experts": "grouped"},
+        "training": {"steps": STEPS, "micro_batch_size": 4, "global_batch_size": 4},
+        "optimizer": {"warmup_steps": 1},
+        "data": {"blend": [SourceConfig(path=str(shards))], "index_cache": str(folder / "index_cache")},
+        "evaluation": {"interval": 0, "sequences": 4},
+        "checkpoint": {"interval": 2},
+        "guard": {},
+        "logging": {"interval": 1, "neuron_interval": 0, "figure_interval": 0, "wandb_mode": "disabled"},
+    }
+    kinds = {
+        "run": RunSection,
+        "model": ModelConfig,
+        "compute": ComputeConfig,
+        "training": TrainingConfig,
+        "optimizer": OptimizerSection,
+        "data": DataConfig,
+        "evaluation": EvaluationConfig,
+        "checkpoint": CheckpointConfig,
+        "guard": GuardConfig,
+        "logging": LoggingConfig,
+    }
+    engine = sections.pop("engine", "megatron")
+    made = {name: kind(**options[name] | sections.get(name, {})) for name, kind in kinds.items()}
+    return RunConfig(engine=engine, resume=sections.get("resume", "auto"), **made)
+
+
+@pytest.fixture
+def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
+    """Train as train.pretrain does, in the group of this process; what was printed."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+
+    @contextlib.contextmanager
+    def here(parallel: Any, *, seed: int, **_: Any) -> Iterator[Runtime]:
+        set_seeds(seed)
+        yield Runtime(0, 1, torch.device("cpu"))
+
+    monkeypatch.setattr(pretrain, "distributed", here)
+    monkeypatch.setattr("train.figures.draw_losses", lambda path, *_: path.parent.mkdir(exist_ok=True))
+
+    def run(config: RunConfig) -> str:
+        capsys.readouterr()
+        try:
+            checked, manifests, checkpoints = pretrain.prepare(OmegaConf.structured(config), 1)
+            pretrain.take_run_folder(checked).close()
+            pretrain.run(checked, manifests, checkpoints)
+        except ReportedError as error:
+            error.add_note("".join(capsys.readouterr()))
+            raise
+        return "".join(capsys.readouterr())
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs that were made once, by engine and precision."""
+    return {}
+
+
+@pytest.fixture
+def run_folder(saved: dict[str, Path], train: Train, tmp_path: Path, shards: Path) -> Path:
+    """A run that stopped at step 4, with checkpoints of steps 2 and 4."""
+    if "run" not in saved:
+        saved["run"] = shards.parent / "run"
+        train(config_of(saved["run"], shards, run={"stop_at_step": 4}))
+    shutil.copytree(saved["run"], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def edit_facts(path: Path, **changes: Any) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+def sign(path: Path, *names: str) -> None:
+    """Put what files are now into the manifest."""
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    edit_facts(path, files=files | {name: digest(path / name) for name in names})
+
+
+def edit_index(path: Path, edit: Callable[[Any], Any]) -> None:
+    index = pickle.loads((path / METADATA).read_bytes())
+    edit(index)
+    (path / METADATA).write_bytes(pickle.dumps(index))
+    sign(path, METADATA)
+
+
+def edit_common(path: Path, **changes: Any) -> None:
+    torch.save(torch.load(path / COMMON) | changes, path / COMMON)
+    sign(path, COMMON)
+
+
+def replace_common(path: Path) -> None:
+    torch.save([1], path / COMMON)
+    sign(path, COMMON)
+
+
+def edit_backend(path: Path, text: str) -> None:
+    (path / BACKEND).write_text(text)
+    sign(path, BACKEND)
+
+
+def save_again(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any], **sections: Any) -> None:
+    """Write a checkpoint anew, as a run of other options or with another state would have; its facts stay."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    config = config_of(path, shards, **sections)
+    engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
+    state = engine.sharded_state(loading=True)
+    state["scheduler"]["num_steps"], state["optimizer_step"] = manifest["step"], manifest["step"]
+    change(state)
+    shutil.rmtree(path)
+    facts = {name: fact for name, fact in manifest.items() if name not in ("files", "step", "format")}
+    saver = Saver(path.parent, CheckpointConfig(keep_last=9))
+    saver.save(step=manifest["step"], state=state, facts=facts)
+    saver.finish(wait=True)
+
+
+def drop(tree: dict[str, Any], ending: str) -> None:
+    """One weight's optimizer state of a kind."""
+    optimizer = tree["optimizer"]
+    del optimizer[next(key for key in optimizer if key.endswith(ending))]
+
+
+def forget_a_piece(index: Any) -> None:
+    name = "decoder.layers.mlp.router.weight"
+    del index.storage_data[next(place for place in index.storage_data if place.fqn == name)]
+
+
+def forget_a_chunk(index: Any) -> None:
+    entry = index.state_dict_metadata["decoder.layers.mlp.router.weight"]
+    index.state_dict_metadata["decoder.layers.mlp.router.weight"] = dataclasses.replace(entry, chunks=entry.chunks[:1])
+
+
+def point_to(index: Any, name: str, offset: int = 0) -> None:
+    place = next(place for place in index.storage_data if place.fqn == "output_layer.weight")
+    index.storage_data[place] = dataclasses.replace(index.storage_data[place], relative_path=name, offset=offset)
+
+
+def swap_pieces(index: Any) -> None:
+    """Two weights of other shapes have each other's content."""
+    one, other = (
+        next(place for place in index.storage_data if place.fqn == name)
+        for name in ("decoder.layers.mlp.router.weight", "output_layer.weight")
+    )
+    index.storage_data[one], index.storage_data[other] = index.storage_data[other], index.storage_data[one]
+
+
+ORDER = {"seed": 1234, "start": 0, "sources": [], "earlier": []}
+NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
+    "samples below zero": ({"samples": -4}, "samples: -4"),
+    "samples that are text": ({"samples": "16"}, "samples"),
+    "samples that are true": ({"samples": True}, "samples"),
+    "too few samples": ({"samples": 3}, "samples"),
+    "more samples than there are": ({"samples": 10**18}, "samples"),
+    "a guard that is a list": ({"guard": []}, "guard"),
+    "a guard of text": ({"guard": {"dropped": ["1"], "recent": []}}, "guard"),
+    "a guard of the future": ({"guard": {"dropped": [5], "recent": []}}, "guard"),
+    "a guard of numbers for pairs": ({"guard": {"dropped": [], "recent": [1, 2]}}, "guard"),
+    "an order that is null": ({"order": None}, "order"),
+    "an order of no sources": ({"order": ORDER}, "order"),
+    "an order of nonsense": ({"order": ORDER | {"sources": [{"name": 1}]}}, "order"),
+    "an unknown engine": ({"engine": "jax"}, "engine: jax"),
+    "unknown experts": ({"experts": ["grouped"]}, "experts"),
+    "a model that is text": ({"model": "mone_tiny"}, "model"),
+    "a world without processes": ({"world_size": 0}, "world_size: 0"),
+    "an optimizer of nonsense": ({"optimizer": {"lr": "high"}}, "optimizer"),
+    "the id of another run": ({"run": "another"}, "foreign: of the run with the id another"),
+    "another model": ({"model": {"num_layers": 7}}, "is of another run: model.num_layers=2 (saved: 7)"),
+}
+MISFITS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
+    "an unknown backend": (
+        lambda path, shards: edit_backend(path, '{"sharded_backend": "zarr", "sharded_backend_version": 1}'),
+        "does not fit",
+    ),
+    "a backend of nonsense": (lambda path, shards: edit_backend(path, "[" * 10**5), "does not fit"),
+    "a schedule of another step": (
+        lambda path, shards: edit_common(path, scheduler=torch.load(path / COMMON)["scheduler"] | {"num_steps": 3}),
+        "its schedule is at step 3",
+    ),
+    "a schedule of text": (
+        lambda path, shards: edit_common(path, scheduler=torch.load(path / COMMON)["scheduler"] | {"max_lr": "high"}),
+        "scheduler.max_lr is high",
+    ),
+    "steps of the optimizer below zero": (lambda path, shards: edit_common(path, optimizer_step=-1), "optimizer_step is -1"),
+    "common.pt that is a list": (
+        lambda path, shards: replace_common(path),
+        "does not fit",
+    ),
+    "an index without a piece": (lambda path, shards: edit_index(path, forget_a_piece), "has no place for a part of"),
+    "an index without a chunk": (lambda path, shards: edit_index(path, forget_a_chunk), "has no place for a part of"),
+    "an index to a device": (
+        lambda path, shards: edit_index(path, lambda index: point_to(index, "/dev/zero")),
+        "none of its",
+    ),
+    "an index beyond a file": (
+        lambda path, shards: edit_index(path, lambda index: point_to(index, "__0_0.distcp", 10**9)),
+        "beyond the end of __0_0.distcp",
+    ),
+    "an index that mixes weights up": (lambda path, shards: edit_index(path, swap_pieces), "damaged: rank 0"),
+    "shapes of a wider model": (
+        lambda path, shards: save_again(path, shards, lambda state: None, model={"moe_ffn_hidden_size": 64}),
+        "has shape",
+    ),
+    "shapes of another vocabulary": (
+        lambda path, shards: save_again(path, shards, lambda state: None, model={"vocab_size": 128}),
+        "has shape [128, 32], not [64, 32]",
+    ),
+    "one moment missing": (
+        lambda path, shards: save_again(path, shards, lambda state: drop(state, "exp_avg")),
+        "optimizer.state.exp_avg.",
+    ),
+    "one weight missing": (
+        lambda path, shards: save_again(path, shards, lambda state: state["model0"].pop("output_layer.weight")),
+        "output_layer.weight is missing",
+    ),
+    "one weight too many": (
+        lambda path, shards: save_again(
+            path,
+            shards,
+            lambda state: state.update(more=ShardedTensor.from_rank_offsets("adapter.weight", torch.ones(2, 2))),
+        ),
+        "the model has no adapter.weight",
+    ),
+    "a random state of nonsense": (
+        lambda path, shards: edit_random(path),
+        "random state",
+    ),
+    "weights that are no numbers": (
+        lambda path, shards: save_without_check(path, shards, lambda state: spoil(state["model0"], torch.nan)),
+        "is not finite",
+    ),
+    "a moment that is infinite": (
+        lambda path, shards: save_without_check(path, shards, lambda state: spoil(state["optimizer"], torch.inf)),
+        "is not finite",
+    ),
+}
+
+
+def spoil(entries: dict[str, Any], value: float) -> None:
+    """One number of the last tensor."""
+    [*_, entry] = (entry for entry in entries.values() if torch.is_tensor(getattr(entry, "data", None)))
+    entry.data.detach().view(-1)[-1] = value
+
+
+def save_without_check(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """As an earlier version did, which published whatever the weights were."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.checkpoint.find_not_finite", lambda state: None)
+        save_again(path, shards, change)
+
+
+def edit_random(path: Path) -> None:
+    """Write other objects in the place of the generators, of the same length."""
+    index = pickle.loads((path / METADATA).read_bytes())
+    place = next(place for place in index.storage_data if place.fqn.startswith("random/"))
+    where = index.storage_data[place]
+    torch.save([{"torch": "nonsense"}], path / "other")
+    content = (path / "other").read_bytes()
+    (path / "other").unlink()
+    file = path / where.relative_path
+    whole = file.read_bytes()
+    file.write_bytes(whole + content)
+    sign(path, where.relative_path)
+
+    def point(index: Any) -> None:
+        index.storage_data[place] = dataclasses.replace(where, offset=len(whole), length=len(content))
+
+    edit_index(path, point)
+
+
+ENGINES: dict[str, Any] = {}
+
+
+def fill(config: RunConfig, checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """Fill an engine of this process, one for all tests that ask for its kind."""
+    if config.engine not in ENGINES:
+        ENGINES[config.engine] = build_engine(config, Runtime(0, 1, torch.device("cpu")))
+    return pretrain.fill_engine(config, ENGINES[config.engine], checkpoints, Quiet())  # type: ignore[arg-type]
+
+
+def weights(engine: str) -> dict[str, torch.Tensor]:
+    """Of the engine that was filled."""
+    state = ENGINES[engine].modules[0].state_dict()
+    return {name: tensor.clone() for name, tensor in state.items() if torch.is_tensor(tensor)}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_facts_of_nonsense_are_named_and_the_checkpoint_before_is_taken(
+    run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    changes, message = NONSENSE[kind]
+    edit_facts(run_folder / "checkpoints" / name_of(4), **changes)
+    _, _, checkpoints = pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards)), 1)
+    assert [checkpoint.step for checkpoint in checkpoints] == [2]
+    assert_named(capsys, run_folder, message)
+
+
+@pytest.mark.parametrize("kind", MISFITS)
+def test_a_signed_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_taken(
+    run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    spoil, message = MISFITS[kind]
+    spoil(run_folder / "checkpoints" / name_of(4), shards)
+    config, _, checkpoints = pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards)), 1)
+    checkpoint = fill(config, checkpoints)
+    assert checkpoint is not None
+    assert checkpoint.step == 2
+    assert_named(capsys, run_folder, message)
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+@pytest.mark.parametrize("kind", ["one moment missing", "weights that are no numbers"])
+def test_what_was_tried_leaves_nothing_in_the_model(
+    run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], engine: str, kind: str
+) -> None:
+    spoil, message = MISFITS[kind]
+    spoil(run_folder / "checkpoints" / name_of(4), shards)
+    config, _, checkpoints = pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards, engine=engine)), 1)
+    fill(config, checkpoints)
+    assert_named(capsys, run_folder, message)
+    after = weights(engine)
+    fill(config, checkpoints[:1])
+    for name, tensor in weights(engine).items():
+        assert tensor.isfinite().all(), name
+        assert torch.equal(tensor, after[name]), name
+
+
+def assert_named(capsys: pytest.CaptureFixture[str], run_folder: Path, message: str) -> None:
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1, told
+    assert told.startswith(f"passed over {run_folder / 'checkpoints' / name_of(4)}: ")
+    assert message in told
+
+
+class Quiet:
+    """A watchdog that does not watch."""
+
+    def enter(self, step: int, phase: str) -> None:
+        """Nothing."""
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[int]:
+    """The steps on record."""
+    lines = (folder / name).read_text().splitlines()
+    return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
+
+
+def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_other(run_folder: Path, shards: Path, train: Train) -> None:
+    saves = run_folder / "checkpoints"
+    next((saves / name_of(4)).glob("*.distcp")).write_bytes(b"")
+    # Its first save is at a lower step than the damaged one, and would keep no other.
+    keep = {"checkpoint": {"interval": 1, "keep_last": 1}}
+    output = train(config_of(run_folder, shards, run={"stop_at_step": 3}, **keep))
+    assert f"passed over {saves / name_of(4)}: damaged" in output
+    assert names_in(saves) == [name_of(step) for step in (2, 3, 4)]
+    assert "records of steps after 2 are kept in" in output
+    assert records(run_folder, "metrics.later-1.jsonl") == [3, 4]
+    output = train(config_of(run_folder, shards, **keep))
+    assert f"resumed from {saves / name_of(3)} at step 3" in output
+    assert f"{saves / name_of(4)} was no whole checkpoint of this run; it is kept as" in output
+    assert names_in(saves) == [f"replaced-{name_of(4)}", name_of(3), name_of(6)]
+    assert records(run_folder) == list(range(1, STEPS + 1))
+    output = train(config_of(run_folder, shards, **keep))
+    assert "\ncomplete\n" in output
+    assert name_of(6) in output
+
+
+def remove(saves: Path) -> None:
+    shutil.rmtree(saves)
+
+
+def leave_a_link(saves: Path) -> None:
+    saves.rename(saves.with_name("disk"))
+    saves.symlink_to("disk")
+    saves.with_name("disk").rename(saves.with_name("unmounted"))
+
+
+def empty(saves: Path) -> None:
+    shutil.rmtree(saves)
+    saves.mkdir()
+
+
+def hide(saves: Path) -> None:
+    for path in saves.iterdir():
+        path.rename(saves / f".{path.name}")
+
+
+@pytest.mark.parametrize("lose", [remove, leave_a_link, empty, hide])
+@pytest.mark.parametrize("version", ["this", "an earlier one", "one that was killed", "without records"])
+def test_a_run_whose_checkpoints_vanished_does_not_begin_anew(
+    run_folder: Path, shards: Path, lose: Callable[[Path], None], version: str
+) -> None:
+    lose(run_folder / "checkpoints")
+    if version != "this":
+        (run_folder / "published.json").unlink()
+    if version == "one that was killed":
+        (run_folder / "status.json").write_text('{"state": "running", "time": 1.0}')
+    if version == "without records":
+        (run_folder / "metrics.jsonl").unlink()
+    before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError, match=f"run.dir={run_folder}: .*{run_folder / 'checkpoints'}"):
+        pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards)), 1)
+    assert before == {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
+
+
+def test_a_run_killed_before_its_first_save_begins_anew_and_its_records_stay(
+    tmp_path: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Trainer, *, must: bool) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", fail)
+        with pytest.raises(KeyboardInterrupt):
+            train(config_of(tmp_path / "run", shards))
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "tra')
+    output = train(config_of(tmp_path / "run", shards, training={"steps": 2}))
+    assert "records of steps after 0 are kept in" in output
+    assert records(tmp_path / "run") == records(tmp_path / "run", "metrics.later-1.jsonl") == [1, 2]
+
+
+def test_a_jump_of_the_learning_rate_is_told_and_what_keeps_it(run_folder: Path, shards: Path, train: Train) -> None:
+    output = train(config_of(run_folder, shards))
+    assert "schedule  cosine, 1 steps of warm-up to 0.001, 0.0001 at step 6; 0.000186 at step 5\n" in output
+    longer = {"steps": 20}
+    options = {"run": {"stop_at_step": 8}, "evaluation": {"interval": 7, "sequences": 4}, "training": longer}
+    output = train(config_of(run_folder, shards, **options))
+    assert re.search(
+        r"0.0001 at step 20; 0.0007\d+ at step 7; before the resume cosine, .* step 6; 0.0001 at step 7\n", output
+    )
+    assert re.search(
+        r"warning: the learning rate jumps from 0.0001 to 0.0007\d+; optimizer.decay_steps=6 would keep", output
+    )
+    assert re.search(r"validation loss \d.* at step 7; knowing", output), "the run stopped at step 8"
+    kept = {"training": longer, "optimizer": {"warmup_steps": 1, "decay_steps": 20}}
+    output = train(config_of(run_folder, shards, **kept, run={"stop_at_step": 9}))
+    assert "before the resume" not in output
+    assert "warning" not in output
+
+
+def test_checkpoints_of_earlier_versions_load_and_are_not_deleted(run_folder: Path, shards: Path, train: Train) -> None:
+    (run_folder / "published.json").unlink()
+    for step in (2, 4):
+        path = run_folder / "checkpoints" / name_of(step) / MANIFEST
+        facts = json.loads(path.read_text())
+        path.write_text(json.dumps({name: facts[name] for name in facts.keys() - {"run", "optimizer", "steps"}}))
+    output = train(config_of(run_folder, shards, checkpoint={"interval": 1, "keep_last": 1}))
+    assert "does not say what it was before" in output
+    assert names_in(run_folder / "checkpoints") == [name_of(step) for step in (2, 4, 6)]
+
+
+def test_weights_that_are_no_numbers_are_never_saved(
+    tmp_path: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = Trainer.train_step
+
+    def train_step(self: Trainer, batches: Any) -> None:
+        inner(self, batches)
+        if self.step == 4:
+            next(self.engine.modules[0].parameters()).data.view(-1)[3] = torch.nan
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    with pytest.raises(NotFinite, match=r"step 4: .* is not finite, and not saved") as raised:
+        train(config_of(tmp_path / "run", shards, evaluation={"interval": 0, "sequences": 4}))
+    assert raised.value.exit_code == 3
+    assert names_in(tmp_path / "run/checkpoints") == [name_of(2)]
+
+
+def test_a_run_whose_last_steps_were_all_dropped_fails(
+    run_folder: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poison(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (losses_BS.float() * mask_BS).sum() * (torch.nan if torch.is_grad_enabled() else 1.0), mask_BS.sum()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.engines.megatron.sums_of_losses", poison)
+        for _ in range(2):
+            with pytest.raises(Diverged, match=r"all of the last 2 steps were dropped .*not finite"):
+                train(config_of(run_folder, shards))
+    assert names_in(run_folder / "checkpoints") == [name_of(2), name_of(4)]
+    assert "\ncomplete\n" in train(config_of(run_folder, shards))

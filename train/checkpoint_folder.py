@@ -1,0 +1,295 @@
+"""The folder of a run's checkpoints on disk: list it, publish into it, delete old ones. One process, no torch.
+
+    found, problems = list_checkpoints(folder)                # by their manifests and file sizes, oldest first
+    remove_leftovers(folder)                                  # of saves that were killed
+    publish(unfinished, step=200, facts={...})                # give a written checkpoint its name
+    prune(folder, step=200, run=..., keep_last=2)             # delete older ones of the same run
+
+A checkpoint is written under a temporary name, its manifest last, and renamed when everything is on disk: a folder named
+step-* is complete. The manifest holds what the run noted about itself, and size and sha256 of every file.
+
+Only names step-<number> are checkpoints, and only regular files inside their folders are read. What publish and prune delete
+must be whole and of the same run; what is in the way of a new checkpoint and is neither is renamed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from configs.run_folder import CHECKPOINT_NAME
+from data_prep.files import sha256_of, writing
+
+MANIFEST = "mone.json"
+FORMAT = "mone-checkpoint-3"
+METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
+LARGEST_JSON = 64 * 2**20
+"""Bytes. The manifest of ten thousand ranks has a few millions."""
+LEFTOVER = re.compile(r"\.unfinished-(step|delete-step)-[0-9]+(\.[0-9]+)?")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint."""
+
+    path: Path
+    step: int
+    facts: dict[str, Any]
+    """What the run noted about itself: its id, samples read, W&B run id, world size, model config."""
+    files: dict[str, dict[str, Any]]
+    """`size` in bytes and `sha256` by file name."""
+
+    def is_of(self, run: str | None) -> bool:
+        """Whether the run with this id wrote it, here and under this name: a copy or a link that a user made is not."""
+        own_name = self.path.name == name_of(self.step) and not self.path.is_symlink()
+        return own_name and self.facts.get("run") == run
+
+
+def name_of(step: int) -> str:
+    """The folder name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path, *, run: str | None = None) -> tuple[list[Checkpoint], list[str]]:
+    """The checkpoints in a folder whose files are all there, oldest first, and what is wrong with each of the others.
+
+    run: the id of the run whose folder it is, if known; checkpoints that say they are another run's are not listed.
+    Never raises: an entry that cannot be read is a problem, and so is the folder itself.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
+    except FileNotFoundError:
+        return [], [f"{folder}: is a link to {os.readlink(folder)}, which is not there"] if folder.is_symlink() else []
+    except OSError as error:
+        return [], [f"{folder}: cannot be read ({error.strerror})"]
+    found, problems = [], []
+    for path in paths:
+        try:
+            checkpoint = read_manifest(path)
+            _check_place(checkpoint, run)
+            found.append(checkpoint)
+        except ValueError as error:
+            problems.append(f"{printable(path)}: {error}")
+    return sorted(found, key=lambda checkpoint: checkpoint.step), problems
+
+
+def _check_place(checkpoint: Checkpoint, run: str | None) -> None:
+    match = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
+    if match is None:
+        raise ValueError("not taken for a checkpoint: its name is not step-<number>")
+    if int(match[1]) != checkpoint.step:
+        raise ValueError(f"not taken for a checkpoint: its name is of another step than its {MANIFEST}, {checkpoint.step}")
+    of = checkpoint.facts.get("run")
+    if run is not None and of is not None and of != run:
+        raise ValueError(f"foreign: of the run with the id {printable(of)}, not of this one, {run}")
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """A published checkpoint; ValueError if it is foreign, or a file is missing or has another size."""
+    try:
+        facts = read_json(path / MANIFEST)
+        files, step = facts.pop("files"), facts["step"]
+        sizes = {name: of_file["size"] for name, of_file in files.items()}
+        digests = [of_file["sha256"] for of_file in files.values()]
+        known = facts["format"] == FORMAT
+        if not all(type(number) is int and number >= 0 for number in (step, *sizes.values())):
+            raise TypeError("a size or the step is no number")
+        if not all(isinstance(digest, str) for digest in digests):
+            raise TypeError("a digest is no text")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"foreign: no {MANIFEST}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged or foreign: {MANIFEST} cannot be read ({printable(error)})") from error
+    if not known:
+        raise ValueError(f"foreign: format {printable(facts['format'])}, not {FORMAT}")
+    if missing := {METADATA, COMMON, BACKEND} - sizes.keys():
+        raise ValueError(f"damaged: {MANIFEST} does not list {', '.join(sorted(missing))}")
+    for name, expected in sizes.items():
+        with open_regular(path, name) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size != expected:
+            raise ValueError(f"damaged: {name} has {size} bytes, not {expected}")
+    return Checkpoint(path, step, facts, files)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a regular file; OSError, or ValueError for anything else, however large or deep."""
+    with open_regular(path.parent, path.name) as file:
+        text = file.read(LARGEST_JSON + 1)
+    if len(text) > LARGEST_JSON:
+        raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    return found
+
+
+def open_regular(folder: Path, name: str) -> BufferedReader:
+    """Open a file of a checkpoint to read.
+
+    FileNotFoundError if the manifest is missing; else ValueError that names what is missing, no regular file, or elsewhere.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"damaged or foreign: {MANIFEST} names {printable(name)!r}, which is no file of its folder")
+    try:
+        # Without O_NONBLOCK a pipe would be waited for.
+        descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        if name == MANIFEST:
+            raise
+        raise ValueError(f"damaged: {printable(name)} is missing") from error
+    except (OSError, UnicodeError) as error:
+        if isinstance(error, NotADirectoryError):
+            raise
+        raise ValueError(f"damaged: {printable(name)} cannot be read ({printable(error)})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"damaged: {printable(name)} is no regular file")
+    return open(descriptor, "rb")
+
+
+def check_content(checkpoint: Checkpoint, name: str) -> None:
+    """ValueError unless a file of a checkpoint is what was written; sizes are compared before anything is read."""
+    expected = checkpoint.files[name]
+    with open_regular(checkpoint.path, name) as file:
+        same = os.fstat(file.fileno()).st_size == expected["size"]
+        if not same or hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+            raise ValueError(f"damaged: the content of {name} is not what was written")
+
+
+def printable(text: object, limit: int = 120) -> str:
+    """On one line, cut at `limit`, in characters that every console has: names on a disk may be any bytes."""
+    line = str(text).encode("ascii", "backslashreplace").decode()
+    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+    return line if len(line) <= limit or isinstance(text, Path) else f"{line[:limit]}..."
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and sha256 of a file."""
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Remove what killed saves left behind; what cannot be removed is named, and in nobody's way."""
+    notes = []
+    for path in sorted(folder.glob(".unfinished-*")):
+        if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            notes += _remove(path)
+        else:
+            notes.append(f"{printable(path)} stays: it is no folder of a save")
+    return notes
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of PATH.2, PATH.3, ... that does not exist."""
+    number, free = 1, path
+    while os.path.lexists(free):
+        number += 1
+        free = path.with_name(f"{path.name}.{number}")
+    return free
+
+
+def publish(unfinished: Path, *, step: int, facts: dict[str, Any]) -> tuple[Path, list[str]]:
+    """Write the manifest of a checkpoint whose files are all there, make it durable and give it its name.
+
+    Gives that, and notes for the user. A checkpoint of the same run and step gives way; anything else that has the name is
+    renamed, never deleted. OSError if it cannot be published.
+    """
+    files: dict[str, Any] = {}
+    for digests in unfinished.glob("digests-*.json"):
+        files |= json.loads(digests.read_text())
+        digests.unlink()
+    for path in unfinished.iterdir():
+        if path.name not in files:
+            files[path.name] = digest(path)
+    with writing(unfinished / MANIFEST) as temporary:
+        temporary.write_text(json.dumps({"format": FORMAT, "step": step, **facts, "files": files}, indent=1))
+    _flush(unfinished)
+    final = unfinished.with_name(name_of(step))
+    notes = _make_way(final, facts.get("run")) if os.path.lexists(final) else []
+    os.replace(unfinished, final)
+    _flush(final.parent)
+    return final, notes
+
+
+def _make_way(final: Path, run: str | None) -> list[str]:
+    try:
+        own = read_manifest(final).is_of(run)
+    except ValueError:
+        own = False
+    if own:
+        return _delete(final)
+    aside = free_name(final.with_name(f"replaced-{final.name}"))
+    os.replace(final, aside)
+    return [f"{final} was no whole checkpoint of this run; it is kept as {aside}"]
+
+
+def prune(
+    folder: Path,
+    *,
+    step: int,
+    run: str | None,
+    keep_last: int,
+    keep_every: int | None = None,
+    spared: Collection[int] = (),
+    uncounted: Collection[int] = (),
+) -> list[str]:
+    """Delete a run's older checkpoints after that of `step` is published; notes for the user.
+
+    Only whole checkpoints of this run are looked at; the rest is `choose_old`.
+    """
+    own = {found.step: found.path for found in list_checkpoints(folder)[0] if found.is_of(run)}
+    counted = own.keys() - set(uncounted)
+    old = choose_old(counted, step=step, keep_last=keep_last, keep_every=keep_every, spared=spared)
+    return [note for doomed in old for note in _delete(own[doomed])]
+
+
+def choose_old(
+    steps: Collection[int], *, step: int, keep_last: int, keep_every: int | None, spared: Collection[int]
+) -> list[int]:
+    """Which of a run's checkpoints to delete now that the one of `step` is published.
+
+    The keep_last newest up to `step` stay, multiples of keep_every, and those spared, such as the one resumed from. Newer
+    ones than `step` are neither counted nor deleted: the run has passed over them, and will come to their steps again.
+    """
+    older = sorted(of for of in steps if of < step)
+    kept = set(older[max(0, len(older) - keep_last + 1) :]) | set(spared)
+    return [of for of in older if of not in kept and (keep_every is None or of % keep_every)]
+
+
+def _delete(path: Path) -> list[str]:
+    """Take a checkpoint's name away before its content, so that none is ever half there under its name."""
+    doomed = free_name(path.with_name(f".unfinished-delete-{path.name}"))
+    try:
+        os.replace(path, doomed)
+    except OSError as error:
+        return [f"{path} cannot be deleted ({error.strerror})"]
+    return _remove(doomed)
+
+
+def _remove(path: Path) -> list[str]:
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        return [f"{path} cannot be removed ({error.strerror}: {error.filename}); remove it by hand"]
+    return []
+
+
+def _flush(folder: Path) -> None:
+    """Have the disk hold every file of a folder, and the folder's own entries."""
+    for path in [*(path for path in folder.iterdir() if path.is_file() and not path.is_symlink()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
