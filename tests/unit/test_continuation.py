@@ -37,6 +37,7 @@ from train.config import (
 from train.engines import build_engine
 from train.guards import Diverged
 from train.loop import Trainer
+from train.meeting import Meeting
 from train.runtime import Runtime, set_seeds
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -98,7 +99,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         try:
             checked, manifests, checkpoints = pretrain.prepare(OmegaConf.structured(config), 1)
             pretrain.take_run_folder(checked).close()
-            pretrain.run(checked, manifests, checkpoints)
+            pretrain.run(checked, manifests, checkpoints, Meeting(0, 1))
         except ReportedError as error:
             error.add_note("".join(capsys.readouterr()))
             raise
