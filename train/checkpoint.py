@@ -33,7 +33,7 @@ from data_prep.files import writing
 from data_prep.lifetime import forks_end_with_this_process
 from train.checkpoint_folder import MANIFEST as MANIFEST
 from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, printable, prune, publish, remove_leftovers
-from train.checkpoint_private import noted_errors, start_results_manager
+from train.checkpoint_private import noted_errors, open_results_queue
 from train.config import CheckpointConfig
 from train.random_state import random_state, restore_random_state
 
@@ -95,7 +95,7 @@ class Saver:
         state = state | {"random": random_state()}
         notes, unfinished = _agree(functools.partial(self._clear, step), "prepare", self.folder)
         _agree(functools.partial(self._make_room, unfinished, _bytes_of_all_ranks(state)), "prepare", self.folder)
-        _agree_all(start_results_manager, "prepare", self.folder)
+        _agree_all(open_results_queue, "prepare", self.folder)
         request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
         _agree(_raise_noted, "begin", unfinished)
         if request.async_fn is not None:

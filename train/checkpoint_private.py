@@ -49,16 +49,17 @@ def noted_errors() -> list[Exception]:
 _manager: SyncManager | None = None
 
 
-def start_results_manager() -> None:
-    """Start the process through which writers report to this one, unless it runs; Megatron-Core's own survives a kill -9
-    of this one.
+def open_results_queue() -> None:
+    """Make a queue for the results of a save, in a process of its own, which is started unless it runs.
 
-    It knows nothing of torch, nor of the main module, which others of its kind spend seconds of the first save on.
-    OSError or EOFError if it cannot be started.
+    Megatron-Core's own survives a kill -9 of this process. Ours knows nothing of torch, nor of the main module, which others
+    of its kind spend seconds of the first save on. OSError or EOFError if it cannot be started.
     """
     global _manager
-    if _manager is not None and _manager._process.is_alive():  # type: ignore[attr-defined]
-        return
+    if _manager is not None:
+        with contextlib.suppress(EOFError, OSError):  # it was killed
+            filesystem_async._results_queue = _Results(_manager.Queue())
+            return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     # Launchers signal whole process groups, and the save that follows a signal needs this process.
     main = sys.modules["__main__"]

@@ -4,13 +4,10 @@ import json
 import os
 import pickle
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
@@ -278,6 +275,5 @@ def kill_collector() -> None:
     manager = checkpoint_private._manager
     assert manager is not None
     process = manager._process  # type: ignore[attr-defined]
-    os.kill(process.pid, signal.SIGKILL)
-    while psutil.pid_exists(process.pid) and psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.01)
+    process.kill()
+    process.join()
