@@ -76,8 +76,8 @@ def _is_optimizer(options: Any, steps: Any) -> bool:
         section = OptimizerSection(**{name: value for name, value in options.items() if name in known})
     except (TypeError, ValueError):
         return False
-    counts = (section.warmup_steps, section.decay_steps or steps, section.wsd_decay_steps or 1)
-    return all(map(_count, counts)) and section.warmup_steps < (section.decay_steps or steps)
+    warmup, end = section.warmup_steps, section.decay_steps or steps
+    return warmup is not None and all(map(_count, (warmup, end, section.wsd_decay_steps or 1))) and warmup < end
 
 
 def _is_order(order: Any) -> bool:
