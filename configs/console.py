@@ -32,6 +32,8 @@ class ReportedError(Exception):
     """Says by itself what went wrong: a command tells it without a traceback and ends with its exit code."""
 
     exit_code = 1
+    of_all_ranks = False
+    """Whether all processes of a job raise it at once, so that the first may tell it for all, in its own words."""
 
 
 class UserError(ReportedError, ValueError):

@@ -41,6 +41,8 @@ from train.random_state import random_state, restore_random_state
 class SaveFailed(ReportedError):
     """A checkpoint could not be written; those before it are untouched, and nothing of it has its final name."""
 
+    of_all_ranks = True
+
 
 class NotFinite(SaveFailed):
     """Weights or optimizer state are not finite: no later step can mend them, and they are not saved."""

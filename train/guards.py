@@ -21,6 +21,7 @@ class Diverged(ReportedError):
     """Too many steps were dropped; the last checkpoint is from before or between them, with good weights."""
 
     exit_code = 3
+    of_all_ranks = True
 
 
 class StepGuard:

@@ -34,6 +34,12 @@ from train.sources import Batch, Source
 from train.watchdog import Watchdog
 
 
+class DataChanged(DataError):
+    """A shard changed while it was read."""
+
+    of_all_ranks = True
+
+
 class Trainer:
     """Drives an engine through the steps of a run and records what happens."""
 
@@ -76,15 +82,15 @@ class Trainer:
     def train(self) -> StopReason:
         """Train to the last step, or until there is a reason to stop; that reason.
 
-        Raises Diverged when too many steps were dropped, NotFinite when the weights are not, DataError when a shard changed,
-        SaveFailed for the last checkpoint.
+        Raises Diverged when too many steps were dropped, NotFinite when the weights are not, DataChanged, or SaveFailed for
+        the last checkpoint.
         """
         # Megatron-Core collects garbage in each save: what was made up to here lives as long as the run.
         gc.collect()
         gc.freeze()
         try:
             return self._train()
-        except (Diverged, NotFinite, DataError):
+        except (Diverged, NotFinite, DataChanged):
             # Every rank raises them after the same step; a checkpoint that is being written is from before.
             self.finish_saving(wait=True)
             raise
@@ -101,7 +107,9 @@ class Trainer:
             last = self.step == steps
             reason = self.reason_to_stop()
             if reason is StopReason.DATA:
-                raise DataError(f"data.blend: {self.data.changed_file() or 'a shard'} changed while it was read; not saved")
+                raise DataChanged(
+                    f"data.blend: {self.data.changed_file() or 'a shard'} changed while it was read; not saved"
+                )
             if self._due(logging.interval, last):
                 self.watchdog.enter(self.step, "recording")
                 self.recorder.record_step(self.step, self.samples, self.result, dropped=len(self.guard.dropped))

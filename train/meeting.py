@@ -99,6 +99,10 @@ class Meeting:
         """
         if self.world_size == 1 and not isinstance(error, ReportedError):
             return True  # its traceback follows
+        if isinstance(error, ReportedError) and error.of_all_ranks:
+            if self.rank == 0:
+                _print(str(error))
+            return self.rank == 0
         code = error.exit_code if isinstance(error, ReportedError) else 1
         reason = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
         mine = self._failure(reason, code)

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from configs.console import UserError
+from configs.console import ReportedError, UserError
 from train import meeting as module
+from train.checkpoint import SaveFailed
 from train.meeting import Meeting
 
 
@@ -134,12 +135,12 @@ def test_of_those_that_end_for_one_reason_one_prints_it(
 ) -> None:
     told: dict[int, bool] = {}
 
-    def act(wrong: dict[int, str]) -> Callable[[Meeting], None]:
+    def act(wrong: dict[int, str], kind: type[ReportedError] = UserError) -> Callable[[Meeting], None]:
         def end(meeting: Meeting) -> None:
             with meeting.together("start"):
                 pass
             if meeting.rank in wrong:
-                told[meeting.rank] = meeting.tell(UserError(wrong[meeting.rank]))
+                told[meeting.rank] = meeting.tell(kind(wrong[meeting.rank]))
 
         return end
 
@@ -151,3 +152,8 @@ def test_of_those_that_end_for_one_reason_one_prints_it(
     play(act({2: "out of memory"}), "aab")
     assert told == {2: True}
     assert capsys.readouterr().err == "error: rank 2 on b: out of memory\n"
+    # All raise it, each with the free space that it found.
+    monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
+    play(act({rank: f"{rank} GiB are free" for rank in range(3)}, SaveFailed), "aab")
+    assert told == {0: True, 1: False, 2: False}
+    assert capsys.readouterr().err == "error: 0 GiB are free\n"
