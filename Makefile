@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/demo
 RUN := runs/demo
-TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m train.pretrain experiment=demo
+TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/mone-pretrain experiment=demo
 
 .PHONY: install demo data train test lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
@@ -11,8 +11,8 @@ demo: data train  ## real text, tokenizer, shards, training on two processes wit
 	$(BIN)/mone-sample run=$(RUN)
 	@echo "== Figures: $(RUN)/figures/*.png. Next, try"
 	@echo "  source $(BIN)/activate"
-	@echo "  torchrun --nproc-per-node 2 -m train.pretrain experiment=demo run.name=plain_moe model.activation_ratio=1     # the plain MoE twin"
-	@echo "  torchrun --nproc-per-node 2 -m train.pretrain experiment=demo run.name=eighth model.activation_ratio=0.125    # keep fewer neurons"
+	@echo "  torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo run.name=plain_moe model.activation_ratio=1     # the plain MoE twin"
+	@echo "  torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo run.name=eighth model.activation_ratio=0.125    # keep fewer neurons"
 	@echo "  mone-sample run=$(RUN) 'prompts=[\"The river\"]' temperature=0.5"
 	@echo "  mone-pretrain --help"
 

@@ -55,7 +55,7 @@ class _JobScript(string.Template):
 @command("slurm")
 def _submit(hydra_config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError("--multirun: sweeps are started by `python -m train.pretrain --multirun hydra/launcher=slurm ...`")
+        raise UserError("--multirun: sweeps are started by `mone-pretrain --multirun hydra/launcher=slurm ...`")
     try:
         options = OmegaConf.to_object(hydra_config.launch)
         assert isinstance(options, SlurmOptions)

@@ -1,7 +1,7 @@
 """Thresholds for a trained model: keep the neurons whose |gate| reaches one, in place of the K best of each token.
 
-    python -m train.calibrate run=runs/demo
-    python -m train.sample run=runs/demo thresholds=runs/demo/thresholds.json
+    mone-calibrate run=runs/demo
+    mone-sample run=runs/demo thresholds=runs/demo/thresholds.json
 
 With a threshold no neuron waits for the gates of the others. Half of the validation sequences set the thresholds, on the
 other half the loss with them is compared with that of the K best.

@@ -1,7 +1,7 @@
 """Pretrain a Mixture of Neuron Experts language model.
 
-    torchrun --nproc-per-node 2 -m train.pretrain experiment=demo
-    python -m train.pretrain --help
+    torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo
+    mone-pretrain --help
 
 Compose, validate, build, run, report.
 """

@@ -1,6 +1,6 @@
 """Let a trained model continue texts.
 
-    python -m train.sample run=runs/demo 'prompts=["The capital of France", "In the beginning"]'
+    mone-sample run=runs/demo 'prompts=["The capital of France", "In the beginning"]'
 
 One process, whatever layout the run had; the newest checkpoint, unless `step` names another.
 """

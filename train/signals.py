@@ -11,11 +11,10 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from train.launcher import launcher_has_gone, under_torchrun
+from train.launcher import launcher_has_gone
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""And SIGHUP under torchrun, which passes it on when its terminal is closed and then ends. Without torchrun a closed
-terminal stops nothing, with nohup or without."""
+"""And SIGHUP, of a terminal that is closed, unless it is ignored, as under nohup."""
 
 
 class StopReason(enum.IntEnum):
@@ -27,7 +26,7 @@ class StopReason(enum.IntEnum):
     TIME = 2
     """run.time_limit is near."""
     SIGNAL = 3
-    """SIGTERM, SIGINT (Ctrl-C) or SIGUSR1."""
+    """SIGTERM, SIGINT (Ctrl-C), SIGUSR1, or SIGHUP unless it is ignored."""
     LAUNCHER = 4
     """torchrun was killed: nobody would end this rank if another one failed."""
     DATA = 5
@@ -44,7 +43,8 @@ class StopRequest:
         self.deadline = time.monotonic() - age + time_limit
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        signal.signal(signal.SIGHUP, self._on_signal if under_torchrun() else signal.SIG_IGN)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._on_signal)
         # A job script asks again and again. Python's exit takes its handlers away, and then that would kill who is leaving.
         atexit.register(signal.signal, signal.SIGUSR1, signal.SIG_IGN)
 
