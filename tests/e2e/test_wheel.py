@@ -132,9 +132,10 @@ OPTIONS = {
     "mone-tokenize": "shard_tokens",
     "mone-verify": "path",
 }
-# Runs each script with --help in a child that shares its parent's imports.
+# Runs each script with --help in a child that shares its parent's imports, which are those of the wheel.
 EVERY_SCRIPT = """
 import os, runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
 import data_prep.tokenize, data_prep.verify, launch.plan, launch.report, launch.slurm, launch.status, train.calibrate
 for script in sys.argv[1:]:
     print(f"== {os.path.basename(script)}", flush=True)
@@ -150,7 +151,7 @@ for script in sys.argv[1:]:
 def test_every_script_explains_its_options_in_any_folder(site: Path, hostile: Path) -> None:
     scripts = sorted(path for path in (site / "bin").iterdir() if path.name.startswith("mone-"))
     assert {script.name for script in scripts} == OPTIONS.keys() == PROJECT["scripts"].keys()
-    shown = run(site, sys.executable, "-P", "-c", EVERY_SCRIPT, *map(str, scripts), folder=hostile)
+    shown = run(site, sys.executable, "-P", "-c", EVERY_SCRIPT, str(site), *map(str, scripts), folder=hostile)
     helps = {name: text for name, _, text in (part.partition("\n") for part in shown.split("== ")[1:])}
     for script, option in OPTIONS.items():
         assert option in helps[script]
