@@ -419,7 +419,7 @@ def test_it_opens_in_a_browser_on_a_phone_and_on_a_desk(
     assert found["signs"] == found["cut"] >= 1, "where a table goes on, the page says so"
     assert found["titles"] == [
         *("Validation loss", "Training loss", "Experts and neurons"),
-        *("Points", "Settings that differ", "Runs"),
+        *("Points", "Settings that differ", "Data", "Runs"),
     ]
 
 
