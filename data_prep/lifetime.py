@@ -1,5 +1,6 @@
 """Processes that end with the one that started them, however that one ends."""
 
+import atexit
 import ctypes
 import functools
 import multiprocessing
@@ -43,6 +44,21 @@ def outlive_signals(*_: object) -> None:
 
     signal.signal(signal.SIGUSR2, leave)
     end_with_parent(parent, signal.SIGUSR2)
+
+
+@functools.cache
+def kill_daemons_at_exit() -> None:
+    """Kill the daemonic `multiprocessing` children that are left when this process ends.
+
+    Python would send them SIGTERM and wait: for ever, if they `outlive_signals`.
+    """
+
+    def kill() -> None:
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill)  # comes before Python's own, which is registered earlier
 
 
 @functools.cache

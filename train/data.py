@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.datasets import helpers
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.lifetime import outlive_signals
+from data_prep.lifetime import kill_daemons_at_exit, outlive_signals
 from data_prep.shards import Manifest, Shard, load_manifest
 from mone_model.config import check
 from train.config import RunConfig, SourceConfig
@@ -261,6 +261,8 @@ def micro_batches(
     multiple_of: as many micro-batches more as make their number a multiple of this, for interleaved pipelines.
     What is beyond `stop` is filled with masked-out copies of sample `start`, so that every rank takes part.
     """
+    if num_workers:
+        kill_daemons_at_exit()  # the workers that an exception, whose traceback holds the loader, leaves behind
     width = micro_batch_size * data_size * multiple_of
     rows = range(data_rank * micro_batch_size, (data_rank + 1) * micro_batch_size)
     end = start + -(-(stop - start) // width) * width

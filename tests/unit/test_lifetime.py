@@ -36,6 +36,22 @@ os.read(ready, 1)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
+AT_EXIT = """
+import multiprocessing, time
+from data_prep.lifetime import kill_daemons_at_exit, outlive_signals
+def work(ready):
+    outlive_signals()
+    ready.set()
+    time.sleep(60)
+    print("left behind", flush=True)
+kill_daemons_at_exit()
+forks = multiprocessing.get_context("fork")
+ready = forks.Event()
+forks.Process(target=work, args=[ready], daemon=True).start()
+ready.wait()
+print("ends", flush=True)
+"""
+
 HELPERS = """
 import multiprocessing, os, signal, time
 from multiprocessing.managers import SyncManager
@@ -78,7 +94,9 @@ def test_helpers_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
-@pytest.mark.parametrize(("script", "printed"), [(LATE, "without a parent\n"), (IN_TIME, "forked by a fork\n")])
+@pytest.mark.parametrize(
+    ("script", "printed"), [(LATE, "without a parent\n"), (IN_TIME, "forked by a fork\n"), (AT_EXIT, "ends\n")]
+)
 def test_no_process_is_left_behind(script: str, printed: str) -> None:
     # Returns when every process that holds the pipe has ended.
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
