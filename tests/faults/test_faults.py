@@ -130,8 +130,16 @@ def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(fold
     assert (stopped["state"], stopped["reason"]) == ("stopped", "LAUNCHER")
     assert checkpoints(folder, "stopped")[-1] == stopped["step"] < STEPS
     # The limit counts from the start of the process and spares ten seconds for a save: two steps at most.
-    run_to_end(folder, "stopped", "run.time_limit=00:00:30", faults=[fault("slow", seconds=8)])
+    # The newest checkpoint is damaged: the run saves steps not later than its, and keeps what it has continued from.
+    *_, before, newest = sorted((folder / "runs/stopped/checkpoints").glob("step-*"))
+    os.truncate(next(newest.glob("*.distcp")), 10)
+    options = ("run.time_limit=00:00:30", "checkpoint.keep_last=1")
+    output = run_to_end(folder, "stopped", *options, faults=[fault("slow", seconds=8)])
+    assert re.search(rf"passed over runs/stopped/checkpoints/{newest.name}: damaged: .* has 10 bytes", output)
+    assert f"resumed from runs/stopped/checkpoints/{before.name} " in output
+    assert before.exists()
     assert status(folder, "stopped")["reason"] == "TIME"
+    assert status(folder, "stopped")["step"] in checkpoints(folder, "stopped")
     # Nobody reads what it prints any more.
     reader, writer = os.pipe()
     os.close(reader)
