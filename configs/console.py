@@ -131,7 +131,8 @@ def command(
             try:
                 run(reporting_errors(task), name, path)
             except ReportedError as error:
-                if launched and "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+                several = {"TORCHELASTIC_RUN_ID", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
+                if launched and several and os.environ.get("LOCAL_RANK", "0") != "0":
                     sys.exit(error.exit_code)
                 raise
 

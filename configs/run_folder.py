@@ -139,7 +139,7 @@ def read_published(folder: Path) -> dict[str, Any]:
         found = json.loads(read_file(folder / PUBLISHED_FILE) or b"{}")
     except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) and isinstance(found.get("run"), str) else {}
 
 
 def last_published(folder: Path) -> int | None:
@@ -321,6 +321,8 @@ def _run_below(folder: Path) -> Path | None:
 
 def hold(folder: Path) -> IO[str]:
     """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
+    if (folder / LOCK_FILE).exists() and not (folder / LOCK_FILE).is_file():
+        raise ValueError(f"run.dir={folder}: {folder / LOCK_FILE} is no file; remove it")
     file = open(folder / LOCK_FILE, "w")  # noqa: SIM115  it is the lock
     for attempt in range(10):
         if lock(file):

@@ -47,11 +47,19 @@ def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     unfinished = temporary(path)
     if shared:
         unfinished = unfinished.with_name(f"{unfinished.name}-{uuid.uuid4().hex}")
+    _remove(unfinished)  # a pipe or a folder of this name would be waited for, or in the way
     try:
         yield unfinished
         publish(path, unfinished)
     finally:
-        unfinished.unlink(missing_ok=True)
+        _remove(unfinished)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def kill_daemons_at_exit() -> None:
     """
 
     def kill() -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of its workers
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+PARENT = os.getppid()
+"""Process id of what started this process, noted before the seconds in which everything else is imported."""
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of all our packages."""
 PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train")

@@ -72,6 +72,10 @@ def main(hydra_config: DictConfig) -> None:
     run = load_run_config(Path(options.run))
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
+    if output.exists() and not output.is_file():
+        raise UserError(f"output={output}: is no file; give the name of the file to write")
+    if not output.parent.is_dir():
+        raise UserError(f"output={output}: there is no folder {output.parent}")
     from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
     from train.data import load_data, plan_order
     from train.runtime import distributed

@@ -37,13 +37,19 @@ def newest_intact(found: list[Checkpoint], *, trust: bool) -> tuple[Checkpoint |
             "run.dir must be on a file system that all nodes share"
         )
     for checkpoint in reversed(found):
-        gathered: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, _problem_of_share(checkpoint, trust=trust))
-        wrong = [problem for problem in gathered if problem is not None]
-        if not wrong:
+        # The content first: code in what is damaged is no reason to trust it.
+        problem = _first(_problem_of_share(checkpoint)) or _first(None if trust else _problem_of_code(checkpoint))
+        if problem is None:
             return checkpoint, problems
-        problems.append(f"{checkpoint.path}: {wrong[0]}")
+        problems.append(f"{checkpoint.path}: {problem}")
     return None, problems
+
+
+def _first(mine: str | None) -> str | None:
+    """The problem of the lowest rank that has one; a collective on every rank."""
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    return next((problem for problem in gathered if problem is not None), None)
 
 
 def load_newest(
@@ -76,15 +82,31 @@ def load_newest(
     return None, {}, problems
 
 
-def _problem_of_share(checkpoint: Checkpoint, *, trust: bool) -> str | None:
-    """What is wrong with the files that this rank looks at; never an exception, which would leave the others waiting."""
+def _problem_of_share(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with the content of the files that this rank looks at."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    try:
+
+    def check() -> None:
         for name in sorted(checkpoint.files)[rank::ranks]:
             check_content(checkpoint, name)
-        if rank == 0 and not trust:
-            check_executes_no_code(checkpoint.path)
-            check_index(checkpoint)
+
+    return _problem(check)
+
+
+def _problem_of_code(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with what is pickled; the first rank looks for all."""
+
+    def check() -> None:
+        check_executes_no_code(checkpoint.path)
+        check_index(checkpoint)
+
+    return _problem(check) if dist.get_rank() == 0 else None
+
+
+def _problem(check: Callable[[], None]) -> str | None:
+    """What a check raises; never an exception, which would leave the other ranks waiting."""
+    try:
+        check()
     except ValueError as error:
         return str(error)
     except Exception as error:

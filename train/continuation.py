@@ -53,8 +53,8 @@ def find_checkpoints(config: RunConfig, manifests: list[Manifest]) -> list[Check
     tell_of_problems(problems)
     if problems and not found:
         raise ValueError(
-            f"run.dir={folder}: none of its checkpoints can be loaded ({problems[-1]}); move them away, or give another "
-            "run.dir"
+            f"run.dir={folder}: none of its checkpoints can be loaded ({problems[-1]}); restore one, give another run.dir, "
+            f"or move {saves} and the run's notes ({', '.join(_notes(folder))}) away to begin anew"
         )
     if found:
         check_continues(config, manifests, found[-1])
@@ -76,11 +76,15 @@ def _check_nothing_vanished(folder: Path, saves: Path, found: list[Checkpoint], 
             )
         return
     what = "holds no checkpoint" if saves.is_dir() else "is not there"
-    notes = [name for name in (METRICS_FILE, PUBLISHED_FILE, STATUS_FILE) if (folder / name).exists()]
     raise ValueError(
         f"run.dir={folder}: the run has saved step {published}, and {saves} {what}; mount or restore it. To begin anew give "
-        f"another run.dir or run.name, or move {', '.join(notes)} away"
+        f"another run.dir or run.name, or move {', '.join(_notes(folder))} away"
     )
+
+
+def _notes(folder: Path) -> list[str]:
+    """The files by which a run knows what it has done."""
+    return [name for name in (METRICS_FILE, PUBLISHED_FILE, STATUS_FILE) if (folder / name).exists()]
 
 
 def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> list[str]:

@@ -52,15 +52,27 @@ class StepGuard:
             self.recent.append((loss, grad_norm))
         return True
 
-    def check_budget(self, step: int) -> None:
-        """Raise Diverged if more than max_dropped of the last `window` steps were dropped."""
+    def check_budget(self, step: int, *, since: int = 0) -> None:
+        """Raise Diverged if more than max_dropped of the last `window` steps were dropped.
+
+        since: the step of the checkpoint that this process continued from; 0 without one.
+        """
         lately = [dropped for dropped in self.dropped if dropped > step - self.config.window]
         if len(lately) > self.config.max_dropped:
             raise Diverged(
                 f"steps {', '.join(map(str, lately[-5:]))} were dropped ({self.reason}): more than "
-                f"guard.max_dropped={self.config.max_dropped} in {self.config.window} steps. The last checkpoint is intact; "
-                "try a lower optimizer.lr, a longer optimizer.warmup_steps or a smaller optimizer.clip_grad"
+                f"guard.max_dropped={self.config.max_dropped} in {self.config.window} steps. "
+                + self._way_out(step, since)
+                + "try a lower optimizer.lr, a longer optimizer.warmup_steps or a smaller optimizer.clip_grad"
             )
+
+    def _way_out(self, step: int, since: int) -> str:
+        if 0 < since == step - len([dropped for dropped in self.dropped if dropped > since]):
+            return (
+                f"No step was applied since the checkpoint of step {since}, whose weights may be beyond training: move it "
+                "away to continue from the one before; also "
+            )
+        return "The last checkpoint is intact; "
 
     def check_progress(self, step: int, *, since: int) -> None:
         """Raise Diverged if the last `window` steps, as far as they are later than `since`, were all dropped."""

@@ -8,16 +8,21 @@ launcher_has_gone()              # torchrun was killed
 import contextlib
 import os
 import re
+import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from configs.console import UserError
+from configs.output import drain_output
+from mone_common.commands import PARENT
 
 ALWAYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by every launcher."""
+LOOK_SECONDS = 1.0
+"""Between two looks for torchrun."""
 ON_THIS_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Set by those that know of machines."""
-
-_parent = os.getppid()
 
 
 def check_launcher() -> None:
@@ -72,7 +77,30 @@ def under_torchrun() -> bool:
 
 def launcher_has_gone() -> bool:
     """Whether torchrun has ended while this process still runs; False without torchrun: a shell may go, the run goes on."""
-    return under_torchrun() and os.getppid() != _parent
+    return under_torchrun() and os.getppid() != PARENT
+
+
+@contextlib.contextmanager
+def ending_with_launcher() -> Iterator[None]:
+    """End this process, with exit code 1, if torchrun goes during the block: the other processes may never come.
+
+    For the start of a run, before there is something to save; later `StopRequest` asks.
+    """
+    left = threading.Event()
+
+    def watch() -> None:
+        while not left.wait(LOOK_SECONDS):
+            if launcher_has_gone() and not left.is_set():
+                print("error: torchrun has gone while the run started", file=sys.stderr, flush=True)
+                drain_output(2.0)
+                os._exit(1)
+
+    if under_torchrun():
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
 
 
 def remove_empty_logs() -> None:

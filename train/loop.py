@@ -49,6 +49,8 @@ class Trainer:
         self.config, self.runtime, self.engine, self.data = config, runtime, engine, data
         self.watchdog, self.stop = watchdog, stop
         self.step, self.samples = 0, 0
+        self.learned = False
+        """Whether a step was applied since the last checkpoint."""
         self.validated: tuple[int, float] | None = None
         """The step of the last validation, and its mean loss."""
         self.saver = Saver(self.checkpoints, config.checkpoint)
@@ -120,8 +122,12 @@ class Trainer:
             if last:
                 self.check_end()
             self.finish_saving(wait=False)
-            if self._due(config.checkpoint.interval, last or reason is not StopReason.NONE):
-                self.save(must=last or reason is not StopReason.NONE)
+            must = last or reason is not StopReason.NONE
+            if self._due(config.checkpoint.interval, must):
+                if must or self.learned:
+                    self.save(must=must)
+                else:  # it would push an older one out that may have better weights
+                    self.recorder.say(f"step {self.step}: no checkpoint, since no step was applied after the last one")
         self.finish_saving(wait=True, must=True)
         self.recorder.close(self.step, self.data.unigram_entropy)
         return reason
@@ -144,9 +150,10 @@ class Trainer:
         else:
             self.steps_while_saving.append(seconds)
         self.samples += self.config.training.global_batch_size
+        self.learned |= self.result.applied
         if not self.result.applied:
             self.recorder.say(f"step {self.step}: dropped, {self.guard.reason}")
-            self.guard.check_budget(self.step)
+            self.guard.check_budget(self.step, since=self.began_at)
 
     def reason_to_stop(self) -> StopReason:
         """The reason of any rank; on every rank the same."""
@@ -197,6 +204,7 @@ class Trainer:
         self.finish_saving(wait=True)
         with self._tolerating_failure(must):
             self.saver.save(step=self.step, state=self.engine.sharded_state(), facts=facts)
+            self.learned = False
         self.finish_saving(wait=False, must=must)
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:

@@ -152,9 +152,10 @@ def put_aside(path: Path, *, later_than: int) -> None:
 def _step(line: bytes) -> float:
     """Of a record; of a line that is none, infinity: it is put aside with the later ones."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
+        step = float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return math.inf
+    return step if math.isfinite(step) else math.inf
 
 
 def wandb_settings() -> Any:

@@ -42,7 +42,7 @@ from train.checkpoint_health import load_newest
 from train.config import RunConfig, describe, load_config
 from train.continuation import check_continues, describe_schedule, find_checkpoints, tell_of_problems
 from train.data import Reading, describe_order, describe_reading, load_data, load_manifests
-from train.launcher import check_launcher, place, remove_empty_logs
+from train.launcher import check_launcher, ending_with_launcher, place, remove_empty_logs
 from train.meeting import Meeting
 from train.run_tokenizer import keep_tokenizer
 from train.runtime import distributed
@@ -61,17 +61,18 @@ def main(hydra_config: DictConfig) -> None:
     check_launcher()
     atexit.register(remove_empty_logs)
     rank, world_size = place()
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
         raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")
     meeting = Meeting(rank, world_size)
-    with meeting.together("checks"), naming_errors():
-        config, manifests, checkpoints = prepare(hydra_config, world_size)
-    with meeting.together("run folder"), naming_errors():
-        lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
-        if rank == 0:
-            keep_tokenizer(Path(config.run.dir), manifests[0], begun=bool(checkpoints))
-    # Checkpoints are written there by all ranks, and read by others when a run goes on.
-    meeting.check_shared({"run.dir": Path(config.run.dir)})
+    with ending_with_launcher():
+        with meeting.together("checks"), naming_errors():
+            config, manifests, checkpoints = prepare(hydra_config, world_size)
+        with meeting.together("run folder"), naming_errors():
+            lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
+            if rank == 0:
+                keep_tokenizer(Path(config.run.dir), manifests[0], begun=bool(checkpoints))
+        # Checkpoints are written there by all ranks, and read by others when a run goes on.
+        meeting.check_shared({"run.dir": Path(config.run.dir)})
     if rank == 0:
         write_status(config, "running")
     try:
@@ -340,10 +341,12 @@ def describe_end(trainer: "Trainer", complete: bool) -> str:
             f"knowing only how frequent each token is would give {trainer.data.unigram_entropy:.3f}"
         )
     folder = trainer.checkpoints.parent
+    figures = ", ".join(sorted(path.name for path in (folder / "figures").glob("*.png")))
+    wandb = f"; {folder}/wandb/ the same for W&B (`wandb sync` uploads it)" if (folder / "wandb").is_dir() else ""
     lines += [
         "complete" if complete else f"stopped at step {trainer.step}; the same command continues",
-        f"  {folder}/figures/        loss.png, expert_load.png, neuron_use.png",
-        f"  {folder}/metrics.jsonl   every record; {folder}/wandb/ the same for W&B (`wandb sync` uploads it)",
+        *([f"  {folder}/figures/        {figures}"] if figures else []),
+        f"  {folder}/metrics.jsonl   every record{wandb}",
         f"  {folder}/checkpoints/    {', '.join(found.path.name for found in list_checkpoints(trainer.checkpoints)[0])}",
         f"  {folder}/config.yaml     the composed configuration; environment.json versions and machine",
     ]

@@ -31,6 +31,8 @@ def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
             f"data.blend: {manifest.folder} was tokenized with another tokenizer than {kept}, that of this run; "
             "give data of that tokenizer, or another run.dir"
         )
+    if kept.is_symlink() or (kept.exists() and not kept.is_dir()):
+        raise DataError(f"run.dir={folder}: {kept} is not a folder; remove it, the run puts its tokenizer there")
     if not source.is_dir():
         if not kept.is_dir():
             print(f"warning: {source} is missing, so train.sample will have no tokenizer", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@
 One process, whatever layout the run had; the newest checkpoint, unless `step` names another.
 """
 
+import io
 import json
 import sys
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING
 import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from configs.console import UserError, command, typed
+from configs.run_folder import CONFIG_FILE, read_file
 from data_prep.tokenizer import Tokenizer
 from train.config import RunConfig
 from train.launcher import check_alone
@@ -54,8 +58,8 @@ class SampleConfig:
         for name, right, does in (
             ("prompts", bool(self.prompts) and all(self.prompts), "must be a list of texts, none of them empty"),
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            # Below, logits divided by it would no longer be finite.
-            ("temperature", self.temperature == 0 or self.temperature >= 1e-6, "must be 0 or at least 1e-6"),
+            # Beyond, logits divided by it would not be finite, or all alike.
+            ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "must be 0, or from 1e-6 to 1e6"),
             ("top_k", self.top_k >= 0, "must be at least 1, or 0 for all tokens"),
             ("seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63"),
         ):
@@ -92,9 +96,9 @@ def main(hydra_config: DictConfig) -> None:
 def load_thresholds(path: Path, config: RunConfig) -> list[float]:
     """What `train.calibrate` wrote for this model; UserError for anything else."""
     try:
-        thresholds_L = json.loads(path.read_text())["thresholds"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"thresholds={path}: no such file of train.calibrate ({error})") from error
+        thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"thresholds={path}: no such file of mone-calibrate ({error})") from error
     if len(thresholds_L) != config.model.num_layers:
         raise UserError(f"thresholds={path}: has {len(thresholds_L)} layers, the run's model {config.model.num_layers}")
     return thresholds_L
@@ -105,11 +109,21 @@ def load_run_config(folder: Path) -> RunConfig:
 
     The folder may have been moved since.
     """
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(f"run={folder}: no config.yaml there; give the folder of a run, e.g. run=runs/demo")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), OmegaConf.load(path)))
-    assert isinstance(config, RunConfig)
+    path = folder / CONFIG_FILE
+    try:
+        text = read_file(path)
+        if text is None:
+            raise UserError(f"run={folder}: no {CONFIG_FILE} there; give the folder of a run, e.g. run=runs/demo")
+        noted = OmegaConf.load(io.StringIO(text.decode()))
+        if not noted:
+            raise ValueError("it holds no options")
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), noted))
+        assert isinstance(config, RunConfig)
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"run={folder}: {path} is damaged, or of another version ({reason})") from error
     config.parallel = type(config.parallel)()
     cache = Path(config.data.index_cache)
     if cache.is_relative_to(config.run.dir):

@@ -84,7 +84,9 @@ def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
     """Train as train.pretrain does, in the group of this process; what was printed."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    }
 
     @contextlib.contextmanager
     def here(parallel: Any, *, seed: int, **_: Any) -> Iterator[Runtime]:
@@ -541,5 +543,9 @@ def test_a_run_whose_last_steps_were_all_dropped_fails(
         for _ in range(2):
             with pytest.raises(Diverged, match=r"all of the last 2 steps were dropped .*not finite"):
                 train(config_of(run_folder, shards))
+        # Checkpoints after which no step was applied do not push older ones out.
+        many = {"training": {"steps": 20}, "guard": {"max_dropped": 5}, "checkpoint": {"interval": 2, "keep_last": 1}}
+        with pytest.raises(Diverged, match="No step was applied since the checkpoint of step 4, .* move it away"):
+            train(config_of(run_folder, shards, **many))
     assert names_in(run_folder / "checkpoints") == [name_of(2), name_of(4)]
     assert "\ncomplete\n" in train(config_of(run_folder, shards))

@@ -31,8 +31,10 @@ def test_the_budget_counts_the_last_steps_only() -> None:
     guard.accepts(12, math.nan, 1.0)
     guard.check_budget(12)
     guard.accepts(13, math.nan, 1.0)
-    with pytest.raises(Diverged, match=r"11, 12, 13 .*guard.max_dropped=2"):
-        guard.check_budget(13)
+    with pytest.raises(Diverged, match=r"11, 12, 13 .*guard.max_dropped=2.*last checkpoint is intact"):
+        guard.check_budget(13, since=9)
+    with pytest.raises(Diverged, match="No step was applied since the checkpoint of step 10, .* move it away"):
+        guard.check_budget(13, since=10)
 
 
 def test_a_run_has_come_to_nothing_if_its_whole_last_window_was_dropped() -> None:

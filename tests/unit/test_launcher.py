@@ -1,5 +1,7 @@
 """Variables of a launcher that are left over or damaged are refused at once, and what torchrun leaves behind is removed."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 
 from configs.console import UserError
+from tests.conftest import ROOT
 from train import calibrate, pretrain, sample
 from train.launcher import ALWAYS, ON_THIS_MACHINE, check_alone, check_launcher, remove_empty_logs
 
@@ -103,3 +106,27 @@ def test_the_empty_log_folders_of_torchrun_go_and_others_stay(tmp_path: Path, mo
     assert not ours.exists()
     assert (others / "none_x/attempt_0/0").is_dir()
     assert (filled / "none_x/attempt_0/1/stdout.log").exists()
+
+
+ORPHAN = """
+import time
+import train.launcher as launcher
+launcher.LOOK_SECONDS = 0.05
+with launcher.ending_with_launcher():
+    print("starts", flush=True)
+    time.sleep(60)
+print("left behind", flush=True)
+"""
+
+
+def test_a_rank_whose_launcher_goes_while_it_starts_ends() -> None:
+    agent = f"""
+import os, subprocess, sys, signal
+environment = {{**os.environ, "RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "a"}}
+rank = subprocess.Popen([sys.executable, "-c", {ORPHAN!r}], env=environment, stdout=subprocess.PIPE)
+print(rank.stdout.readline().decode(), end="", flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # Returns when every process that holds the pipe of stderr has ended.
+    done = subprocess.run([sys.executable, "-c", agent], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.stdout, done.stderr) == ("starts\n", "error: torchrun has gone while the run started\n")
