@@ -11,7 +11,7 @@ from mone_model.neuron_stats import NeuronUsage
 from tests.unit.test_config import run_config
 from train import figures
 from train.config import LoggingConfig, RunConfig, RunSection
-from train.metrics import MetricsWriter, OfflineRecord
+from train.metrics import MetricsWriter, OfflineRecord, put_aside
 from train.recorder import Recorder
 from train.runtime import Runtime
 
@@ -79,3 +79,13 @@ def test_an_offline_record_that_is_cut_short_is_told_of_once(
     full.check_room()
     full.check_room()
     assert capsys.readouterr().out.count("is incomplete: the disk is full; metrics.jsonl has every record") == 1
+
+
+def test_lines_that_are_no_records_are_put_aside_and_none_is_lost(tmp_path: Path) -> None:
+    odd = ['{"step": NaN, "x": 1}', "[" * 200_000, '{"step": 1' + 400 * "0" + "}", '{"step": null}', "", "[]"]
+    lines = ['{"step": 1}', *odd, '{"step": 2}', '{"step": 3}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / ".unfinished-metrics.jsonl").mkdir()
+    put_aside(tmp_path / "metrics.jsonl", later_than=2)
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']
+    assert (tmp_path / "metrics.later-1.jsonl").read_text().splitlines() == [*odd, '{"step": 3}']

@@ -19,7 +19,7 @@ from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
 from train.config import RunConfig, RunSection, SourceConfig
 from train.run_tokenizer import find_tokenizer, keep_tokenizer
-from train.sample import load_run_config
+from train.sample import load_run_config, load_thresholds
 
 
 def with_tokenizer(folder: Path, vocab_size: int) -> Manifest:
@@ -95,3 +95,29 @@ def test_data_without_a_tokenizer_trains(tmp_path: Path, capsys: pytest.CaptureF
     manifest = load_manifest(make_shards(tmp_path / "data"))
     keep_tokenizer(tmp_path / "run", manifest, begun=False)
     assert "data/tokenizer is missing, so train.sample will have no tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [b"", b"a: [", b"\xff\xfe\x00", b"model: {num_layers: two}", b"foo: 1", None])
+def test_a_configuration_that_is_damaged_is_named(tmp_path: Path, text: bytes | None) -> None:
+    if text is None:
+        (tmp_path / "config.yaml").mkdir()
+    else:
+        (tmp_path / "config.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=r"config.yaml is damaged, or of another version \(.+\)$"):
+        load_run_config(tmp_path)
+
+
+def test_what_is_in_the_way_of_the_tokenizer_is_named(data: Manifest, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer").write_text("mine")
+    with pytest.raises(DataError, match="tokenizer is not a folder; remove it"):
+        keep_tokenizer(tmp_path, data, begun=True)
+    assert (tmp_path / "tokenizer").read_text() == "mine"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 200_000])
+def test_thresholds_that_are_none_are_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "thresholds.json").write_text(text)
+    with pytest.raises(UserError, match="no such file of mone-calibrate"):
+        load_thresholds(tmp_path / "thresholds.json", RunConfig())
+    with pytest.raises(UserError, match="not a regular file"):
+        load_thresholds(Path("/dev/zero"), RunConfig())
