@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from configs.console import UserError
@@ -81,10 +81,10 @@ def launcher_has_gone() -> bool:
 
 
 @contextlib.contextmanager
-def ending_with_launcher() -> Iterator[None]:
+def ending_with_launcher() -> Iterator[Callable[[], None]]:
     """End this process, with exit code 1, if torchrun goes during the block: the other processes may never come.
 
-    For the start of a run, before there is something to save; later `StopRequest` asks.
+    For the start of a run, before there is something to save; later `StopRequest` asks. To call what is given ends the watch.
     """
     left = threading.Event()
 
@@ -98,7 +98,7 @@ def ending_with_launcher() -> Iterator[None]:
     if under_torchrun():
         threading.Thread(target=watch, name="launcher", daemon=True).start()
     try:
-        yield
+        yield left.set
     finally:
         left.set()
 

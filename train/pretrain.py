@@ -127,7 +127,7 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
     watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout, note=note)
     # The watchdog knows more about a silent rank than the collective that waits for it: let it be the first to speak.
     joining = distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store)
-    with contextlib.closing(watchdog), joining as runtime:
+    with contextlib.closing(watchdog), ending_with_launcher() as started, joining as runtime:
         if runtime.is_main:
             print(describe_run(config, world_size), flush=True)
         with naming_errors():
@@ -155,6 +155,7 @@ def run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoi
         trainer = Trainer(config, runtime, engine, data, watchdog, stop)
         newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
         trainer.resume(checkpoint, passed_over=newer)
+        started()
         reason = trainer.train()
         complete = trainer.step >= config.training.steps
         if runtime.is_main:
