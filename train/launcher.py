@@ -84,7 +84,7 @@ def launcher_has_gone() -> bool:
 def ending_with_launcher() -> Iterator[Callable[[], None]]:
     """End this process, with exit code 1, if torchrun goes during the block: the other processes may never come.
 
-    For the start of a run, before there is something to save; later `StopRequest` asks. To call what is given ends the watch.
+    For the start of a run, before there is something to save; later `StopRequest` asks. Calling what is given ends it.
     """
     left = threading.Event()
 
