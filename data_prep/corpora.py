@@ -125,7 +125,13 @@ class Corpus:
             number = start.record if file == start.file else 0
             self._refuse_a_changed_file(file)
             try:
-                for value in itertools.islice(self._values(file), number, None):
+                values = self._values(file)
+                if (skipped := sum(1 for _ in itertools.islice(values, number))) < number:
+                    raise DataError(
+                        f"there is none before it to continue behind: the file has {skipped} records. The corpus is another "
+                        "than before, or progress.json in the output folder is damaged. Remove that folder and start again"
+                    )
+                for value in values:
                     record = self._record(value, Position(file, number + 1))
                     number += 1
                     yield record

@@ -13,7 +13,7 @@ from configs.console import UserError
 from data_prep.files import TEMPORARY_PREFIX
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 
 
 class DataError(UserError):
@@ -31,7 +31,8 @@ def naming_folder(option: str, folder: Path, *, shared: bool = False) -> Iterato
     except OSError as error:
         if error.errno in FULL:
             for unfinished in [] if shared else folder.glob(f"{TEMPORARY_PREFIX}*"):
-                unfinished.unlink()
+                if unfinished.is_file():
+                    unfinished.unlink()
             raise DataError(
                 f"{option}={folder}: no space left in this folder ({error.strerror}). "
                 "What was finished is kept: make room and run the same command again to continue, "

@@ -7,8 +7,11 @@ journal.close()
 """
 
 import json
+import re
+import reprlib
+import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,16 @@ import numpy as np
 from data_prep.corpora import Position
 from data_prep.errors import DataError
 from data_prep.files import TEMPORARY_PREFIX
-from data_prep.json_fields import field_problems
-from data_prep.shards import Shard, publish_json, shard_problems, size_problems
+from data_prep.json_fields import field_problems, is_of
+from data_prep.shards import MANIFEST_NAME, TOKENIZER_NAME, Shard, publish_json, shard_problems, size_problems
 
 JOURNAL_NAME = "progress.json"
+SHARD_FILE = r"(train|validation)-\d{5,}\.(bin|idx)"
+OWN_FILE = re.compile(
+    rf"{SHARD_FILE}|{re.escape(TEMPORARY_PREFIX)}"
+    rf"({SHARD_FILE}|{re.escape(JOURNAL_NAME)}|{re.escape(MANIFEST_NAME)}|{TOKENIZER_NAME})"
+)
+"""Names that an unfinished run may leave. Whatever else is in its folder is the user's."""
 STORED_TYPES: dict[str, type | None] = {"folder": None, "unigrams": list, "position": list, "records": dict, "shards": list}
 
 
@@ -48,7 +57,7 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], vocab_size: int) -> "Journal":
-        """The journal in `folder`, or a new one; files of unfinished groups are removed.
+        """The journal in `folder`, or a new one; files of unfinished groups are removed, others stay.
 
         Raises DataError if the folder holds shards of other settings, shards without a journal, or damaged
         ones.
@@ -73,18 +82,22 @@ class Journal:
         if problems := size_problems(folder, journal.shards):
             raise DataError(f"output={folder}: {'; '.join(problems)}. Remove the folder and start again")
         finished = {folder / file for shard in journal.shards for file, _, _ in shard.files()}
-        for path in {*files, *folder.glob(f"{TEMPORARY_PREFIX}*")} - finished:
-            path.unlink()
+        for path in {path for path in folder.iterdir() if OWN_FILE.fullmatch(path.name)} - finished:
+            if not path.is_dir() or path.is_symlink():
+                path.unlink()
+            elif path.name.startswith(TEMPORARY_PREFIX):
+                shutil.rmtree(path)
         journal._save()
         return journal
 
     def add_group(self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray) -> None:
         """Record a finished group: published shards, the place behind it, records by fate, tokens."""
+        before = len(self.shards)
         self.shards += shards
         self.position = position
         self.records += fates
         self.unigrams = self.unigrams + unigrams
-        self.groups += 1
+        self.groups += len(self.shards) > before  # the corpus may end with records that give no document
         self._save()
 
     def close(self) -> None:
@@ -103,15 +116,46 @@ class Journal:
             content = json.loads(path.read_text(encoding="utf-8"))
             if problems := list(field_problems(cls, content, STORED_TYPES)):
                 raise ValueError("; ".join(problems))
-            content["unigrams"] = np.array(content["unigrams"], np.int64)
+            content["unigrams"] = np.array(content["unigrams"])
             content["position"] = Position(*content["position"])
             content["records"] = Counter(content["records"])
             if problems := list(shard_problems(content["shards"])):
                 raise ValueError("; ".join(problems))
             content["shards"] = [Shard(**shard) for shard in content["shards"]]
-            return cls(folder=folder, **content)
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            journal = cls(folder=folder, **content)
+            if problems := list(journal._problems()):
+                raise ValueError("; ".join(problems))
+            return journal
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(f"{path}: damaged ({error}). Remove the folder and start again") from error
+
+    def _problems(self) -> Iterator[str]:
+        """In what the fields contradict each other, one sentence each."""
+        names = {shard.name: shard.split for shard in self.shards}
+        numbers = {int(name.rpartition("-")[2]) for name in names if re.fullmatch(r"\w+-\d{5,18}", name)}
+        if numbers != set(range(len(numbers))) or any(
+            name not in {f"{split}-{number:05}" for number in numbers} for name, split in names.items()
+        ):
+            yield "the names of the shards do not count the groups"
+        if self.groups != len(numbers):
+            yield f"groups is {self.groups}, the shards are of {len(numbers)}"
+        if not (self.unigrams.ndim == 1 and self.unigrams.dtype.kind == "i" and (self.unigrams >= 0).all()):
+            yield "unigrams is not a list of counts"
+        elif self.unigrams.sum() != (tokens := sum(shard.tokens for shard in self.shards if shard.split == "train")):
+            yield f"unigrams counts {self.unigrams.sum()} tokens, the training shards have {tokens}"
+        if not all(is_of(count, int) and count >= 0 for count in self.records.values()):
+            yield "records is not an object of counts"
+            return
+        kept = self.records["kept"] + self.records["invalid_utf8_replaced"]
+        if kept != (documents := sum(shard.documents for shard in self.shards)):
+            yield f"records counts {kept} documents, the shards have {documents}"
+        file, record = self.position
+        files = len(self.settings["corpus"]["files"]) or 1  # a dataset of the hub counts as one
+        total = sum(self.records.values())
+        if not all(is_of(number, int) and number >= 0 for number in self.position) or file >= files:
+            yield f"position is {reprlib.repr(list(self.position))}, must be a file below {files} and a record"
+        elif record > total or (file == 0 and record != total):
+            yield f"position is behind record {record} of file {file}, records counts {total}"
 
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:

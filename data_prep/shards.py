@@ -83,7 +83,8 @@ class Manifest:
     tokenizer_sha256: str
     """Checksum of the tokenizer, see `Tokenizer.sha256`."""
     round_trip: bool
-    """Whether decoding gave the first documents back exactly; false if the tokenizer normalises."""
+    """Whether decoding gave back exactly the documents that were compared: some of every group; false if the tokenizer
+    normalises or drops characters."""
     unigram_entropy: float
     """Entropy of the training tokens' unigram distribution in nats per token: the loss of a model that knows
     only how frequent each token is."""

@@ -10,6 +10,7 @@ one train shard and one validation shard, whatever the number of workers, and th
 progress.json.
 """
 
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ from configs.locks import LOCK_FILE, lock
 from data_prep.corpora import Corpus, CorpusConfig, Position
 from data_prep.encoding import EncoderPool
 from data_prep.errors import DataError, naming_folder
-from data_prep.journal import Journal, refuse_other_settings
+from data_prep.files import writing_folder
+from data_prep.journal import JOURNAL_NAME, Journal, refuse_other_settings
 from data_prep.progress import Progress
 from data_prep.shards import (
     MANIFEST_NAME,
@@ -44,7 +46,8 @@ from data_prep.shards import (
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 
-ROUND_TRIP_RECORDS = 32
+ROUND_TRIP_FIRST, ROUND_TRIP_EVERY = 32, 100
+"""Of each group the first documents, and of the others every so-manieth, are decoded and compared with their text."""
 
 
 @dataclass
@@ -84,13 +87,14 @@ class Group:
         self._folder, self._number, self._dtype = folder, number, dtype
         self._writers: dict[Split, ShardWriter] = {}
         self.fates: Counter[str] = Counter()
-        self.records = self.tokens = 0
+        self.records = self.documents = self.tokens = 0
 
     def add(self, tokens: np.ndarray, split: Split) -> None:
         """Append a document: tokens [length], end-of-document included."""
         if split not in self._writers:
             self._writers[split] = ShardWriter(self._folder, f"{split}-{self._number:05}", split, self._dtype)
         self._writers[split].add(tokens)
+        self.documents += 1
         self.tokens += len(tokens)
 
     def finish(self, journal: Journal, corpus: Corpus, position: Position) -> None:
@@ -124,7 +128,7 @@ def write_groups(config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, p
                 group.records += 1
                 if not record.text:
                     continue
-                if number == 0 and group.records <= ROUND_TRIP_RECORDS:
+                if group.documents < ROUND_TRIP_FIRST or group.documents % ROUND_TRIP_EVERY == 0:
                     journal.round_trip &= tokenizer.decode(tokens[:-1].tolist()) == record.text
                 group.add(tokens, "validation" if validation else "train")
                 if group.tokens >= config.shard_tokens:
@@ -194,17 +198,62 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     with naming_folder("output", output), locked(output):
         if manifest := finished(output, settings):
             return manifest
+        has_copy = has_tokenizer(
+            tokenizer, config.tokenizer, output / TOKENIZER_NAME
+        )  # the journal tells an earlier attempt
         journal = Journal.open(output, settings, tokenizer.vocab_size)
-        (output / TOKENIZER_NAME).mkdir(exist_ok=True)
-        tokenizer.copy_to(output / TOKENIZER_NAME)
+        if not has_copy:
+            copy_tokenizer(tokenizer, output / TOKENIZER_NAME)
         corpus.refuse_changes()  # not after hours, if the output is within the corpus
         with EncoderPool(str(output / TOKENIZER_NAME), config.validation_fraction, config.workers) as pool:
             write_groups(config, corpus, tokenizer, pool, journal)
         return publish_manifest(corpus.name, tokenizer, journal)
 
 
+def has_tokenizer(tokenizer: Tokenizer, given: str, folder: Path) -> bool:
+    """Whether the copy's folder is to stay as it is: the tokenizer was loaded from there, or the user put it there.
+
+    Raises DataError if a folder that is not of an earlier attempt holds something else.
+    """
+    is_source = folder.resolve() in (Path(given).resolve(), Path(given).resolve().parent)
+    of_earlier_attempt = (folder.parent / JOURNAL_NAME).is_file()
+    if not is_source and (of_earlier_attempt or not folder.is_dir() or not any(folder.iterdir())):
+        return False
+    if checksum_in(folder) != tokenizer.sha256:
+        raise DataError(
+            f"{folder}: holds something else than tokenizer={given}, and not from an earlier attempt. "
+            "Choose another output folder, or remove it"
+        )
+    return True
+
+
+def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Make `folder` a copy of the tokenizer and of nothing else: an earlier attempt may have had another tokenizer.
+
+    Raises DataError if the copy is another tokenizer.
+    """
+    with writing_folder(folder) as unfinished:
+        tokenizer.copy_to(unfinished)
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.is_dir():
+            shutil.rmtree(folder)
+    if checksum_in(folder) != tokenizer.sha256:
+        raise DataError(f"{folder}: the copy of the tokenizer's files does not load as the same tokenizer")
+
+
+def checksum_in(folder: Path) -> str | None:
+    """`Tokenizer.sha256` of the tokenizer in a folder; None if it holds none."""
+    try:
+        return load_tokenizer(folder).sha256
+    except DataError:
+        return None
+
+
 def finished(output: Path, settings: dict[str, Any]) -> Manifest | None:
     """The manifest of a finished folder, which nothing is written to; DataError if it is of other settings or damaged."""
+    if (output / MANIFEST_NAME).is_dir():
+        raise DataError(f"output={output}: {MANIFEST_NAME} is a folder there. Choose another folder, or remove it")
     if not (output / MANIFEST_NAME).is_file():
         return None
     manifest = load_manifest(output)

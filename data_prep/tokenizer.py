@@ -116,7 +116,7 @@ class HuggingFaceTokenizer(Tokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # of damaged files the tokenizers' own library raises nothing more special
             raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({_first_line(error)})") from error
         vocabulary = self._tokenizer.get_vocab()

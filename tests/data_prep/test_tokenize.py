@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerFast
 
 from configs.locks import LOCK_FILE, lock
 from configs.run_folder import hold
@@ -23,7 +25,8 @@ from data_prep.encoding import is_validation
 from data_prep.errors import DataError
 from data_prep.shards import Manifest, Split, load_manifest, megatron_indexed_dataset
 from data_prep.tokenize import TokenizeConfig, tokenize
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer import SentencePieceTokenizer, load_tokenizer
+from tests.data_prep import conftest
 from tests.data_prep.conftest import contents, made_up_documents, write_jsonl
 
 Options = Callable[..., TokenizeConfig]
@@ -199,7 +202,7 @@ def stop_before_rename(config: TokenizeConfig, number: int) -> None:
 
 
 @pytest.mark.usefixtures("inline_pool")
-@pytest.mark.parametrize("rename", range(1, 12))
+@pytest.mark.parametrize("rename", range(1, 13))
 def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Options, tmp_path: Path, rename: int) -> None:
     tokenize(options(output=str(tmp_path / "undisturbed")))
     stop_before_rename(options(), rename)
@@ -210,7 +213,7 @@ def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Opti
 
 @pytest.mark.usefixtures("inline_pool")
 def test_nothing_of_a_group_that_is_not_on_record_stays(options: Options, tmp_path: Path) -> None:
-    stop_before_rename(options(), 6)  # both shards have their final names, but the journal knows none
+    stop_before_rename(options(), 7)  # both shards have their final names, but the journal knows none
     assert (tmp_path / "shards" / "validation-00000.idx").exists()
     other = {"validation_fraction": 0.0}
     tokenize(options(**other))
@@ -295,6 +298,27 @@ def test_a_split_without_validation_is_warned_of(
         lambda content: content.update(records=[1]),
         lambda content: content.update(unigrams=[1, 2]),
         lambda content: content.pop("groups"),
+        lambda content: content.update(position=[0, -1]),
+        lambda content: content.update(position=[0, "9"]),
+        lambda content: content.update(position=[0, 1.5]),
+        lambda content: content.update(position=[0, True]),
+        lambda content: content.update(position=[1, 0]),
+        lambda content: content.update(position=[0, 10**30]),
+        lambda content: content["position"].append(0),
+        lambda content: content.update(groups=3),
+        lambda content: content.update(groups=-1),
+        lambda content: content["shards"].pop(0),
+        lambda content: content["shards"][0].update(name="train-7", split="train"),
+        lambda content: content["shards"][0].update(name="model"),
+        lambda content: content["records"].update(empty=-3),
+        lambda content: content["records"].update(kept="all"),
+        lambda content: content["records"].update(kept=content["records"]["kept"] + 1),
+        lambda content: content["unigrams"].__setitem__(5, -1),
+        lambda content: content["unigrams"].__setitem__(5, content["unigrams"][5] + 1),
+        lambda content: content["unigrams"].__setitem__(5, 0.5),
+        lambda content: content.update(unigrams=[content["unigrams"]]),
+        lambda content: content.update(unigrams=[str(count) for count in content["unigrams"]]),
+        lambda content: content["settings"].pop("corpus"),
     ],
 )
 def test_a_damaged_journal_is_named(options: Options, damage: Callable[[dict[str, Any]], Any]) -> None:
@@ -303,7 +327,125 @@ def test_a_damaged_journal_is_named(options: Options, damage: Callable[[dict[str
     content = json.loads(path.read_text())
     damage(content)
     path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"progress\.json: damaged.*Remove the folder and start again"):
+        tokenize(options())
+    path.write_text("[" * 100_000)
     with pytest.raises(DataError, match=r"progress\.json: damaged"):
+        tokenize(options())
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_a_place_behind_the_end_of_a_file_is_named(options: Options, corpus_file: Path) -> None:
+    stop_after_groups(options(), 2)
+    path = Path(options().output) / "progress.json"
+    content = json.loads(path.read_text())
+    content["records"]["empty"] = 1000
+    content["position"][1] += 1000
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"made_up\.jsonl, record \d+: .* the file has 300 records.*Remove that folder"):
+        tokenize(options())
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_the_users_files_in_the_output_folder_stay(options: Options, tmp_path: Path) -> None:
+    stop_before_rename(options(), 7)
+    mine = {"backup.bin", "train.idx", "train-00000.bin.old", ".unfinished-notes", "train-1.bin"}
+    for name in mine:
+        (tmp_path / "shards" / name).write_text("precious")
+    for name in ("train-00009.bin", ".unfinished-validation-00001.idx"):
+        (tmp_path / "shards" / name).write_text("of an unfinished run")
+    (tmp_path / "shards/.unfinished-tokenizer").mkdir()
+    tokenize(options())
+    tokenize(options(output=str(tmp_path / "undisturbed")))
+    assert {name: b"precious" for name in mine} == {
+        name: content
+        for name, content in contents(tmp_path / "shards").items()
+        if name not in contents(tmp_path / "undisturbed")
+    }
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_the_last_records_may_give_no_document(options: Options, tmp_path: Path, documents: list[str]) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [*documents[:100], "", " "]))
+    undisturbed = tokenize(options({"path": path}, output=str(tmp_path / "undisturbed"), shard_tokens=100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenize_module, "publish_manifest", lambda *_: None)
+        tokenize(options({"path": path}, shard_tokens=100))
+    assert tokenize(options({"path": path}, shard_tokens=100)).records == undisturbed.records == {"empty": 2, "kept": 100}
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.fixture
+def hugging_face_folder(documents: list[str], tmp_path: Path) -> Path:
+    """A tokenizer of the kind that `load_tokenizer` prefers to a sentencepiece model beside it."""
+    model = ByteLevelBPETokenizer()
+    model.train_from_iterator(documents, vocab_size=500, special_tokens=["<|end|>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=model._tokenizer, eos_token="<|end|>").save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("hugging_face_first", [True, False])
+def test_a_tokenizer_of_an_earlier_attempt_is_replaced(
+    options: Options, tmp_path: Path, tokenizer_folder: Path, hugging_face_folder: Path, hugging_face_first: bool
+) -> None:
+    first, second = hugging_face_folder, tokenizer_folder
+    if not hugging_face_first:
+        first, second = second, first
+    with pytest.raises(DataError, match="no field 'body'"):
+        tokenize(options({"text_field": "body"}, tokenizer=str(first)))
+    manifest = tokenize(options(tokenizer=str(second)))
+    assert load_tokenizer(manifest.tokenizer_path).sha256 == manifest.tokenizer_sha256
+    tokenize(options(tokenizer=str(second), output=str(tmp_path / "undisturbed")))
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer/tokenizer.model"])
+def test_the_copy_of_the_tokenizer_may_be_named_to_continue(options: Options, tmp_path: Path, name: str) -> None:
+    stop_after_groups(options(), 2)
+    tokenize(options(tokenizer=f"{tmp_path}/shards/{name}"))
+    tokenize(options(output=str(tmp_path / "undisturbed")))
+    assert contents(tmp_path / "shards") == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.usefixtures("inline_pool")
+def test_a_tokenizer_that_is_not_of_an_earlier_attempt_is_left_alone(
+    options: Options, tmp_path: Path, hugging_face_folder: Path
+) -> None:
+    (tmp_path / "shards").mkdir()
+    hugging_face_folder.rename(tmp_path / "shards/tokenizer")
+    before = contents(tmp_path / "shards/tokenizer")
+    for _ in range(2):
+        with pytest.raises(DataError, match="shards/tokenizer: holds something else than tokenizer="):
+            tokenize(options())
+    assert contents(tmp_path / "shards/tokenizer") == before
+
+
+class LosesCharacters(SentencePieceTokenizer):
+    """A tokenizer that loses characters of some texts."""
+
+    def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        return super().encode_documents([text.replace("lost", "") for text in texts])
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("shard_tokens", [2000, 10**6])
+def test_characters_that_are_lost_late_in_the_corpus_are_noticed(
+    options: Options, tmp_path: Path, documents: list[str], shard_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*documents[:50], *(f"{text} lost" for text in documents[50:])])
+    assert tokenize(options({"path": str(path)}, shard_tokens=shard_tokens)).round_trip
+    monkeypatch.setattr(conftest, "load_tokenizer", lambda path: LosesCharacters(Path(path) / "tokenizer.model"))
+    lossy = options({"path": str(path)}, shard_tokens=shard_tokens, output=str(tmp_path / "lossy"))
+    assert not tokenize(lossy).round_trip
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("name", ["manifest.json", ".lock", "progress.json"])
+def test_a_folder_in_the_place_of_a_file_is_named(options: Options, name: str) -> None:
+    (Path(options().output) / name).mkdir(parents=True)
+    with pytest.raises(DataError, match=rf"output=.*{name}"):
         tokenize(options())
 
 
