@@ -141,7 +141,8 @@ class Corpus:
             except Exception as error:  # each reader has errors of its own
                 self._refuse_a_changed_file(file)
                 format = "a dataset" if self.config.hub else self._format(file)
-                hint = "" if isinstance(error, EOFError) else ". If it is of another format, set corpus.format"
+                may_be_another = not (self.config.hub or isinstance(error, EOFError) or not self.sizes[file])
+                hint = ". If it is of another format, set corpus.format" if may_be_another else ""
                 raise DataError(
                     f"{self._title(file)}, behind record {number}: cannot be read as {format} "
                     f"({type(error).__name__}: {error}){hint}"

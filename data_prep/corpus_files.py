@@ -88,8 +88,9 @@ def _files_of(entry: str, format: str | None, left_out: dict[Path, str]) -> list
             missing = "no such file, folder or glob match"
             if files and not (files := [file for file in files if not file.is_dir()]):
                 missing = "matches folders only; name one, or add /** for all files in them"
-            if not path.suffix:  # not a name that was chosen, like *.json or README.*
-                files = _without_cards(files, format, left_out)
+            if files and not path.suffix:  # not a name that was chosen, like *.json or README.*
+                files = _texts_of_a_folder(files, format, left_out)
+                missing = f"no file that it matches has a suffix of {', '.join(FORMATS)}; set corpus.format"
     except OSError as error:
         raise DataError(f"corpus.path={entry}: {error.filename}: {error.strerror}") from error
     if not files:

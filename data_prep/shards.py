@@ -33,6 +33,8 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 MAX_VOCABULARY = 1 << 24
 """More pieces than any tokenizer has; tables as long as the vocabulary are made of it."""
+MAX_NAME_BYTES = 200
+"""Of a shard's name; file systems allow 255 with what is put before and behind it."""
 
 Split = Literal["train", "validation"]
 
@@ -188,8 +190,8 @@ def _manifest_problems(content: Any) -> Iterator[str]:
         yield f"dtype is {content['dtype']!r}, that of vocab_size {vocab_size} is {dtype_of(vocab_size)!r}"
     if not 0 <= content["eod_id"] < vocab_size:
         yield f"eod_id is {content['eod_id']}, must be below vocab_size {vocab_size}"
-    if not (math.isfinite(entropy) and entropy >= 0):
-        yield f"unigram_entropy is {entropy}, must be a number of nats"
+    if not 0 <= entropy <= math.log(MAX_VOCABULARY):
+        yield f"unigram_entropy is {reprlib.repr(entropy)}, must be a number of nats, {math.log(MAX_VOCABULARY):.1f} at most"
     for fate, count in content["records"].items():
         if not is_of(count, int) or count < 0:
             yield f"records.{fate} is {reprlib.repr(count)}, must be a count"
@@ -207,7 +209,7 @@ def shard_problems(shards: list[Any]) -> Iterator[str]:
         yield from problems
         if problems:
             continue
-        if not re.fullmatch(r"\w[\w.-]*", shard["name"]):
+        if not re.fullmatch(r"\w[\w.-]*", shard["name"]) or len(shard["name"].encode()) > MAX_NAME_BYTES:
             yield f"{where}.name is {reprlib.repr(shard['name'])}, not the name of a file in the folder"
         elif names.count(shard["name"]) > 1:
             yield f"{where}.name is that of another shard, too: {shard['name']}"

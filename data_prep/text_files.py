@@ -77,7 +77,8 @@ def open_text(path: Path, newline: str | None) -> TextIO:
     try:
         start = file.peek()
         if encoding := _other_encoding(start):
-            raise DataError(f"encoded in {encoding}, not in UTF-8. Convert it: iconv -f {encoding} -t UTF-8")
+            name = encoding.replace("-LE", "LE").replace("-BE", "BE")  # as iconv spells it
+            raise DataError(f"encoded in {encoding}, not in UTF-8. Convert it: iconv -f {name} -t UTF-8")
         if start.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
     except BaseException:

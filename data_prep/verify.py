@@ -41,6 +41,10 @@ class VerifyConfig:
     decode_documents: int = 100
     """Documents per shard, spread evenly, to decode and encode again."""
 
+    def __post_init__(self) -> None:
+        if self.decode_documents < 0:
+            raise DataError(f"decode_documents={self.decode_documents}: must be at least 0")
+
 
 ConfigStore.instance().store(name="verify_schema", node=VerifyConfig)
 
@@ -135,22 +139,26 @@ def folders(path: Any) -> list[Path]:
 
 @command("verify")
 def main(config: DictConfig) -> None:
-    """List every damage on stdout; exit code 1 if there is any, 2 if there is nothing to verify."""
+    """List every damage on stdout; exit code 1 if there is any, else 2 if a folder holds nothing to verify."""
     options = typed(config, VerifyConfig)
-    damaged = False
+    damaged = missing = False
     for folder in folders(options.path):
         try:
             manifest = load_manifest(folder)
             found = list(damages(manifest, options.decode_documents))
         except DamagedManifest as error:
             found = [f"{MANIFEST_NAME}: {problem}" for problem in error.problems]
+        except DataError as error:
+            print(f"error: {error}", file=sys.stderr)
+            missing = True
+            continue
         for damage in found:
             print(f"{folder}: {damage}")
         if not found:
             tokens = sum(shard.tokens for shard in manifest.shards)
             print(f"{folder}: {len(manifest.shards)} shards with {tokens:,} tokens are intact")
         damaged |= bool(found)
-    sys.exit(1 if damaged else 0)
+    sys.exit(1 if damaged else 2 if missing else 0)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,14 @@ def test_dataset_cards_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "dataset_infos.json").write_text("{}")
     (tmp_path / "picture.png").write_bytes(b"")
     assert texts(str(tmp_path)) == ["text"]
-    assert texts(str(tmp_path / "[dR]*")) == ["text"]
+    assert texts(str(tmp_path / "[dR]*")) == texts(str(tmp_path / "*")) == texts(str(tmp_path / "**")) == ["text"]
+    assert Corpus(CorpusConfig(path=str(tmp_path / "*"))).describe().endswith("no suffix of a text format): picture.png")
+    with pytest.raises(
+        DataError, match=r"corpus\.path=.*/p\*: no file that it matches has a suffix of text.*corpus\.format"
+    ):
+        texts(str(tmp_path / "p*"))
+    with pytest.raises(DataError, match=r"picture\.png: its suffix tells no format; set corpus\.format"):
+        texts(str(tmp_path / "*.png"))
     assert texts([str(tmp_path), str(tmp_path / "README.md")]) == ["text", "---\nlicense: mit\n---\n# Card"]
     assert texts(str(tmp_path / "*.md")) == ["---\nlicense: mit\n---\n# Card"]
     (tmp_path / "manual").mkdir()

@@ -89,11 +89,13 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path, format: str) -> None:
     assert read(tmp_path / f"c.{format}", b"\xef\xbb\xbf") == []
 
 
-@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_another_encoding_is_named(tmp_path: Path, format: str, encoding: str) -> None:
     content = FORMATS[format](TEXTS).decode().encode(encoding)
-    with pytest.raises(DataError, match=rf"a\.{format}, record 1: encoded in {encoding.upper()}, not in UTF-8.*iconv"):
+    name = encoding.upper().replace("-LE", "LE").replace("-BE", "BE")
+    message = rf"a\.{format}, record 1: encoded in {encoding.upper()}, not in UTF-8\. Convert it: iconv -f {name} -t UTF-8$"
+    with pytest.raises(DataError, match=message):
         read(tmp_path / f"a.{format}", content)
 
 
@@ -130,3 +132,11 @@ def test_an_arrow_stream_that_is_cut_between_batches_is_refused(tmp_path: Path) 
     for content in (b"", whole[:-8], whole[:-300]):
         with pytest.raises(DataError, match=r"a\.arrow, behind record \d+: cannot be read as arrow"):
             read(tmp_path / "a.arrow", content)
+
+
+@pytest.mark.parametrize("format", ["parquet", "arrow"])
+def test_a_table_of_no_bytes_is_refused(tmp_path: Path, format: str) -> None:
+    with pytest.raises(DataError, match=rf"a\.{format}, behind record 0: cannot be read as {format} \(.*\)$"):
+        read(tmp_path / f"a.{format}", b"")
+    with pytest.raises(DataError, match=rf"a\.{format}, .*cannot be read as {format} \(.*\)\. .* set corpus\.format$"):
+        read(tmp_path / f"a.{format}", b"something else of some length")

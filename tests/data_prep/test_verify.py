@@ -188,7 +188,10 @@ MANIFEST_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "type": ({"dtype": "int32"}, "dtype is 'int32', that of vocab_size 600 is 'uint16'"),
     "unknown type": ({"dtype": ["float"]}, r"dtype is \['float'\], must be a text"),
     "entropy": ({"unigram_entropy": None}, "unigram_entropy is None, must be a number"),
-    "infinite entropy": ({"unigram_entropy": float("nan")}, "unigram_entropy is nan"),
+    "no number of an entropy": ({"unigram_entropy": float("nan")}, "unigram_entropy is nan"),
+    "infinite entropy": ({"unigram_entropy": float("inf")}, "unigram_entropy is inf"),
+    "huge entropy": ({"unigram_entropy": 10**400}, "unigram_entropy is 1000"),
+    "negative entropy": ({"unigram_entropy": -1}, "unigram_entropy is -1"),
     "name": ({"name": 3}, "name is 3, must be a text"),
     "round trip": ({"round_trip": "yes"}, "round_trip is 'yes', must be true or false"),
     "records": ({"records": {"kept": "all"}}, "records.kept is 'all', must be a count"),
@@ -203,6 +206,7 @@ SHARD_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
     "negative": ({"tokens": -3}, "shards.0.tokens is -3, must be positive"),
     "absolute name": ({"name": "/etc/passwd"}, "shards.0.name is '/etc/passwd', not the name of a file in the folder"),
     "parent": ({"name": "../a"}, "shards.0.name is '../a', not the name"),
+    "long name": ({"name": "a" * 5000}, "shards.0.name is 'aaaaaaa.*, not the name"),
     "null name": ({"name": None}, "shards.0.name is None, must be a text"),
     "twice": ({"name": "train-00001"}, "shards.0.name is that of another shard, too"),
     "split": ({"split": "test"}, "shards.0.split is 'test', must be train or validation"),
@@ -291,6 +295,28 @@ def test_no_folder_is_no_damage_but_an_error(tmp_path: Path, call_main: Callable
     code, _, err = call_main(verify.main, f"path={tmp_path / 'none'}")
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'none'}: no such folder of token shards")
+
+
+def test_a_folder_without_a_manifest_does_not_hide_the_others(
+    folder: Path, tmp_path: Path, call_main: Callable[..., Any]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "odd/manifest.json").mkdir(parents=True)
+    path = f"path=[{tmp_path}/empty,{tmp_path}/odd,{tmp_path}/none,{folder}]"
+    code, out, err = call_main(verify.main, path)
+    assert (code, err.count("error: ")) == (2, 3)
+    assert out.endswith("are intact\n")
+    flip_byte(folder / "train-00000.bin", 0)
+    code, out, err = call_main(verify.main, path)
+    assert (code, err.count("error: ")) == (1, 3)
+    assert f"{folder}: train-00000.bin: altered" in out
+
+
+def test_a_negative_number_of_documents_is_no_option(folder: Path, call_main: Callable[..., Any]) -> None:
+    code, _, err = call_main(verify.main, f"path={folder}", "decode_documents=-1")
+    assert (code, err) == (2, "error: decode_documents=-1: must be at least 0\n")
+    code, _, err = call_main(verify.main, f"path={folder}", "decode_documents=0")
+    assert (code, err) == (0, "")
 
 
 def test_sizes_alone_are_checked_before_training(folder: Path) -> None:
