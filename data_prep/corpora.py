@@ -12,12 +12,12 @@ Files are read one after the other and streaming, so neither memory nor a cache 
 import glob
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from data_prep.corpus_files import find_files, fingerprint_of, state_of
+from data_prep.corpus_files import find_files, fingerprint_of, state_of, would_find
 from data_prep.csv_files import QUOTINGS
 from data_prep.errors import DataError
 from data_prep.progress import counted
@@ -178,6 +178,15 @@ class Corpus:
         for file in range(len(self.files)):
             self._refuse_a_changed_file(file)
         return options | {"files": self._fingerprints}
+
+    def refuse_to_hold(self, files: Iterable[Path], option: str) -> None:
+        """Raise DataError if one of the files that are to be written for `option` would become part of the corpus."""
+        for file in [] if self.config.hub else files:
+            if would_find(self.config.path, self.config.format, file):
+                raise DataError(
+                    f"{option} lies in the corpus: {file} would be one of its files. Choose a folder outside corpus.path="
+                    f"{self.config.path}"
+                )
 
     def refuse_changes(self) -> None:
         """Raise DataError if a file has changed since the corpus was made, or files have come or gone."""

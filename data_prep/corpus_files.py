@@ -8,6 +8,7 @@ state = state_of(found.files[0])         # differs once the file is written to o
 import fnmatch
 import glob
 import hashlib
+import itertools
 import json
 import os
 import stat
@@ -57,6 +58,22 @@ def find_files(path: Any, format: str | None) -> FoundFiles:
             files.setdefault(os.path.realpath(file), file)
     others = {os.path.realpath(path): path for path in left_out}
     return FoundFiles(list(files.values()), {path: left_out[path] for real, path in others.items() if real not in files})
+
+
+def would_find(path: Any, format: str | None, file: Path) -> bool:
+    """Whether `find_files` would find a file that does not exist yet, by its name; links within the corpus aside."""
+    for entry in map(str, path if isinstance(path, list | tuple) else [path]):
+        if Path(entry).is_dir():
+            pattern = (*Path(glob.escape(os.path.realpath(entry))).parts, "**", "*")
+        else:
+            parts = Path(entry).absolute().parts
+            plain = len(list(itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
+            pattern = (*Path(glob.escape(os.path.realpath(Path(*parts[:plain])))).parts, *parts[plain:])
+        if not Path(entry).suffix and not (format or format_of(file)):
+            continue
+        if _fits(Path(os.path.realpath(file)).parts, pattern):
+            return True
+    return False
 
 
 def state_of(path: Path) -> FileState:
@@ -161,8 +178,22 @@ def _entries(folder: Path, pattern: str) -> Iterator[Path]:
             yield folder / pattern
         return
     for name in sorted(os.listdir(folder)):
-        if fnmatch.fnmatchcase(name, pattern) and (pattern.startswith(".") or not name.startswith(".")):
+        if _is_named(name, pattern):
             yield folder / name
+
+
+def _is_named(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) and (pattern.startswith(".") or not name.startswith("."))
+
+
+def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a walk along a pattern would come to a path."""
+    if not path or not pattern:
+        return not path and not pattern
+    (name, *below), (head, *rest) = path, pattern
+    if head == "**":
+        return _fits(path, tuple(rest) or ("*",)) or (_is_named(name, "*") and _fits(tuple(below), pattern))
+    return (name == head or _is_named(name, head)) and _fits(tuple(below), tuple(rest))
 
 
 def _texts_of_a_folder(paths: Iterable[Path], format: str | None, left_out: dict[Path, str]) -> list[Path]:

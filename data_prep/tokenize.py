@@ -186,6 +186,9 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     Raises DataError for bad input, an output folder that holds something else, and a full disk.
     """
     corpus, tokenizer, output = Corpus(config.corpus), load_tokenizer(config.tokenizer), Path(config.output)
+    names = [JOURNAL_NAME, MANIFEST_NAME, "train-00000.bin", "train-00000.idx"]
+    names += [f"{TOKENIZER_NAME}/{name}" for name in tokenizer.file_names()]
+    corpus.refuse_to_hold([output / name for name in names], f"output={output}")
     print(corpus.describe(), file=sys.stderr)
     settings = {
         "corpus": corpus.fingerprint(config.progress_seconds) | {"name": corpus.name},
@@ -204,7 +207,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
         journal = Journal.open(output, settings, tokenizer.vocab_size)
         if not has_copy:
             copy_tokenizer(tokenizer, output / TOKENIZER_NAME)
-        corpus.refuse_changes()  # not after hours, if the output is within the corpus
+        corpus.refuse_changes()  # not after hours, if a link leads from the corpus to the output
         with EncoderPool(str(output / TOKENIZER_NAME), config.validation_fraction, config.workers) as pool:
             write_groups(config, corpus, tokenizer, pool, journal)
         return publish_manifest(corpus.name, tokenizer, journal)

@@ -74,6 +74,10 @@ class Tokenizer(ABC):
         """The text of token ids; special tokens leave nothing."""
 
     @abstractmethod
+    def file_names(self) -> list[str]:
+        """The names of the files that `copy_to` writes."""
+
+    @abstractmethod
     def copy_to(self, folder: Path) -> None:
         """Write what `load_tokenizer` needs into an existing folder."""
 
@@ -103,6 +107,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, tokens: list[int]) -> str:
         return self._model.decode(tokens)
+
+    def file_names(self) -> list[str]:
+        return [MODEL_NAME]
 
     def copy_to(self, folder: Path) -> None:
         shutil.copyfile(self._path, folder / MODEL_NAME)
@@ -151,6 +158,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def file_names(self) -> list[str]:
+        return [path.name for path in self._files()]
 
     def copy_to(self, folder: Path) -> None:
         for path in self._files():

@@ -163,6 +163,16 @@ def test_every_type_of_column_is_read_from_any_record(tmp_path: Path, format: st
         assert list(corpus.records(start=records[at].next)) == records[at + 1 :]
 
 
+def test_an_error_of_the_hub_gives_no_advice_about_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = r"^some/set, behind record 0: cannot be read as a dataset \(ConnectionError: no network\)$"
+    with pytest.raises(DataError, match=message):
+        list(Corpus(CorpusConfig(hub="some/set")).records())
+
+
 def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     before = Corpus(CorpusConfig(path=str(path))).fingerprint()

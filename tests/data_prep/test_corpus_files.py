@@ -1,5 +1,6 @@
 """Which files a corpus has: each once whatever links lead to it, no cards, nothing but files, none that changes."""
 
+import glob
 import json
 import os
 import socket
@@ -199,13 +200,37 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_shards_within_the_corpus_are_refused_at_the_start(
-    options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    "path", ["{0}", "{0}/", "{0}/**", "{0}/**/*.json", "{0}/*/*", "[{0}/a.jsonl,{0}/**/p*]", "{1}", "."]
+)
+def test_shards_within_the_corpus_are_refused_before_anything_is_written(
+    options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:  # fmt: skip
+    folder = tmp_path / "text[1]"
+    (folder / "sub").mkdir(parents=True)
+    write_jsonl(folder / "a.jsonl", documents)
+    write_jsonl(folder / "sub/p.json", documents)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    escaped = str(folder) if path.startswith("{0}") and len(path) < 6 else glob.escape(str(folder))
+    given = path.format(escaped if "*" in path else folder, tmp_path / "link")
+    entries = given[1:-1].split(",") if given.startswith("[") else given
+    for output in (folder / "shards", tmp_path / "link/shards"):
+        with pytest.raises(DataError, match=r"output=.*shards lies in the corpus: .* Choose a folder outside corpus\.path="):
+            tokenize(options({"path": entries}, output=str(output)))
+    assert not (folder / "shards").exists()
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize(
+    ("path", "output"), [("{0}/*.jsonl", "shards"), ("{0}", ".shards"), ("{0}/**/*.txt", "shards"), ("{0}/a.jsonl", "a")]
+)
+def test_shards_beside_the_files_of_the_corpus_are_none_of_them(
+    options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path, path: str, output: str
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", documents)
-    with pytest.raises(DataError, match=r"shards/progress\.json: came into the corpus"):
-        tokenize(options({"path": str(tmp_path)}, output=str(tmp_path / "shards")))
-    assert not list((tmp_path / "shards").glob("*.bin"))
+    (tmp_path / "b.txt").write_text("\n\n".join(documents))
+    assert tokenize(options({"path": path.format(tmp_path)}, output=str(tmp_path / output))).documents("train")
 
 
 @pytest.mark.usefixtures("inline_pool")

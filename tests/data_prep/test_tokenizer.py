@@ -119,6 +119,15 @@ def hugging_face_folder(documents: list[str], tmp_path_factory: pytest.TempPathF
     return folder
 
 
+def test_code_in_a_tokenizer_folder_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "code.py").write_text("raise SystemExit('was run')\n")
+    config = {"auto_map": {"AutoTokenizer": ["code.Odd", None]}, "tokenizer_class": "Odd"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(DataError, match="not a Hugging Face tokenizer folder"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.fixture(scope="module", params=["sentencepiece", "hugging_face"])
 def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path, hugging_face_folder: Path) -> Tokenizer:
     """One tokenizer of either kind."""
