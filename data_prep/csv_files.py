@@ -15,8 +15,8 @@ QUOTINGS = ("minimal", "none")
 OTHER_SEPARATORS = ",;\t|"
 LARGEST_CELL = 1 << 28
 """Characters: no document is as long, and a quote that nobody closes is not to fill the memory."""
-FEWEST_ROWS_TOLD = 5
-"""Lines of a cell that look like rows, from which on it is worth a warning."""
+MOST_ROWS_OF_ONE_CELL = 20
+"""Lines of a cell in a table of one column, up to which no warning is given: each line without a separator looks like a row."""
 
 
 def read_table(lines: Iterable[str], field: str, separator: str, quoting: str | None = None) -> Iterator[str]:
@@ -99,12 +99,12 @@ class _Table(Iterator[list[str]]):
         return f"line {last}" if first == last else f"lines {first} to {last}"
 
     def check_quotes(self, column: int, width: int) -> None:
-        """Refuse a last row whose every line is a row if quotes are characters; say so where that may be chance.
+        """Refuse a last row whose every line is a row if quotes are characters; warn where that may be chance, once a table.
 
         It is none if the cells of all other columns are numbers, or names with numbers, of one form.
         """
         rows = [line.rstrip("\r\n").split(self._separator) for line in self.lines if not line.isspace()]
-        if width < 2 or len(rows) < 2 or any(len(row) != width for row in rows):
+        if len(rows) < 2 or any(len(row) != width for row in rows):
             return
         message = (
             f"a quote opens a cell that ends {len(self.lines) - 1} lines later, and all lines in it look like rows of "
@@ -112,9 +112,9 @@ class _Table(Iterator[list[str]]):
             "like others in this file, corpus.quoting=minimal if this is one cell"
         )
         others = {tuple(_shape(cell) for n, cell in enumerate(row) if n != column) for row in rows}
-        if len(others) == 1 and all("0" in cell for cell in others.pop()):
+        if width > 1 and len(others) == 1 and all("0" in cell for cell in others.pop()):
             raise DataError(message)
-        if len(rows) >= FEWEST_ROWS_TOLD and not self._told:
+        if not self._told and (width > 1 or len(rows) > MOST_ROWS_OF_ONE_CELL):
             self._told = True
             print(f"warning: {message}", file=sys.stderr)
 

@@ -78,7 +78,7 @@ class Source(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         """Sequence `index`: tokens, labels, loss_mask, position_ids [sequence_length].
 
-        Raises ReadError for a shard that is not what its manifest says.
+        Raises ReadError for a shard that is not what its manifest says, and for a file of an order with other content.
         """
         try:
             tokens = self._read(*divmod(index, self.size))
@@ -103,7 +103,10 @@ class Source(Dataset[Batch]):
             return 0, place
         if self._turns is None:
             self._turns = self._cached("turns", [], 2 * self.size, self._take_turns)
-        return int(self._turns[place]), int(self._turns[self.size + place])
+        number, sequence = int(self._turns[place]), int(self._turns[self.size + place])
+        if not (0 <= number < len(self.shards) and 0 <= sequence < self.sizes[number]):
+            raise self._damaged_order("turns", [], f"sequence {sequence} of shard {number}, which does not exist")
+        return number, sequence
 
     def _take_turns(self) -> np.ndarray:
         shard_of, number_in = np.zeros(self.size, np.int16), np.zeros(self.size, np.int64)
@@ -152,8 +155,12 @@ class Source(Dataset[Batch]):
         shard, size = self.shards[number], self.sizes[number]
         order = self._order(epoch)[self._starts[number] : self._starts[number + 1]]
         documents, bounds, sequences = np.split(order, [shard.documents, shard.documents + 2 * (size + 1)])
-        bound = 2 * int(sequences[sequence])
-        first, start, last, end = bounds[bound : bound + 4].tolist()
+        if not 0 <= (place_in := int(sequences[sequence])) < size:
+            raise self._damaged_order("order", [self.seed + epoch], f"sequence {place_in} of {size} in {shard.name}")
+        first, start, last, end = bounds[2 * place_in : 2 * place_in + 4].tolist()
+        within = documents[first : last + 1] if 0 <= first <= last < shard.documents else documents[:0]
+        if not (len(within) and within.min() >= 0 and within.max() < shard.documents and start >= 0 and end >= 0):
+            raise self._damaged_order("order", [self.seed + epoch], f"the documents of sequence {place_in} in {shard.name}")
         try:
             dataset = self._dataset(number)
             if first == last:
@@ -165,6 +172,9 @@ class Source(Dataset[Batch]):
         except (ValueError, IndexError, AssertionError) as error:
             raise self._damaged(f"{shard.name}: damaged ({type(error).__name__}: {error})") from error
         tokens = np.concatenate(parts, dtype=np.int64)
+        if len(tokens) != self.sequence_length + 1:
+            problem = f"a sequence of {len(tokens) - 1} tokens in {shard.name}"
+            raise self._damaged_order("order", [self.seed + epoch], problem)
         if problem := range_problem(tokens, self.manifest.vocab_size):
             raise self._damaged(f"{shard.name}.bin: {problem}")
         return tokens
@@ -173,12 +183,22 @@ class Source(Dataset[Batch]):
         folder = self.manifest.folder
         return ReadError(f"data.blend: {folder}: {problem}. Run mone-verify path={folder} for a full list")
 
+    def _damaged_order(self, kind: str, of: list[int], problem: str) -> ReadError:
+        path = self._file(kind, of)
+        if not path.is_file():  # the order was made of the shards
+            return self._damaged(problem)
+        return ReadError(f"data.index_cache={self.cache}: {path.name}: damaged ({problem}). Delete it; it is made again")
+
+    def _file(self, kind: str, of: list[int]) -> Path:
+        """Where an array is kept that is not small."""
+        key = hashlib.sha256(json.dumps([kind, self._content, self.sequence_length, *of]).encode()).hexdigest()
+        return self.cache / f"{kind}-{key[:32]}.npy"
+
     def _cached(self, kind: str, of: list[int], length: int, make: Callable[[], np.ndarray]) -> np.ndarray:
         """An array [length] int32 made now if it is small, else from its file, which the first process to need it writes."""
         if 4 * length <= SMALL_ORDER_BYTES:
             return make()
-        key = hashlib.sha256(json.dumps([kind, self._content, self.sequence_length, *of]).encode()).hexdigest()
-        path = self.cache / f"{kind}-{key[:32]}.npy"
+        path = self._file(kind, of)
         with naming_folder("data.index_cache", self.cache, shared=True):
             found = _load_whole(path, length)
             if found is None:

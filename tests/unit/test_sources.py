@@ -229,3 +229,18 @@ def test_an_index_that_is_damaged_behind_a_known_order_is_named(
     damage(folder)
     with pytest.raises(ReadError, match=r"data.blend: .*: train-00000: damaged \(.*\)\. Run mone-verify"):
         source(folder, cache=tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", ["order", "turns"])
+@pytest.mark.parametrize("value", [2**31 - 1, -(2**31), -1, 7])
+def test_an_order_file_of_other_content_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, value: int
+) -> None:
+    monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)
+    expected = source(folder, cache=tmp_path)[0]["tokens"]
+    (path,) = tmp_path.glob(f"{kind}-*.npy")
+    np.save(path, np.full_like(np.load(path), value))
+    with pytest.raises(ReadError, match=rf"data.index_cache={tmp_path}: {path.name}: damaged \(.*\)\. Delete it"):
+        source(folder, cache=tmp_path)[0]
+    path.unlink()
+    assert torch.equal(source(folder, cache=tmp_path)[0]["tokens"], expected)
