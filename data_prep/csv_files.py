@@ -16,7 +16,7 @@ OTHER_SEPARATORS = ",;\t|"
 LARGEST_CELL = 1 << 28
 """Characters: no document is as long, and a quote that nobody closes is not to fill the memory."""
 MOST_ROWS_OF_ONE_CELL = 20
-"""Lines of a cell in a table of one column, up to which no warning is given: each line without a separator looks like a row."""
+"""Lines of a cell in a table of one column that give no warning: each line without a separator looks like a row there."""
 
 
 def read_table(lines: Iterable[str], field: str, separator: str, quoting: str | None = None) -> Iterator[str]:

@@ -173,8 +173,8 @@ class Source(Dataset[Batch]):
             raise self._damaged(f"{shard.name}: damaged ({type(error).__name__}: {error})") from error
         tokens = np.concatenate(parts, dtype=np.int64)
         if len(tokens) != self.sequence_length + 1:
-            problem = f"a sequence of {len(tokens) - 1} tokens in {shard.name}"
-            raise self._damaged_order("order", [self.seed + epoch], problem)
+            length = f"a sequence of {len(tokens) - 1} tokens in {shard.name}"
+            raise self._damaged_order("order", [self.seed + epoch], length)
         if problem := range_problem(tokens, self.manifest.vocab_size):
             raise self._damaged(f"{shard.name}.bin: {problem}")
         return tokens
