@@ -159,7 +159,8 @@ class Source(Dataset[Batch]):
             raise self._damaged_order("order", [self.seed + epoch], f"sequence {place_in} of {size} in {shard.name}")
         first, start, last, end = bounds[2 * place_in : 2 * place_in + 4].tolist()
         within = documents[first : last + 1] if 0 <= first <= last < shard.documents else documents[:0]
-        if not (len(within) and within.min() >= 0 and within.max() < shard.documents and start >= 0 and end >= 0):
+        is_place = start >= 0 and end >= (start if first == last else 0)
+        if not (is_place and len(within) and within.min() >= 0 and within.max() < shard.documents):
             raise self._damaged_order("order", [self.seed + epoch], f"the documents of sequence {place_in} in {shard.name}")
         try:
             dataset = self._dataset(number)
