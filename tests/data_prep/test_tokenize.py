@@ -329,8 +329,15 @@ def test_a_damaged_journal_is_named(options: Options, damage: Callable[[dict[str
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match=r"progress\.json: damaged.*Remove the folder and start again"):
         tokenize(options())
-    path.write_text("[" * 100_000)
-    with pytest.raises(DataError, match=r"progress\.json: damaged"):
+
+
+@pytest.mark.usefixtures("inline_pool")
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
+def test_a_journal_that_is_none_is_named(options: Options, content: str) -> None:
+    path = Path(options().output) / "progress.json"
+    path.parent.mkdir()
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"progress\.json: damaged.*Remove the folder and start again"):
         tokenize(options())
 
 
