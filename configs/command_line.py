@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hydra import version
@@ -30,6 +31,7 @@ from configs.option_types import nearest
 from configs.options_help import paragraphs
 from configs.output import leave_quietly
 from configs.overrides import check_files, explain, read_overrides, read_sweep_params
+from configs.run_folder import check_free
 
 
 def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
@@ -62,6 +64,7 @@ def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
                     leave_quietly(0)  # what was read is all that was wanted
                 return
             if sweep:
+                _check_sweep(config, hydra.compose_config(name, [], RunMode.MULTIRUN))
                 params = read_sweep_params(config)
                 hydra.multirun(name, task, [*overrides, *params, "hydra.mode=MULTIRUN"])
                 return
@@ -123,8 +126,7 @@ def _help_of(config: DictConfig, section: str) -> str:
     """What --help says of a section of options, of one option, or of all; UserError if there is no such."""
     kind = OmegaConf.get_type(config)
     options = paragraphs(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
-    launcher = OmegaConf.get_type(config.hydra, "launcher")
-    if isinstance(launcher, type) and launcher.__module__.startswith("hydra_plugins."):
+    if (launcher := _launcher(config)) is not None:
         options |= paragraphs(launcher, "hydra.launcher.")
     found = [text for option, text in options.items() if section == "all" or f"{option}.".startswith(f"{section}.")]
     if not found:
@@ -133,6 +135,23 @@ def _help_of(config: DictConfig, section: str) -> str:
         there = f"sections are {', '.join(sections)}" if sections else "this command has no sections"
         raise UserError(f"--help {section}: no such section or option; {f'{hint} ' * bool(hint)}{there}")
     return "\n".join(found)
+
+
+def _check_sweep(config: DictConfig, own: DictConfig) -> None:
+    """UserError for a sweep that cannot begin, before a sweeper writes anything; own: the command's, without overrides."""
+    if _launcher(own) is None or _launcher(config) is None:
+        raise UserError("--multirun: sweeps are started by `mone-pretrain --multirun`, with hydra/launcher=local or slurm")
+    try:
+        OmegaConf.to_object(config.hydra.launcher)
+        check_free(Path(config.hydra.sweep.dir), sweep=True)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _launcher(config: DictConfig) -> type | None:
+    """The options of the launcher of ours that is chosen; None for one of Hydra's."""
+    kind = OmegaConf.get_type(config.hydra, "launcher")
+    return kind if isinstance(kind, type) and kind.__module__.startswith("hydra_plugins.") else None
 
 
 @contextmanager

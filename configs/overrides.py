@@ -59,8 +59,16 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
 
     # The groups choose what options there are: of a launcher, for example.
     groups = {argument: override for argument, override in parsed.items() if override and choices(override.key_or_group)}
-    known = list(compose(found).hydra.runtime.choices) if groups else []
-    chosen = [_read_group(argument, override, choices, known) for argument, override in groups.items()]
+    known: list[str] = []
+    if groups:
+        own = compose(found)
+        known = list(own.hydra.runtime.choices)
+        # Folders of configuration files are groups of some commands; others may have an option of that name.
+        others = {override.key_or_group for override in groups.values() if override.key_or_group not in known}
+        if options := frozenset(name for name in others if name and declared(own, name) is not None):
+            groups = {argument: override for argument, override in groups.items() if override.key_or_group not in options}
+            _hide_groups(loader, options)
+    chosen = [_read_group(argument, override, loader, choices, known) for argument, override in groups.items()]
     first = [f"{override.get_key_element()}={_points(override)[0]}" for _, override in chosen if not override.is_delete()]
     config = compose([*found, *first])
     read = dict(zip(groups, (text for text, _ in chosen), strict=True))
@@ -70,16 +78,27 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
     return [read[argument] for argument in arguments]
 
 
+def _hide_groups(loader: Any, names: frozenset[str]) -> None:
+    """Let Hydra read overrides of these names as options: it takes every name with a folder for a group."""
+    from hydra._internal.config_repository import ConfigRepository
+
+    class Repository(ConfigRepository):
+        def group_exists(self, config_path: str) -> bool:
+            return config_path not in names and super().group_exists(config_path)
+
+    loader.repository = Repository(loader.config_search_path)
+
+
 def read_sweep_params(config: DictConfig) -> list[str]:
     """Overrides for those of a composed configuration's hydra.sweeper.params that Hydra shall read differently."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     changed = []
     for name, values in (OmegaConf.to_container(config.hydra.sweeper).get("params") or {}).items():  # type: ignore[union-attr]
-        if declared(config, name) is None:
-            if name not in config.hydra.runtime.choices:
-                raise UserError(f"hydra.sweeper.params: {name}: no such option; {nearest(name, option_names(config))}")
+        if name in config.hydra.runtime.choices:
             continue
+        if declared(config, name) is None:
+            raise UserError(f"hydra.sweeper.params: {name}: no such option; {nearest(name, option_names(config))}")
         argument = f"{name}={values}"
         read = _read_option(argument, _parse(argument), config, sweep=True)
         if read != argument:
@@ -134,7 +153,7 @@ def _parse(argument: str) -> "Override | None":
         return None
 
 
-def _read_group(argument: str, override: "Override", choices: Any, known: list[str]) -> "tuple[str, Override]":
+def _read_group(argument: str, override: "Override", loader: Any, choices: Any, known: list[str]) -> "tuple[str, Override]":
     """A choice from a group of configuration files, text whatever it looks like."""
     group = override.key_or_group
     if override.is_delete() or override.package is not None:
@@ -144,8 +163,11 @@ def _read_group(argument: str, override: "Override", choices: Any, known: list[s
     argument = argument.lstrip("+")
     text = _edited(argument, str)
     override = _parse(text)  # type: ignore[assignment]
+    override.config_loader = loader  # glob(...) asks it
     there = choices(group)
     points = _points(override)
+    if not points:
+        raise UserError(f"{argument}: none of {', '.join(there)} fits")
     for choice in [one for point in points for one in (point if isinstance(point, list) else [point])]:
         if choice not in there:
             hint = nearest(str(choice), there, otherwise="")
@@ -164,7 +186,7 @@ def _points(override: "Override") -> list[Any]:
 
 def _read_option(argument: str, override: "Override | None", config: DictConfig, *, sweep: bool) -> str:
     """One override of an option, checked, and with quotes where its text would not be read as text."""
-    from hydra.core.override_parser.types import Quote, QuotedString
+    from hydra.core.override_parser.types import Quote, QuotedString, ValueType
 
     key, _, text = argument.partition("=")
     name = override.key_or_group if override is not None else key.lstrip("+~").strip()
@@ -183,6 +205,10 @@ def _read_option(argument: str, override: "Override | None", config: DictConfig,
         raise UserError(f"{argument}: an option cannot be removed; give it another value, or null where --help says so")
     if override.is_sweep_override() and not sweep:
         raise UserError(f"{argument}: {_quoted_form(name, kind, text)}. Several values need --multirun")
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        raise UserError(
+            f"{argument}: glob() chooses among configuration files; give the values of an option one by one, like 1,2"
+        )
     if str in members_of(kind) and text != text.strip() and isinstance(override._value, str | int | float):
         argument = f"{name}={QuotedString(text, Quote.double).with_quotes()}"  # else without the blanks at its ends
     argument = f"{name}={_edited(argument, kind).partition('=')[2]}"

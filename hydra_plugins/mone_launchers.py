@@ -1,4 +1,4 @@
-"""How `--multirun` starts the points of a sweep: hydra/launcher=local (the default of train.pretrain) or =slurm.
+"""How `--multirun` makes the points of a sweep and starts them: hydra/launcher=local (mone-pretrain's default) or =slurm.
 
 Hydra looks for plugins in this namespace only, and imports it at the start of every command: nothing heavy on this level.
 """
@@ -7,10 +7,12 @@ import os
 import sys
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
@@ -40,8 +42,38 @@ class SlurmLauncherConfig(SlurmOptions):
     _target_: str = "hydra_plugins.mone_launchers.SlurmLauncher"
 
 
+@dataclass
+class SweeperConfig(BasicSweeperConf):
+    """hydra/sweeper=basic, the default, in place of Hydra's."""
+
+    _target_: str = "hydra_plugins.mone_launchers.Combinations"
+    params: dict[str, str] = field(default_factory=dict)  # OmegaConf cannot merge a mapping with dots in its keys into null
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=SweeperConfig)
 ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLauncherConfig)
 ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=stored(SlurmLauncherConfig, "environment"))
+
+
+class Combinations(BasicSweeper):
+    """All combinations of values, as Hydra's own sweeper, without its file multirun.yaml.
+
+    Hydra writes that file before the launcher has checked the sweep, so that a refused one and a dry run leave it, too.
+    """
+
+    def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
+        """What came of all points, batch by batch."""
+        assert self.hydra_context is not None
+        assert self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        self.overrides = self.split_arguments(overrides, self.max_batch_size)
+        returns: list[Sequence[JobReturn]] = []
+        while not self.is_done():
+            returns.append(self.launcher.launch(self.get_job_batch(), initial_job_idx=sum(map(len, returns))))
+            for job in returns[-1]:
+                _ = job.return_value  # raises what made the job fail
+        return returns
 
 
 class _SweepLauncher(Launcher):

@@ -246,3 +246,28 @@ def test_torchrun_is_given_its_own_code_and_an_id_that_ps_does_not_show(tmp_path
         ["bash", str(script)], env={**os.environ, **several, "JOB": ""}, cwd=tmp_path, capture_output=True, text=True
     )
     assert "warning: JOB is not set: whoever reaches 10.0.0.1:29500" in told.stderr
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        f"hydra.launcher.environment.HF_TOKEN={SECRET}",
+        f"run.name={SECRET}/../../x",
+        "run.dir=.",
+        "hydra.sweep.dir=/",
+        f"hydra.sweep.dir='{SECRET}\na'",
+        "hydra.launcher.dry_run=true",
+        "data.blend=[]",
+    ],
+)
+def test_a_sweep_that_submits_nothing_writes_nothing(
+    call_main: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path, refused: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = ["--multirun", f"data.blend=[{{path: {folder}/a}}]", *OPTIONS, "run.seed=1,2", "hydra/launcher=slurm"]
+    launch = [f"hydra.{option.replace('launch.', 'launcher.')}" for option in LAUNCH]
+    code, _, error = call_main(pretrain, *sweep, *launch, refused)
+    assert code == (0 if "dry_run" in refused else 2), error
+    assert error.count("error: ") == (code != 0)
+    assert list(tmp_path.iterdir()) == []
+    assert not Path("/multirun.yaml").exists()

@@ -104,6 +104,22 @@ COMMANDS: dict[str, Callable[[], None]] = {
         ("sample", ["run=x", "prompts=[]"], ["prompts=[]: must be a list of texts, none of them empty"]),
         ("sample", ["run=x", "prompts=[a,'']"], ["prompts=['a', '']: must be", "none of them empty"]),
         ("sample", ["run=x", "prompts=[\udce9t\udce9]"], ["prompts=[\\udce9t\\udce9]", "not UTF-8"]),
+        ("calibrate", ["run=nowhere", "data=[data/mine]"], ["nowhere"]),
+        ("calibrate", ["run=nowhere", "data=data/mine"], ["data=data/mine: must be a list"]),
+        *(
+            (one, ["--multirun", "run=a,b"], ["--multirun: sweeps are started by `mone-pretrain"])
+            for one in ("sample", "calibrate")
+        ),
+        ("sample", ["--multirun", "run=a,b", "hydra/launcher=local"], ["--multirun: sweeps are started by `mone-pretrain"]),
+        ("verify", ["--multirun", "path=a,b"], ["--multirun: sweeps are started by `mone-pretrain"]),
+        ("pretrain", ["--multirun", "run.seed=1,2", "hydra/launcher=basic"], ["with hydra/launcher=local or slurm"]),
+        (
+            "pretrain",
+            ["--multirun", "model.activation_ratio=glob(*)"],
+            ["model.activation_ratio=glob(*): glob() chooses among"],
+        ),
+        ("pretrain", ["--multirun", "model=glob(nothing*)"], ["model=glob(nothing*): none of mone_2p8b"]),
+        ("pretrain", ["--multirun", 'hydra.sweeper.params={run.seed: "1,x"}'], ["run.seed=1,x: must be a whole number"]),
         ("calibrate", ["run=x", "sequences=-4"], ["sequences=-4: must be at least 2"]),
         ("calibrate", ["run=x", "ratio=nan"], ["ratio=nan: must be in (0, 1]"]),
     ],
@@ -263,6 +279,23 @@ def test_text_stays_as_it_was_typed_in_the_points_of_a_sweep(call_main: Callable
     names = [line.partition("--job-name=")[2] for line in out.splitlines() if "--job-name=" in line]
     points = [f"wandb_entity={entity},wandb_group={group}" for entity in ("1e3", "true") for group in ("2024_10_01", "1e3")]
     assert names == [f"runs/{point}" for point in points]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "points"),
+    [
+        ("model=glob(mone_t*)", ["model=mone_tiny"]),
+        ('hydra.sweeper.params={run.seed: "1,2"}', ["seed=1", "seed=2"]),
+        ('hydra.sweeper.params={model: "glob(mone_*b)"}', ["model=mone_2p8b"]),
+    ],
+)
+def test_what_hydra_can_sweep_over(
+    call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: str, points: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call_main(pretrain.main, "--multirun", sweep)  # refused, and told by name, for want of data
+    assert (code, out) == (2, "")
+    assert [line.strip().partition(": ")[0] for line in err.splitlines()[1:]] == points
 
 
 def test_data_is_never_assumed(call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
