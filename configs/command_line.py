@@ -31,7 +31,8 @@ from configs.option_types import nearest
 from configs.options_help import paragraphs
 from configs.output import leave_quietly
 from configs.overrides import check_files, explain, read_overrides, read_sweep_params
-from configs.run_folder import check_free
+from configs.run_folder import check_free, printable
+from configs.secrets import masked
 
 
 def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
@@ -54,6 +55,8 @@ def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
             overrides = read_overrides(hydra, name, given, sweep=flags.multirun)
             config = hydra.compose_config(name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
             check_files(hydra, name, overrides, config)
+            if flags.package not in (None, "_global_") and OmegaConf.select(config, flags.package) is None:
+                raise UserError(f"--package {flags.package}: no such section of the configuration")
             sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
             if flags.help or flags.hydra_help or flags.cfg is not None or flags.info is not None:
                 with redirect_stdout(io.StringIO()) as shown:  # at once, since logging would complain of each line
@@ -77,11 +80,11 @@ def _read_flags() -> argparse.Namespace:
     """Hydra's flags, and the overrides before, between and behind them."""
     for argument in sys.argv:
         if any("\ud800" <= character <= "\udfff" for character in argument):
-            raise UserError(f"{ascii(argument)}: is not UTF-8")
+            raise UserError(f"{ascii(masked(argument))}: is not UTF-8")
     parser = get_args_parser()
 
     def fail(message: str) -> NoReturn:
-        raise UserError(f"{message}; options are given as NAME=VALUE, see --help")
+        raise UserError(f"{printable(masked(message))}; options are given as NAME=VALUE, see --help")
 
     parser.error = fail  # type: ignore[method-assign]
     flags = parser.parse_intermixed_args()

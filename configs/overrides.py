@@ -11,8 +11,8 @@ Whatever does not fit is a UserError on one line, which names the option, its va
 import re
 import shlex
 import typing
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -30,10 +30,14 @@ from configs.option_types import (
     origin_of,
     within_mapping,
 )
+from configs.run_folder import printable
+from configs.secrets import masked
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra
     from hydra.core.override_parser.types import Override
+
+Result = TypeVar("Result")
 
 CASTS = ("int", "float", "bool", "str", "json_str")
 
@@ -48,7 +52,7 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
     from hydra.types import RunMode
 
     loader = hydra.config_loader
-    parsed = {argument: _parse(argument) for argument in arguments}
+    parsed = {argument: _safely(argument, _parse) for argument in arguments}
     found = [argument for argument, override in parsed.items() if override and override.key_or_group == "hydra.searchpath"]
 
     def choices(group: str) -> list[str]:
@@ -68,13 +72,13 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
         if options := frozenset(name for name in others if name and declared(own, name) is not None):
             groups = {argument: override for argument, override in groups.items() if override.key_or_group not in options}
             _hide_groups(loader, options)
-    chosen = [_read_group(argument, override, loader, choices, known) for argument, override in groups.items()]
+    chosen = [_safely(argument, lambda text: _read_group(text, loader, choices, known)) for argument in groups]
     first = [f"{override.get_key_element()}={_points(override)[0]}" for _, override in chosen if not override.is_delete()]
     config = compose([*found, *first])
     read = dict(zip(groups, (text for text, _ in chosen), strict=True))
-    for argument, override in parsed.items():
+    for argument in parsed:
         if argument not in groups:
-            read[argument] = _read_option(argument, override, config, sweep=sweep)
+            read[argument] = _read_safely(argument, config, sweep=sweep)
     return [read[argument] for argument in arguments]
 
 
@@ -100,7 +104,7 @@ def read_sweep_params(config: DictConfig) -> list[str]:
         if declared(config, name) is None:
             raise UserError(f"hydra.sweeper.params: {name}: no such option; {nearest(name, option_names(config))}")
         argument = f"{name}={values}"
-        read = _read_option(argument, _parse(argument), config, sweep=True)
+        read = _read_safely(argument, config, sweep=True)
         if read != argument:
             value = QuotedString(read.partition("=")[2], Quote.double).with_quotes()
             changed.append(f"hydra.sweeper.params={{{name}: {value}}}")
@@ -153,8 +157,31 @@ def _parse(argument: str) -> "Override | None":
         return None
 
 
-def _read_group(argument: str, override: "Override", loader: Any, choices: Any, known: list[str]) -> "tuple[str, Override]":
+def _safely(argument: str, read: Callable[[str], Result], *, secret: bool = True) -> Result:
+    """What `read` makes of the argument; its UserError shows no control character, and no value of a secret name."""
+    hidden = masked(argument) if secret else argument
+    try:
+        return read(argument)
+    except UserError as error:
+        if hidden == argument:
+            raise UserError(printable(error)) from None
+    try:
+        read(hidden)  # the same mistake, told without the value
+    except UserError as error:
+        raise UserError(printable(error)) from None
+    raise UserError(printable(f"{hidden}: its value cannot be read; as text it is given in quotes, and only one"))
+
+
+def _read_safely(argument: str, config: DictConfig, *, sweep: bool) -> str:
+    kind = declared(config, argument.partition("=")[0].lstrip("+~").strip())
+    numbers = kind is not None and set(members_of(kind)) <= {int, float, bool, type(None)}
+    return _safely(argument, lambda text: _read_option(text, _parse(text), config, sweep=sweep), secret=not numbers)
+
+
+def _read_group(argument: str, loader: Any, choices: Any, known: list[str]) -> "tuple[str, Override]":
     """A choice from a group of configuration files, text whatever it looks like."""
+    override = _parse(argument)
+    assert override is not None
     group = override.key_or_group
     if override.is_delete() or override.package is not None:
         return argument, override
@@ -191,6 +218,8 @@ def _read_option(argument: str, override: "Override | None", config: DictConfig,
     key, _, text = argument.partition("=")
     name = override.key_or_group if override is not None else key.lstrip("+~").strip()
     kind, within = declared(config, name), within_mapping(config, name)
+    if name == "hydra.mode":
+        raise UserError(f"{argument}: --multirun on the command line starts a sweep, and nothing else does")
     if kind is None:
         raise UserError(f"{argument}: no such option; {nearest(name, option_names(config))}")
     if override is None:
@@ -279,5 +308,5 @@ def explain(error: BaseException) -> str:
             said = (one.msg or str(one)).split("\n    full_key")[0]
             name = f"{one.full_key}: " if one.full_key else ""
             escape = "; the text ${ is written \\${, in quotes" if isinstance(one, InterpolationResolutionError) else ""
-            return f"{where}{name}{' '.join(said.split())}{escape}"
+            return printable(f"{where}{name}{' '.join(said.split())}{escape}")
     return re.split(r" (?:See https://|(?:Config s|S)earch path:|To append to )", text)[0]

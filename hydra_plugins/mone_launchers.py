@@ -19,7 +19,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, reporting_errors
-from launch.options import LocalOptions, SlurmOptions, stored
+from launch.options import LocalOptions, SlurmOptions, read_slurm_options, stored
 
 if TYPE_CHECKING:
     from launch.sweep import Outcome, Point
@@ -91,7 +91,7 @@ class _SweepLauncher(Launcher):
         if "RANK" in os.environ:
             raise UserError("--multirun: start it without torchrun; hydra.launcher.processes=N gives each run N processes")
         try:
-            options = OmegaConf.to_object(self.master.hydra.launcher)
+            options = self.read_options(self.master.hydra.launcher)
             points, outcomes = self.run(options, dict(enumerate(job_overrides, start=initial_job_idx)))
         except ValueError as error:
             raise UserError(str(error)) from error
@@ -118,6 +118,10 @@ class _SweepLauncher(Launcher):
             for point, outcome in zip(points, outcomes, strict=True)
         ]
 
+    def read_options(self, node: DictConfig) -> Any:
+        """The launcher's options, typed; ValueError for a wrong one."""
+        return OmegaConf.to_object(node)
+
     @abstractmethod
     def run(self, options: Any, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
         """Plan the points of these jobs and start them; ValueError if one cannot run."""
@@ -142,6 +146,9 @@ class LocalLauncher(_SweepLauncher):
 
 class SlurmLauncher(_SweepLauncher):
     """A Slurm job a point, submitted and left to themselves."""
+
+    def read_options(self, node: DictConfig) -> SlurmOptions:
+        return read_slurm_options(node)
 
     def run(self, options: SlurmOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
         from launch.slurm import check_run

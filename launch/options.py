@@ -7,23 +7,19 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-SECRET = re.compile(
-    r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|COOKIE|_PWD|(?<!_P)KEYS?\d*(_|$)|TOKENS?\d*(_|$)|(^|_)(AUTH|PAT|PASS)(_|$)"
-)
-"""In names of variables whose values are secret, in capitals. InfiniBand's PKEY is none."""
-NO_SECRET = re.compile(r"_(FILE|PATH|DIR|SOCK)$")
-"""At the end of names of variables that only say where one lies."""
-ASSIGNED = re.compile(r"""(?<![\w$])([A-Za-z_]\w*)=(?!["']?[$`])["']?[^\s"']""")
-"""A variable or an option that is given a value as it is, in place of one that the shell works out."""
-LOGIN = re.compile(r"://[^/\s:@]*:[^/\s@]+@")
-"""A user and a password within an address."""
+from configs.secrets import found_secret, is_secret, masked
 
-TIME = re.compile(r"(?:(?P<days>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?)|(?P<parts>\d+(?::\d+){0,2})")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
+"""The interpolation that stands for a variable of the environment."""
+
+TIME = re.compile(
+    r"(?:(?P<days>[0-9]+)-(?P<h>[0-9]+)(?::(?P<m>[0-9]+)(?::(?P<s>[0-9]+))?)?)|(?P<parts>[0-9]+(?::[0-9]+){0,2})"
+)
 
 
 @dataclass
@@ -107,7 +103,9 @@ class SlurmOptions:
             check(getattr(self, name) >= 1, f"{self.section}.{name}", getattr(self, name), "must be at least 1")
         for name in ("gpus_per_node", "max_requeues", "max_restarts"):
             check(getattr(self, name) >= 0, f"{self.section}.{name}", getattr(self, name), "must not be negative")
-        processes = self.processes_per_node
+        cores, processes = self.cpus_per_node, self.processes_per_node
+        check(cores is None or cores >= 1, f"{self.section}.cpus_per_node", cores, "must be null or at least 1")
+        check(self.python.strip() != "", f"{self.section}.python", repr(self.python), "must be the path of an interpreter")
         check(
             processes is None or processes >= 1,
             f"{self.section}.processes_per_node",
@@ -135,20 +133,16 @@ class SlurmOptions:
         for option in ("environment", "pass_environment"):
             for name in getattr(self, option):
                 known = VARIABLE.fullmatch(name) is not None
-                check(known, f"{self.section}.{option}", repr(name), "is no name of an environment variable")
+                check(known, f"{self.section}.{option}", repr(masked(name)), "is no name of an environment variable")
         for line in self.sbatch:
-            check(line.startswith("-"), f"{self.section}.sbatch", repr(line), "every option of sbatch begins with -")
+            check(line.startswith("-"), f"{self.section}.sbatch", repr(masked(line)), "every option of sbatch begins with -")
         for option, value in self._texts():
             # Values are not printed: they may be secret.
             if not value.isprintable():
                 raise ValueError(f"{option}: has a line break or another control character, which no job script may hold")
-            names = [option.rpartition(".")[2]] if option.startswith(f"{self.section}.environment.") else []
-            names += [match[1] for match in ASSIGNED.finditer(value)]
-            if secret := next(filter(is_secret, names), "a password" if LOGIN.search(value) else None):
-                raise ValueError(
-                    f"{option}: {secret} would stand in the job script, for others to read; set it in the environment that "
-                    f"submits, and name the variable: '{self.section}.pass_environment=[NAME]'"
-                )
+            name = option.rpartition(".")[2] if option.startswith(f"{self.section}.environment.") else ""
+            if secret := name if is_secret(name) else found_secret(value):
+                raise ValueError(_secret_told(self.section, option, secret))
 
     def _texts(self) -> Iterator[tuple[str, str]]:
         """Every text among the options, which a job script may hold, with the option's name."""
@@ -183,10 +177,26 @@ class SlurmOptions:
         return self.nodes * self.processes
 
 
-def is_secret(variable: str) -> bool:
-    """Whether the value of a variable or an option of this name is likely to be secret."""
-    name = variable.upper()
-    return SECRET.search(name) is not None and NO_SECRET.search(name) is None
+def read_slurm_options(node: DictConfig) -> SlurmOptions:
+    """The typed options; ValueError if one is wrong, or takes a secret from the environment into the job script."""
+    pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(node, resolve=False))]
+    options = OmegaConf.to_object(node)
+    assert isinstance(options, SlurmOptions)
+    while pending:
+        name, value = pending.pop()
+        if isinstance(value, dict | list):
+            inner = value.items() if isinstance(value, dict) else ((None, each) for each in value)
+            pending += [(name if key is None else f"{name}.{key}", each) for key, each in inner]
+        elif secret := next(filter(is_secret, FROM_ENVIRONMENT.findall(str(value))), None):
+            raise ValueError(_secret_told(options.section, f"{options.section}{name}", secret))
+    return options
+
+
+def _secret_told(section: str, option: str, secret: str) -> str:
+    return (
+        f"{option}: {secret} would stand in the job script, for others to read; set it in the environment that "
+        f"submits, and name the variable: '{section}.pass_environment=[NAME]'"
+    )
 
 
 def stored(kind: type[object], environment: str) -> DictConfig:

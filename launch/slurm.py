@@ -24,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, command
 from configs.run_folder import check_free
+from configs.secrets import masked
 from data_prep.files import writing
 from launch.frozen import freeze
-from launch.options import SlurmOptions, stored
+from launch.options import SlurmOptions, read_slurm_options, stored
 from mone_model.config import check
 from train.config import RunConfig, load_config
 from train.pretrain import prepare
@@ -57,8 +58,7 @@ def _submit(hydra_config: DictConfig) -> None:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise UserError("--multirun: sweeps are started by `mone-pretrain --multirun hydra/launcher=slurm ...`")
     try:
-        options = OmegaConf.to_object(hydra_config.launch)
-        assert isinstance(options, SlurmOptions)
+        options = read_slurm_options(hydra_config.launch)
         folder = Path(load_config(hydra_config).run.dir) / "launch"
         check_free(folder.parent)
         # Before the run is checked: a running job changes what its folder holds.
@@ -158,9 +158,15 @@ def job_script(config: RunConfig, launch: SlurmOptions) -> str:
         mounts = [*launch.container_mounts, f"{runs}:{runs}"]
         container = [f"--container-image={launch.container}", f"--container-mounts={','.join(mounts)}"]
         container.append(f"--container-workdir={Path.cwd()}")
+    for text in (*lines, *environment, *launch.setup, *container):
+        if not text.isprintable():
+            raise ValueError(
+                f"{text!r}: has a line break or another control character, which no job script may hold; "
+                "where it comes from the path of the current folder, start in another one"
+            )
     template = _JobScript((Path(__file__).parent / "templates/job.sh").read_text())
     return template.substitute(
-        command="".join(letter if letter.isprintable() else " " for letter in shlex.join(command)),
+        command="".join(letter if letter.isprintable() else " " for letter in shlex.join(map(masked, command))),
         sbatch="\n".join(f"#SBATCH {_quoted(line)}" for line in lines),
         frozen=shlex.quote(str(folder)),
         python=shlex.quote(launch.python),

@@ -73,12 +73,20 @@ def test_variables_have_names_that_bash_takes(name: str) -> None:
             {"environment": {name: SECRET}}
             for name in (
                 *("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "MYSQL_PWD", "GITHUB_PAT"),
-                *("apiKey", "google_credentials", "TOKEN2", "SSH_PASSPHRASE", "HTTP_AUTH"),
+                *("apiKey", "google_credentials", "TOKEN2", "SSH_PASSPHRASE", "HTTP_AUTH", "SSHPASS", "PASSCODE", "CREDS"),
+                *("JWT", "BEARER", "AUTHORIZATION", "AZURE_SAS", "CONNECTION_STRING", "DATABASE_URL", "AccountKey"),
             )
         ),
         {"environment": {"https_proxy": f"http://me:{SECRET}@proxy:80"}},
         {"setup": ["module list", f"export WANDB_API_KEY={SECRET}"]},
         {"setup": [f"HF_TOKEN='{SECRET}' tool"]},
+        {"setup": [f"wandb login --relogin {SECRET}"]},
+        {"setup": [f"huggingface-cli login --token {SECRET}"]},
+        {"setup": [f"curl -H 'Authorization: Bearer {SECRET}' https://host"]},
+        {"setup": [f'curl -H "X-Api-Key:{SECRET}" https://host']},
+        {"setup": [f"curl -s -u me:{SECRET} https://host"]},
+        {"setup": [f"export X_API_KEY=$'{SECRET}'"]},
+        {"setup": [f"setenv X_API_KEY {SECRET}"]},
         {"sbatch": [f"--export=ALL,WANDB_API_KEY={SECRET}"]},
     ],
 )
@@ -100,6 +108,8 @@ def test_what_only_sounds_like_a_secret_is_taken() -> None:
         "https_proxy": "http://proxy:80",
     }
     setup = ["export WANDB_API_KEY=$(cat ~/.wandb)", 'export HF_TOKEN="$TOKEN"', "unset HF_TOKEN"]
+    setup += ['wandb login "$WANDB_API_KEY"', "hf login --token $HF_TOKEN", ': "${HF_TOKEN:?is not set}"', "wandb login"]
+    setup += ["curl -H 'Authorization: Bearer '$T https://host", 'curl -u "me:$T" https://host', "docker run -u 1000:1000 a"]
     SlurmOptions(**CPU, environment=environment, setup=setup, sbatch=["--exclusive", "--export=ALL"])
 
 
@@ -110,6 +120,57 @@ def test_a_secret_on_the_command_line_ends_it_before_anything_is_written(slurm: 
     assert "error: launch.environment.WANDB_API_KEY: WANDB_API_KEY would stand in the job script" in error
     assert SECRET not in error
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "launch.environment.FOO=${oc.env:WANDB_API_KEY}",
+        "launch.setup=['tool ${oc.env:WANDB_API_KEY}']",
+        f"launch.environment.FOO={SECRET}",
+        f"launch.pass_environment=['WANDB_API_KEY={SECRET}']",
+        f"launch.enviroment.WANDB_API_KEY={SECRET}",
+        f"WANDB_API_KEY={SECRET}",
+        f"launch.environment.WANDB_API_KEY='{SECRET}",
+        f"launch.environment={{A: {{WANDB_API_KEY: {SECRET}}}}}",
+        f"launch.environment={{WANDB_API_KEY: {SECRET}(}}",
+        f"launch.environment.WANDB_API_KEY={SECRET},b",
+        f"launch.environment.WANDB_API_KEY=[{SECRET}]",
+        f"--api-key={SECRET}",
+        f"--api-key={SECRET}\udcff",
+    ],
+)
+def test_no_message_shows_a_secret(slurm: Call, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    code, out, error = slurm(option)
+    assert (code, out) == (2, "")
+    assert error.startswith("error: ")
+    assert SECRET not in error
+    name, equals, _ = option.partition("=")
+    assert f"{name.rpartition('.')[2]}{equals}".strip("-") in error or "launch." in error
+
+
+def test_the_command_in_the_script_is_without_secrets(slurm: Call) -> None:
+    code, script, error = slurm(f"deepspeed.options={{monitor: {{api_key: {SECRET}}}}}", "run.name=shown")
+    assert (code, error) == (0, "")
+    assert SECRET not in script
+    assert "deepspeed.options={monitor: {api_key: ***" in script
+    assert "run.name=shown" in script
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("launch.cpus_per_node=-5", "launch.cpus_per_node=-5: must be null or at least 1"),
+        ("launch.cpus_per_node=0", "launch.cpus_per_node=0: must be null or at least 1"),
+        ("launch.python=''", "launch.python='': must be the path of an interpreter"),
+        ("launch.time='\uff11\uff12:00:00'", "launch.time=\uff11\uff12:00:00: must be as Slurm writes it"),
+    ],
+)
+def test_what_slurm_would_not_take_is_refused(slurm: Call, option: str, message: str) -> None:
+    code, out, error = slurm(option)
+    assert (code, out) == (2, "")
+    assert error.startswith(f"error: {message}")
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
@@ -140,15 +201,16 @@ def test_nothing_of_these_reaches_a_job_script(slurm: Call, options: list[str], 
     assert f"error: {message}" in error
 
 
-def test_a_current_folder_with_a_line_break_is_refused(
-    slurm: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
+@pytest.mark.parametrize("name", ["a\ntouch owned", "a\udcff"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_current_folder_that_no_line_can_hold_is_refused(
+    slurm: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, name: str, absolute: bool
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a\ntouch owned").mkdir()
-    monkeypatch.chdir(tmp_path / "a\ntouch owned")
-    code, _, error = slurm(f"data.blend=[{{path: {folder}/a}}]")
-    assert code == 2
-    assert "error: run.dir='" in error
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    code, out, error = slurm(f"data.blend=[{{path: {folder}/a}}]", f"run.dir={tmp_path}/run" if absolute else "run.dir=run")
+    assert (code, out, error.count("\n")) == (2, "", 1)
+    assert ascii(name)[1:-1] in error
 
 
 FAKES = {

@@ -120,6 +120,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
         ),
         ("pretrain", ["--multirun", "model=glob(nothing*)"], ["model=glob(nothing*): none of mone_2p8b"]),
         ("pretrain", ["--multirun", 'hydra.sweeper.params={run.seed: "1,x"}'], ["run.seed=1,x: must be a whole number"]),
+        ("pretrain", ["run.naem=a\x1b[31m\nb"], ["run.naem=a\\x1b[31m\\nb: no such option; did you mean run.name?"]),
         ("calibrate", ["run=x", "sequences=-4"], ["sequences=-4: must be at least 2"]),
         ("calibrate", ["run=x", "ratio=nan"], ["ratio=nan: must be in (0, 1]"]),
     ],
