@@ -8,6 +8,7 @@ A configuration file shows its options in --help with ${options_help:data_prep.v
 of many sections with ${sections_help:train.config.RunConfig}; --help SECTION then shows the rest.
 """
 
+import argparse
 import dataclasses
 import functools
 import math
@@ -15,7 +16,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +41,16 @@ class UserError(ReportedError, ValueError):
     """An option, or data or a folder it names, is at fault; the message says which one and what would be right."""
 
     exit_code = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands with flags of their own: a wrong one is told on one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with exit code 2."""
+        from configs.run_folder import printable
+
+        self.exit(2, f"error: {printable(message)}; see --help\n")
 
 
 EXAMPLES = {

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+NO_SWEEP = ("run.name", "run.dir")
+"""Options that each point of a sweep has of its own."""
 CASTS = ("int", "float", "bool", "str", "json_str")
 
 
@@ -193,6 +195,8 @@ def _read_group(argument: str, loader: Any, choices: Any, known: list[str]) -> "
     override.config_loader = loader  # glob(...) asks it
     there = choices(group)
     points = _points(override)
+    if override.is_sweep_override() and group.startswith("hydra/"):
+        raise UserError(f"{argument}: a sweep cannot vary {group}, which does not change what is trained: give it one value")
     if not points:
         raise UserError(f"{argument}: none of {', '.join(there)} fits")
     for choice in [one for point in points for one in (point if isinstance(point, list) else [point])]:
@@ -234,6 +238,8 @@ def _read_option(argument: str, override: "Override | None", config: DictConfig,
         raise UserError(f"{argument}: an option cannot be removed; give it another value, or null where --help says so")
     if override.is_sweep_override() and not sweep:
         raise UserError(f"{argument}: {_quoted_form(name, kind, text)}. Several values need --multirun")
+    if override.is_sweep_override() and (name in NO_SWEEP or name.startswith("hydra.")):
+        raise UserError(f"{argument}: a sweep cannot vary {name}, which does not change what is trained: give it one value")
     if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
         raise UserError(
             f"{argument}: glob() chooses among configuration files; give the values of an option one by one, like 1,2"

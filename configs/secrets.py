@@ -24,7 +24,7 @@ ASSIGNED = re.compile(
     rf"""(?<![\w$])([A-Za-z_]\w*)={LITERAL}"""  # NAME=value
     rf"""|\bsetenv\s+(\w+)\s+{LITERAL}"""
     rf"""|(?<!\S)--?([A-Za-z][\w-]*)(?:\s+(?!-)|=){LITERAL}"""  # --name value
-    rf"""|(?<![\w${{-])([A-Za-z][\w-]*):\s*(?:[A-Z][a-z]+\s+)?{LITERAL}"""  # the header of a request
+    r"""|(?<![\w${-])([A-Za-z][\w-]*):\s*(?!(?:[A-Z][a-z]+\s+)?["']*(?:`|\$(?!['"])))(?=["']?[^\s"'])"""  # a header
 )
 COMMANDS = {
     "wandb login": re.compile(rf"\bwandb\s+login\s+(?:-\S+\s+)*(?!-){LITERAL}"),

@@ -17,7 +17,7 @@ class Device:
     bf16_tflops: float | None
     """With sums in fp32; None: the device has no bf16."""
     fp32_tflops: float
-    """TF32 on GPUs that have it."""
+    """Plain fp32, without TF32: torch computes fp32 matrix products so, and training leaves it at that."""
     node_gb_per_second: float
     """Sent by one device to others of its node, in one direction: NVLink, else PCIe."""
     network_gb_per_second: float
@@ -25,20 +25,20 @@ class Device:
 
 
 DEVICES = {
-    "a100_40gb": Device(40, 312, 156, 300, 25),
-    "a100": Device(80, 312, 156, 300, 25),
-    "h100": Device(80, 989, 494, 450, 50),
-    "h200": Device(141, 989, 494, 450, 50),
-    "b200": Device(180, 2250, 1125, 900, 50),
+    "a100_40gb": Device(40, 312, 19.5, 300, 25),
+    "a100": Device(80, 312, 19.5, 300, 25),
+    "h100": Device(80, 989, 67, 450, 50),
+    "h200": Device(141, 989, 67, 450, 50),
+    "b200": Device(180, 2250, 75, 900, 50),
     "rtx_3090": Device(24, 71, 35.6, 32, 1.25),
     "rtx_4090": Device(24, 165, 82.6, 32, 1.25),
     "rtx_5090": Device(32, 210, 105, 64, 1.25),
     "t4": Device(16, None, 8.1, 16, 3),
     "v100_16gb": Device(16, None, 15.7, 150, 6.25),
     "v100": Device(32, None, 15.7, 150, 6.25),
-    "a10": Device(24, 125, 62.5, 32, 6.25),
-    "l4": Device(24, 121, 60, 32, 6.25),
-    "l40s": Device(48, 362, 183, 32, 25),
+    "a10": Device(24, 125, 31.2, 32, 6.25),
+    "l4": Device(24, 121, 30.3, 32, 6.25),
+    "l40s": Device(48, 362, 91.6, 32, 25),
     # One core with AVX-512, as half of a small machine; bf16 is no faster there.
     "cpu": Device(12, 0.1, 0.1, 2, 1),
 }

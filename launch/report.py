@@ -7,7 +7,6 @@ writes report/index.html, which needs nothing beside itself and no network, each
 same charts and tables. Runs that differ in their seed alone are one point.
 """
 
-import argparse
 import hashlib
 import os
 import sys
@@ -19,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.console import ReportedError, UserError
+from configs.console import Parser, ReportedError, UserError
 from configs.run_folder import flat, last_step, printable
 from data_prep.files import writing
 from launch import charts
@@ -33,7 +32,7 @@ from train.metrics import wandb_settings
 
 def main() -> None:
     """Write the report; exit code 2 if there is nothing to report."""
-    parser = argparse.ArgumentParser(prog="mone-report", description="Write a page of what runs came to.")
+    parser = Parser(prog="mone-report", description="Write a page of what runs came to.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs or of sweeps, e.g. runs/k_sweep")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the page and its charts (report)")
     parser.add_argument("--title", help="of the page (the names of the sweeps, or of runs made one by one)")

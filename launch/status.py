@@ -5,7 +5,6 @@
 What is damaged in a run's folder is named on stderr; the rest of it, and the other runs, are told all the same.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from configs.console import Parser
 from configs.run_folder import (
     CONFIG_FILE,
     DamagedFile,
@@ -35,7 +35,7 @@ COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last
 
 def main() -> None:
     """Print a line a run; exit code 2 if a folder holds none."""
-    parser = argparse.ArgumentParser(prog="mone-status", description="Say how runs are doing.")
+    parser = Parser(prog="mone-status", description="Say how runs are doing.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep, e.g. runs")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
     options = parser.parse_args()

@@ -12,7 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_prep import tokenize, tokenizer, verify
-from launch import plan, slurm
+from launch import plan, report, slurm, status
 from tests.conftest import ROOT
 from tests.tiny import make_shards
 from train import calibrate, pretrain, sample
@@ -27,6 +27,8 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "tokenize": tokenize.main,
     "verify": verify.main,
 }
+WITH_FLAGS: dict[str, Callable[[], None]] = {"status": status.main, "report": report.main}
+"""Commands without options of the form NAME=VALUE."""
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,16 @@ COMMANDS: dict[str, Callable[[], None]] = {
         ("pretrain", ["--multirun", "model=glob(nothing*)"], ["model=glob(nothing*): none of mone_2p8b"]),
         ("pretrain", ["--multirun", 'hydra.sweeper.params={run.seed: "1,x"}'], ["run.seed=1,x: must be a whole number"]),
         ("pretrain", ["run.naem=a\x1b[31m\nb"], ["run.naem=a\\x1b[31m\\nb: no such option; did you mean run.name?"]),
+        ("pretrain", ["--package", "x", "--cfg", "job"], ["--package x: no such section"]),
+        ("pretrain", ["hydra.mode=MULTIRUN"], ["hydra.mode=MULTIRUN: --multirun on the command line starts a sweep"]),
+        *(
+            ("pretrain", ["--multirun", swept], [f"{swept}: a sweep cannot vary {swept.partition('=')[0]},"])
+            for swept in ("run.name=a,b", "run.dir=a,b", "hydra.launcher.jobs=1,2", "hydra/launcher=local,slurm")
+        ),
+        ("pretrain", ["--multirun", "hydra.sweeper.params={run.name: 'a,b'}"], ["a sweep cannot vary run.name"]),
+        ("status", ["--wrong"], ["error: the following arguments are required: RUN; see --help"]),
+        ("status", ["a", "--wrong"], ["error: unrecognized arguments: --wrong; see --help"]),
+        ("report", ["a", "--wandb", "on\nline"], ["--wandb: invalid choice: 'on\\nline'"]),
         ("calibrate", ["run=x", "sequences=-4"], ["sequences=-4: must be at least 2"]),
         ("calibrate", ["run=x", "ratio=nan"], ["ratio=nan: must be in (0, 1]"]),
     ],
@@ -134,7 +146,7 @@ def test_mistakes_are_told_on_one_line(
     words: list[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call_main(COMMANDS[command], *arguments)
+    code, out, err = call_main((COMMANDS | WITH_FLAGS)[command], *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1

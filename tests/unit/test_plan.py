@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from launch.cluster import ClusterConfig
 from launch.estimate import check_run, estimate_run, propose
@@ -49,6 +50,15 @@ def test_time_follows_from_flops_and_the_stated_mfu() -> None:
     staged = estimate_run(config(expert=8, pipeline=2), cluster)
     # 2 x 8 / 2 data-parallel ranks of 4 sequences: 8 micro-batches, and one more that waits.
     assert staged.compute_seconds == pytest.approx(seconds * (1 + 1 / 8))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bf16", "fp32"), [("a100", 312, 19.5), ("h100", 989, 67), ("l40s", 362, 91.6), ("rtx_4090", 165, 82.6)]
+)
+def test_fp32_is_planned_without_tf32_which_training_does_not_use(gpu: str, bf16: float, fp32: float) -> None:
+    cluster = ClusterConfig(gpu=gpu)
+    assert (cluster.tflops("bf16"), cluster.tflops("fp32")) == (bf16, fp32)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_messages_between_nodes_are_slower() -> None:
