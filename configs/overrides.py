@@ -191,7 +191,8 @@ def _read_group(argument: str, loader: Any, choices: Any, known: list[str]) -> "
         raise UserError(f"{argument}: this command has no such option; see --help")
     argument = argument.lstrip("+")
     text = _edited(argument, str)
-    override = _parse(text)  # type: ignore[assignment]
+    override = _parse(text)
+    assert override is not None
     override.config_loader = loader  # glob(...) asks it
     there = choices(group)
     points = _points(override)
