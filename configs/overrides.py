@@ -171,7 +171,7 @@ def _safely(argument: str, read: Callable[[str], Result], *, secret: bool = True
         read(hidden)  # the same mistake, told without the value
     except UserError as error:
         raise UserError(printable(error)) from None
-    raise UserError(printable(f"{hidden}: its value cannot be read; as text it is given in quotes, and only one"))
+    raise UserError(printable(f"{hidden}: its value cannot be read; give one text, in quotes"))
 
 
 def _read_safely(argument: str, config: DictConfig, *, sweep: bool) -> str:
