@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from configs.console import ReportedError, UserError, command
@@ -55,8 +53,6 @@ class _JobScript(string.Template):
 
 @command("slurm")
 def _submit(hydra_config: DictConfig) -> None:
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        raise UserError("--multirun: sweeps are started by `mone-pretrain --multirun hydra/launcher=slurm ...`")
     try:
         options = read_slurm_options(hydra_config.launch)
         folder = Path(load_config(hydra_config).run.dir) / "launch"

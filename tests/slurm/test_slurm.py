@@ -197,7 +197,7 @@ def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folde
     assert refused.returncode == 2
     assert "hydra.launcher.save_seconds=601: leaves no time for training within hydra.launcher.time=10" in refused.stderr
     elsewhere = command(folder, "launch.slurm", "--multirun", "run.seed=1,2", *LAUNCH)
-    assert "mone-pretrain --multirun hydra/launcher=slurm" in elsewhere.stderr
+    assert "`mone-pretrain --multirun`, with hydra/launcher=local or slurm" in elsewhere.stderr
 
 
 @pytest.mark.parametrize(
