@@ -24,6 +24,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from configs import run_folder
 from configs.run_folder import CHECKPOINT_NAME
 from data_prep.files import sha256_of, writing
 
@@ -170,7 +171,7 @@ def check_content(checkpoint: Checkpoint, name: str) -> None:
 def printable(text: object, limit: int = 120) -> str:
     """On one line, cut at `limit`, in characters that every console has: names on a disk may be any bytes."""
     line = str(text).encode("ascii", "backslashreplace").decode()
-    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
+    line = run_folder.printable(line)
     return line if len(line) <= limit or isinstance(text, Path) else f"{line[:limit]}..."
 
 
