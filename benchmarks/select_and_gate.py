@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import command, typed
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
+from mone_common.console import command, to_dataclass
 from mone_model.neuron_selection import select_and_gate, select_neurons
 from train.runtime import keep_freed_memory
 
@@ -71,13 +71,13 @@ def build(options: BenchmarkConfig, how: str, neurons: int, share: float) -> Run
 @command("benchmark_select_and_gate", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Print the time over that of silu(gate) * up."""
-    options = typed(hydra_config, BenchmarkConfig)
+    options = to_dataclass(hydra_config, BenchmarkConfig)
     print(f"{options.dtype}, {options.elements} gates, {torch.get_num_threads()} threads")
     print("     H    K/H  silu * up ms   ours / it            topk / it")
     for neurons in options.neurons:
         cases = {("eager", 1.0)} | {(how, share) for share in options.ratios for how in ("ours", "topk")}
         contenders = {f"{how} {share}": functools.partial(build, options, how, neurons, share) for how, share in cases}
-        seconds = take_turns(contenders, options.rounds, options.repeats)
+        seconds = time_interleaved(contenders, options.rounds, options.repeats)
         eager = seconds["eager 1.0"]
         for share in options.ratios:
             ours, topk = (ratio(seconds[f"{how} {share}"], eager) for how in ("ours", "topk"))

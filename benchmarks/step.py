@@ -11,7 +11,8 @@ DeepSpeed's own MoE layer, and its load-balancing loss, in place of each MLP: by
 tokens), and told to drop none, as all others do. Those after Megatron-Core have no shared expert, and beside them ours has
 none.
 
-Then theirs with our matrix products (`mone_model.cpu_gemm`) and use of memory: the ratio that remains is the model's.
+Then theirs with our matrix products (`mone_model.megatron.cpu_gemm`) and use of memory: the ratio that remains is the
+model's.
 
 "bound" is the least that any experts could reach: ours without its MoE layers, as measured, and no more of those than the
 operations left when dropped neurons are skipped, at the speed of the plain product.
@@ -31,12 +32,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from benchmarks.turns import HYDRA, LOGGING, Run, ratio, take_turns
-from configs.console import command, typed
-from mone_model import cpu_gemm
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
+from mone_common.console import command, to_dataclass
 from mone_model.accounting import count_flops
 from mone_model.config import ModelConfig
-from mone_model.kernels import cpu_library
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.megatron import cpu_gemm
 from train import runtime
 from train.config import RunConfig, load_config
 
@@ -150,7 +151,7 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from mone_model.config import transformer_config
+    from mone_model.megatron.transformer_config import transformer_config
 
     cpu_library.usable = lambda *tensors, **options: False  # for the life of this process
     config = transformer_config(model, parallel, compute)
@@ -257,7 +258,7 @@ PRODUCT_FLOPS = 2 * 2048**3
 @command("benchmark_step", path=None)
 def main(hydra_config: DictConfig) -> None:
     """Let all take turns, twice."""
-    options = typed(hydra_config, BenchmarkConfig)
+    options = to_dataclass(hydra_config, BenchmarkConfig)
 
     def of(build: Callable[..., Run], *arguments: Any, **more: Any) -> functools.partial[Run]:
         return functools.partial(build, *arguments, **more)
@@ -285,7 +286,7 @@ def main(hydra_config: DictConfig) -> None:
             "matrix product": of(build_product, with_ours=with_ours),
         }
         contenders |= {name: other for name, other in others.items() if not any(word in name for word in options.leave_out)}
-        seconds = take_turns(contenders, options.rounds, options.repeats)
+        seconds = time_interleaved(contenders, options.rounds, options.repeats)
         print("Theirs with our matrix products and use of memory:" if with_ours else "Theirs as they are:")
         report(seconds, models, tokens)
 

@@ -21,13 +21,13 @@ import psutil
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from benchmarks.turns import HYDRA, LOGGING
-from configs.console import command, typed
+from benchmarks.interleaved_timing import HYDRA, LOGGING
 from data_prep.corpora import Corpus, CorpusConfig
 from data_prep.encoding import EncoderPool
 from data_prep.journal import Journal
 from data_prep.tokenize import TokenizeConfig, tokenize, write_groups
 from data_prep.tokenizer import load_tokenizer
+from mone_common.console import command, to_dataclass
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -121,7 +121,7 @@ def _tokenize(config: BenchmarkConfig, paths: list[str], folder: str) -> None:
 @command("benchmark_tokenize", path=None)
 def main(config: DictConfig) -> None:
     """Print the rates, their ratio and the peak memory."""
-    options = typed(config, BenchmarkConfig)
+    options = to_dataclass(config, BenchmarkConfig)
     workers = options.workers
     files = [str(path) for path in Corpus(CorpusConfig(path=options.corpus)).files]
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mone_model.kernels.triton import GRAIN, backward_kernel, block_size, forward_kernel, launch_options
+from mone_model.kernels.triton.selection import GRAIN, backward_kernel, block_size, forward_kernel, launch_options
 
 CAPABILITIES = (80, 90)
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -1,1 +1,1 @@
-"""Hydra configuration files of the project, found by name as a package."""
+"""Hydra's configuration files. This is a package so that Hydra finds them wherever it is installed."""

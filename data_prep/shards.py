@@ -24,9 +24,9 @@ from unittest import mock
 import numpy as np
 
 from data_prep.errors import DataError as DataError
-from data_prep.files import publish, sha256_of, temporary, writing
 from data_prep.json_fields import field_problems, is_of
 from data_prep.shard_index import header_problems
+from mone_common.files import publish, sha256_of, temporary, writing
 
 FORMAT = "mone-token-shards-1"
 MANIFEST_NAME = "manifest.json"

@@ -24,12 +24,9 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import command, typed
-from configs.locks import LOCK_FILE, lock
 from data_prep.corpora import Corpus, CorpusConfig, Position
 from data_prep.encoding import EncoderPool
 from data_prep.errors import DataError, naming_folder
-from data_prep.files import writing_folder
 from data_prep.journal import JOURNAL_NAME, Journal, refuse_other_settings
 from data_prep.progress import Progress
 from data_prep.shards import (
@@ -45,6 +42,9 @@ from data_prep.shards import (
     megatron_indexed_dataset,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from mone_common.console import command, to_dataclass
+from mone_common.files import writing_folder
+from mone_common.locks import LOCK_FILE, lock
 
 ROUND_TRIP_FIRST, ROUND_TRIP_EVERY = 32, 100
 """Of each group the first documents, and of the others every so-manieth, are decoded and compared with their text."""
@@ -56,8 +56,8 @@ class TokenizeConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: str = MISSING
-    """A folder written by mone-tokenizer, a sentencepiece .model file, a Hugging Face tokenizer folder, or the id of one on
-    the hub, such as EleutherAI/gpt-neox-20b. The copy in the output folder is what training uses."""
+    """A folder written by mone-train-tokenizer, a sentencepiece .model file, a Hugging Face tokenizer folder, or the id of
+    one on the hub, such as EleutherAI/gpt-neox-20b. The copy in the output folder is what training uses."""
     output: str = MISSING
     """Folder for the shards: one folder per corpus; several are blended in training."""
     validation_fraction: float = 0.01
@@ -268,7 +268,7 @@ def finished(output: Path, settings: dict[str, Any]) -> Manifest | None:
 @command("tokenize")
 def main(config: DictConfig) -> None:
     """Tokenize; exit code 2 with a message on stderr if the input, an option or the folder is at fault."""
-    options = typed(config, TokenizeConfig)
+    options = to_dataclass(config, TokenizeConfig)
     manifest = tokenize(options)
     for split in get_args(Split):
         print(

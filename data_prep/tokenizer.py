@@ -1,6 +1,5 @@
-"""Tokenizers: train a sentencepiece model, load that one or any other.
+"""Tokenizers: load a sentencepiece model or a Hugging Face tokenizer, encode and decode.
 
-mone-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
 tokenizer = load_tokenizer("data/demo/tokenizer")   # or a .model file, a Hugging Face folder or hub id
 tokens = tokenizer.encode(["Hello, world."])        # [[271, 119, ...]], no special tokens added
 tokenizer.decode(tokens[0])                         # "Hello, world."
@@ -11,18 +10,13 @@ import os
 import re
 import shutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig
 
-from configs.console import command, typed
-from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
-from data_prep.files import sha256_of
 from data_prep.shards import MAX_VOCABULARY
+from mone_common.files import sha256_of
 
 MODEL_NAME = "tokenizer.model"
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -168,8 +162,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece `.model` file, a folder that mone-tokenizer wrote, a Hugging Face tokenizer folder, or what the
-    Hugging Face hub has under an id such as EleutherAI/gpt-neox-20b. Only a string may be an id; a Path is a path.
+    """Load a sentencepiece `.model` file, a folder that mone-train-tokenizer wrote, a Hugging Face tokenizer folder, or what
+    the Hugging Face hub has under an id such as EleutherAI/gpt-neox-20b. Only a string may be an id; a Path is a path.
 
     Raises DataError if there is nothing of the kind, or it has no end-of-sentence token.
     """
@@ -192,7 +186,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _from_hub(given: str | Path) -> Path:
     """The folder of the local cache with the tokenizer of a hub id, fetched if it is not there."""
     missing = f"tokenizer={given}: no such file or folder"
-    how = "Train one with mone-tokenizer output=FOLDER, or give a folder with tokenizer.json and tokenizer_config.json"
+    how = "Train one with mone-train-tokenizer output=FOLDER, or give a folder with tokenizer.json and tokenizer_config.json"
     if isinstance(given, Path) or not HUB_ID.fullmatch(given) or given.endswith((".model", ".json")):
         raise DataError(f"{missing}. {how}")
     from huggingface_hub import snapshot_download
@@ -218,44 +212,3 @@ def _no_end(folder: Path, vocabulary: dict[str, int]) -> str:
         f"{folder}: has no eos_token to end documents with; {found}. Name it in {folder / HUGGING_FACE_FILES[1]}, "
         f"which needs no more than {{{config}}}"
     )
-
-
-@dataclass
-class TrainTokenizerConfig:
-    """Options of `mone-tokenizer`."""
-
-    corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    output: str = MISSING
-    """Folder for tokenizer.model and tokenizer_training.json, which tells how it was made."""
-    vocab_size: int = 32000
-    """Pieces, the 256 byte pieces and the 3 special ones included."""
-    model_type: str = "bpe"
-    """bpe or unigram."""
-    sample_bytes: int = 100_000_000
-    """Bytes of text to train on, drawn evenly from the whole corpus; training takes 10 times the memory."""
-    character_coverage: float = 0.9995
-    """Share of the sample's characters that get pieces of their own; the others are spelt in bytes."""
-    split_digits: bool = True
-    """Make every digit a piece of its own."""
-    seed: int = 0
-    """Chooses the sample."""
-
-
-ConfigStore.instance().store(name="train_tokenizer_schema", node=TrainTokenizerConfig)
-
-
-@command("train_tokenizer")
-def main(config: DictConfig) -> None:
-    """Train a tokenizer; exit code 2 with a message on stderr if it cannot be done."""
-    from data_prep.tokenizer_training import train_tokenizer
-
-    options = typed(config, TrainTokenizerConfig)
-    report = train_tokenizer(options)
-    print(
-        f"{options.output}: {report['vocab_size']} pieces from {report['sample']['bytes'] / 1e6:.1f} MB "
-        f"of {report['sample']['documents']} documents, sha256 {report['sha256']}"
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,6 @@
 """Training a sentencepiece model on a sample of a corpus, the same bytes on every run.
 
+mone-train-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
 report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
 # tokenizer/tokenizer.model, tokenizer/tokenizer_training.json
 """
@@ -10,18 +11,20 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from data_prep.corpora import START, Corpus
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig
+
+from data_prep.corpora import START, Corpus, CorpusConfig
 from data_prep.errors import DataError, naming_folder
-from data_prep.files import writing
 from data_prep.progress import Progress
 from data_prep.shards import publish_json
-
-if TYPE_CHECKING:
-    from data_prep.tokenizer import TrainTokenizerConfig
+from data_prep.tokenizer import MODEL_NAME, SentencePieceTokenizer
+from mone_common.console import command, to_dataclass
+from mone_common.files import writing
 
 REPORT_NAME = "tokenizer_training.json"
 PROGRESS_SECONDS = 5.0
@@ -29,6 +32,27 @@ LINE_CHARACTERS = 4000
 """Longest line given to sentencepiece, which drops longer ones in silence (max_sentence_length)."""
 RESERVED = str.maketrans("", "", "\0\u2585")
 """Characters that sentencepiece keeps for itself: it drops lines with U+2585 in silence."""
+
+
+@dataclass
+class TrainTokenizerConfig:
+    """Options of `mone-train-tokenizer`."""
+
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    output: str = MISSING
+    """Folder for tokenizer.model and tokenizer_training.json, which tells how it was made."""
+    vocab_size: int = 32000
+    """Pieces, the 256 byte pieces and the 3 special ones included."""
+    model_type: str = "bpe"
+    """bpe or unigram."""
+    sample_bytes: int = 100_000_000
+    """Bytes of text to train on, drawn evenly from the whole corpus; training takes 10 times the memory."""
+    character_coverage: float = 0.9995
+    """Share of the sample's characters that get pieces of their own; the others are spelt in bytes."""
+    split_digits: bool = True
+    """Make every digit a piece of its own."""
+    seed: int = 0
+    """Chooses the sample."""
 
 
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
@@ -67,7 +91,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
                 yield line[start : start + LINE_CHARACTERS].translate(RESERVED)
 
 
-def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
+def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
     """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the
     latter.
 
@@ -76,8 +100,6 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
     for it.
     """
     import sentencepiece
-
-    from data_prep.tokenizer import MODEL_NAME, SentencePieceTokenizer
 
     if config.model_type not in ("bpe", "unigram"):
         raise DataError(f"model_type={config.model_type}: must be bpe or unigram")
@@ -150,7 +172,7 @@ def train_tokenizer(config: "TrainTokenizerConfig") -> dict[str, Any]:
     return report
 
 
-def _explanation(message: str, config: "TrainTokenizerConfig") -> str:
+def _explanation(message: str, config: TrainTokenizerConfig) -> str:
     if largest := re.search(r"set it to a value <= (\d+)", message):
         return (
             f"vocab_size={config.vocab_size}: too large for this corpus, {largest[1]} is the most that "
@@ -158,3 +180,21 @@ def _explanation(message: str, config: "TrainTokenizerConfig") -> str:
         )
     options = f"vocab_size={config.vocab_size}, model_type={config.model_type}"
     return f"{options}: sentencepiece says: {message.strip()}"
+
+
+ConfigStore.instance().store(name="train_tokenizer_schema", node=TrainTokenizerConfig)
+
+
+@command("train_tokenizer")
+def main(config: DictConfig) -> None:
+    """Train a tokenizer; exit code 2 with a message on stderr if it cannot be done."""
+    options = to_dataclass(config, TrainTokenizerConfig)
+    report = train_tokenizer(options)
+    print(
+        f"{options.output}: {report['vocab_size']} pieces from {report['sample']['bytes'] / 1e6:.1f} MB "
+        f"of {report['sample']['documents']} documents, sha256 {report['sha256']}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -15,9 +15,7 @@ import numpy as np
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import command, typed
 from data_prep.errors import DataError
-from data_prep.files import sha256_of
 from data_prep.shard_index import index_problems
 from data_prep.shards import (
     MANIFEST_NAME,
@@ -30,6 +28,8 @@ from data_prep.shards import (
     megatron_indexed_dataset,
 )
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from mone_common.console import command, to_dataclass
+from mone_common.files import sha256_of
 
 
 @dataclass
@@ -140,7 +140,7 @@ def folders(path: Any) -> list[Path]:
 @command("verify")
 def main(config: DictConfig) -> None:
     """List every damage on stdout; exit code 1 if there is any, else 2 if a folder holds nothing to verify."""
-    options = typed(config, VerifyConfig)
+    options = to_dataclass(config, VerifyConfig)
     damaged = missing = False
     for folder in folders(options.path):
         try:

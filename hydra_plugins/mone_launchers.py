@@ -18,8 +18,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import ReportedError, UserError, reporting_errors
 from launch.options import LocalOptions, SlurmOptions, read_slurm_options, stored
+from mone_common.console import ReportedError, UserError, reporting_errors
 
 if TYPE_CHECKING:
     from launch.sweep import Outcome, Point

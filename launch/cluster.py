@@ -6,7 +6,7 @@ cluster.world_size, cluster.usable_gib, cluster.tflops
 
 from dataclasses import dataclass
 
-from mone_model.config import check
+from mone_common.checks import check
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from launch.cluster import WITH_BF16, ClusterConfig
-from mone_model.accounting import Memory, Sent, count_communication, count_flops
+from mone_model.accounting import Memory, Traffic, count_communication, count_flops
 from mone_model.config import ComputeConfig, ParallelConfig
 from train.config import RunConfig, TrainingConfig
-from train.validation import validate
+from train.config_rules import validate
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Estimate:
     config: RunConfig
     memory: Memory
     fits: bool
-    sent: dict[str, Sent]
+    sent: dict[str, Traffic]
     compute_seconds: float
     """Of a step at the stated MFU, with recomputation and the pipeline's bubble."""
     sent_seconds: dict[str, float]

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from configs.console import UserError
-from data_prep.files import writing
+from mone_common.console import UserError
+from mone_common.files import writing
 from train.config import RunConfig, describe
 from train.pretrain import commit
 

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import torch
 
-from configs.console import UserError
-from configs.run_folder import last_step, read_metrics, read_status
 from launch.frozen import freeze
 from launch.options import LocalOptions
 from launch.sweep import Outcome, Point, busy, finished, validation_loss
+from mone_common.console import UserError
+from mone_common.run_folder import last_step, read_metrics, read_status
 
 NOT_INHERITED = ("HEAD", "NODE_RANK", "ADDRESS", "WANDB_SERVICE")
 """Environment variables that would tie a run to a launch on several machines, or to this process's own W&B."""

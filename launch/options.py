@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.secrets import found_secret, is_secret, masked
+from mone_common.secrets import found_secret, is_secret, masked
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
@@ -34,7 +34,7 @@ class LocalOptions:
     """Seconds between lines that say how far the runs are."""
 
     def __post_init__(self) -> None:
-        from mone_model.config import check
+        from mone_common.checks import check
 
         check(self.jobs >= 1, "hydra.launcher.jobs", self.jobs, "must be at least 1")
         processes = self.processes
@@ -97,7 +97,7 @@ class SlurmOptions:
     """Only print the job script, as --dry-run does."""
 
     def __post_init__(self) -> None:
-        from mone_model.config import check
+        from mone_common.checks import check
 
         for name in ("nodes", "save_seconds"):
             check(getattr(self, name) >= 1, f"{self.section}.{name}", getattr(self, name), "must be at least 1")

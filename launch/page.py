@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.run_folder import DamagedFile, printable, read_file
 from launch import charts
 from launch.points import Point, Run
 from launch.results import labels
+from mone_common.run_folder import DamagedFile, printable, read_file
 
 PICTURES_OF_A_RUN = ("expert_load", "neuron_use")
 PNG = b"\x89PNG"

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from configs.console import UserError, command
 from launch.cluster import WITH_BF16, ClusterConfig
 from launch.estimate import Estimate, check_run, estimate_run, propose
+from mone_common.checks import check
+from mone_common.console import UserError, command
 from mone_model.accounting import Memory, count_flops, count_parameters
-from mone_model.config import check
 from train.config import RunConfig, load_config
 from train.data import load_manifests
 

@@ -18,15 +18,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.console import Parser, ReportedError, UserError
-from configs.run_folder import flat, last_step, printable
-from data_prep.files import writing
 from launch import charts
 from launch.baselines import Comparison, compare
 from launch.findings import sentence
 from launch.page import Chart, Table, page
 from launch.points import Point
 from launch.results import group_runs, labels, read_runs, short_name, shown, varying_options
+from mone_common.console import Parser, ReportedError, UserError
+from mone_common.files import writing
+from mone_common.run_folder import flat, last_step, printable
 from train.metrics import wandb_settings
 
 

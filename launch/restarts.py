@@ -18,7 +18,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from configs.run_folder import DamagedFile, examine_lines, is_number, last_step, read_metrics, read_status
+from mone_common.run_folder import DamagedFile, examine_lines, is_number, last_step, read_metrics, read_status
 
 ATTEMPTS = "attempts.jsonl"
 STOPPED = {

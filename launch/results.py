@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs.run_folder import (
+from launch.points import RATIO, SEEDS, Point, Run, essential, model_of
+from mone_common.run_folder import (
     CONFIG_FILE,
     DamagedFile,
     check_readable,
@@ -27,7 +28,6 @@ from configs.run_folder import (
     read_reading,
     read_state,
 )
-from launch.points import RATIO, SEEDS, Point, Run, essential, model_of
 from mone_model.accounting import count_parameters
 
 BLEND = "data.blend"

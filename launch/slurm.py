@@ -20,13 +20,13 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import ReportedError, UserError, command
-from configs.run_folder import check_free
-from configs.secrets import masked
-from data_prep.files import writing
 from launch.frozen import freeze
 from launch.options import SlurmOptions, read_slurm_options, stored
-from mone_model.config import check
+from mone_common.checks import check
+from mone_common.console import ReportedError, UserError, command
+from mone_common.files import writing
+from mone_common.run_folder import check_free
+from mone_common.secrets import masked
 from train.config import RunConfig, load_config
 from train.pretrain import prepare
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from configs.console import Parser
-from configs.run_folder import (
+from launch.restarts import examine_attempts
+from mone_common.console import Parser
+from mone_common.run_folder import (
     CONFIG_FILE,
     DamagedFile,
     check_readable,
@@ -26,7 +27,6 @@ from configs.run_folder import (
     read_status,
     saved_steps,
 )
-from launch.restarts import examine_attempts
 
 Read = TypeVar("Read")
 

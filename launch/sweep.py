@@ -20,10 +20,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from configs.console import ReportedError, UserError
-from configs.run_folder import check_free, flat, in_use, last_value, read_config, read_metrics, read_status
 from launch.options import SlurmOptions
 from launch.slurm import active_job, job_script, submit
+from mone_common.console import ReportedError, UserError
+from mone_common.run_folder import check_free, flat, in_use, last_value, read_config, read_metrics, read_status
 from train.config import RunConfig, check_name, describe
 
 SUBDIR = "${hydra.job.num}"

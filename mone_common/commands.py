@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from mone_common.checks import deprecated
+
 PARENT = os.getppid()
 """Process id of what started this process, noted before the seconds in which everything else is imported."""
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,9 +41,15 @@ status = _command("launch.status")
 slurm = _command("launch.slurm")
 report = _command("launch.report")
 plan = _command("launch.plan")
-tokenizer = _command("data_prep.tokenizer")
+train_tokenizer = _command("data_prep.tokenizer_training")
 tokenize = _command("data_prep.tokenize")
 verify = _command("data_prep.verify")
+
+
+def tokenizer() -> None:
+    """`mone-train-tokenizer` under the name that it had before version 0.2."""
+    deprecated("mone-tokenizer", "mone-train-tokenizer")
+    train_tokenizer()
 
 
 def find_shadow(*packages: str) -> str | None:

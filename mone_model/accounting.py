@@ -217,7 +217,7 @@ def _layer_activations(
 def _kept_by_norm(item: int, fused: bool) -> int:
     """Bytes that a norm keeps of each number: its input. In bf16, the local layers' keep that and the normalised in fp32.
 
-    In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu_rms_norm`) or torch's own of GPUs.
+    In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu.rms_norm`) or torch's own of GPUs.
     """
     return item if fused or item == 4 else 8
 
@@ -227,7 +227,7 @@ def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: Comp
     neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
     balancing = model.neuron_balance_coeff > 0
     compressed = _compressed(neurons, kept, item)
-    if compute.experts == "skip":
+    if compute.experts == "sparse":
         # The balance loss has a gate of its own, that activated, its size, and that as a share of the row's sum.
         return compressed + (4 * neurons * item if balancing else 0)
     if kept < neurons and parallel.expert_tensor == 1 and not balancing:
@@ -251,7 +251,7 @@ def _loss_activations(
 
 
 @dataclass(frozen=True)
-class Sent:
+class Traffic:
     """What one parallel dimension moves."""
 
     ranks: int
@@ -270,7 +270,7 @@ def count_communication(
     micro_batch_size: int,
     data_parallel_size: int,
     micro_batches: int,
-) -> dict[str, Sent]:
+) -> dict[str, Traffic]:
     """Bytes that a rank of the first pipeline stage sends in a step, by parallel dimension; those of one rank are left out.
 
     Ring collectives over n ranks: a reduce-scatter or an all-gather of B bytes sends B (n - 1) / n. Ranks are numbered in
@@ -298,20 +298,20 @@ def count_communication(
     around = layers * (1 + shared) * (5 + (2 if compute.recompute == "full" else 0))
     groups = _groups(model) * model.head_size
     sent = {
-        "tensor": Sent(tensor, tensor, round((around + 2) * residual * (tensor - 1) / tensor)),
-        "context": Sent(
+        "tensor": Traffic(tensor, tensor, round((around + 2) * residual * (tensor - 1) / tensor)),
+        "context": Traffic(
             parallel.context,
             tensor * parallel.context,
             round(layers * 3 * (parallel.context - 1) * residual / width * 2 * groups / tensor),
         ),
-        "expert": Sent(expert, expert, round(routed)),
-        "pipeline": Sent(
+        "expert": Traffic(expert, expert, round(routed)),
+        "pipeline": Traffic(
             pipeline,
             stage * pipeline,
             2 * residual // tensor * (parallel.virtual_pipeline or 1),
         ),
-        "data": Sent(dense_ranks, stage, _reduced(dense, dense_ranks, item)),
-        "expert data": Sent(stage // expert, stage, _reduced(experts, stage // expert, item)),
+        "data": Traffic(dense_ranks, stage, _reduced(dense, dense_ranks, item)),
+        "expert data": Traffic(stage // expert, stage, _reduced(experts, stage // expert, item)),
     }
     return {name: part for name, part in sent.items() if part.ranks > 1}
 

@@ -1,42 +1,24 @@
 """What a model is (`ModelConfig`), how it is spread over ranks (`ParallelConfig`) and computed (`ComputeConfig`).
 
     model = ModelConfig(hidden_size=256, num_layers=4, num_experts=8, activation_ratio=0.25)
-    megatron = transformer_config(model, ParallelConfig(expert=2), ComputeConfig())
+    model.active_neurons                       # 128 of 512 neurons
 
-Each class checks its own fields; rules that span classes or need the world size live in `train.config.validate`.
+Each class checks its own fields; rules that span classes or need the world size live in `train.config_rules`. This module
+does not import torch.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
+from mone_common.checks import check, deprecated
 
 if TYPE_CHECKING:
-    from megatron.core.transformer import TransformerConfig
+    import torch
 
-
-def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """ReLU(x)^2, elementwise; Primer, arXiv 2109.08668."""
-    return F.relu(x).square()
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "relu": F.relu,
-    "sigmoid": torch.sigmoid,
-    "relu_squared": relu_squared,
-}
+ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
+"""Gate activations; `mone_model.activations` defines each of them."""
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
-
-
-def check(condition: bool, option: str, value: Any, right: str) -> None:
-    """Raise a ValueError that names the option as the user typed it, its value, and what would be right."""
-    if not condition:
-        raise ValueError(f"{option}={value}: {right}")
 
 
 @dataclass
@@ -270,7 +252,7 @@ class ComputeConfig:
     transformer_impl: str = "auto"
     """local (Megatron-Core's own layers), transformer_engine, or auto: Transformer Engine where it is installed."""
     experts: str = "auto"
-    """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; skip (CPU, fp32): up and down only of
+    """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; sparse (CPU, fp32): up and down only of
     neurons that are kept; auto: on GPUs grouped, on CPUs what is fastest in a measurement at the start."""
     token_dispatcher: str = "alltoall"
     """How tokens travel to their experts: alltoall or allgather. Where a rank has all experts, none travels."""
@@ -280,10 +262,13 @@ class ComputeConfig:
     """Modules that selective recomputation recomputes: core_attn, layernorm, moe, shared_experts."""
 
     def __post_init__(self) -> None:
+        if self.experts == "skip":
+            deprecated("compute.experts=skip", "compute.experts=sparse")
+            self.experts = "sparse"
         for name, choices in {
             "precision": ("fp32", "bf16"),
             "transformer_impl": ("auto", "local", "transformer_engine"),
-            "experts": ("auto", "grouped", "loop", "skip"),
+            "experts": ("auto", "grouped", "loop", "sparse"),
             "token_dispatcher": ("alltoall", "allgather"),
             "recompute": ("none", "selective", "full"),
         }.items():
@@ -301,83 +286,8 @@ class ComputeConfig:
         )
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+    def dtype(self) -> "torch.dtype":
+        """Data type of weights and activations."""
+        import torch
+
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
-
-
-def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> "TransformerConfig":
-    """Say in Megatron-Core's words what the three configurations say."""
-    from megatron.core.transformer import TransformerConfig
-
-    losses = {
-        "aux_loss": model.aux_loss_coeff,
-        "seq_aux_loss": model.seq_aux_loss_coeff,
-        "global_aux_loss": model.global_aux_loss_coeff,
-    }
-    balancing = {name: coeff for name, coeff in losses.items() if coeff > 0}
-    recompute: dict[str, Any] = {}
-    if compute.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": list(compute.recompute_modules)}
-    elif compute.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    # Where nothing travels, alltoall would sort and copy rows that are sorted. Only alltoall knows capacities.
-    alone = parallel.expert * parallel.expert_tensor == 1 and model.expert_capacity_factor is None
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups,
-        kv_channels=model.head_size,
-        ffn_hidden_size=model.moe_ffn_hidden_size,
-        qk_layernorm=model.qk_layernorm,
-        hidden_dropout=model.hidden_dropout,
-        attention_dropout=model.attention_dropout,
-        layernorm_epsilon=model.norm_epsilon,
-        init_method_std=model.init_std,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        activation_func=ACTIVATIONS[model.activation],
-        add_bias_linear=False,
-        num_moe_experts=model.num_experts,
-        moe_router_topk=model.router_topk,
-        moe_ffn_hidden_size=model.moe_ffn_hidden_size,
-        moe_shared_expert_intermediate_size=model.shared_expert_ffn_hidden_size or None,
-        moe_router_score_function=model.router_score_function,
-        moe_router_pre_softmax=model.router_pre_softmax,
-        moe_router_topk_scaling_factor=model.router_scaling_factor,
-        moe_router_load_balancing_type=list(balancing) or "none",
-        moe_aux_loss_coeff=list(balancing.values()) or 0.0,
-        moe_z_loss_coeff=model.z_loss_coeff or None,
-        moe_router_enable_expert_bias=model.expert_bias,
-        moe_router_bias_update_rate=model.expert_bias_update_rate,
-        moe_expert_capacity_factor=model.expert_capacity_factor,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="allgather" if alone else compute.token_dispatcher,
-        tensor_model_parallel_size=parallel.tensor,
-        pipeline_model_parallel_size=parallel.pipeline,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
-        context_parallel_size=parallel.context,
-        expert_model_parallel_size=parallel.expert,
-        expert_tensor_parallel_size=parallel.expert_tensor,
-        sequence_parallel=parallel.tensor > 1,
-        # The default trains silently wrong with virtual stages (Megatron-Core 0.16.1 and 0.19.2).
-        batch_p2p_comm=False,
-        params_dtype=compute.dtype,
-        bf16=compute.precision == "bf16",
-        pipeline_dtype=compute.dtype,
-        attention_softmax_in_fp32=True,
-        # Of Megatron-Core's fused activations GELU is an approximation.
-        bias_activation_fusion=model.activation == "silu",
-        # Other fused forms need compiled extensions; Transformer Engine brings its own.
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        moe_permute_fusion=False,
-        persist_layer_norm=False,
-        # mone_model.initial_weights draws them anew; without this first time the weights lack Megatron-Core's attributes.
-        perform_initialization=True,
-        use_cpu_initialization=False,
-        **recompute,
-    )

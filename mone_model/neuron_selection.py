@@ -12,14 +12,13 @@ expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask. Sou
 
 import importlib.util
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mone_model.config import ACTIVATIONS
-from mone_model.kernels import cpu
+from mone_model.activations import ACTIVATIONS
+from mone_model.kernels.cpu import experts as cpu
 
 
 class Selection(NamedTuple):
@@ -123,7 +122,7 @@ _LARGEST = torch.finfo(torch.float32).max
 
 def _activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
     """act(gate) in fp32."""
-    return ACTIVATIONS[activation](gate.float().clamp_min(-_LARGEST))
+    return ACTIVATIONS[activation].function(gate.float().clamp_min(-_LARGEST))
 
 
 def pack(mask_NH: torch.Tensor) -> torch.Tensor:
@@ -145,7 +144,7 @@ def _kernels_for(tensor: torch.Tensor) -> Any:
         return cpu if cpu.selects(tensor) else None
     if importlib.util.find_spec("triton") is None:
         return None
-    from mone_model.kernels import triton
+    from mone_model.kernels.triton import selection as triton
 
     return triton if triton.selects(tensor) else None
 
@@ -174,16 +173,6 @@ def _(gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activat
     )
 
 
-# An operator's own implementation lies below autograd, which therefore cannot differentiate ACTIVATIONS there.
-_ACTIVATION_GRADIENTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "silu": lambda gradient, x: torch.ops.aten.silu_backward(gradient, x),
-    "gelu": lambda gradient, x: torch.ops.aten.gelu_backward(gradient, x),
-    "relu": lambda gradient, x: torch.ops.aten.threshold_backward(gradient, x, 0),
-    "sigmoid": lambda gradient, x: torch.ops.aten.sigmoid_backward(gradient, x.sigmoid()),
-    "relu_squared": lambda gradient, x: 2 * gradient * x.relu(),
-}
-
-
 @torch.library.custom_op("mone::select_and_gate_backward", mutates_args=())
 def _select_and_gate_backward(
     dhidden: torch.Tensor, masks: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor, probs: torch.Tensor, activation: str
@@ -194,7 +183,7 @@ def _select_and_gate_backward(
     dkept, kept_up, weight = dhidden[mask].view_as(gates).float(), ups.float(), probs.float()[:, None]
     kept_gate = gates.float().clamp(-_LARGEST, _LARGEST)
     active = _activate(gates, activation)
-    dkept_gate = _ACTIVATION_GRADIENTS[activation](dkept * kept_up * weight, kept_gate)
+    dkept_gate = ACTIVATIONS[activation].gradient(dkept * kept_up * weight, kept_gate)
     dgate, dup = torch.zeros_like(dhidden), torch.zeros_like(dhidden)
     dgate[mask] = dkept_gate.flatten().to(dgate.dtype)
     dup[mask] = (dkept * active * weight).flatten().to(dup.dtype)

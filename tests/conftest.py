@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from mone_model import megatron
+
+megatron.prepare()  # before any test module imports Megatron-Core
 ROOT = Path(__file__).parent.parent
 
 

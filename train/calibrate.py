@@ -18,10 +18,10 @@ import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from configs.console import UserError, command, typed
-from data_prep.files import writing
 from data_prep.shards import TOKENIZER_NAME, Manifest
 from data_prep.tokenizer import load_tokenizer
+from mone_common.console import UserError, command, to_dataclass
+from mone_common.files import writing
 from train.config import RunConfig, SourceConfig
 from train.launcher import check_alone
 from train.sample import load_model, load_run_config
@@ -68,7 +68,7 @@ ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
 def main(hydra_config: DictConfig) -> None:
     """Write the thresholds, and print what they keep and cost."""
     check_alone("train.calibrate")
-    options = typed(hydra_config, CalibrateConfig)
+    options = to_dataclass(hydra_config, CalibrateConfig)
     run = load_run_config(Path(options.run))
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
@@ -76,7 +76,7 @@ def main(hydra_config: DictConfig) -> None:
         raise UserError(f"output={output}: is no file; give the name of the file to write")
     if not output.parent.is_dir():
         raise UserError(f"output={output}: there is no folder {output.parent}")
-    from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
+    from mone_model.megatron.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
     from train.data import load_data, plan_order
     from train.runtime import distributed
 

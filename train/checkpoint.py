@@ -5,7 +5,7 @@
     saver.finish(wait=False)                     # between steps, while one is written in the background
     engine.load_state(load_checkpoint(checkpoint, engine.sharded_state(loading=True), same_layout=True))
 
-What the files on disk mean is train.checkpoint_folder's; which checkpoint to continue from, train.checkpoint_health's.
+What the files on disk mean is train.checkpoint_folder's; which checkpoint to continue from, train.checkpoint_integrity's.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replic
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from configs.console import ReportedError
-from data_prep.files import writing
-from data_prep.lifetime import forks_end_with_this_process
+from mone_common.console import ReportedError
+from mone_common.files import writing
+from mone_common.processes import forks_end_with_this_process
 from train.checkpoint_folder import MANIFEST as MANIFEST
 from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, printable, prune, publish, remove_leftovers
 from train.checkpoint_private import noted_errors, open_results_queue

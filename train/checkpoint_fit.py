@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 
 from train.checkpoint import gather_problems
 from train.checkpoint_folder import Checkpoint, printable
-from train.config import OptimizerSection
+from train.config import OptimizerConfig
 
 LARGEST_BATCH = 2**20
 """Samples of one step, at most: far beyond what anybody trains with, and far below what nonsense is."""
@@ -38,7 +38,7 @@ def wrong_fact(checkpoint: Checkpoint) -> str | None:
         "parallel": isinstance(facts["parallel"], dict),
         "precision": isinstance(facts["precision"], str),
         "engine": engine in ("megatron", "deepspeed"),
-        "experts": experts in ("auto", "grouped", "loop", "skip"),
+        "experts": experts in ("auto", "grouped", "loop", "sparse", "skip"),
         "samples": _count(facts["samples"]) and step <= facts["samples"] <= step * LARGEST_BATCH,
         "order": _is_order(facts["order"]) and _count(facts["samples"]) and facts["order"]["start"] <= facts["samples"],
         "guard": _is_guard(guard) and all(dropped <= step for dropped in guard["dropped"]),
@@ -71,9 +71,9 @@ def _is_guard(guard: Any) -> bool:
 def _is_optimizer(options: Any, steps: Any) -> bool:
     if not (isinstance(options, dict) and _count(steps) and steps > 0):
         return False
-    known = {field.name for field in fields(OptimizerSection)}
+    known = {field.name for field in fields(OptimizerConfig)}
     try:
-        section = OptimizerSection(**{name: value for name, value in options.items() if name in known})
+        section = OptimizerConfig(**{name: value for name, value in options.items() if name in known})
     except (TypeError, ValueError):
         return False
     warmup, end = section.warmup_steps, section.decay_steps or steps

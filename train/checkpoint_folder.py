@@ -24,9 +24,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from configs import run_folder
-from configs.run_folder import CHECKPOINT_NAME
-from data_prep.files import sha256_of, writing
+from mone_common import run_folder
+from mone_common.files import sha256_of, writing
+from mone_common.run_folder import CHECKPOINT_NAME
 
 MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-3"

@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
 
-from data_prep.lifetime import outlive_signals
+from mone_common.processes import outlive_signals
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """The configuration of a run: one dataclass a section.
 
 config = load_config(hydra_config)        # typed, each field checked
-validate(config, world_size)              # train.validation: every rule that spans sections
+validate(config, world_size)              # train.config_rules: every rule that spans sections
 """
 
 import math
@@ -12,9 +12,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from configs.console import typed
+from mone_common.checks import check
+from mone_common.console import to_dataclass
 from mone_model.accounting import Memory, equal_active_width, estimate_memory
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, check
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 
 TIME_LIMIT = re.compile(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)")
 
@@ -42,7 +43,7 @@ def check_name(name: str) -> None:
 
 
 @dataclass
-class RunSection:
+class ExecutionConfig:
     """Where the run lives."""
 
     name: str = "mone"
@@ -102,7 +103,7 @@ class TrainingConfig:
 
 
 @dataclass
-class OptimizerSection:
+class OptimizerConfig:
     """AdamW and its schedule."""
 
     lr: float = 1e-3
@@ -151,7 +152,7 @@ class OptimizerSection:
 
 
 @dataclass
-class DeepSpeedSection:
+class DeepSpeedConfig:
     """What only the DeepSpeed engine reads."""
 
     zero_stage: int = 1
@@ -307,7 +308,7 @@ class LoggingConfig:
 class RunConfig:
     """Everything that a run needs to know."""
 
-    run: RunSection = field(default_factory=RunSection)
+    run: ExecutionConfig = field(default_factory=ExecutionConfig)
     engine: str = "megatron"
     """What computes a step: megatron (Megatron-Core's optimizers) or deepspeed (ZeRO)."""
     resume: str = "auto"
@@ -316,8 +317,8 @@ class RunConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
-    deepspeed: DeepSpeedSection = field(default_factory=DeepSpeedSection)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -367,7 +368,7 @@ OmegaConf.register_new_resolver("equal_active_width", equal_active_width, replac
 
 def load_config(config: DictConfig) -> RunConfig:
     """Hydra's config as typed objects; ValueError from the field that is wrong or missing."""
-    return typed(config, RunConfig)
+    return to_dataclass(config, RunConfig)
 
 
 def describe(config: RunConfig) -> dict[str, Any]:

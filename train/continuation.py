@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from configs.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE, last_published, read_published
 from data_prep.shards import Manifest
+from mone_common.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE, last_published, read_published
 from train.checkpoint_fit import wrong_fact
 from train.checkpoint_folder import Checkpoint, list_checkpoints
-from train.config import OptimizerSection, RunConfig, describe
+from train.config import OptimizerConfig, RunConfig, describe
 from train.data import plan_order
-from train.launcher import place
+from train.launcher import rank_and_world_size
 
 JUMP = 1.01
 """A learning rate this many times that of the earlier schedule is warned of."""
@@ -67,7 +67,7 @@ def _check_nothing_vanished(folder: Path, saves: Path, found: list[Checkpoint], 
     if published is None or problems or (found and found[-1].step >= published):
         return
     if found:
-        if place()[0] == 0:
+        if rank_and_world_size()[0] == 0:
             print(
                 f"warning: the run has saved step {published}, and the newest checkpoint in {saves} is of step "
                 f"{found[-1].step}; records of later steps are kept beside {METRICS_FILE}",
@@ -123,7 +123,7 @@ def check_continues(
 
 def tell_of_problems(problems: list[str]) -> None:
     """Name the checkpoints that are passed over."""
-    if place()[0] == 0:
+    if rank_and_world_size()[0] == 0:
         for problem in problems:
             print(f"passed over {problem}", file=sys.stderr, flush=True)
 
@@ -156,16 +156,16 @@ def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None) -> str:
     return text
 
 
-Schedule = tuple[OptimizerSection, int]
+Schedule = tuple[OptimizerConfig, int]
 """The optimizer's options and training.steps."""
 
 
 def _earlier_schedule(checkpoint: Checkpoint) -> Schedule | None:
-    known = {field.name for field in dataclasses.fields(OptimizerSection)}
+    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     saved, steps = checkpoint.facts.get("optimizer"), checkpoint.facts.get("steps")
     if saved is None or steps is None:
         return None
-    return OptimizerSection(**{name: value for name, value in saved.items() if name in known}), steps
+    return OptimizerConfig(**{name: value for name, value in saved.items() if name in known}), steps
 
 
 def _keeping(earlier: Schedule, now: Schedule) -> list[str]:
@@ -181,11 +181,11 @@ def _keeping(earlier: Schedule, now: Schedule) -> list[str]:
     return [f"optimizer.{name}={'null' if value is None else value}" for name, value in options.items()]
 
 
-def _end(optimizer: OptimizerSection, steps: int) -> int:
+def _end(optimizer: OptimizerConfig, steps: int) -> int:
     return optimizer.decay_steps or steps
 
 
-def _words(optimizer: OptimizerSection, steps: int) -> str:
+def _words(optimizer: OptimizerConfig, steps: int) -> str:
     warmup = f"{optimizer.warmup_steps} steps of warm-up to {optimizer.lr:g}"
     if optimizer.schedule == "constant":
         return f"constant, {warmup}"
@@ -195,7 +195,7 @@ def _words(optimizer: OptimizerSection, steps: int) -> str:
     return f"{optimizer.schedule}, {warmup}, {optimizer.min_lr:g} at step {_end(optimizer, steps)}{decay}"
 
 
-def _rate(optimizer: OptimizerSection, steps: int, step: int) -> float:
+def _rate(optimizer: OptimizerConfig, steps: int, step: int) -> float:
     from train.engines.base import learning_rate
 
     return learning_rate(optimizer, steps, step)

@@ -20,9 +20,9 @@ import torch.distributed as dist
 from megatron.core.datasets import helpers
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.lifetime import kill_daemons_at_exit, outlive_signals
 from data_prep.shards import Manifest, Shard, load_manifest
-from mone_model.config import check
+from mone_common.checks import check
+from mone_common.processes import kill_daemons_at_exit, outlive_signals
 from train.config import RunConfig, SourceConfig
 from train.sources import Batch, ReadError, Source, reserve_descriptors, usable_shards
 

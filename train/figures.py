@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from data_prep.files import writing
+from mone_common.files import writing
 from mone_model.neuron_stats import NeuronUsage
 
 # Names of runs and sources are shown as they are; with a dollar sign they would be read as formulas, and most refused.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from configs.console import ReportedError
+from mone_common.console import ReportedError
 from train.config import GuardConfig
 
 

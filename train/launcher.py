@@ -1,7 +1,7 @@
 """What torchrun, or another launcher, tells the processes that it starts: environment variables, checked before use.
 
 check_launcher()                 # UserError for variables left over from somewhere else
-rank, world_size = place()
+rank, world_size = rank_and_world_size()
 launcher_has_gone()              # torchrun was killed
 """
 
@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from configs.console import UserError
-from configs.output import drain_output
 from mone_common.commands import PARENT
+from mone_common.console import UserError
+from mone_common.output import drain_output
 
 ALWAYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Set by every launcher."""
@@ -43,9 +43,9 @@ def check_launcher() -> None:
 def check_alone(command: str) -> None:
     """UserError if a launcher has started several processes of a command that is one, or its variables do not fit."""
     check_launcher()
-    if place()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         raise UserError(
-            f"WORLD_SIZE={place()[1]}: {command} is one process; start it without torchrun, "
+            f"WORLD_SIZE={rank_and_world_size()[1]}: {command} is one process; start it without torchrun, "
             f"and unset {' '.join((*ALWAYS, *ON_THIS_MACHINE))} if they are left over"
         )
 
@@ -65,7 +65,7 @@ def _why_not(found: dict[str, str]) -> str | None:
     return None
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and the number of processes, known before they meet; 0 and 1 without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from configs.run_folder import PUBLISHED_FILE, read_published
 from data_prep.errors import DataError
-from data_prep.files import writing
+from mone_common.files import writing
+from mone_common.run_folder import PUBLISHED_FILE, read_published
 from train.checkpoint import NotFinite, Saved, SaveFailed, Saver
 from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, describe

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from configs.console import ReportedError, UserError
-from data_prep.files import writing
+from mone_common.console import ReportedError, UserError
+from mone_common.files import writing
 
 MEETING_SECONDS = 600.0
 """How long a rank may come later than the first."""

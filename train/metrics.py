@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from configs.run_folder import METRICS_FILE
-from data_prep.files import writing
+from mone_common.files import writing
+from mone_common.run_folder import METRICS_FILE
 from train.config import RunConfig, describe
 
 TIMEOUTS = {"init_timeout": 20.0, "finish_timeout": 60.0}
@@ -106,7 +106,7 @@ class MetricsWriter:
 
 
 class OfflineRecord:
-    """The file that W&B writes for `wandb sync`; on a full disk W&B leaves out the rest of it without a word."""
+    """The file that W&B writes for `wandb sync`; on a full disk W&B leaves out the rest of it silently."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.told = path, False

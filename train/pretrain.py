@@ -24,29 +24,29 @@ from typing import IO, TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from configs.console import ReportedError, UserError, command
-from configs.output import unblock_output
-from configs.run_folder import (
+from data_prep.shards import Manifest
+from mone_common.console import ReportedError, UserError, command
+from mone_common.files import writing
+from mone_common.output import unblock_output
+from mone_common.run_folder import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     READING_FILE,
     STATUS_FILE,
     check_free,
-    hold,
+    lock_run_folder,
     read_status,
 )
-from data_prep.files import writing
-from data_prep.shards import Manifest
 from train.checkpoint_folder import Checkpoint, list_checkpoints
-from train.checkpoint_health import load_newest
+from train.checkpoint_integrity import load_newest
 from train.config import RunConfig, describe, load_config
+from train.config_rules import PROCESSES, validate
 from train.continuation import check_continues, describe_schedule, find_checkpoints, tell_of_problems
 from train.data import Reading, describe_order, describe_reading, load_data, load_manifests
-from train.launcher import check_launcher, ending_with_launcher, place, remove_empty_logs
+from train.launcher import check_launcher, ending_with_launcher, rank_and_world_size, remove_empty_logs
 from train.meeting import Meeting
 from train.run_tokenizer import keep_tokenizer
 from train.runtime import distributed
-from train.validation import PROCESSES, validate
 
 if TYPE_CHECKING:
     from train.engines import Engine
@@ -60,7 +60,7 @@ def main(hydra_config: DictConfig) -> None:
     unblock_output()
     check_launcher()
     atexit.register(remove_empty_logs)
-    rank, world_size = place()
+    rank, world_size = rank_and_world_size()
     if "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", "1") not in ("", "0", "1"):
         raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")
     meeting = Meeting(rank, world_size)
@@ -198,18 +198,19 @@ def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
     """
     import torch.distributed as dist
 
-    from mone_model.expert_methods import choose_method
+    from mone_model.expert_backends import choose_backend
 
     model, parallel, compute = config.model, config.parallel, config.compute
     if compute.experts != "auto":
-        return choose_method(model, parallel, compute)
+        return choose_backend(model, parallel, compute)
     chosen = [""]
     if dist.get_rank() == 0:
         before = "auto" if checkpoint is None else checkpoint.facts.get("experts", "auto")
+        before = "sparse" if before == "skip" else before  # its name before version 0.2
         try:
-            chosen = [choose_method(model, parallel, dataclasses.replace(compute, experts=before))]
+            chosen = [choose_backend(model, parallel, dataclasses.replace(compute, experts=before))]
         except ValueError:  # another machine than before
-            chosen = [choose_method(model, parallel, compute)]
+            chosen = [choose_backend(model, parallel, compute)]
     dist.broadcast_object_list(chosen)
     return chosen[0]
 
@@ -241,7 +242,7 @@ def take_run_folder(config: RunConfig) -> IO[str]:
     folder = Path(config.run.dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = hold(folder)
+        lock = lock_run_folder(folder)
         for name, text in {
             CONFIG_FILE: OmegaConf.to_yaml(OmegaConf.structured(config)),
             ENVIRONMENT_FILE: json.dumps(environment(), indent=1) + "\n",
@@ -269,7 +270,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "processors": os.cpu_count(),
-        "world_size": place()[1],
+        "world_size": rank_and_world_size()[1],
         "packages": versions,
     }
 
@@ -291,7 +292,7 @@ def commit() -> str | None:
 def describe_run(config: RunConfig, world_size: int) -> str:
     """What is about to run, in a few lines."""
     from mone_model.accounting import count_flops, count_parameters
-    from mone_model.layer_spec import uses_transformer_engine
+    from mone_model.megatron.layer_spec import uses_transformer_engine
 
     model, parallel, training = config.model, config.parallel, config.training
     parameters, flops = count_parameters(model), count_flops(model)

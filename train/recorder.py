@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from configs.run_folder import read_metrics
+from mone_common.run_folder import read_metrics
 from mone_model.accounting import count_flops
-from mone_model.gpt import moe_layers
 from mone_model.loss_record import LossRecord, reduce_losses
+from mone_model.megatron.gpt import moe_layers
 from mone_model.neuron_stats import NeuronUsage, reduce_counters, summarise_experts, summarise_neurons
 from train.config import RunConfig
 from train.engines.base import StepResult

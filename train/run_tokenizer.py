@@ -8,11 +8,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from configs.console import UserError
 from data_prep.errors import DataError
-from data_prep.files import writing_folder
 from data_prep.shards import TOKENIZER_NAME, Manifest, load_manifest
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from mone_common.console import UserError
+from mone_common.files import writing_folder
 from train.config import RunConfig
 
 

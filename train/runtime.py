@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from mone_model.config import ParallelConfig
-from train.launcher import place
+from train.launcher import rank_and_world_size
 from train.meeting import Meeting
 
 
@@ -59,7 +59,7 @@ def distributed(
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if cuda else "gloo"
-    rank, world_size = place()
+    rank, world_size = rank_and_world_size()
     store = store or Meeting(rank, world_size).store
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     build_groups(parallel)

@@ -18,9 +18,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from configs.console import UserError, command, typed
-from configs.run_folder import CONFIG_FILE, read_file
 from data_prep.tokenizer import Tokenizer
+from mone_common.console import UserError, command, to_dataclass
+from mone_common.run_folder import CONFIG_FILE, read_file
 from train.config import RunConfig
 from train.launcher import check_alone
 from train.run_tokenizer import find_tokenizer
@@ -74,7 +74,7 @@ ConfigStore.instance().store(name="sample_schema", node=SampleConfig)
 def main(hydra_config: DictConfig) -> None:
     """Print a continuation of each prompt."""
     check_alone("train.sample")
-    options = typed(hydra_config, SampleConfig)
+    options = to_dataclass(hydra_config, SampleConfig)
     run = load_run_config(Path(options.run))
     tokenizer = find_tokenizer(Path(options.run), run)
     for prompt, tokens in zip(options.prompts, tokenizer.encode(options.prompts), strict=True):
@@ -82,7 +82,7 @@ def main(hydra_config: DictConfig) -> None:
             raise UserError(f"prompts={prompt!r}: the tokenizer of the run makes no token of it")
     generator = torch.Generator().manual_seed(options.seed)
     thresholds_L = load_thresholds(Path(options.thresholds), run) if options.thresholds is not None else None
-    from mone_model.inference import prepare_inference
+    from mone_model.megatron.inference import prepare_inference
     from train.runtime import distributed
 
     with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
@@ -134,9 +134,9 @@ def load_run_config(folder: Path) -> RunConfig:
 
 def load_model(config: RunConfig, checkpoints: Path, step: int | None, *, trust: bool) -> "GPTModel":
     """The whole model on this one process with the weights of a checkpoint; UserError if there is no such."""
-    from configs.run_folder import read_published
-    from mone_model.gpt import build_gpt
-    from train.checkpoint_health import list_checkpoints, load_newest
+    from mone_common.run_folder import read_published
+    from mone_model.megatron.gpt import build_gpt
+    from train.checkpoint_integrity import list_checkpoints, load_newest
 
     found, problems = list_checkpoints(checkpoints, run=read_published(checkpoints.parent).get("run"))
     asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]

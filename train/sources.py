@@ -25,12 +25,12 @@ from megatron.core.datasets import helpers
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch.utils.data import Dataset
 
-from configs.console import UserError
-from configs.locks import LOCK_FILE, lock
 from data_prep.errors import DataError, naming_folder
-from data_prep.files import writing
 from data_prep.shard_index import index_problems
 from data_prep.shards import Manifest, Shard, Split, range_problem
+from mone_common.console import UserError
+from mone_common.files import writing
+from mone_common.locks import LOCK_FILE, lock
 
 Batch = dict[str, torch.Tensor]
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from configs.output import drain_output
+from mone_common.output import drain_output
 from train.meeting import FAILED
 
 EXIT_HUNG, EXIT_FAILED = 4, 1

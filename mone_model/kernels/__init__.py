@@ -1,1 +1,1 @@
-"""The fast paths of neuron selection and the experts, and on CPUs of what surrounds them; imported where they are used."""
+"""Fast paths of neuron selection and experts; imported where they are used."""

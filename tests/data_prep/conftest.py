@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from configs.locks import LOCK_FILE
 from data_prep import encoding
 from data_prep import tokenize as tokenize_module
 from data_prep.corpora import CorpusConfig, Record
 from data_prep.encoding import Encoded, batches, encode_batch
 from data_prep.tokenize import TokenizeConfig
-from data_prep.tokenizer import TrainTokenizerConfig, load_tokenizer
-from data_prep.tokenizer_training import train_tokenizer
+from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer_training import TrainTokenizerConfig, train_tokenizer
+from mone_common.locks import LOCK_FILE
 
 
 def made_up_documents(count: int, seed: int = 0) -> list[str]:

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pytest
 
-from data_prep import package_texts, tokenize, tokenizer, verify
+from data_prep import package_texts, tokenize, tokenizer_training, verify
 from data_prep.shards import load_manifest
 from tests.data_prep.conftest import contents, made_up_documents, write_jsonl
 
 COMMANDS: list[tuple[Callable[[], None], type[Any]]] = [
-    (tokenizer.main, tokenizer.TrainTokenizerConfig),
+    (tokenizer_training.main, tokenizer_training.TrainTokenizerConfig),
     (tokenize.main, tokenize.TokenizeConfig),
     (verify.main, verify.VerifyConfig),
     (package_texts.main, package_texts.PackageTextsConfig),
@@ -55,7 +55,7 @@ def test_help_explains_every_option(call_main: Callable[..., Any], main: Callabl
             [],
             "error: missing output, tokenizer: give it on the command line, like output=data/",
         ),
-        (tokenizer.main, ["corpus.path=x"], "error: missing output: give it on the command line"),
+        (tokenizer_training.main, ["corpus.path=x"], "error: missing output: give it on the command line"),
         (
             verify.main,
             [],

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
-from configs.locks import LOCK_FILE, lock
-from configs.run_folder import hold
-from data_prep import files, journal
+from data_prep import journal
 from data_prep import tokenize as tokenize_module
 from data_prep.encoding import is_validation
 from data_prep.errors import DataError
 from data_prep.shards import Manifest, Split, load_manifest, megatron_indexed_dataset
 from data_prep.tokenize import TokenizeConfig, tokenize
 from data_prep.tokenizer import SentencePieceTokenizer, load_tokenizer
+from mone_common import files
+from mone_common.locks import LOCK_FILE, lock
+from mone_common.run_folder import lock_run_folder
 from tests.data_prep import conftest
 from tests.data_prep.conftest import contents, made_up_documents, write_jsonl
 
@@ -488,7 +489,7 @@ def test_a_file_system_without_locks_is_told_of_once(
     monkeypatch.setattr(fcntl, "flock", flock)
     folder = Path(options().output)
     assert tokenize(options()).documents("train")
-    with hold(folder):  # as a run locks its folder
+    with lock_run_folder(folder):  # as a run locks its folder
         pass
     assert capsys.readouterr().err.count(f"{folder}: this file system has no locks ({os.strerror(number)})") == 1
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from data_prep.corpora import CorpusConfig
 from data_prep.encoding import encode_batch
 from data_prep.errors import DataError
-from data_prep.tokenizer import HuggingFaceTokenizer, Tokenizer, TrainTokenizerConfig, load_tokenizer
-from data_prep.tokenizer_training import draw_sample, train_tokenizer
+from data_prep.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from data_prep.tokenizer_training import TrainTokenizerConfig, draw_sample, train_tokenizer
 from tests.data_prep.conftest import made_up_documents, write_jsonl
 
 

@@ -16,10 +16,10 @@ from data_prep import tokenize as tokenize_module
 from data_prep import verify
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
-from data_prep.files import sha256_of
 from data_prep.shards import Manifest, ShardWriter, load_manifest
 from data_prep.tokenize import TokenizeConfig, tokenize
 from data_prep.tokenizer import SentencePieceTokenizer
+from mone_common.files import sha256_of
 from tests.data_prep.conftest import InlinePool, made_up_documents, write_jsonl
 
 pytestmark = pytest.mark.usefixtures("inline_pool")

@@ -9,7 +9,7 @@ import torch
 from tests.distributed.test_layouts import SMOOTH
 from tests.distributed.worker import differences, run_cases
 from train.checkpoint import Saver
-from train.checkpoint_health import list_checkpoints
+from train.checkpoint_integrity import list_checkpoints
 from train.config import CheckpointConfig
 
 STEPS = 3

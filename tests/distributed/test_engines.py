@@ -33,7 +33,7 @@ SETTINGS: dict[int, list[Setting]] = {
 }
 OFFLOADED = [("ep2", 1, 1), ("dp2", 3, 2)]
 
-SKIPPING = {"compute": {"experts": "skip"}}
+SKIPPING = {"compute": {"experts": "sparse"}}
 
 # A step refused by the caller, and one with a gradient that is not a number on the last rank only.
 REFUSED, POISONED, LAST = 2, 4, 7

@@ -94,7 +94,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 "run_steps": 3,
             }
         if layout in SKIPPING:
-            cases[f"{layout}/skip"] = cases[f"{layout}/sparse/normalised"] | {"compute": {"experts": "skip"}}
+            cases[f"{layout}/skipping"] = cases[f"{layout}/sparse/normalised"] | {"compute": {"experts": "sparse"}}
         if layout in ("one", "pp2", "tp2_pp2_vpp2"):
             cases[f"{layout}/tied_embeddings"] = {
                 **options,
@@ -111,7 +111,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
             cases["dp2/weights" + ("/overlap" if overlap else "")] = {
                 "parallel": {"overlap_communication": overlap},
                 "model": SPARSE,
-                "compute": {"experts": "skip"},
+                "compute": {"experts": "sparse"},
                 "training": {"micro_batch_size": 2, "global_batch_size": 8},
                 "run_steps": 3,
                 "weights": True,
@@ -174,7 +174,7 @@ def test_the_loss_is_over_the_tokens_in_bf16_too(results: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("layout", SKIPPING)
 def test_experts_that_skip_add_up_the_same_gradients(results: dict[str, Any], layout: str) -> None:
-    assert_gradients_equal(results[f"{layout}/skip"], results["one/sparse/normalised"], 1e-5)
+    assert_gradients_equal(results[f"{layout}/skipping"], results["one/sparse/normalised"], 1e-5)
 
 
 @pytest.mark.parametrize("layout", NAMES)

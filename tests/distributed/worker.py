@@ -27,18 +27,18 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 
-from benchmarks.turns import torchrun_environments
+from benchmarks.interleaved_timing import torchrun_environments
 from mone_model.accounting import estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
-from mone_model.gpt import moe_layers
 from mone_model.loss_record import reduce_losses
+from mone_model.megatron.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
 from train import checkpoint
 from train.checkpoint import Saver, load_checkpoint
-from train.checkpoint_health import list_checkpoints
-from train.config import CheckpointConfig, DeepSpeedSection, GuardConfig, OptimizerSection, RunConfig, TrainingConfig
+from train.checkpoint_integrity import list_checkpoints
+from train.config import CheckpointConfig, DeepSpeedConfig, GuardConfig, OptimizerConfig, RunConfig, TrainingConfig
 from train.engines import build_engine
 from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine
@@ -91,13 +91,13 @@ def config_of(case: dict[str, Any]) -> RunConfig:
     """The run that a case describes."""
     return RunConfig(
         engine=case.get("engine", "megatron"),
-        deepspeed=DeepSpeedSection(**case.get("deepspeed", {})),
+        deepspeed=DeepSpeedConfig(**case.get("deepspeed", {})),
         model=ModelConfig(**TINY_MODEL | case.get("model", {})),
         parallel=ParallelConfig(**case.get("parallel", {})),
         # Not auto: two runs may find another method fastest.
         compute=ComputeConfig(**{"experts": "grouped"} | case.get("compute", {})),
         training=TrainingConfig(**{"steps": 100, "micro_batch_size": 4, "global_batch_size": 4} | case.get("training", {})),
-        optimizer=OptimizerSection(**{"warmup_steps": 2, "clip_grad": 0.5} | case.get("optimizer", {})),
+        optimizer=OptimizerConfig(**{"warmup_steps": 2, "clip_grad": 0.5} | case.get("optimizer", {})),
     )
 
 

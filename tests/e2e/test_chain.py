@@ -27,7 +27,7 @@ def test_raw_text_becomes_a_model_that_writes(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run("data_prep.tokenizer", "corpus.path=corpus.jsonl", "vocab_size=320", "output=tokenizer")
+    run("data_prep.tokenizer_training", "corpus.path=corpus.jsonl", "vocab_size=320", "output=tokenizer")
     run("data_prep.tokenize", "corpus.path=corpus.jsonl", "tokenizer=tokenizer", "output=shards", "validation_fraction=0.1")
     run("data_prep.verify", "path=shards")
     options = ["model.num_layers=2", "model.hidden_size=64", "model.moe_ffn_hidden_size=64", "model.seq_length=64"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.run_folder import hold, read_metrics
+from mone_common.run_folder import lock_run_folder, read_metrics
 from tests.conftest import ROOT
 from tests.tiny import make_shards
 
@@ -170,7 +170,7 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
     assert "model.activation_ratio=0.5" in output
     assert "Traceback" not in output
     assert "run.seed=7 (saved: 1234)" in finish(start(folder, "undisturbed", "run.seed=7"), code=2)
-    with hold(folder / "runs/undisturbed"):
+    with lock_run_folder(folder / "runs/undisturbed"):
         output = finish(start(folder, "undisturbed", f"training.steps={STEPS + 1}"), code=2)
     assert "another run works there" in output
 

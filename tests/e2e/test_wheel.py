@@ -128,6 +128,7 @@ OPTIONS = {
     "mone-report": "--output",
     "mone-sample": "max_new_tokens",
     "mone-calibrate": "per=layer",
+    "mone-train-tokenizer": "vocab_size",
     "mone-tokenizer": "vocab_size",
     "mone-tokenize": "shard_tokens",
     "mone-verify": "path",

@@ -20,7 +20,7 @@ from launch.findings import sentence
 from launch.report import main
 from launch.results import group_runs, labels, read_runs
 from mone_model.config import ModelConfig
-from train.config import LoggingConfig, RunConfig, RunSection, TrainingConfig
+from train.config import ExecutionConfig, LoggingConfig, RunConfig, TrainingConfig
 
 Call = Callable[..., tuple[int, str, str]]
 LOSSES = {1.0: (4.50, 4.60, 4.40), 0.25: (4.56, 4.64, 4.42)}
@@ -40,7 +40,7 @@ def write_run(
     """A run folder as a run leaves it, without running; group: of a sweep, None for a run made by itself."""
     folder.mkdir(parents=True)
     config = RunConfig(
-        run=RunSection(name=f"{group}/{folder.name}" if group else folder.name, dir=str(folder), seed=seed),
+        run=ExecutionConfig(name=f"{group}/{folder.name}" if group else folder.name, dir=str(folder), seed=seed),
         model=ModelConfig(num_layers=LAYERS, vocab_size=256, activation_ratio=ratio, **model),
         training=TrainingConfig(steps=20),
         logging=LoggingConfig(wandb_group=group),
@@ -478,7 +478,7 @@ def test_a_single_running_run_is_reported_too(tmp_path: Path, call_main: Call, m
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "one", "one", 0.5, 1, 4.0, "running")
     assert call_main(main, "one", "--wandb", "disabled", "--output", "out/here")[0] == 0
-    assert "1 ended without a word" in (tmp_path / "out/here/index.html").read_text()
+    assert "1 crashed" in (tmp_path / "out/here/index.html").read_text()
 
 
 def test_the_same_run_twice_is_refused(runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from configs.run_folder import read_status
 from launch.restarts import Attempt, read_attempts
+from mone_common.run_folder import read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, differences, make_data, recorded
 from tests.slurm.cluster import Slurm, cluster, why_not

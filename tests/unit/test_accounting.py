@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import configs
 from mone_model.accounting import count_communication, count_flops, count_parameters, equal_active_width, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
-from mone_model.gpt import build_gpt
-from mone_model.kernels import cpu_library
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.megatron.gpt import build_gpt
 from tests.conftest import ROOT
 from tests.tiny import TINY_MODEL, always
 from train.config import RunConfig, TrainingConfig
@@ -193,8 +193,8 @@ def test_memory_equals_that_of_the_engine_after_a_step(precision: str, distribut
     ("variant", "compute"),
     [
         ({}, {}),
-        ({}, {"experts": "skip"}),
-        ({"neuron_balance_coeff": 0.1}, {"experts": "skip"}),
+        ({}, {"experts": "sparse"}),
+        ({"neuron_balance_coeff": 0.1}, {"experts": "sparse"}),
         ({"activation_ratio": 1.0}, {"experts": "loop"}),
         ({"num_query_groups": 2, "kv_channels": 24}, {}),
         ({"qk_layernorm": False, "hidden_size": 128, "router_topk": 3}, {}),
@@ -211,7 +211,7 @@ def test_activations_are_what_autograd_keeps(precision: str, variant: dict[str, 
     sizes = {"hidden_size": 64, "num_attention_heads": 4, "seq_length": 128, "vocab_size": 512, "num_experts": 8}
     neurons = {"moe_ffn_hidden_size": 96, "shared_expert_ffn_hidden_size": 96}
     model = ModelConfig(**TINY_MODEL | sizes | neurons | variant)
-    if compute.get("experts") == "skip" and precision != "fp32":
+    if compute.get("experts") == "sparse" and precision != "fp32":
         pytest.skip("neurons are skipped in fp32 only")
     computed = ComputeConfig(**{"precision": precision, "experts": "grouped"} | compute)
     built = build_gpt(model, ParallelConfig(), computed, seed=0)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from megatron.core.transformer.enums import AttnMaskType
 
-from mone_model.attention import CoreAttention
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, transformer_config
-from mone_model.kernels import cpu_attention, cpu_library
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.kernels.cpu import attention as cpu_attention
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.megatron.attention import CoreAttention
+from mone_model.megatron.transformer_config import transformer_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from data_prep import tokenize, tokenizer, verify
+from data_prep import tokenize, tokenizer_training, verify
 from launch import plan, report, slurm, status
 from tests.conftest import ROOT
 from tests.tiny import make_shards
@@ -23,7 +23,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "slurm": slurm.main,
     "sample": sample.main,
     "calibrate": calibrate.main,
-    "tokenizer": tokenizer.main,
+    "tokenizer": tokenizer_training.main,
     "tokenize": tokenize.main,
     "verify": verify.main,
 }

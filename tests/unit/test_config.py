@@ -6,25 +6,26 @@ from typing import Any
 
 import pytest
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept, transformer_config
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
+from mone_model.megatron.transformer_config import transformer_config
 from tests.tiny import TINY_MODEL
 from train.config import (
     CheckpointConfig,
     DataConfig,
-    DeepSpeedSection,
+    DeepSpeedConfig,
     EvaluationConfig,
+    ExecutionConfig,
     GuardConfig,
     LoggingConfig,
-    OptimizerSection,
+    OptimizerConfig,
     RunConfig,
-    RunSection,
     SourceConfig,
     TrainingConfig,
     describe,
     load_config,
 )
+from train.config_rules import validate
 from train.pretrain import describe_run
-from train.validation import validate
 
 
 @pytest.mark.parametrize(
@@ -45,16 +46,16 @@ from train.validation import validate
         (lambda: ComputeConfig(precision="fp16"), ["compute.precision=fp16", "bf16"]),
         (lambda: ComputeConfig(recompute_modules=["mlp"]), ["compute.recompute_modules=", "core_attn"]),
         (lambda: ParallelConfig(expert=0), ["parallel.expert=0"]),
-        (lambda: OptimizerSection(schedule="cos"), ["optimizer.schedule=cos", "wsd"]),
-        (lambda: OptimizerSection(lr=1e-4, min_lr=1e-3), ["optimizer.min_lr=0.001", "optimizer.lr=0.0001"]),
+        (lambda: OptimizerConfig(schedule="cos"), ["optimizer.schedule=cos", "wsd"]),
+        (lambda: OptimizerConfig(lr=1e-4, min_lr=1e-3), ["optimizer.min_lr=0.001", "optimizer.lr=0.0001"]),
         (lambda: LoggingConfig(wandb_mode="off"), ["logging.wandb_mode=off", "offline"]),
         (lambda: RunConfig(resume="yes"), ["resume=yes", "auto"]),
         (lambda: ModelConfig(num_query_groups=0), ["model.num_query_groups=0"]),
         (lambda: ModelConfig(kv_channels=0), ["model.kv_channels=0"]),
         (lambda: ModelConfig(expert_capacity_factor=-1), ["model.expert_capacity_factor=-1"]),
         (lambda: ModelConfig(init_std=-1), ["model.init_std=-1"]),
-        (lambda: OptimizerSection(beta1=1.5), ["optimizer.beta1=1.5"]),
-        (lambda: OptimizerSection(weight_decay=-0.1), ["optimizer.weight_decay=-0.1"]),
+        (lambda: OptimizerConfig(beta1=1.5), ["optimizer.beta1=1.5"]),
+        (lambda: OptimizerConfig(weight_decay=-0.1), ["optimizer.weight_decay=-0.1"]),
         (lambda: TrainingConfig(steps=0), ["training.steps=0"]),
         (lambda: TrainingConfig(micro_batch_size=0), ["training.micro_batch_size=0"]),
         (lambda: EvaluationConfig(sequences=0), ["evaluation.sequences=0"]),
@@ -70,12 +71,12 @@ from train.validation import validate
         (lambda: DataConfig(num_workers=-1), ["data.num_workers=-1"]),
         (lambda: DataConfig(blend=[SourceConfig()]), ["data.blend", "needs a path"]),
         (lambda: DataConfig(blend=[SourceConfig(path="b", weight=-1.0)]), ["weight of b=-1.0"]),
-        (lambda: RunSection(timeout_minutes=0), ["run.timeout_minutes=0"]),
-        (lambda: RunSection(time_limit="24h"), ["run.time_limit=24h", "HH:MM:SS"]),
+        (lambda: ExecutionConfig(timeout_minutes=0), ["run.timeout_minutes=0"]),
+        (lambda: ExecutionConfig(time_limit="24h"), ["run.time_limit=24h", "HH:MM:SS"]),
         (lambda: GuardConfig(spike_sigma=0), ["guard.spike_sigma=0"]),
         (lambda: CheckpointConfig(keep_every=0), ["checkpoint.keep_every=0"]),
-        (lambda: DeepSpeedSection(zero_stage=4), ["deepspeed.zero_stage=4"]),
-        (lambda: DeepSpeedSection(zero_stage=0, offload_optimizer=True), ["deepspeed.offload_optimizer=True"]),
+        (lambda: DeepSpeedConfig(zero_stage=4), ["deepspeed.zero_stage=4"]),
+        (lambda: DeepSpeedConfig(zero_stage=0, offload_optimizer=True), ["deepspeed.offload_optimizer=True"]),
         (lambda: RunConfig(engine="fsdp"), ["engine=fsdp", "deepspeed"]),
     ],
 )
@@ -117,17 +118,17 @@ def run_config(**sections: Any) -> RunConfig:
         ({"parallel": ParallelConfig(pipeline=2, virtual_pipeline=4)}, 2, ["= 8", "num_layers=4", "nearest: 2, 4"]),
         ({"parallel": ParallelConfig(pipeline=2), "engine": "deepspeed"}, 2, ["parallel.pipeline=2", "engine=deepspeed"]),
         (
-            {"deepspeed": DeepSpeedSection(zero_stage=0), "compute": ComputeConfig(precision="bf16"), "engine": "deepspeed"},
+            {"deepspeed": DeepSpeedConfig(zero_stage=0), "compute": ComputeConfig(precision="bf16"), "engine": "deepspeed"},
             1,
             ["deepspeed.zero_stage=0", "bf16"],
         ),
         (
-            {"deepspeed": DeepSpeedSection(options={"gradient_clipping": 2}), "engine": "deepspeed"},
+            {"deepspeed": DeepSpeedConfig(options={"gradient_clipping": 2}), "engine": "deepspeed"},
             1,
             ["deepspeed.options=gradient_clipping"],
         ),
         (
-            {"deepspeed": DeepSpeedSection(options={"zero_optimization": {"stage": 3}}), "engine": "deepspeed"},
+            {"deepspeed": DeepSpeedConfig(options={"zero_optimization": {"stage": 3}}), "engine": "deepspeed"},
             1,
             ["deepspeed.options=zero_optimization.stage"],
         ),
@@ -157,13 +158,13 @@ def run_config(**sections: Any) -> RunConfig:
         ({"training": TrainingConfig(global_batch_size=6)}, 1, ["global_batch_size=6", "micro_batch_size=4", "= 4"]),
         ({"training": TrainingConfig(global_batch_size=4)}, 2, ["global_batch_size=4", "data-parallel size=2", "8"]),
         (
-            {"training": TrainingConfig(steps=50), "optimizer": OptimizerSection(warmup_steps=100)},
+            {"training": TrainingConfig(steps=50), "optimizer": OptimizerConfig(warmup_steps=100)},
             1,
             ["optimizer.warmup_steps=100", "50", "null"],
         ),
         ({"logging": LoggingConfig(neuron_interval=30)}, 1, ["logging.figure_interval=200", "neuron_interval=30"]),
         (
-            {"optimizer": OptimizerSection(schedule="wsd", wsd_decay_steps=950)},
+            {"optimizer": OptimizerConfig(schedule="wsd", wsd_decay_steps=950)},
             1,
             ["optimizer.wsd_decay_steps=950", "warmup_steps=100", "1000 steps"],
         ),
@@ -231,14 +232,14 @@ def test_more_processes_are_no_way_out_where_the_model_does_not_allow_the_degree
 @pytest.mark.parametrize(
     ("training", "optimizer", "warmup"),
     [
-        (TrainingConfig(steps=140), OptimizerSection(), 14),
-        (TrainingConfig(steps=5), OptimizerSection(), 0),
-        (TrainingConfig(steps=5000), OptimizerSection(), 100),
-        (TrainingConfig(steps=5000), OptimizerSection(decay_steps=300), 30),
-        (TrainingConfig(steps=140), OptimizerSection(warmup_steps=100), 100),
+        (TrainingConfig(steps=140), OptimizerConfig(), 14),
+        (TrainingConfig(steps=5), OptimizerConfig(), 0),
+        (TrainingConfig(steps=5000), OptimizerConfig(), 100),
+        (TrainingConfig(steps=5000), OptimizerConfig(decay_steps=300), 30),
+        (TrainingConfig(steps=140), OptimizerConfig(warmup_steps=100), 100),
     ],
 )
-def test_warm_up_fits_short_runs(training: TrainingConfig, optimizer: OptimizerSection, warmup: int) -> None:
+def test_warm_up_fits_short_runs(training: TrainingConfig, optimizer: OptimizerConfig, warmup: int) -> None:
     config = run_config(training=training, optimizer=optimizer)
     validate(config, 1)
     assert config.optimizer.warmup_steps == warmup
@@ -267,19 +268,19 @@ NOT_NAMES = (
 @pytest.mark.parametrize("name", NOT_NAMES)
 def test_names_that_are_no_folders_below_runs_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.name=.*names a folder below runs/") as error:
-        RunSection(name=name)
+        ExecutionConfig(name=name)
     assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["mone", "k_sweep/activation_ratio=0.5,seed=1", "it's a name", "über", "a..b", "x" * 255])
 def test_names_of_folders_are_taken(name: str) -> None:
-    assert RunSection(name=name).name == name
+    assert ExecutionConfig(name=name).name == name
 
 
 @pytest.mark.parametrize("folder", ["", " ", "runs/a\nb", "runs/a\0b", "runs/\x7f"])
 def test_a_run_folder_is_a_path_of_one_line(folder: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.dir=.*must be the path of a folder"):
-        RunSection(dir=folder)
+        ExecutionConfig(dir=folder)
 
 
 @pytest.mark.parametrize(
@@ -316,4 +317,4 @@ def test_neurons_kept(ratio: float, neurons: int, kept: int) -> None:
     ("limit", "seconds"), [("00:10:00", 600), ("24:00:00", 86400), ("1-02:00:30", 93630), (None, float("inf"))]
 )
 def test_time_limits_are_written_as_slurm_does(limit: str | None, seconds: float) -> None:
-    assert RunSection(time_limit=limit).time_limit_seconds == seconds
+    assert ExecutionConfig(time_limit=limit).time_limit_seconds == seconds

@@ -16,7 +16,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from omegaconf import OmegaConf
 
-from configs.console import ReportedError
+from mone_common.console import ReportedError
 from mone_model.config import ComputeConfig, ModelConfig
 from tests.tiny import TINY_MODEL, make_shards
 from train import pretrain
@@ -26,11 +26,11 @@ from train.config import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
+    ExecutionConfig,
     GuardConfig,
     LoggingConfig,
-    OptimizerSection,
+    OptimizerConfig,
     RunConfig,
-    RunSection,
     SourceConfig,
     TrainingConfig,
 )
@@ -65,11 +65,11 @@ def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
         "logging": {"interval": 1, "neuron_interval": 0, "figure_interval": 0, "wandb_mode": "disabled"},
     }
     kinds = {
-        "run": RunSection,
+        "run": ExecutionConfig,
         "model": ModelConfig,
         "compute": ComputeConfig,
         "training": TrainingConfig,
-        "optimizer": OptimizerSection,
+        "optimizer": OptimizerConfig,
         "data": DataConfig,
         "evaluation": EvaluationConfig,
         "checkpoint": CheckpointConfig,

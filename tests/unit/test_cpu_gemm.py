@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mone_model import cpu_gemm
+from mone_model.megatron import cpu_gemm
 
 
 @pytest.fixture

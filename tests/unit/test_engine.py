@@ -8,13 +8,15 @@ import pytest
 import torch
 
 from mone_model.config import ComputeConfig, ModelConfig
-from mone_model.experts import SharedNeuronExpert
-from mone_model.gpt import moe_layers
-from mone_model.kernels import cpu, cpu_cross_entropy, cpu_library
+from mone_model.kernels.cpu import cross_entropy as cpu_cross_entropy
+from mone_model.kernels.cpu import experts as cpu
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.megatron.experts import SharedNeuronExpert
+from mone_model.megatron.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
-from train.config import DeepSpeedSection, GuardConfig, OptimizerSection, RunConfig, TrainingConfig
+from train.config import DeepSpeedConfig, GuardConfig, OptimizerConfig, RunConfig, TrainingConfig
 from train.engines import build_engine
 from train.engines.megatron import MegatronEngine
 from train.guards import StepGuard
@@ -31,7 +33,7 @@ def make_engine(
         model=ModelConfig(**TINY_MODEL | (model or {})),
         compute=ComputeConfig(**compute),
         training=TrainingConfig(steps=20, micro_batch_size=4, global_batch_size=4),
-        optimizer=OptimizerSection(**{"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4} | (optimizer or {})),
+        optimizer=OptimizerConfig(**{"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 4} | (optimizer or {})),
     )
     set_seeds(1)
     return MegatronEngine(config, Runtime(0, 1, torch.device("cpu")))
@@ -136,7 +138,7 @@ def test_clipping_bounds_the_update_but_not_the_reported_norm() -> None:
         norms[clip] = train(engine, 1)[0].grad_norm
         states = [state for optimizer in engine.optimizers() for state in optimizer.optimizer.state.values()]
         first_moment = torch.cat([state["exp_avg"].flatten() for state in states]).norm().item()
-        updates[clip] = first_moment / (1 - OptimizerSection().beta1)
+        updates[clip] = first_moment / (1 - OptimizerConfig().beta1)
     assert norms[0.1] > 0.5
     # Without clipping the optimizer does not compute a norm on the way: it must be reported all the same.
     assert list(norms.values()) == pytest.approx([norms[0.1]] * 3)
@@ -149,11 +151,11 @@ def test_weight_decay_is_of_all_matrices_and_of_no_norm(engine_name: str) -> Non
     for weight_decay in (0.0, 0.5):
         config = RunConfig(
             engine=engine_name,
-            deepspeed=DeepSpeedSection(zero_stage=1),
+            deepspeed=DeepSpeedConfig(zero_stage=1),
             model=ModelConfig(**TINY_MODEL),
             compute=ComputeConfig(experts="grouped"),
             training=TrainingConfig(steps=200, micro_batch_size=4, global_batch_size=4),
-            optimizer=OptimizerSection(lr=1e-2, weight_decay=weight_decay),
+            optimizer=OptimizerConfig(lr=1e-2, weight_decay=weight_decay),
         )
         set_seeds(1)
         engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
@@ -166,7 +168,7 @@ def test_weight_decay_is_of_all_matrices_and_of_no_norm(engine_name: str) -> Non
 
 
 def test_experts_that_no_backward_pass_reaches_keep_no_gradient_of_the_step_before() -> None:
-    engine = make_engine({"activation_ratio": 0.25}, experts="skip")
+    engine = make_engine({"activation_ratio": 0.25}, experts="sparse")
     train(engine, 1)
     layers = [experts for _, experts, _ in moe_layers(engine.modules[0])]
 
@@ -213,12 +215,12 @@ def test_expert_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
 
 @pytest.mark.parametrize("kernels", [True, False])
 @pytest.mark.parametrize("model", [{}, {"neuron_balance_coeff": 0.01}, {"shared_expert_neuron_ratio": 0.5}], ids=str)
-@pytest.mark.parametrize("compute", [{"experts": "loop"}, {"experts": "skip"}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("compute", [{"experts": "loop"}, {"experts": "sparse"}, {"precision": "bf16"}], ids=str)
 def test_a_token_that_is_not_a_number_costs_a_step_and_nothing_else(
     kernels: bool, model: dict[str, Any], compute: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels:
-        if compute == {"experts": "skip"}:
+        if compute == {"experts": "sparse"}:
             pytest.skip("they are kernels")
         monkeypatch.setattr(cpu_library, "available", lambda: False)
         monkeypatch.setattr(cpu, "available", lambda: False)
@@ -247,7 +249,7 @@ def test_tokens_are_counted_exactly_in_bf16(engine_name: str) -> None:
     routing = {"router_score_function": "sigmoid", "expert_bias": True, "global_aux_loss_coeff": 0.01}
     config = RunConfig(
         engine=engine_name,
-        deepspeed=DeepSpeedSection(zero_stage=1),
+        deepspeed=DeepSpeedConfig(zero_stage=1),
         model=ModelConfig(**TINY_MODEL | routing | {"seq_length": 413}),
         compute=ComputeConfig(precision="bf16", experts="grouped"),
         training=TrainingConfig(steps=200, micro_batch_size=4, global_batch_size=12),

@@ -9,11 +9,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
-from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig, transformer_config
-from mone_model.expert_methods import expert_gemm_loop
-from mone_model.experts import NeuronExperts
-from mone_model.gpt import build_gpt, moe_layers
-from mone_model.kernels import cpu
+from mone_model.activations import ACTIVATIONS
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.expert_backends import expert_gemm_loop
+from mone_model.kernels.cpu import experts as cpu
+from mone_model.megatron.experts import NeuronExperts
+from mone_model.megatron.gpt import build_gpt, moe_layers
+from mone_model.megatron.transformer_config import transformer_config
 from mone_model.neuron_selection import select_and_gate_reference
 from tests.tiny import TINY_MODEL
 
@@ -74,7 +76,7 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
     return [tensor.float() for tensor in (out_ND.detach(), *gradients)]
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop", "skip"])
+@pytest.mark.parametrize("method", ["grouped", "loop", "sparse"])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, method: str) -> None:
     experts = make_experts(kept=NEURONS // 4, activation=activation, method=method)
@@ -83,7 +85,7 @@ def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, met
         assert_relative(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("method", ["grouped", "skip"])
+@pytest.mark.parametrize("method", ["grouped", "sparse"])
 @pytest.mark.parametrize("balance", [0.0, 0.1])
 @pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4, 1])
 def test_every_method_equals_the_loop_over_experts(kept: int, balance: float, method: str) -> None:
@@ -133,7 +135,7 @@ def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: i
 
 @pytest.mark.parametrize("frozen", [None, "gate_up_weight", "down_weight"])
 @pytest.mark.parametrize("balance", [0.0, 0.3])
-@pytest.mark.parametrize("method", ["loop", "skip"])
+@pytest.mark.parametrize("method", ["loop", "sparse"])
 def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone(
     method: str, balance: float, frozen: str | None
 ) -> None:
@@ -157,7 +159,7 @@ def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone
 
 
 def test_experts_do_not_train_by_thresholds() -> None:
-    experts = make_experts(kept=6, method="skip")
+    experts = make_experts(kept=6, method="sparse")
     experts.threshold = 0.1
     with pytest.raises(AssertionError, match="inference"):
         experts(rows()[0], TOKENS, rows()[1])
@@ -209,7 +211,7 @@ def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
         assert torch.equal(ours, other)
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop", "skip"])
+@pytest.mark.parametrize("method", ["grouped", "loop", "sparse"])
 def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(method: str) -> None:
     experts = make_experts(kept=6, balance=0.1, method=method)
     experts.counting_neurons = True

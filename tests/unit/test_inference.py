@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.models.gpt import GPTModel
 
-from mone_model import expert_methods, inference
-from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig
-from mone_model.expert_methods import expert_gemm_loop, measure_few_rows
-from mone_model.gpt import build_gpt, moe_layers
-from mone_model.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
-from mone_model.kernels import cpu
+from mone_model import expert_backends
+from mone_model.activations import ACTIVATIONS
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.expert_backends import expert_gemm_loop, measure_max_decode_rows
+from mone_model.kernels.cpu import experts as cpu
+from mone_model.megatron import inference
+from mone_model.megatron.gpt import build_gpt, moe_layers
+from mone_model.megatron.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
 from mone_model.neuron_selection import scores_of, select_neurons_reference, unpack
 from tests.tiny import TINY_MODEL
 from train.sample import SampleConfig, continue_text
@@ -39,7 +41,7 @@ def dense(inputs: Few, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
     x, gate_up, _, _, tokens_E = inputs
     both_N2H = expert_gemm_loop(x.float(), gate_up.float().flatten(1, 2).transpose(1, 2), tokens_E)
     gate_NH, up_NH = both_N2H.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gate_NH), up_NH
+    return ACTIVATIONS[activation].function(gate_NH), up_NH
 
 
 @settings(deadline=None, max_examples=40)
@@ -92,15 +94,15 @@ def test_a_row_that_is_not_a_number_keeps_what_it_should(threshold: float | None
     assert mask_NH[1].sum() == (70 if threshold is not None else 20)
 
 
-@pytest.mark.parametrize("few_rows", [0, 1000])
-def test_a_model_that_is_not_a_number_can_be_calibrated_and_run_by_thresholds(model: GPTModel, few_rows: int) -> None:
+@pytest.mark.parametrize("max_decode_rows", [0, 1000])
+def test_a_model_that_is_not_a_number_can_be_calibrated_and_run_by_thresholds(model: GPTModel, max_decode_rows: int) -> None:
     model.embedding.word_embeddings.weight.data[7] = torch.nan
     tokens_BS = torch.full((1, 16), 7)
     thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25)
     assert thresholds == [torch.inf, torch.inf]
     prepare_inference(model, thresholds)
     for _, experts, _ in moe_layers(model):
-        experts.few_rows = few_rows
+        experts.max_decode_rows = max_decode_rows
     assert logits_of(model, tokens_BS)[..., :64].isnan().all()
 
 
@@ -159,7 +161,7 @@ def test_few_rows_change_nothing_but_the_rounding(
     thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25) if by_threshold else None
     results, served = [], []
     for rows in (0, 10_000):
-        monkeypatch.setattr(inference, "measure_few_rows", lambda *_, rows=rows: rows)
+        monkeypatch.setattr(inference, "measure_max_decode_rows", lambda *_, rows=rows: rows)
         assert prepare_inference(model, thresholds) == rows
         with watching_decode() as decoded:
             results.append(logits_of(model, tokens_BS))
@@ -169,7 +171,7 @@ def test_few_rows_change_nothing_but_the_rounding(
 
 
 def test_training_does_not_take_the_path_for_few_rows(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "measure_few_rows", lambda *_: 10_000)
+    monkeypatch.setattr(inference, "measure_max_decode_rows", lambda *_: 10_000)
     prepare_inference(model)
     monkeypatch.setattr(cpu, "decode", None)
     tokens_BS = random_tokens(1, 0)
@@ -190,7 +192,7 @@ def test_thresholds_keep_the_share_asked_for(model: GPTModel, per: str) -> None:
     assert ((shares >= 0.25) & (shares < 0.26)).all()
     prepare_inference(model, thresholds)
     for _, experts, _ in moe_layers(model):
-        experts.few_rows = 10_000
+        experts.max_decode_rows = 10_000
     with watching_decode() as decoded:
         logits_of(model, random_tokens(8, 0))
     kept = torch.stack([unpack(each.masks_NW, MODEL.moe_ffn_hidden_size).float().mean() for each in decoded])
@@ -214,8 +216,8 @@ def test_the_switch_is_where_the_dense_experts_become_faster(monkeypatch: pytest
 
     def measured(of_few: Callable[[int], float]) -> int:
         monkeypatch.setattr(cpu, "decode", lambda x_ND, *_: takes(of_few)(len(x_ND)))
-        monkeypatch.setattr(expert_methods, "compute_experts", lambda _, x_ND, *__: takes(lambda rows: 5)(len(x_ND)))
-        return measure_few_rows(32, 64, 8, "silu", torch.float32, "loop")
+        monkeypatch.setattr(expert_backends, "compute_experts", lambda _, x_ND, *__: takes(lambda rows: 5)(len(x_ND)))
+        return measure_max_decode_rows(32, 64, 8, "silu", torch.float32, "loop")
 
     assert measured(lambda rows: 1 + rows) == 4
     assert measured(lambda rows: 6) == 0

@@ -19,17 +19,16 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from mone_model.kernels import (
-    cpu,
-    cpu_attention,
-    cpu_cross_entropy,
-    cpu_library,
-    cpu_permutation,
-    cpu_rms_norm,
-    cpu_rotary,
-    cpu_router,
-    cpu_swiglu,
-)
+from mone_model.activations import ACTIVATIONS
+from mone_model.kernels.cpu import attention as cpu_attention
+from mone_model.kernels.cpu import cross_entropy as cpu_cross_entropy
+from mone_model.kernels.cpu import experts as cpu
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.kernels.cpu import permutation as cpu_permutation
+from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
+from mone_model.kernels.cpu import rotary as cpu_rotary
+from mone_model.kernels.cpu import router as cpu_router
+from mone_model.kernels.cpu import swiglu as cpu_swiglu
 from mone_model.neuron_selection import select_and_gate
 from tests.conftest import ROOT
 
@@ -60,7 +59,7 @@ def everything() -> list[torch.Tensor]:
         scales = [0.0, 1.0, 40.0, 88.5, 88.8, 1e4, 1e38, math.inf]
         gate = torch.tensor([[math.nan, *scales, *(-scale for scale in scales)]]).to(dtype).requires_grad_()
         up = torch.ones_like(gate)
-        for activation in cpu.ACTIVATIONS:
+        for activation in ACTIVATIONS:
             for k in (1, 2, 9, 17):
                 results.append(select_and_gate(gate, up, torch.ones(1), k, activation).masks_NW)
             gated = select_and_gate(gate, up, torch.ones(1), 17, activation)
@@ -196,7 +195,7 @@ def test_a_killed_build_takes_its_compilers_and_its_folder_with_it(tmp_path: Pat
     compiler.chmod(0o755)
     code = f"""
 from torch.utils import cpp_extension
-from mone_model.kernels import cpu_library
+from mone_model.kernels.cpu import library as cpu_library
 cpp_extension.get_default_build_root = lambda: {str(tmp_path)!r}
 cpu_library._library()
 """

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from configs.console import UserError
+from mone_common.console import UserError
 from tests.conftest import ROOT
 from train import calibrate, pretrain, sample
 from train.launcher import ALWAYS, ON_THIS_MACHINE, check_alone, check_launcher, remove_empty_logs

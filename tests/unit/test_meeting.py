@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from configs.console import ReportedError, UserError
+from mone_common.console import ReportedError, UserError
 from train import meeting as module
 from train.checkpoint import SaveFailed
 from train.meeting import Meeting

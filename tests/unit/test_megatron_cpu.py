@@ -10,19 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mone_model.config import ACTIVATIONS, ComputeConfig, ModelConfig, ParallelConfig, transformer_config
-from mone_model.gpt import build_gpt
-from mone_model.kernels import (
-    cpu_attention,
-    cpu_cross_entropy,
-    cpu_library,
-    cpu_permutation,
-    cpu_rms_norm,
-    cpu_rotary,
-    cpu_router,
-    cpu_swiglu,
-)
-from mone_model.layer_spec import RMSNorm
+from mone_model.activations import ACTIVATIONS
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.kernels.cpu import attention as cpu_attention
+from mone_model.kernels.cpu import cross_entropy as cpu_cross_entropy
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.kernels.cpu import permutation as cpu_permutation
+from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
+from mone_model.kernels.cpu import rotary as cpu_rotary
+from mone_model.kernels.cpu import router as cpu_router
+from mone_model.kernels.cpu import swiglu as cpu_swiglu
+from mone_model.megatron.gpt import build_gpt
+from mone_model.megatron.layer_spec import RMSNorm
+from mone_model.megatron.transformer_config import transformer_config
 from tests.tiny import TINY_MODEL
 from tests.unit.test_attention import formula
 
@@ -173,7 +173,7 @@ def test_shared_experts_are_the_same_with_and_without_the_kernel(
     computed.append(results(shared(x_SBD), inputs))
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     gate, up = (doubles[0] @ doubles[1].T).chunk(2, dim=-1)
-    expected = results((ACTIVATIONS[activation](gate) * up) @ doubles[2].T, doubles)
+    expected = results((ACTIVATIONS[activation].function(gate) * up) @ doubles[2].T, doubles)
     for of_layer in computed:
         for ours, exact in zip(of_layer, expected, strict=True):
             difference = (ours.double() - exact).norm() / exact.norm()

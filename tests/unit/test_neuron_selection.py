@@ -6,8 +6,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mone_model.config import ACTIVATIONS
-from mone_model.kernels import cpu, cpu_library, cpu_swiglu
+from mone_model.activations import ACTIVATIONS
+from mone_model.kernels.cpu import experts as cpu
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.kernels.cpu import swiglu as cpu_swiglu
 from mone_model.neuron_selection import (
     pack,
     select_and_gate,
@@ -77,7 +79,7 @@ def unambiguous(gate_NH: torch.Tensor, k: int, activation: str) -> bool:
     """Whether the choice of neurons survives errors in the last bits of the activation."""
     if activation in EXACT or k == gate_NH.size(1):
         return True
-    best_NK = ACTIVATIONS[activation](gate_NH.float()).abs().topk(k + 1).values
+    best_NK = ACTIVATIONS[activation].function(gate_NH.float()).abs().topk(k + 1).values
     return bool((best_NK[:, k - 1] - best_NK[:, k] > 1e-6 + 1e-5 * best_NK[:, k]).all())
 
 
@@ -215,7 +217,7 @@ def test_activations_and_their_gradients_reach_their_limits(
     active_1H = select_and_gate(gate_1H, ones_1H, torch.ones(1), len(EXTREMES), activation).hidden_NH
     (slope_1H,) = torch.autograd.grad(active_1H, gate_1H, ones_1H)
     exact_1H = gate_1H.detach().float().requires_grad_()
-    expected_1H = ACTIVATIONS[activation](exact_1H)
+    expected_1H = ACTIVATIONS[activation].function(exact_1H)
     (expected_slope_1H,) = torch.autograd.grad(expected_1H.sum(), exact_1H)
     for ours, right in ((active_1H, expected_1H), (slope_1H, expected_slope_1H)):
         torch.testing.assert_close(ours, right.to(dtype), rtol=1e-6 if dtype == torch.float32 else 2**-8, atol=1e-36)

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 TRAINING = """
 import logging, os, sys
-from configs.output import unblock_output
+from mone_common.output import unblock_output
 logging.basicConfig()
 unblock_output()
 for number in range(3000):
@@ -82,7 +82,7 @@ def test_what_can_be_written_is_written_in_order_in_any_encoding(tmp_path: Path)
 def test_text_that_is_left_out_is_counted(tmp_path: Path) -> None:
     script = """
 import os, sys, time
-from configs.output import unblock_output, drain_output
+from mone_common.output import unblock_output, drain_output
 unblock_output()
 print("x" * 999_999, flush=True)
 time.sleep(0.2)
@@ -116,7 +116,7 @@ print("after", flush=True)
 
 COMMAND = """
 import sys
-from configs.console import UserError, reporting_errors
+from mone_common.console import UserError, reporting_errors
 
 @reporting_errors
 def main():
@@ -138,7 +138,7 @@ def test_a_command_ends_quietly_with_its_reader() -> None:
 
 def test_an_error_of_a_process_of_any_rank_is_told() -> None:
     script = """
-from configs.console import UserError, reporting_errors
+from mone_common.console import UserError, reporting_errors
 
 @reporting_errors
 def main():

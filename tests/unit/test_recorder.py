@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from configs.run_folder import read_metrics
+from mone_common.run_folder import read_metrics
 from mone_model.neuron_stats import NeuronUsage
 from tests.unit.test_config import run_config
 from train import figures
-from train.config import LoggingConfig, RunConfig, RunSection
+from train.config import ExecutionConfig, LoggingConfig, RunConfig
 from train.metrics import MetricsWriter, OfflineRecord, put_aside
 from train.recorder import Recorder
 from train.runtime import Runtime
@@ -19,7 +19,7 @@ FORMULA = r"$\x$"
 
 
 def config_of(folder: Path) -> RunConfig:
-    config = run_config(run=RunSection(dir=str(folder)), logging=LoggingConfig(wandb_mode="disabled"))
+    config = run_config(run=ExecutionConfig(dir=str(folder)), logging=LoggingConfig(wandb_mode="disabled"))
     config.data.index_cache = str(folder / "index_cache")
     return config
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.run_folder import check_free
+from mone_common.run_folder import check_free
 
 
 def make_run(folder: Path) -> Path:

@@ -8,16 +8,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from configs.console import UserError
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
-from data_prep.files import sha256_of
 from data_prep.shards import Manifest, load_manifest
-from data_prep.tokenizer import TrainTokenizerConfig
-from data_prep.tokenizer_training import train_tokenizer
+from data_prep.tokenizer_training import TrainTokenizerConfig, train_tokenizer
+from mone_common.console import UserError
+from mone_common.files import sha256_of
 from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
-from train.config import RunConfig, RunSection, SourceConfig
+from train.config import ExecutionConfig, RunConfig, SourceConfig
 from train.run_tokenizer import find_tokenizer, keep_tokenizer
 from train.sample import load_run_config, load_thresholds
 
@@ -40,7 +39,7 @@ def data(tmp_path: Path) -> Manifest:
 
 def run_on(data: Manifest, folder: Path) -> RunConfig:
     """A run's configuration, noted in its folder."""
-    config = RunConfig(run=RunSection(dir=str(folder)))
+    config = RunConfig(run=ExecutionConfig(dir=str(folder)))
     config.data.blend, config.data.index_cache = [SourceConfig(path=str(data.folder))], str(folder / "index_cache")
     folder.mkdir()
     OmegaConf.save(OmegaConf.structured(config), folder / "config.yaml")

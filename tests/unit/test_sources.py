@@ -13,9 +13,9 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-from configs import locks
 from data_prep.errors import DataError
 from data_prep.shards import Split, load_manifest
+from mone_common import locks
 from tests.tiny import make_shards
 from train import sources
 from train.data import micro_batches

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from configs.run_folder import find_runs, hold, read_metrics
 from launch.status import main
+from mone_common.run_folder import find_runs, lock_run_folder, read_metrics
 
 Call = Callable[..., tuple[int, str, str]]
 
@@ -29,11 +29,11 @@ def test_a_line_a_run(tmp_path: Path, call_main: Call) -> None:
                 for n in (0, 1)]  # fmt: skip
     (stopped / "launch").mkdir()
     (stopped / "launch/attempts.jsonl").write_text("".join(json.dumps(attempt) + "\n" for attempt in attempts))
-    with hold(alive):
+    with lock_run_folder(alive):
         _, out, _ = call_main(main, "--json", str(alive), str(killed), str(stopped))
         _, table, _ = call_main(main, str(alive), str(killed), str(stopped))
     rows = [json.loads(line) for line in out.splitlines()]
-    assert [row["state"] for row in rows] == ["running", "ended without a word", "stopped"]
+    assert [row["state"] for row in rows] == ["running", "crashed", "stopped"]
     assert [row["restarts"] for row in rows] == [0, 0, 1]
     expected = {"step": 10, "of": 40, "loss": 3.25, "validation": 4.5, "tokens/s": None, "checkpoint": 5}
     assert all(row | expected == row for row in rows)

@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mone_model.config import ACTIVATIONS
+from mone_model.activations import ACTIVATIONS
 from mone_model.neuron_selection import select_and_gate_reference, unpack
 from tests.tiny import EXTREMES
 
@@ -52,7 +52,7 @@ class Guarded(TorchDispatchMode):
 
 def call_guarded(pickled: bytes) -> bytes:
     """Call a function of the kernels here and check that it wrote into its results only."""
-    from mone_model.kernels import triton
+    from mone_model.kernels.triton import selection as triton
 
     name, arguments = pickle.loads(pickled)
     torch.set_num_threads(1)
@@ -65,7 +65,7 @@ def call_guarded(pickled: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
-    """interpreter(name, *arguments) calls a function of mone_model.kernels.triton."""
+    """interpreter(name, *arguments) calls a function of mone_model.kernels.triton.selection."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         with pytest.MonkeyPatch.context() as environment:
             environment.setenv("TRITON_INTERPRET", "1")
@@ -77,7 +77,7 @@ def unambiguous(gate_NH: torch.Tensor, k: int, activation: str) -> bool:
     """Whether the choice of neurons survives errors in the last bits of the activation."""
     if activation in ("relu", "relu_squared"):
         return True  # exact
-    score_NH = ACTIVATIONS[activation](gate_NH.float()).abs()
+    score_NH = ACTIVATIONS[activation].function(gate_NH.float()).abs()
     threshold_N1, index_N1 = (found[:, -1:] for found in score_NH.topk(k))
     close_NH = (score_NH - threshold_N1).abs() <= 1e-6 + 1e-5 * threshold_N1
     return bool((gate_NH == gate_NH.gather(1, index_N1))[close_NH].all())
@@ -209,7 +209,7 @@ def test_activations_and_their_gradients_reach_their_limits(interpreter: Interpr
     neurons = gate_1H.size(1)
     active_1H, *kept, _ = interpreter("select_and_gate", gate_1H.detach(), ones_1H, one, neurons, activation)
     slope_1H, *_ = interpreter("select_and_gate_backward", ones_1H, *kept, one, activation)
-    expected_1H = ACTIVATIONS[activation](gate_1H)
+    expected_1H = ACTIVATIONS[activation].function(gate_1H)
     (expected_slope_1H,) = torch.autograd.grad(expected_1H.sum(), gate_1H)
     for ours, right in ((active_1H, expected_1H), (slope_1H, expected_slope_1H)):
         torch.testing.assert_close(ours[:, :-2], right[:, :-2], rtol=1e-6, atol=1e-36)
@@ -219,7 +219,7 @@ def test_activations_and_their_gradients_reach_their_limits(interpreter: Interpr
 
 
 def test_says_what_it_can_serve(interpreter: Interpreter) -> None:
-    from mone_model.kernels import triton
+    from mone_model.kernels.triton import selection as triton
 
     assert not triton.selects(torch.empty(1, 8))  # neither a GPU nor the interpreter
     assert all(interpreter("selects", torch.empty(1, 16384, dtype=dtype)) for dtype in DTYPES)

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from train.config import OptimizerSection
+from train.config import OptimizerConfig
 from train.sources import Batch
 
 Accept = Callable[[float, float], bool]
@@ -68,7 +68,7 @@ def sums_of_losses(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torc
     return (losses_BS.float() * mask_BS).sum(), mask_BS.sum()
 
 
-def make_scheduler(section: OptimizerSection, steps: int, optimizer: Any) -> OptimizerParamScheduler:
+def make_scheduler(section: OptimizerConfig, steps: int, optimizer: Any) -> OptimizerParamScheduler:
     """Megatron-Core's schedule of the learning rate over anything with `param_groups`."""
     last = section.decay_steps or steps
     return OptimizerParamScheduler(
@@ -91,7 +91,7 @@ def make_scheduler(section: OptimizerSection, steps: int, optimizer: Any) -> Opt
     )
 
 
-def learning_rate(section: OptimizerSection, steps: int, step: int) -> float:
+def learning_rate(section: OptimizerConfig, steps: int, step: int) -> float:
     """The rate that `make_scheduler`'s schedule gives a step, counted from 1."""
     group = {"lr": 0.0, "weight_decay": 0.0}
     make_scheduler(section, steps, SimpleNamespace(param_groups=[group])).step(increment=step)

@@ -27,8 +27,8 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from mone_model.config import check
-from mone_model.gpt import build_gpt
+from mone_common.checks import check
+from mone_model.megatron.gpt import build_gpt
 from train.config import RunConfig
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.deepspeed_config import deepspeed_config

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mone_model.config import check
+from mone_common.checks import check
 from train.config import RunConfig
 
 # What other sections of the config say, or what this engine would not survive.

@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from mone_model.gpt import build_gpt, moe_layers
+from mone_model.megatron.gpt import build_gpt, moe_layers
 from train.config import RunConfig
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.megatron_state import common_form, fill, steps_taken

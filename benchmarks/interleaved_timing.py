@@ -1,0 +1,111 @@
+"""Contenders take turns, each in processes of its own, so that a slow minute of the machine hits all of them.
+
+seconds = time_interleaved({"ours": functools.partial(build_ours), "theirs": functools.partial(build_theirs)}, rounds=5)
+print(ratio(seconds["ours"], seconds["theirs"]))       # 0.61 [0.58, 0.64]
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from torch.distributed.elastic.utils.distributed import get_free_port
+
+from mone_common.console import ReportedError
+
+Run = Callable[[], Any]
+# Runs that are not counted: in the first few, memory is taken from the system for good.
+WARM_UP = 4
+# For the configuration of a benchmark: nothing is written.
+HYDRA = {"run": {"dir": "."}, "output_subdir": None}
+LOGGING = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
+
+
+def time_interleaved(
+    contenders: dict[str, functools.partial[Run]],
+    rounds: int,
+    repeats: int = 1,
+    processes: dict[str, int] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each contender in each round: the mean of `repeats` runs, after a few that are not counted.
+
+    contenders: by name, what builds it; called in the contender's process and returns what is timed.
+    processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
+    that of the slowest.
+    """
+    # Else those that are stopped outlive this process.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    spawn = multiprocessing.get_context("spawn")
+    workers: dict[str, list[tuple[Any, Connection]]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    try:
+        for name, build in contenders.items():
+            workers[name] = []
+            for environment in torchrun_environments((processes or {}).get(name, 1)):
+                here, there = spawn.Pipe()
+                process = spawn.Process(target=_work, args=(build, there, repeats, environment), daemon=True)
+                workers[name].append((process, here))
+                process.start()
+                there.close()  # only the contender has it now: its death ends what is read here
+            _ask(name, workers[name])  # built: one after another, since building uses all cores too
+        for _ in range(rounds):
+            for name, members in workers.items():
+                seconds[name].append(_ask(name, members))
+    finally:
+        for process, _ in (member for members in workers.values() for member in members):
+            process.kill()
+            process.join()  # its memory is needed by those who come next
+        signal.signal(signal.SIGTERM, before)
+    return seconds
+
+
+def torchrun_environments(count: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of so many processes; nothing to a single one."""
+    if count == 1:
+        return [{}]
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": get_free_port()}
+    return [{name: str(value) for name, value in (common | {"RANK": r, "LOCAL_RANK": r}).items()} for r in range(count)]
+
+
+def _ask(name: str, members: list[tuple[Any, Connection]]) -> float:
+    """Let a contender take its turn: its seconds; ReportedError if it died."""
+    try:
+        for process, connection in members:
+            os.kill(process.pid, signal.SIGCONT)
+            connection.send("run")
+        seconds = max([connection.recv() for _, connection in members])
+        for process, _ in members:
+            os.kill(process.pid, signal.SIGSTOP)  # else threads of gloo's wake in all of them, 100 times a second each
+        return seconds
+    except (EOFError, OSError) as error:
+        ended = wait([process.sentinel for process, _ in members])
+        dead = next(process for process, _ in members if process.sentinel in ended)
+        dead.join()
+        died = f"its process died with exit code {dead.exitcode}"
+        raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
+
+
+def _work(build: functools.partial[Run], connection: Connection, repeats: int, environment: dict[str, str]) -> None:
+    connection.recv()
+    os.environ.update(environment)
+    run = build()
+    for _ in range(WARM_UP):
+        run()
+    connection.send(0.0)
+    while connection.recv():
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        connection.send((time.perf_counter() - start) / repeats)
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """Median over rounds of ours / theirs, and the smallest and largest."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"

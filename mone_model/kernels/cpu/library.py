@@ -1,0 +1,172 @@
+"""The CPU kernels' library: compiled at first use, for this machine, and cached.
+
+if cpu_library.available():
+    cpu_library.call("rms_norm", rows, width, x, ...)
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mone_model.kernels.cpu import build as cpu_build
+
+SOURCES = Path(__file__).parent / "csrc"
+# No -ffast-math: the exponential relies on the order of its additions.
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"]
+FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
+
+# Folders in which a library is compiled, and the file there that is locked meanwhile.
+BUILDING, IN_USE = "build-", "in-use"
+
+# How functions of a type end.
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be used here; says once why not."""
+    try:
+        _library()
+    except Exception as error:  # whatever a compiler or a linker may have to say
+        reason = str(error).strip().splitlines()[0]
+        print(
+            f"CPU kernels: not built ({reason}); torch's own operations serve, slower. A C++ compiler helps.",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def usable(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
+    """Whether kernels for these types can be used for these tensors here."""
+    return all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors) and available()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """The compiled sources, from the cache if they were compiled for this very processor before."""
+    from torch.utils import cpp_extension
+
+    built_from = "".join([*FLAGS, _processor(), *(source.read_text() for source in sorted(SOURCES.iterdir()))])
+    name = f"cpu-{_digest(built_from.encode())}"
+    folder = Path(cpp_extension.get_default_build_root()) / "mone"
+    for path in sorted(folder.glob(f"{name}-*.so")):
+        if _is_intact(path):
+            with contextlib.suppress(OSError):  # such as one that another system has linked
+                return ctypes.CDLL(str(path))
+    return _build(folder, name)
+
+
+def _is_intact(path: Path) -> bool:
+    """Whether the file holds what its name says. To use one that was cut short ends the process."""
+    try:
+        return path.is_file() and path.stem.endswith(f"-{_digest(path.read_bytes())}")
+    except OSError:
+        return False
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _build(folder: Path, name: str) -> ctypes.CDLL:
+    """Compile, and keep the library in `folder`; where that cannot be written, for this process alone."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(folder)
+        temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING, ignore_cleanup_errors=True)
+    except OSError as error:
+        print(f"CPU kernels: cannot be kept ({error}); compiled for this process alone", file=sys.stderr)
+        temporary = tempfile.TemporaryDirectory(prefix=BUILDING, ignore_cleanup_errors=True)
+    # Not in place, nor by torch's own cache: its lock outlives a build that is killed, and then all wait for ever.
+    with temporary, _mark_in_use(Path(temporary.name)):
+        built = _compile(Path(temporary.name))
+        library = ctypes.CDLL(str(built))
+        with contextlib.suppress(OSError):  # it serves this process anyway
+            _publish(built, folder, name)
+    return library
+
+
+def _compile(folder: Path) -> Path:
+    """The library, compiled in this folder; RuntimeError if that fails. Killed meanwhile, it leaves nothing behind."""
+    command = [sys.executable, "-P", cpu_build.__file__, str(folder), str(SOURCES), *FLAGS]
+    output, pipe = subprocess.STDOUT, subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, text=True, start_new_session=True) as build:
+        assert build.stdout is not None
+        lines = build.stdout.read().splitlines()
+        if build.wait() != 0:
+            raise RuntimeError(lines[-1] if lines else f"the compiler ended with code {build.returncode}")
+    return next(folder.glob(f"{cpu_build.NAME}*.so"))
+
+
+def _publish(library: Path, folder: Path, name: str) -> None:
+    """Give it a name that holds the hash of its content, whole or not at all, and remove what is damaged."""
+    path = folder / f"{name}-{_digest(library.read_bytes())}.so"
+    with open(library, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(library, path)
+    for other in folder.glob(f"{name}*.so"):
+        if not _is_intact(other):
+            with contextlib.suppress(OSError):
+                other.unlink()
+
+
+@contextlib.contextmanager
+def _mark_in_use(folder: Path) -> Iterator[None]:
+    """Hold a lock in the folder, which ends with this process, however that ends."""
+    with open(folder / "new", "w") as file:
+        with contextlib.suppress(OSError):  # where there are no locks, nobody removes the folder either
+            fcntl.flock(file, fcntl.LOCK_EX)
+        os.rename(folder / "new", folder / IN_USE)
+        yield
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what builds left behind that were killed together with all they had started."""
+    for path in folder.glob(f"{BUILDING}*/{IN_USE}"):
+        # Locked by a build that goes on, or somebody else's.
+        with contextlib.suppress(OSError), open(path, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+
+def _processor() -> str:
+    """What -native depends on: a home folder may be shared by several kinds of machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+# To ask for torch.Tensor takes many times as long.
+_PLAIN = (int, float, type(None))
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Call a function of the library: tensors by address, None as null, int as int64, float as fp32; threads come last."""
+    function = getattr(_library(), name)
+    if function.argtypes is None:
+        types = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
+        function.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
+    plain = [argument if isinstance(argument, _PLAIN) else argument.data_ptr() for argument in arguments]
+    function(*plain, torch.get_num_threads())
+
+
+def rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., H] -> [N, H]: rows may lie apart, the numbers of a row not; copied only if need be."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()

@@ -1,0 +1,90 @@
+"""Build the model of one pipeline stage.
+
+model = build_gpt(ModelConfig(...), ParallelConfig(expert=2), ComputeConfig(), seed=1)   # after process groups
+logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.expert_backends import choose_backend
+from mone_model.megatron.experts import NeuronExperts
+from mone_model.megatron.initial_weights import draw_initial_weights
+from mone_model.megatron.layer_spec import block_spec
+from mone_model.megatron.router import Router
+from mone_model.megatron.transformer_config import transformer_config
+
+
+def build_gpt(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    compute: ComputeConfig,
+    *,
+    seed: int,
+    vp_stage: int | None = None,
+    meta: bool = False,
+) -> GPTModel:
+    """The GPTModel of this rank's pipeline stage (and virtual stage), in compute.dtype.
+
+    seed: of the initial weights, which are the same on every layout.
+    meta: build without memory, on the meta device, for counting.
+    """
+    config = transformer_config(model, parallel, compute)
+    method = "grouped" if meta else choose_backend(model, parallel, compute)
+    with _on_meta_device() if meta else contextlib.nullcontext():
+        gpt = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(model, compute, config, method=method, vp_stage=vp_stage),
+            vocab_size=model.padded_vocab_size,
+            max_sequence_length=model.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            share_embeddings_and_output_weights=model.tie_embeddings,
+            position_embedding_type="rope",
+            rotary_base=model.rotary_base,
+            vp_stage=vp_stage,
+        )
+    if gpt.post_process and model.vocab_size is not None and model.vocab_size < model.padded_vocab_size:
+        gpt.output_layer.register_forward_hook(functools.partial(_mask_padding, model.vocab_size, model.padded_vocab_size))
+    if not meta:
+        draw_initial_weights(gpt, seed=seed)
+    return gpt
+
+
+def _mask_padding(vocab_size: int, padded_size: int, layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+    """Give the rows of the embedding that are no tokens the smallest logit there is, in place.
+
+    Their share of every softmax is then exactly 0, and so is their gradient. The smallest number and not -inf: a rank may
+    hold nothing but padding, and -inf minus the largest logit there is not a number.
+    """
+    logits = output[0]
+    width = logits.size(-1)
+    first = 0 if width == padded_size else parallel_state.get_tensor_model_parallel_rank() * width
+    tokens = max(0, vocab_size - first)
+    if tokens < width:
+        # By autograd this would copy the gradient of all logits.
+        logits.detach()[..., tokens:] = torch.finfo(logits.dtype).min
+
+
+@contextlib.contextmanager
+def _on_meta_device() -> Iterator[None]:
+    device = torch.device("meta")
+    # Megatron-Core's layers ask for the current device by name, whatever torch.device says.
+    with device, mock.patch.object(torch.cuda, "current_device", return_value=device):
+        yield
+
+
+def moe_layers(model: torch.nn.Module) -> Iterator[tuple[int, NeuronExperts, Router]]:
+    """The layer index (from 0, over all stages), experts and router of each layer that this rank holds."""
+    for module in model.modules():
+        if isinstance(module, MoELayer) and isinstance(module.experts, NeuronExperts):
+            yield module.layer_number - 1, module.experts, module.router

@@ -1,0 +1,81 @@
+"""Module specs: Megatron-Core's transformer with our experts and router, by local or Transformer Engine layers."""
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from mone_model.config import ComputeConfig, ModelConfig, neurons_kept
+from mone_model.kernels.cpu import library as cpu_library
+from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
+from mone_model.megatron import versions
+from mone_model.megatron.attention import CoreAttention
+from mone_model.megatron.experts import NeuronExperts, SharedNeuronExpert
+from mone_model.megatron.router import Router
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm, told of sequence parallelism, which Megatron-Core's own refuses; in fp32 on CPUs by our kernel."""
+
+    eps: float
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        if cpu_library.usable(x, self.weight):
+            return cpu_rms_norm.rms_norm(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+def uses_transformer_engine(compute: ComputeConfig) -> bool:
+    """Whether `compute.transformer_impl` means Transformer Engine on this machine."""
+    usable = versions.has_transformer_engine() and torch.cuda.is_available()
+    return usable and compute.transformer_impl != "local"
+
+
+def block_spec(
+    model: ModelConfig, compute: ComputeConfig, config: TransformerConfig, *, method: str, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """The transformer layers of this pipeline stage and their final norm; method: of the experts (`expert_backends`)."""
+    if uses_transformer_engine(compute):
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, qk_layernorm=model.qk_layernorm)
+        from megatron.core.extensions.transformer_engine import TENorm as final_norm
+    else:
+        layer = get_gpt_layer_local_spec(
+            num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
+        )
+        final_norm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        attention = layer.submodules.self_attention.submodules
+        attention.core_attention = CoreAttention
+        if model.qk_layernorm:
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+        # Checkpoint names as Transformer Engine's layers give them, where the norm before the experts stands alone.
+        layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    moe: MoESubmodules = versions.moe_submodules(layer)
+    moe.router = Router
+    moe.experts = versions.experts_builder(
+        NeuronExperts,
+        active_neurons=model.active_neurons,
+        activation=model.activation,
+        balance_coeff=model.neuron_balance_coeff,
+        balance_form=model.neuron_balance_form,
+        method=method,
+    )
+    if model.shared_expert_neuron_ratio < 1:
+        kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)
+        shared: ModuleSpec = moe.shared_experts
+        moe.shared_experts = ModuleSpec(
+            module=SharedNeuronExpert,
+            submodules=shared.submodules,
+            params={"active_neurons": kept, "activation": model.activation},
+        )
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)

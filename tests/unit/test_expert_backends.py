@@ -1,0 +1,66 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mone_model import expert_backends
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.expert_backends import Measured, choose_backend, measure
+from train.checkpoint import Checkpoint
+from train.config import RunConfig
+from train.pretrain import agree_on_experts
+
+MODEL = ModelConfig(hidden_size=32, num_attention_heads=4, vocab_size=8)
+NARROW = ModelConfig(hidden_size=24, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "compute", "reason"),
+    [
+        (MODEL, ParallelConfig(), {"precision": "bf16"}, "needs compute.precision=fp32, not bf16"),
+        (
+            ModelConfig(hidden_size=24, num_attention_heads=2),
+            ParallelConfig(),
+            {},
+            "needs model.hidden_size to be a multiple of 16",
+        ),
+        (MODEL, ParallelConfig(expert_tensor=2), {}, "needs whole experts: parallel.expert_tensor=1, not 2"),
+    ],
+)
+def test_skipping_where_it_cannot_be_had_is_refused_by_name(
+    model: ModelConfig, parallel: ParallelConfig, compute: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=f"compute.experts=sparse: {reason}"):
+        choose_backend(model, parallel, ComputeConfig(experts="sparse", **compute))
+    assert choose_backend(model, parallel, ComputeConfig(**compute)) in ("grouped", "loop")
+
+
+def test_the_first_method_is_left_only_for_one_that_is_much_faster() -> None:
+    assert Measured({"grouped": 1.0, "loop": 0.9, "sparse": 0.87}).fastest == "grouped"
+    assert Measured({"grouped": 1.0, "loop": 0.5, "sparse": 0.45}).fastest == "loop"
+    assert Measured({"grouped": 1.0, "loop": 0.5, "sparse": 0.2}).fastest == "sparse"
+
+
+def test_every_method_is_measured() -> None:
+    measured = measure(32, 64, 16, "silu", torch.float32, skipping=True)
+    assert list(measured.seconds) == ["grouped", "loop", "sparse"]
+    assert all(0 < seconds < 10 for seconds in measured.seconds.values())
+    assert list(measure(32, 64, 64, "silu", torch.bfloat16, skipping=False).seconds) == ["grouped", "loop"]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_resumed_run_computes_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expert_backends, "measure", lambda *_, **__: Measured({"grouped": 1.0, "loop": 0.1}))
+    config = RunConfig(model=MODEL)
+
+    def checkpoint(**facts: str) -> Checkpoint:
+        return Checkpoint(Path("step-1"), 1, facts, {})
+
+    assert agree_on_experts(config, None) == "loop"
+    assert agree_on_experts(config, checkpoint()) == "loop"
+    assert agree_on_experts(config, checkpoint(experts="sparse")) == "sparse"
+    config.compute.experts = "grouped"
+    assert agree_on_experts(config, checkpoint(experts="sparse")) == "grouped"
+    config.compute = ComputeConfig(precision="bf16")
+    assert agree_on_experts(config, checkpoint(experts="sparse")) == "loop"
