@@ -3,8 +3,8 @@
     python -m benchmarks.experts
     python -m benchmarks.experts width=1024 neurons=512 experts=8 threads=1
 
-fp32. The one to beat is ratio 1 by the fastest method here (`mone_model.expert_backends`). Memory is what autograd keeps for
-the backward pass, without inputs and weights.
+fp32. The one to beat is ratio 1 by the fastest backend here (`mone_model.expert_backends`). Memory is what autograd keeps
+for the backward pass, without inputs and weights.
 """
 
 import functools
@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from mone_common.console import command, to_dataclass
-from mone_model.expert_backends import compute_experts
+from mone_model.expert_backends import BACKENDS, Request
+from mone_model.neuron_selection import TopK
 from train.runtime import keep_freed_memory
 
 
@@ -66,19 +67,26 @@ def inputs_of(options: BenchmarkConfig) -> tuple[Inputs, torch.Tensor]:
     return (x_ND, gate_up, down, probs_N), tokens_E
 
 
-def build(options: BenchmarkConfig, method: str, share: float) -> Run:
+def compute(name: str, inputs: Inputs, tokens_E: torch.Tensor, kept: int) -> torch.Tensor:
+    """The outputs of a backend that keeps so many neurons of each row."""
+    x_ND, gate_up, down, probs_N = inputs
+    backend = BACKENDS[name]
+    return backend.compute(backend.prepare(gate_up, down), x_ND, tokens_E, probs_N, Request(TopK(kept), "silu")).out_ND
+
+
+def build(options: BenchmarkConfig, backend: str, share: float) -> Run:
     """Forward and backward of the experts."""
     inputs, tokens_E = inputs_of(options)
     target = torch.randn(options.rows, options.width)
     kept = round(share * options.neurons)
 
     def run() -> None:
-        torch.autograd.grad(compute_experts(method, *inputs, tokens_E, kept, "silu"), inputs, target)
+        torch.autograd.grad(compute(backend, inputs, tokens_E, kept), inputs, target)
 
     return run
 
 
-def kept_bytes(options: BenchmarkConfig, method: str, share: float) -> int:
+def kept_bytes(options: BenchmarkConfig, backend: str, share: float) -> int:
     """Bytes that the forward pass keeps for the backward pass, inputs and weights aside."""
     inputs, tokens_E = inputs_of(options)
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
@@ -89,7 +97,7 @@ def kept_bytes(options: BenchmarkConfig, method: str, share: float) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = compute_experts(method, *inputs, tokens_E, round(share * options.neurons), "silu")
+        out = compute(backend, inputs, tokens_E, round(share * options.neurons))
     size = sum(storage.nbytes() for place, storage in storages.items() if place not in given)
     assert out.requires_grad
     return size
@@ -97,22 +105,22 @@ def kept_bytes(options: BenchmarkConfig, method: str, share: float) -> int:
 
 @command("benchmark_experts", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Print time and memory of each ratio and method, over those of ratio 1."""
+    """Print time and memory of each ratio and backend, over those of ratio 1."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
-    cases = [(method, share) for share in options.ratios for method in ("grouped", "loop", "sparse")]
-    contenders = {f"{method} {share:g}": functools.partial(build, options, method, share) for method, share in cases}
+    cases = [(backend, share) for share in options.ratios for backend in ("grouped", "loop", "sparse")]
+    contenders = {f"{backend} {share:g}": functools.partial(build, options, backend, share) for backend, share in cases}
     seconds = time_interleaved(contenders, options.rounds)
     best = min(
-        (f"{method} 1" for method in ("grouped", "loop", "sparse")), key=lambda name: statistics.median(seconds[name])
+        (f"{backend} 1" for backend in ("grouped", "loop", "sparse")), key=lambda name: statistics.median(seconds[name])
     )
     plain = kept_bytes(options, "grouped", 1.0)
     print(f"D {options.width}, H {options.neurons}, {options.experts} experts, {options.rows} rows; ratio 1 at best: {best}")
-    print("  ratio  method       ms   over ratio 1         memory over ratio 1 grouped")
-    for method, share in cases:
-        times = seconds[f"{method} {share:g}"]
-        memory = kept_bytes(options, method, share) / plain
+    print("  ratio  backend       ms   over ratio 1         memory over ratio 1 grouped")
+    for backend, share in cases:
+        times = seconds[f"{backend} {share:g}"]
+        memory = kept_bytes(options, backend, share) / plain
         milliseconds = 1000 * statistics.median(times)
-        print(f"  {share:5.3g}  {method:8} {milliseconds:7.1f}   {ratio(times, seconds[best])}   {memory:.2f}")
+        print(f"  {share:5.3g}  {backend:8} {milliseconds:7.1f}   {ratio(times, seconds[best])}   {memory:.2f}")
 
 
 if __name__ == "__main__":

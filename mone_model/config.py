@@ -291,3 +291,14 @@ class ComputeConfig:
         import torch
 
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+def why_not_sparse(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str | None:
+    """What in the configuration forbids `compute.experts=sparse`; None if nothing does."""
+    if compute.precision != "fp32":
+        return f"needs compute.precision=fp32, not {compute.precision}"
+    if model.hidden_size % 16 != 0:  # the kernels read 16 numbers at a time
+        return f"needs model.hidden_size to be a multiple of 16, not {model.hidden_size}"
+    if parallel.expert_tensor > 1:
+        return f"needs whole experts: parallel.expert_tensor=1, not {parallel.expert_tensor}"
+    return None

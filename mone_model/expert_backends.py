@@ -1,25 +1,185 @@
-"""How the experts are computed on this machine: `compute.experts`, and the measurement behind `auto`.
+"""Experts behind one protocol, `ExpertBackend`, and the choice of the fastest backend on this machine.
 
-grouped  one grouped GEMM for the gates and ups of all experts, one for down; the neurons between them are selected
-loop     the same with a GEMM for each expert
-sparse   the gates as before, up, down and the backward pass only of neurons that are kept (`mone_model.kernels.cpu.experts`)
+    backend = BACKENDS["grouped"]
+    weights = backend.prepare(gate_up_E2HD, down_EHD)
+    y_ND = backend.compute(weights, x_ND, tokens_E, probs_N, Request(TopK(128), "silu")).out_ND
 
-method = choose_backend(model, ParallelConfig(), compute)
+grouped  one grouped GEMM for the gates and ups of all experts, one for down; neurons are selected between them
+loop     the same with one GEMM for each expert: what the others must equal
+sparse   (CPU, fp32) gates as above; up, down and the backward pass only of the neurons that are kept
+decode   (CPU, no gradients) for a few rows: reads up and down only of the neurons that are kept
+
+`compute.experts` chooses among the first three; `auto` measures them. Inference uses `decode` for few rows.
+
+Shapes: N rows (a token in one of its experts) sorted by expert, D model width, E experts, H neurons of an expert, h of them
+on this rank.
 """
 
 import functools
 import math
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from mone_common.checks import check
 from mone_model.activations import ACTIVATIONS
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, why_not_sparse
 from mone_model.kernels.cpu import experts as cpu
-from mone_model.neuron_selection import select_and_gate
+from mone_model.kernels.cpu import library
+from mone_model.neuron_balance import sum_by_expert
+from mone_model.neuron_selection import Selection, TopK, scores_of, select_and_gate, select_neurons, unpack
+from mone_model.thresholds import AtLeast
+
+Rule = TopK | AtLeast
+"""Which neurons a row keeps."""
+
+
+class Weights(NamedTuple):
+    """The experts' weights, neuron-major: the weights of one neuron lie together."""
+
+    gate_up_E2HD: torch.Tensor
+    """[E, 2, h, D] gates, then ups."""
+    down_EHD: torch.Tensor
+    """[E, h, D]"""
+
+
+class ExpertOutput(NamedTuple):
+    """What the experts computed. All but `out_ND` is None unless it was asked for."""
+
+    out_ND: torch.Tensor
+    """[N, D] outputs times routing weights."""
+    active_NH: torch.Tensor | None = None
+    """[N, h] activated gates of all neurons, differentiable; with `gates`."""
+    mask_NH: torch.Tensor | None = None
+    """[N, h] bool, the neurons kept; with `gates`."""
+    load_EH: torch.Tensor | None = None
+    """[E, h] how often each neuron was kept; with `gates` or `counting`."""
+    threshold_N: torch.Tensor | None = None
+    """[N] the smallest |gate| kept; with `counting`."""
+    magnitude_EH: torch.Tensor | None = None
+    """[E, h] sum of |gate| over the rows of an expert, kept or not; with `counting`."""
+
+
+class Request(NamedTuple):
+    """How the experts are to be computed."""
+
+    rule: Rule
+    """Which neurons a row keeps."""
+    activation: str
+    """Gate activation, a key of `mone_model.activations.ACTIVATIONS`."""
+    counting: bool = False
+    """Whether to return what `NeuronCounters` count."""
+    gates: bool = False
+    """Whether to return what the balance loss needs."""
+
+
+class ExpertBackend(ABC):
+    """One way to compute the experts of a layer on one rank."""
+
+    def prepare(self, gate_up_E2HD: torch.Tensor, down_EHD: torch.Tensor) -> Weights:
+        """[E, 2, h, D] and [E, h, D] weights in the form that `compute` reads; without a copy where that is possible."""
+        return Weights(gate_up_E2HD, down_EHD)
+
+    @abstractmethod
+    def compute(
+        self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
+    ) -> ExpertOutput:
+        """The experts' outputs for rows sorted by expert.
+
+        x_ND: [N, D]. tokens_E: [E] int64, rows of each expert. probs_N: [N] routing weights.
+        """
+
+
+class Dense(ExpertBackend):
+    """Gates and ups of all neurons, the product with dropped ones masked: `grouped` and `loop`."""
+
+    def __init__(self, gemm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.gemm = gemm
+
+    def compute(
+        self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
+    ) -> ExpertOutput:
+        """See `ExpertBackend`."""
+        rule, activation, counting, gates = request
+        act = ACTIVATIONS[activation].function
+        gate_up_EDH = weights.gate_up_E2HD.flatten(1, 2).transpose(1, 2)
+        gate_NH, up_NH = self.gemm(x_ND, gate_up_EDH, tokens_E).chunk(2, dim=-1)
+        neurons = gate_NH.size(1)
+        selecting = isinstance(rule, AtLeast) or not rule.keeps_all(neurons)
+        if isinstance(rule, TopK) and rule.group is None and selecting and not gates:
+            hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, rule.k, activation)
+            if counting:
+                active_NH, mask_NH = act(gate_NH.detach()), unpack(masks_NW, neurons)
+        else:
+            active_NH = act(gate_NH)
+            hidden_NH = (active_NH * up_NH * probs_N[:, None]).to(x_ND.dtype)
+            if selecting or counting or gates:
+                mask_NH, threshold_N = _select(active_NH, rule)
+            if selecting:
+                hidden_NH = hidden_NH * mask_NH
+        out_ND = self.gemm(hidden_NH, weights.down_EHD, tokens_E)
+        output = ExpertOutput(out_ND)
+        if gates or counting:
+            output = output._replace(load_EH=sum_by_expert(mask_NH.float(), tokens_E))
+        if counting:
+            magnitude_EH = sum_by_expert(active_NH.detach().float().abs(), tokens_E)
+            output = output._replace(threshold_N=threshold_N, magnitude_EH=magnitude_EH)
+        return output._replace(active_NH=active_NH, mask_NH=mask_NH) if gates else output
+
+
+def _select(active_NH: torch.Tensor, rule: Rule) -> Selection:
+    if isinstance(rule, AtLeast):
+        return Selection(scores_of(active_NH) >= rule.threshold, active_NH.new_full(active_NH.shape[:1], rule.threshold))
+    if not rule.keeps_all(active_NH.size(1)):
+        return select_neurons(active_NH, rule.k, rule.group)
+    smallest_N = scores_of(active_NH).amin(-1)
+    if rule.group is not None:
+        dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=rule.group)
+    return Selection(torch.ones_like(active_NH, dtype=torch.bool), smallest_N)
+
+
+class Sparse(ExpertBackend):
+    """Up, down and the backward pass only of the neurons that are kept, by kernels for CPUs in fp32."""
+
+    def compute(
+        self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
+    ) -> ExpertOutput:
+        """See `ExpertBackend`. By thresholds it computes as `loop` does."""
+        rule, activation, counting, gates = request
+        if isinstance(rule, AtLeast):
+            return BACKENDS["loop"].compute(weights, x_ND, tokens_E, probs_N, request)
+        assert rule.group is None, "the kernels need all neurons of an expert on one rank"
+        kept = cpu.experts(
+            x_ND, *weights, probs_N, tokens_E, rule.k, activation, counting=counting or gates, with_gates=gates
+        )
+        output = ExpertOutput(kept.out_ND)
+        if gates or counting:
+            output = output._replace(load_EH=kept.counts_E2H[:, 0])
+        if counting:
+            output = output._replace(threshold_N=kept.threshold_N, magnitude_EH=kept.counts_E2H[:, 1])
+        if gates:
+            active_NH = ACTIVATIONS[activation].function(kept.gate_NH)
+            output = output._replace(active_NH=active_NH, mask_NH=unpack(kept.masks_NW, active_NH.size(1)))
+        return output
+
+
+class Decode(ExpertBackend):
+    """A few rows without gradients: weights of dropped neurons are not read. By kernels for CPUs in fp32 and bf16."""
+
+    def compute(
+        self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
+    ) -> ExpertOutput:
+        """See `ExpertBackend`. It returns `out_ND` only."""
+        rule, activation = request.rule, request.activation
+        assert request.counting is request.gates is False, "inference has no counters and no balance loss"
+        k, threshold = (rule.k, None) if isinstance(rule, TopK) else (0, rule.threshold)
+        return ExpertOutput(cpu.decode(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold).out_ND)
 
 
 def expert_gemm(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
@@ -37,97 +197,56 @@ def expert_gemm_loop(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: tor
     return torch.cat([x @ weight for x, weight in zip(rows, weight_EKM, strict=True)])
 
 
-GEMMS = {"grouped": expert_gemm, "loop": expert_gemm_loop}
+BACKENDS: dict[str, ExpertBackend] = {
+    "grouped": Dense(expert_gemm),
+    "loop": Dense(expert_gemm_loop),
+    "sparse": Sparse(),
+    "decode": Decode(),
+}
+DENSE_BACKENDS = ("grouped", "loop")
 
 
 def choose_backend(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str:
-    """The method for these experts on this machine; ValueError if `compute.experts=sparse` cannot be had."""
-    if compute.experts in GEMMS:
+    """The backend for these experts on this machine; ValueError if `compute.experts=sparse` cannot run here."""
+    if compute.experts in DENSE_BACKENDS:
         return compute.experts
     obstacle = why_not_sparse(model, parallel, compute)
     if obstacle is None and torch.cuda.is_available():
         obstacle = "there are no kernels for GPUs"
-    if obstacle is None and not cpu.available():
+    if obstacle is None and not library.available():
         obstacle = "its kernels could not be built here"
     if compute.experts == "sparse":
-        check_sparse(compute, obstacle)
+        check(obstacle is None, "compute.experts", "sparse", f"{obstacle}; use compute.experts=auto")
         return "sparse"
     if torch.cuda.is_available():
         return "grouped"
     parts = parallel.expert_tensor
     shape = (model.hidden_size, model.moe_ffn_hidden_size // parts, max(1, model.active_neurons // parts))
-    return measure(*shape, model.activation, compute.dtype, skipping=obstacle is None).fastest
-
-
-def why_not_sparse(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str | None:
-    """What in the configuration forbids `compute.experts=sparse`, if anything."""
-    if compute.precision != "fp32":
-        return f"needs compute.precision=fp32, not {compute.precision}"
-    if model.hidden_size % cpu.WORD != 0:
-        return f"needs model.hidden_size to be a multiple of {cpu.WORD}, not {model.hidden_size}"
-    if parallel.expert_tensor > 1:
-        return f"needs whole experts: parallel.expert_tensor=1, not {parallel.expert_tensor}"
-    return None
-
-
-def check_sparse(compute: ComputeConfig, obstacle: str | None) -> None:
-    """ValueError if sparse is asked for and something forbids it."""
-    check(
-        compute.experts != "sparse" or obstacle is None,
-        "compute.experts",
-        "sparse",
-        f"{obstacle}; auto takes another method",
-    )
-
-
-def compute_experts(
-    method: str,
-    x_ND: torch.Tensor,
-    gate_up_E2HD: torch.Tensor,
-    down_EHD: torch.Tensor,
-    probs_N: torch.Tensor,
-    tokens_E: torch.Tensor,
-    kept: int,
-    activation: str,
-) -> torch.Tensor:
-    """The weighted outputs [N, D] of the experts and nothing else: without counters, losses and ranks."""
-    if method == "sparse":
-        return cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, kept, activation, counting=False).out_ND
-    gate_NH, up_NH = GEMMS[method](x_ND, gate_up_E2HD.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
-    if kept < gate_NH.size(1):
-        hidden_NH = select_and_gate(gate_NH, up_NH, probs_N, kept, activation).hidden_NH
-    else:
-        hidden_NH = (ACTIVATIONS[activation].function(gate_NH) * up_NH * probs_N[:, None]).to(x_ND.dtype)
-    return GEMMS[method](hidden_NH, down_EHD, tokens_E)
+    return measure(*shape, model.activation, compute.dtype, sparse=obstacle is None).fastest
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a forward and backward pass by method."""
+    """Seconds of a forward and backward pass by backend."""
 
     seconds: dict[str, float]
 
     @property
     def fastest(self) -> str:
-        """The first method, unless a later one is faster by more than noise: results depend on it in their rounding."""
+        """The first backend, unless a later one is faster by more than noise: results depend on it in their rounding."""
         best = next(iter(self.seconds))
-        for method, seconds in self.seconds.items():
+        for name, seconds in self.seconds.items():
             if seconds < 0.85 * self.seconds[best]:
-                best = method
+                best = name
         return best
 
 
 @functools.cache
-def measure(
-    width: int,
-    neurons: int,
-    kept: int,
-    activation: str,
-    dtype: torch.dtype,
-    *,
-    skipping: bool,
-) -> Measured:
-    """Time each method on random experts of this shape, 256 tokens for each; the best of interleaved rounds."""
+def measure(width: int, neurons: int, kept: int, activation: str, dtype: torch.dtype, *, sparse: bool) -> Measured:
+    """Time each backend on random experts of this shape, 256 tokens for each; the best of interleaved rounds.
+
+    sparse: time that backend too.
+    """
     experts, rows = 4, 256
     generator = torch.Generator().manual_seed(0)
 
@@ -135,25 +254,29 @@ def measure(
         return torch.randn(shape, generator=generator, dtype=dtype).mul_(width**-0.5).requires_grad_()
 
     tokens_E = torch.full((experts,), rows)
-    inputs = random(experts * rows, width), random(experts, 2, neurons, width), random(experts, neurons, width)
+    x_ND, gate_up_E2HD = random(experts * rows, width), random(experts, 2, neurons, width)
+    down_EHD = random(experts, neurons, width)
     probs_N = torch.rand(experts * rows, generator=generator).requires_grad_()
+    inputs, request = [x_ND, gate_up_E2HD, down_EHD, probs_N], Request(TopK(kept), activation)
 
-    seconds = dict.fromkeys([*GEMMS, "sparse"] if skipping else GEMMS, math.inf)
+    seconds = dict.fromkeys([*DENSE_BACKENDS, "sparse"] if sparse else DENSE_BACKENDS, math.inf)
     with torch.enable_grad():
         for _ in range(4):
-            for method in seconds:
+            for name in seconds:
                 start = time.perf_counter()
-                output_ND = compute_experts(method, *inputs, probs_N, tokens_E, kept, activation)
-                torch.autograd.grad(output_ND, [*inputs, probs_N], torch.ones_like(output_ND))
-                seconds[method] = min(seconds[method], time.perf_counter() - start)
+                backend = BACKENDS[name]
+                weights = backend.prepare(gate_up_E2HD, down_EHD)
+                out_ND = backend.compute(weights, x_ND, tokens_E, probs_N, request).out_ND
+                torch.autograd.grad(out_ND, inputs, torch.ones_like(out_ND))
+                seconds[name] = min(seconds[name], time.perf_counter() - start)
     return Measured(seconds)
 
 
 @torch.no_grad()
-def measure_max_decode_rows(width: int, neurons: int, kept: int, activation: str, dtype: torch.dtype, method: str) -> int:
-    """Up to how many rows (tokens times their experts) `cpu.decode` is faster here than this method; 0: never.
+def measure_max_decode_rows(width: int, neurons: int, kept: int, activation: str, dtype: torch.dtype, backend: str) -> int:
+    """Up to how many rows (tokens times their experts) `decode` is faster here than this backend; 0: never.
 
-    The weights that are passed through are larger than caches, as those of a model that writes text are.
+    The weights that each takes its turn with are larger than caches, as those of a model that generates text are.
     """
     size = 3 * neurons * width * dtype.itemsize
     experts = min(16, max(2, _BEYOND_CACHES // size))
@@ -163,8 +286,15 @@ def measure_max_decode_rows(width: int, neurons: int, kept: int, activation: str
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).mul_(width**-0.5).to(dtype)
 
-    first = random(experts, 2, neurons, width), random(experts, neurons, width)
-    weights = [first, *((first[0].clone(), first[1].clone()) for _ in range(layers - 1))]
+    first = Weights(random(experts, 2, neurons, width), random(experts, neurons, width))
+    weights = [first, *(Weights(first.gate_up_E2HD.clone(), first.down_EHD.clone()) for _ in range(layers - 1))]
+
+    def seconds(name: str, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor) -> float:
+        start = time.perf_counter()
+        for layer in weights:
+            BACKENDS[name].compute(layer, x_ND, tokens_E, probs_N, Request(TopK(kept), activation))
+        return time.perf_counter() - start
+
     fastest = 0
     for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256):
         x_ND, probs_N, tokens_E = random(rows, width), torch.ones(rows), torch.zeros(experts, dtype=torch.long)
@@ -172,13 +302,8 @@ def measure_max_decode_rows(width: int, neurons: int, kept: int, activation: str
             tokens_E[row % experts] += 1
         few = dense = math.inf
         for _ in range(3):
-            start = time.perf_counter()
-            for layer in weights:
-                cpu.decode(x_ND, *layer, probs_N, tokens_E, kept, activation)
-            middle = time.perf_counter()
-            for layer in weights:
-                compute_experts(method, x_ND, *layer, probs_N, tokens_E, kept, activation)
-            few, dense = min(few, middle - start), min(dense, time.perf_counter() - middle)
+            few = min(few, seconds("decode", x_ND, tokens_E, probs_N))
+            dense = min(dense, seconds(backend, x_ND, tokens_E, probs_N))
         if few > dense:
             break
         fastest = rows

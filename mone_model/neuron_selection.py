@@ -18,7 +18,19 @@ import torch
 import torch.distributed as dist
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.kernels.cpu import experts as cpu
+from mone_model.kernels.cpu import selection as cpu
+
+
+class TopK(NamedTuple):
+    """Keep the `k` neurons of each row with the largest |act(gate)|."""
+
+    k: int
+    group: dist.ProcessGroup | None = None
+    """Ranks that share the expert's neurons equally, in order; None: all are here."""
+
+    def keeps_all(self, neurons: int) -> bool:
+        """Whether nothing is dropped, with so many neurons of the expert on this rank: a plain MoE."""
+        return self.k == neurons * (1 if self.group is None else dist.get_world_size(self.group))
 
 
 class Selection(NamedTuple):

@@ -76,7 +76,8 @@ def main(hydra_config: DictConfig) -> None:
         raise UserError(f"output={output}: is no file; give the name of the file to write")
     if not output.parent.is_dir():
         raise UserError(f"output={output}: there is no folder {output.parent}")
-    from mone_model.megatron.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
+    from mone_model.megatron.inference import counting_magnitudes, prepare_inference
+    from mone_model.thresholds import find_thresholds, shares_reaching
     from train.data import load_data, plan_order
     from train.runtime import distributed
 

@@ -7,8 +7,7 @@ import math
 from collections.abc import Iterator
 
 from mone_common.checks import check
-from mone_model.config import ModelConfig, ParallelConfig
-from mone_model.expert_backends import check_sparse, why_not_sparse
+from mone_model.config import ModelConfig, ParallelConfig, why_not_sparse
 from train.config import RunConfig
 
 PROCESSES = "torchrun --nproc-per-node"
@@ -173,7 +172,13 @@ def _validate_layout(config: RunConfig, world_size: int, transformer_engine: boo
         parallel.virtual_pipeline,
         "needs parallel.pipeline of at least 2",
     )
-    check_sparse(compute, why_not_sparse(model, parallel, compute))
+    obstacle = why_not_sparse(model, parallel, compute)
+    check(
+        compute.experts != "sparse" or obstacle is None,
+        "compute.experts",
+        compute.experts,
+        f"{obstacle}; use compute.experts=auto",
+    )
     check(
         compute.transformer_impl != "transformer_engine" or transformer_engine,
         "compute.transformer_impl",

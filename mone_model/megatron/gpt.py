@@ -39,11 +39,11 @@ def build_gpt(
     meta: build without memory, on the meta device, for counting.
     """
     config = transformer_config(model, parallel, compute)
-    method = "grouped" if meta else choose_backend(model, parallel, compute)
+    backend = "grouped" if meta else choose_backend(model, parallel, compute)
     with _on_meta_device() if meta else contextlib.nullcontext():
         gpt = GPTModel(
             config=config,
-            transformer_layer_spec=block_spec(model, compute, config, method=method, vp_stage=vp_stage),
+            transformer_layer_spec=block_spec(model, compute, config, backend=backend, vp_stage=vp_stage),
             vocab_size=model.padded_vocab_size,
             max_sequence_length=model.seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

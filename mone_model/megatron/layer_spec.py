@@ -41,9 +41,9 @@ def uses_transformer_engine(compute: ComputeConfig) -> bool:
 
 
 def block_spec(
-    model: ModelConfig, compute: ComputeConfig, config: TransformerConfig, *, method: str, vp_stage: int | None = None
+    model: ModelConfig, compute: ComputeConfig, config: TransformerConfig, *, backend: str, vp_stage: int | None = None
 ) -> TransformerBlockSubmodules:
-    """The transformer layers of this pipeline stage and their final norm; method: of the experts (`expert_backends`)."""
+    """The transformer layers of this pipeline stage and their final norm; backend: the experts' (`expert_backends`)."""
     if uses_transformer_engine(compute):
         layer = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, qk_layernorm=model.qk_layernorm)
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
@@ -67,7 +67,7 @@ def block_spec(
         activation=model.activation,
         balance_coeff=model.neuron_balance_coeff,
         balance_form=model.neuron_balance_form,
-        method=method,
+        backend=backend,
     )
     if model.shared_expert_neuron_ratio < 1:
         kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)

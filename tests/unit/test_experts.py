@@ -17,6 +17,7 @@ from mone_model.megatron.experts import NeuronExperts
 from mone_model.megatron.gpt import build_gpt, moe_layers
 from mone_model.megatron.transformer_config import transformer_config
 from mone_model.neuron_selection import select_and_gate_reference
+from mone_model.thresholds import AtLeast
 from tests.tiny import TINY_MODEL
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -24,14 +25,14 @@ TOKENS = torch.tensor([5, 0, 9, 2])
 WIDTH, NEURONS = 16, 24
 
 
-def make_experts(*, kept: int, activation: str = "silu", method: str = "grouped", balance: float = 0.0) -> NeuronExperts:
+def make_experts(*, kept: int, activation: str = "silu", backend: str = "grouped", balance: float = 0.0) -> NeuronExperts:
     model = ModelConfig(
         hidden_size=WIDTH, moe_ffn_hidden_size=NEURONS, num_experts=len(TOKENS), activation=activation, vocab_size=8
     )
     config = transformer_config(model, ParallelConfig(), ComputeConfig())
     groups: ProcessGroupCollection = get_default_pg_collection()
     experts = NeuronExperts(
-        len(TOKENS), config, groups, active_neurons=kept, activation=activation, method=method, balance_coeff=balance
+        len(TOKENS), config, groups, active_neurons=kept, activation=activation, backend=backend, balance_coeff=balance
     )
     generator = torch.Generator().manual_seed(3)
     for weight in experts.parameters():
@@ -76,22 +77,22 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
     return [tensor.float() for tensor in (out_ND.detach(), *gradients)]
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop", "sparse"])
+@pytest.mark.parametrize("backend", ["grouped", "loop", "sparse"])
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, method: str) -> None:
-    experts = make_experts(kept=NEURONS // 4, activation=activation, method=method)
+def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, backend: str) -> None:
+    experts = make_experts(kept=NEURONS // 4, activation=activation, backend=backend)
     ours = outputs_and_gradients(experts, list(experts.parameters()))
     for actual, expected in zip(ours, per_token(experts, NEURONS // 4), strict=True):
         assert_relative(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("method", ["grouped", "sparse"])
+@pytest.mark.parametrize("backend", ["grouped", "sparse"])
 @pytest.mark.parametrize("balance", [0.0, 0.1])
 @pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4, 1])
-def test_every_method_equals_the_loop_over_experts(kept: int, balance: float, method: str) -> None:
+def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, backend: str) -> None:
     results, counted = [], []
-    for each in (method, "loop"):
-        experts = make_experts(kept=kept, method=each, balance=balance)
+    for each in (backend, "loop"):
+        experts = make_experts(kept=kept, backend=each, balance=balance)
         experts.counting_neurons = True
         results.append(outputs_and_gradients(experts, list(experts.parameters())))
         counters = experts.counters
@@ -135,11 +136,11 @@ def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: i
 
 @pytest.mark.parametrize("frozen", [None, "gate_up_weight", "down_weight"])
 @pytest.mark.parametrize("balance", [0.0, 0.3])
-@pytest.mark.parametrize("method", ["loop", "sparse"])
+@pytest.mark.parametrize("backend", ["loop", "sparse"])
 def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone(
-    method: str, balance: float, frozen: str | None
+    backend: str, balance: float, frozen: str | None
 ) -> None:
-    experts = make_experts(kept=6, method=method, balance=balance)
+    experts = make_experts(kept=6, backend=backend, balance=balance)
     twin = make_experts(kept=6, balance=balance)
     names, of_twin = zip(*twin.named_parameters(), strict=True)
     gradients = dict(zip(names, outputs_and_gradients(twin, of_twin)[3:], strict=True))
@@ -159,8 +160,8 @@ def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone
 
 
 def test_experts_do_not_train_by_thresholds() -> None:
-    experts = make_experts(kept=6, method="sparse")
-    experts.threshold = 0.1
+    experts = make_experts(kept=6, backend="sparse")
+    experts.rule = AtLeast(0.1)
     with pytest.raises(AssertionError, match="inference"):
         experts(rows()[0], TOKENS, rows()[1])
 
@@ -211,9 +212,9 @@ def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
         assert torch.equal(ours, other)
 
 
-@pytest.mark.parametrize("method", ["grouped", "loop", "sparse"])
-def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(method: str) -> None:
-    experts = make_experts(kept=6, balance=0.1, method=method)
+@pytest.mark.parametrize("backend", ["grouped", "loop", "sparse"])
+def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(backend: str) -> None:
+    experts = make_experts(kept=6, balance=0.1, backend=backend)
     experts.counting_neurons = True
     x_ND = torch.empty(0, WIDTH, requires_grad=True)
     out_ND, _ = experts(x_ND, torch.zeros(len(TOKENS), dtype=torch.long), torch.empty(0))

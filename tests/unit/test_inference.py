@@ -11,15 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.models.gpt import GPTModel
 
-from mone_model import expert_backends
 from mone_model.activations import ACTIVATIONS
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
-from mone_model.expert_backends import expert_gemm_loop, measure_max_decode_rows
+from mone_model.expert_backends import (
+    BACKENDS,
+    ExpertBackend,
+    ExpertOutput,
+    expert_gemm_loop,
+    measure_max_decode_rows,
+)
 from mone_model.kernels.cpu import experts as cpu
 from mone_model.megatron import inference
 from mone_model.megatron.gpt import build_gpt, moe_layers
-from mone_model.megatron.inference import counting_magnitudes, find_thresholds, prepare_inference, shares_reaching
+from mone_model.megatron.inference import counting_magnitudes, prepare_inference
 from mone_model.neuron_selection import scores_of, select_neurons_reference, unpack
+from mone_model.thresholds import find_thresholds, shares_reaching
 from tests.tiny import TINY_MODEL
 from train.sample import SampleConfig, continue_text
 
@@ -211,12 +217,17 @@ def test_the_switch_is_where_the_dense_experts_become_faster(monkeypatch: pytest
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
-    def takes(seconds: Callable[[int], float]) -> Callable[..., None]:
-        return lambda rows, *_: clock.__setitem__(0, clock[0] + seconds(rows))
+    class Timed(ExpertBackend):
+        def __init__(self, seconds: Callable[[int], float]) -> None:
+            self.seconds = seconds
+
+        def compute(self, weights: Any, x_ND: torch.Tensor, *_: Any) -> ExpertOutput:
+            clock[0] += self.seconds(len(x_ND))
+            return ExpertOutput(x_ND)
 
     def measured(of_few: Callable[[int], float]) -> int:
-        monkeypatch.setattr(cpu, "decode", lambda x_ND, *_: takes(of_few)(len(x_ND)))
-        monkeypatch.setattr(expert_backends, "compute_experts", lambda _, x_ND, *__: takes(lambda rows: 5)(len(x_ND)))
+        monkeypatch.setitem(BACKENDS, "decode", Timed(of_few))
+        monkeypatch.setitem(BACKENDS, "loop", Timed(lambda rows: 5))
         return measure_max_decode_rows(32, 64, 8, "silu", torch.float32, "loop")
 
     assert measured(lambda rows: 1 + rows) == 4

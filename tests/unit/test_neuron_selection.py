@@ -7,8 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.kernels.cpu import experts as cpu
 from mone_model.kernels.cpu import library as cpu_library
+from mone_model.kernels.cpu import selection as cpu
 from mone_model.kernels.cpu import swiglu as cpu_swiglu
 from mone_model.neuron_selection import (
     pack,
@@ -123,7 +123,7 @@ def test_gating_equals_its_reference(
     assume(unambiguous(gate_NH, k, activation))
     with pytest.MonkeyPatch.context() as patch:
         if not kernels:
-            patch.setattr(cpu, "available", lambda: False)
+            patch.setattr(cpu_library, "available", lambda: False)
         assert cpu.selects(gate_NH) == kernels
         assert_gated_as_the_reference(gate_NH, up_NH, torch.rand(5, generator=generator), k, activation)
 
@@ -192,7 +192,7 @@ def test_gating_keeps_exactly_k_whatever_a_row_holds(
     expected = select_and_gate_reference(gate_NH, ones_NH, torch.ones(len(rows)), k, activation)
     with pytest.MonkeyPatch.context() as patch:
         if not kernels:
-            patch.setattr(cpu, "available", lambda: False)
+            patch.setattr(cpu_library, "available", lambda: False)
         gated = select_and_gate(gate_NH, ones_NH, torch.ones(len(rows)), k, activation)
         gradients = torch.autograd.grad(gated.hidden_NH, [gate_NH, ones_NH], torch.ones_like(gate_NH))
     mask_NH = unpack(gated.masks_NW, gate_NH.size(1))
@@ -211,7 +211,7 @@ def test_activations_and_their_gradients_reach_their_limits(
     kernels: bool, dtype: torch.dtype, activation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not kernels:
-        monkeypatch.setattr(cpu, "available", lambda: False)
+        monkeypatch.setattr(cpu_library, "available", lambda: False)
     ones_1H = torch.ones(1, len(EXTREMES), dtype=dtype)
     gate_1H = torch.tensor([EXTREMES]).to(dtype).requires_grad_()
     active_1H = select_and_gate(gate_1H, ones_1H, torch.ones(1), len(EXTREMES), activation).hidden_NH

@@ -1,7 +1,7 @@
-"""CPU kernels: selection fused with what surrounds it, and experts that compute only what is kept.
+"""CPU kernels: experts that compute only the neurons that are kept.
 
-    if cpu.available():
-        kept = cpu.experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, k, "silu", counting=True)
+    if library.available():
+        kept = experts(x_ND, gate_up_E2HD, down_EHD, probs_N, tokens_E, k, "silu", counting=True)
 
 The sources are csrc/*; their references are `mone_model.neuron_selection` and the backend `loop`.
 Shapes: N rows sorted by expert, E experts, D width, H neurons, K kept, W = ceil(H / 16) words of a mask: bit j % 16 of word
@@ -13,46 +13,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.kernels.cpu.library import DTYPES, available, call, rows_of
-
-WORD = 16
+from mone_model.kernels.cpu.library import DTYPES, WORD, call
 
 
-def select_and_gate(
-    gate: torch.Tensor, up: torch.Tensor, probs: torch.Tensor, k: int, activation: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`mone::select_and_gate` (mone_model.neuron_selection) for fp32 and bf16."""
-    gate, up = rows_of(gate), rows_of(up)
-    rows, neurons = gate.shape
-    hidden = gate.new_empty(rows, neurons)
-    masks = gate.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
-    gates, ups, threshold = gate.new_empty(rows, k), gate.new_empty(rows, k), gate.new_empty(rows, dtype=torch.float32)
-    call(
-        f"select_and_gate_{DTYPES[gate.dtype]}", rows, neurons, k, ACTIVATIONS[activation].kernel_id, gate, gate.stride(0),
-        up, up.stride(0), probs.float().contiguous(), hidden, masks, gates, ups, threshold,
-    )  # fmt: skip
-    return hidden, masks, gates, ups, threshold
-
-
-def select_and_gate_backward(
-    dhidden: torch.Tensor, masks: torch.Tensor, gates: torch.Tensor, ups: torch.Tensor, probs: torch.Tensor, activation: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Its gradients: of gate, up and probs."""
-    dhidden = dhidden.contiguous()
-    dgate, dup, dprobs = torch.empty_like(dhidden), torch.empty_like(dhidden), torch.empty_like(probs, dtype=torch.float32)
-    call(
-        f"select_and_gate_backward_{DTYPES[dhidden.dtype]}", *dhidden.shape, gates.size(1),
-        ACTIVATIONS[activation].kernel_id, dhidden, masks, gates, ups, probs.float().contiguous(), dgate, dup, dprobs,
-    )  # fmt: skip
-    return dgate, dup, dprobs.to(probs.dtype)
-
-
-def selects(gate: torch.Tensor) -> bool:
-    """Whether `select_and_gate` can be used for this tensor here."""
-    return gate.dtype in DTYPES and gate.size(1) <= 65536 and available()
-
-
-class Kept(NamedTuple):
+class Computed(NamedTuple):
     """What the experts computed, and of which neurons."""
 
     out_ND: torch.Tensor
@@ -78,7 +42,7 @@ def experts(
     *,
     counting: bool,
     with_gates: bool = False,
-) -> Kept:
+) -> Computed:
     """The experts of a layer: up, down and all products of the backward pass only where neurons are kept.
 
     All inputs fp32, x sorted by expert. The backward pass keeps the k gates and ups of each row and which they are:
@@ -89,7 +53,7 @@ def experts(
         x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets,
         k, ACTIVATIONS[activation].kernel_id, counting, with_gates,
     )  # fmt: skip
-    return Kept(out_ND, masks_NW, counts_E2H, threshold_N, gate_NH)
+    return Computed(out_ND, masks_NW, counts_E2H, threshold_N, gate_NH)
 
 
 @torch.library.custom_op("mone::experts", mutates_args=(), device_types="cpu")

@@ -31,6 +31,8 @@ FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "
 # Folders in which a library is compiled, and the file there that is locked meanwhile.
 BUILDING, IN_USE = "build-", "in-use"
 
+WORD = 16
+"""Neurons in a word of a mask, and numbers that a kernel reads at a time."""
 # How functions of a type end.
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
