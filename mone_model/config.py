@@ -1,4 +1,4 @@
-"""What a model is (`ModelConfig`), how it is spread over ranks (`ParallelConfig`) and computed (`ComputeConfig`).
+"""Configuration of the model (`ModelConfig`), its layout (`ParallelConfig`) and its computation (`ComputeConfig`).
 
     model = ModelConfig(hidden_size=256, num_layers=4, num_experts=8, activation_ratio=0.25)
     model.active_neurons                       # 128 of 512 neurons
@@ -23,10 +23,10 @@ RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
 
 @dataclass
 class ModelConfig:
-    """The mathematics of a Mixture of Neuron Experts transformer; nothing here depends on the machine."""
+    """The mathematics of a Mixture of Neuron Experts transformer, independent of the machine."""
 
     num_layers: int = 4
-    """Transformer layers; every one has a Mixture of Neuron Experts as its feed-forward part."""
+    """Transformer layers. Each has a Mixture of Neuron Experts in place of its MLP."""
     hidden_size: int = 256
     """Width D of the residual stream."""
     num_attention_heads: int = 4
@@ -40,9 +40,9 @@ class ModelConfig:
     seq_length: int = 256
     """Tokens in a training sequence, and the longest context the model is trained for."""
     vocab_size: int | None = None
-    """Rows of the embedding before padding; null: the tokenizer's, as the data's manifest says."""
+    """Rows of the embedding before padding; null: the size of the tokenizer, from the manifest of the data."""
     vocab_multiple: int = 64
-    """The embedding is padded to a multiple of this, so that tensor parallelism divides it."""
+    """Pad the embedding to a multiple of this, so that tensor parallelism divides it."""
     tie_embeddings: bool = False
     """Use the input embedding as the output projection."""
     rotary_base: int = 10000
@@ -63,7 +63,7 @@ class ModelConfig:
     moe_ffn_hidden_size: int = 512
     """Neurons H of one routed expert."""
     shared_expert_ffn_hidden_size: int = 512
-    """Neurons of the shared expert that every token passes; 0: none."""
+    """Neurons of the shared expert, which processes every token; 0: no shared expert."""
     activation: str = "silu"
     """Gate activation: silu, gelu, relu, sigmoid or relu_squared."""
     activation_ratio: float = 0.25
@@ -90,11 +90,11 @@ class ModelConfig:
     expert_bias_update_rate: float = 1e-3
     """Step of the expert bias, once per optimizer step."""
     expert_capacity_factor: float | None = None
-    """Drop the tokens of an expert beyond this multiple of its fair share; null: drop nothing."""
+    """Capacity of an expert, as a multiple of the mean load: tokens beyond it are dropped; null: drop none."""
     neuron_balance_coeff: float = 0.0
     """Coefficient of the neuron load-balancing loss (NG-LBL) inside each expert; 0: off."""
     neuron_balance_form: str = "normalised"
-    """What NG-LBL measures of a gate: normalised, unmasked or masked (docs/architecture.md)."""
+    """Form of NG-LBL: normalised, unmasked or masked (docs/architecture.md)."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple", "num_experts"):
@@ -208,10 +208,10 @@ def neurons_kept(ratio: float, num_neurons: int) -> int:
 
 @dataclass
 class ParallelConfig:
-    """How the model is spread over ranks. Data parallelism is what remains of the world."""
+    """How the model is spread over ranks. The data-parallel size is the world size divided by the other sizes."""
 
     tensor: int = 1
-    """Ranks that share each attention and shared-expert weight; above 1 the sequence is split among them as well."""
+    """Tensor parallelism: ranks that share each attention and shared-expert weight; above 1 also sequence parallelism."""
     pipeline: int = 1
     """Pipeline stages."""
     virtual_pipeline: int | None = None
@@ -239,13 +239,13 @@ class ParallelConfig:
 
     @property
     def overlaps_parameter_gather(self) -> bool:
-        """Whether an optimizer step leaves gathering the weights to the next forward pass."""
+        """Whether the weights are gathered during the next forward pass, not at the end of the optimizer step."""
         return self.overlap_communication and self.distributed_optimizer
 
 
 @dataclass
 class ComputeConfig:
-    """How the model is computed; nothing here changes what it computes."""
+    """How the model is computed. These options change speed and rounding, not the mathematics."""
 
     precision: str = "fp32"
     """fp32, or bf16 with fp32 master weights and gradients."""
@@ -253,9 +253,9 @@ class ComputeConfig:
     """local (Megatron-Core's own layers), transformer_engine, or auto: Transformer Engine where it is installed."""
     experts: str = "auto"
     """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; sparse (CPU, fp32): up and down only of
-    neurons that are kept; auto: on GPUs grouped, on CPUs what is fastest in a measurement at the start."""
+    neurons that are kept; auto: grouped on GPUs, on CPUs the fastest in a measurement at the start."""
     token_dispatcher: str = "alltoall"
-    """How tokens travel to their experts: alltoall or allgather. Where a rank has all experts, none travels."""
+    """How tokens are sent to their experts: alltoall or allgather. Not used if every rank has all experts."""
     recompute: str = "none"
     """Activation recomputation: none, selective (recompute_modules) or full (whole layers)."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])

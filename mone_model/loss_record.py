@@ -1,4 +1,4 @@
-"""Sums of auxiliary losses on the device between two reports.
+"""Sums of auxiliary losses, kept on the device between two reports.
 
 module.record.add("z_loss", share)                    # every micro-batch: this rank's share of the loss
 reduce_losses(records, names=names, num_layers=4)      # at a report, on all ranks: means over micro-batches
@@ -16,19 +16,19 @@ class LossRecord:
         self.counts: dict[str, int] = {}
 
     def add(self, name: str, share: torch.Tensor) -> None:
-        """Add one micro-batch's share: the shares of all ranks that work on this layer add up to the loss."""
+        """Add the share of one micro-batch. The shares of all ranks that compute this layer add up to the loss."""
         self.sums[name] = self.sums.get(name, 0.0) + share.detach().double()
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def reset(self) -> None:
-        """Start anew."""
+        """Forget all losses."""
         self.sums, self.counts = {}, {}
 
 
 def reduce_losses(records: dict[int, list[LossRecord]], *, names: list[str], num_layers: int) -> dict[str, torch.Tensor]:
     """Mean over micro-batches of each named loss, [num_layers] on the CPU; a collective on every rank.
 
-    records: those of this rank's layers, by layer index from 0. names: the same on every rank.
+    records: of the layers on this rank, by layer index from 0. names: the same on every rank.
     """
     values_ML = torch.zeros(len(names), num_layers, dtype=torch.float64)
     for layer, of_layer in records.items():

@@ -1,4 +1,4 @@
-"""Losses that balance the load among the neurons of an expert (NG-LBL): pure functions.
+"""Loss that balances the load among the neurons of an expert (NG-LBL).
 
     share = neuron_balance_loss(gate_NH=gate_NH, mask_NH=mask_NH, load_EH=load_EH, tokens_per_expert_E=counts_E, k=k)
     output = MoEAuxLossAutoScaler.apply(output, coeff * share * data_parallel_size)
@@ -7,7 +7,7 @@ The formula, for expert i with tokens B_i, T_i = |B_i|, mask m and activated gat
 
     f_ij = H / (K T_i) sum_{x in B_i} m_xij                  share of neuron j in the load; no gradient, mean 1 over j
     P_ij = 1/T_i sum_{x in B_i} p_xij                        with p by form:
-           normalised  |G_ij(x)| / sum_l |G_il(x)|           does not change when W_gate shrinks, and is the default
+           normalised  |G_ij(x)| / sum_l |G_il(x)|           the default: shrinking W_gate does not change it
            unmasked    |G_ij(x)|
            masked      m_xij |G_ij(x)|
     L = mean over experts with T_i > 0 of sum_j f_ij P_ij

@@ -1,13 +1,13 @@
-"""The top-K neurons of each token in each expert: the one idea of Mixture of Neuron Experts.
-
-    hidden_NH = select_and_gate(x_ND @ w_gate, x_ND @ w_up, probs_N, k).hidden_NH      # at once, or in three steps:
+"""Select the top-K neurons of each token in each expert (arXiv 2510.05781).
 
     gate_NH = act(x_ND @ w_gate)                     # every neuron of the expert, dense
     kept = select_neurons(gate_NH, k)                # S(x) = argtop-K_j |gate_j|
-    hidden_NH = gate_NH * up_NH * kept.mask_NH * probs_N1       # dropped neurons are silent, forward and backward
+    hidden_NH = gate_NH * up_NH * kept.mask_NH * probs_N1       # dropped neurons contribute no value and no gradient
+
+    hidden_NH = select_and_gate(x_ND @ w_gate, x_ND @ w_up, probs_N, k).hidden_NH      # the same in one operator
 
 Shapes: N rows (a token in one of its experts), H neurons of the whole expert, h neurons on this rank (h = H without
-expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask. Source: arXiv 2510.05781.
+expert-tensor parallelism), K kept, W = ceil(H / 16) words of a packed mask.
 """
 
 import importlib.util
@@ -39,16 +39,16 @@ class Selection(NamedTuple):
     mask_NH: torch.Tensor
     """[N, h] bool, exactly K true per row over all ranks of the expert."""
     threshold_N: torch.Tensor
-    """[N] the K-th largest |gate| of the row: the smallest that was kept, and infinite where that is not a number."""
+    """[N] the K-th largest |gate| of the row, which is the smallest kept; infinity in place of NaN."""
 
 
 def scores_of(gate: torch.Tensor) -> torch.Tensor:
-    """|gate|, by which neurons are ranked, without a gradient. NaN ranks as infinity, so that exactly K are always kept."""
+    """|gate|, the score of each neuron, without a gradient. NaN becomes infinity, so that exactly K are always kept."""
     return gate.detach().abs().nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 def select_neurons_reference(gate_NH: torch.Tensor, k: int) -> Selection:
-    """What `select_neurons` means, by a stable sort; every faster form must give the same mask, ties included."""
+    """Reference for `select_neurons`, by a stable sort. Every faster form must give the same mask, ties included."""
     score_NH = scores_of(gate_NH)
     order_NH = score_NH.argsort(dim=-1, descending=True, stable=True)
     mask_NH = torch.zeros_like(score_NH, dtype=torch.bool).scatter_(-1, order_NH[:, :k], True)
@@ -56,12 +56,12 @@ def select_neurons_reference(gate_NH: torch.Tensor, k: int) -> Selection:
 
 
 def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | None = None) -> Selection:
-    """Keep the k neurons of each row with the largest |gate|; NaN ranks as infinity, among equals the lower index wins.
+    """Keep the k neurons of each row with the largest |gate|. NaN counts as infinity. Ties go to the lower index.
 
     gate_NH: [N, h] the gate *after* its activation. SiLU(-8) is nearly 0 and loses to SiLU(0.5).
     k: neurons to keep, 1 <= k <= H, counted over all ranks of `group`.
-    group: ranks that hold the expert's neurons in order, h each; None: all are here. Each rank sends its best
-        min(k, h) scores and all agree on one threshold; the tokens must be the same on every rank.
+    group: ranks that hold the expert's neurons in order, h each; None: all are on this rank. Each rank sends its
+        min(k, h) largest scores, and all ranks compute the same threshold. The tokens must be the same on every rank.
 
     Raises ValueError if k is out of range.
     """
@@ -80,7 +80,7 @@ def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | Non
         all_NRC = torch.stack(gathered_RNC, dim=1)
         threshold_N1 = all_NRC.flatten(1).topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         wanted_N1 = k - (all_NRC > threshold_N1[:, :, None]).sum((1, 2))[:, None]
-        # Ties on lower ranks come first. A rank whose candidates were cut short has enough of them for all that is wanted.
+        # Ties on lower ranks come first. A rank that sent only k candidates sent enough ties for all that are wanted.
         equal_NR = (all_NRC == threshold_N1[:, :, None]).sum(-1)
         wanted_N1 = wanted_N1 - equal_NR[:, : dist.get_rank(group)].sum(-1, keepdim=True)
     equal_NH = score_NH == threshold_N1
@@ -96,15 +96,15 @@ class Gated(NamedTuple):
     masks_NW: torch.Tensor
     """[N, W] int16: bit j % 16 of word j // 16 is neuron j; `unpack` reads it."""
     threshold_N: torch.Tensor
-    """[N] fp32: the K-th largest |act(gate)| of the row; infinite where that is not a number."""
+    """[N] fp32: the K-th largest |act(gate)| of the row; infinity in place of NaN."""
 
 
 def select_and_gate_reference(
     gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor, k: int, activation: str = "silu"
 ) -> Gated:
-    """What `select_and_gate` means, differentiated by autograd."""
+    """Reference for `select_and_gate`, differentiated by autograd."""
     kept = select_neurons_reference(_activate(gate_NH, activation), k)
-    # Before they are multiplied: 0 times NaN is NaN.
+    # Zero dropped neurons before the product: 0 times NaN is NaN.
     gate_NH, up_NH = (tensor.masked_fill(~kept.mask_NH, 0) for tensor in (gate_NH, up_NH))
     hidden_NH = _activate(gate_NH, activation) * up_NH.float() * probs_N.float()[:, None]
     return Gated(hidden_NH.to(gate_NH.dtype), pack(kept.mask_NH), kept.threshold_N)
@@ -113,12 +113,13 @@ def select_and_gate_reference(
 def select_and_gate(
     gate_NH: torch.Tensor, up_NH: torch.Tensor, probs_N: torch.Tensor, k: int, activation: str = "silu"
 ) -> Gated:
-    """Activate the gate, keep each row's k neurons with the largest |act(gate)| and multiply them with up and weight.
+    """Activate the gate, keep the k neurons of each row with the largest |act(gate)|, multiply them by up and weight.
 
-    gate_NH, up_NH: [N, H] *before* the activation, in one dtype; all is computed in fp32. probs_N: [N] routing weights.
-    k: neurons to keep, 1 <= k <= H; NaN ranks as infinity, among equals the lower index wins. Differentiable in the first
-    three. The backward pass keeps gate and up of the k neurons only, and a bit for each of the H. act(-inf) is the limit:
-    0, where torch's SiLU and GELU give NaN.
+    gate_NH, up_NH: [N, H] *before* the activation, of the same dtype. Computation is in fp32. probs_N: [N] routing weights.
+    k: neurons to keep, 1 <= k <= H. NaN counts as infinity. Ties go to the lower index.
+
+    The result is differentiable with respect to the first three arguments. For the backward pass it saves gate and up of
+    the k neurons, and one bit for each of the H. act(-inf) is the limit 0, where torch's SiLU and GELU give NaN.
 
     Raises ValueError if k is out of range.
     """
@@ -128,7 +129,7 @@ def select_and_gate(
     return Gated(hidden_NH, masks_NW, threshold_N)
 
 
-# In place of infinity, which torch's activations and their gradients multiply by 0.
+# Replaces infinity, which torch's activations and their gradients would multiply by 0.
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -151,7 +152,7 @@ def unpack(masks_NW: torch.Tensor, neurons: int) -> torch.Tensor:
 
 
 def _kernels_for(tensor: torch.Tensor) -> Any:
-    """The module of kernels for this device, or None: then torch's own operations serve."""
+    """The kernels for this tensor; None: use torch's operations."""
     if tensor.device.type == "cpu":
         return cpu if cpu.selects(tensor) else None
     if importlib.util.find_spec("triton") is None:

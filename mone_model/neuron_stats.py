@@ -1,6 +1,6 @@
-"""What each neuron did: counters on the device while training, read and reduced only when reported.
+"""Counters of neuron use: on the device while training, reduced over ranks only when reported.
 
-    counters = NeuronCounters(experts=4, neurons=512, device=device)       # one per layer, this rank's experts
+    counters = NeuronCounters(experts=4, neurons=512, device=device)       # one per layer, for the experts of this rank
     counters.add(tokens_per_expert_E=..., threshold_N=..., selected_EH=..., magnitude_EH=...)
     usage = reduce_counters(...)                                             # every layer and expert, all ranks
     summarise_neurons(usage)                                                 # dead share, entropy, Gini, overlap
@@ -17,7 +17,7 @@ from mone_model.neuron_balance import sum_by_expert
 
 
 class NeuronCounters:
-    """Running sums over the tokens that this rank's experts of one layer computed since the last `reset`."""
+    """Sums over the tokens that the experts of one layer on this rank computed since the last `reset`."""
 
     def __init__(self, experts: int, neurons: int, device: torch.device) -> None:
         # float64 holds exact counts beyond the 16M tokens where float32 stops counting.
@@ -35,9 +35,10 @@ class NeuronCounters:
         selected_EH: torch.Tensor,
         magnitude_EH: torch.Tensor,
     ) -> None:
-        """Count one micro-batch: the realised K-th |gate| of each row, and sums over each expert's rows.
+        """Count one micro-batch.
 
-        selected_EH: [E, h] how often each neuron was kept. magnitude_EH: [E, h] sum of its |gate|, kept or not.
+        threshold_N: [N] the K-th largest |gate| of each row. selected_EH: [E, h] how often each neuron was kept.
+        magnitude_EH: [E, h] sum of its |gate| over the expert's rows, kept or not.
         """
         self.tokens_E += tokens_per_expert_E
         self.threshold_E += sum_by_expert(threshold_N[:, None].float(), tokens_per_expert_E)[:, 0]
@@ -45,7 +46,7 @@ class NeuronCounters:
         self.magnitude_EH += magnitude_EH
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Set all counters to zero."""
         for counter in (self.tokens_E, self.threshold_E, self.selected_EH, self.magnitude_EH):
             counter.zero_()
 
@@ -73,11 +74,12 @@ def reduce_counters(
     expert_rank: int = 0,
     expert_tensor_rank: int = 0,
 ) -> NeuronUsage:
-    """Gather the counters of this rank's layers (by layer index from 0) with all others'; a collective on every rank.
+    """Reduce the counters of all ranks; a collective on every rank.
 
-    Every rank writes what it holds into its place of the whole and all are added: replicas see different tokens and add
-    up, experts, neurons and layers of other ranks fill the rest. Ranks that share an expert's neurons see the same
-    tokens, so only the first of them counts those.
+    counters: those of this rank, by layer index from 0.
+
+    Each rank writes its part into a zero tensor of the whole model, and all are added. Replicas see different tokens, so
+    their counts add up. Ranks that share the neurons of an expert see the same tokens, so only the first counts tokens.
     """
     width = 2 + 2 * num_neurons
     device = next(iter(counters.values())).tokens_E.device if counters else torch.device("cpu")
@@ -99,7 +101,7 @@ def reduce_counters(
 
 
 def _entropy(share: torch.Tensor) -> torch.Tensor:
-    """Entropy over the last axis divided by that of the uniform distribution: 1 is balanced, 0 is one for all."""
+    """Entropy over the last axis, divided by that of the uniform distribution: 1 is balanced, 0 is all in one entry."""
     size = share.size(-1)
     if size == 1:
         return torch.ones(share.shape[:-1], dtype=share.dtype)
@@ -111,7 +113,7 @@ def _shares(counts: torch.Tensor) -> torch.Tensor:
 
 
 def gini(counts: torch.Tensor) -> torch.Tensor:
-    """Gini coefficient over the last axis (n entries): 0 is balanced, (n-1)/n is one for all.
+    """Gini coefficient over the last axis (n entries): 0 is balanced, (n-1)/n is all in one entry.
 
     sum_i (2 i - n - 1) c_(i) / (n sum c), with c_(i) sorted ascending, i from 1.
     """
@@ -124,10 +126,11 @@ def gini(counts: torch.Tensor) -> torch.Tensor:
 def top_neuron_overlap(selected_EH: torch.Tensor, k: int) -> float:
     """Mean share of the most used neuron indices that two experts have in common, over pairs of experts with tokens.
 
-    2 |T_a & T_b| / (|T_a| + |T_b|), where T_e are the k neurons that expert e kept most often, the lower index first among
-    equals and without neurons that it never kept. selected_EH: [E, H] how often each neuron was kept. Independent experts
-    have k/H in common on average; 1 means that all experts use the same indices. NaN with fewer than two experts that have
-    tokens.
+    2 |T_a & T_b| / (|T_a| + |T_b|), where T_e is the set of the k neurons that expert e kept most often. Ties go to the
+    lower index. Neurons that were never kept are not in the set. Independent experts have k/H in common on average; 1 means
+    that all experts use the same indices. NaN if fewer than two experts have tokens.
+
+    selected_EH: [E, H] how often each neuron was kept.
     """
     used_EH = selected_EH[selected_EH.sum(-1) > 0]
     experts = len(used_EH)

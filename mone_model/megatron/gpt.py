@@ -33,10 +33,10 @@ def build_gpt(
     vp_stage: int | None = None,
     meta: bool = False,
 ) -> GPTModel:
-    """The GPTModel of this rank's pipeline stage (and virtual stage), in compute.dtype.
+    """Build the GPTModel of this rank's pipeline stage (and virtual stage), in compute.dtype.
 
     seed: of the initial weights, which are the same on every layout.
-    meta: build without memory, on the meta device, for counting.
+    meta: build on the meta device, without memory, to count parameters.
     """
     config = transformer_config(model, parallel, compute)
     backend = "grouped" if meta else choose_backend(model, parallel, compute)
@@ -61,24 +61,24 @@ def build_gpt(
 
 
 def _mask_padding(vocab_size: int, padded_size: int, layer: Any, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
-    """Give the rows of the embedding that are no tokens the smallest logit there is, in place.
+    """Set the logits of the padding of the vocabulary to the smallest number, in place.
 
-    Their share of every softmax is then exactly 0, and so is their gradient. The smallest number and not -inf: a rank may
-    hold nothing but padding, and -inf minus the largest logit there is not a number.
+    Their probability is then exactly 0, and so is their gradient. Not -inf: a rank may hold only padding, and -inf minus
+    its largest logit is NaN.
     """
     logits = output[0]
     width = logits.size(-1)
     first = 0 if width == padded_size else parallel_state.get_tensor_model_parallel_rank() * width
     tokens = max(0, vocab_size - first)
     if tokens < width:
-        # By autograd this would copy the gradient of all logits.
+        # Outside autograd, which would copy the gradient of all logits.
         logits.detach()[..., tokens:] = torch.finfo(logits.dtype).min
 
 
 @contextlib.contextmanager
 def _on_meta_device() -> Iterator[None]:
     device = torch.device("meta")
-    # Megatron-Core's layers ask for the current device by name, whatever torch.device says.
+    # Megatron-Core's layers call torch.cuda.current_device and ignore the default device.
     with device, mock.patch.object(torch.cuda, "current_device", return_value=device):
         yield
 

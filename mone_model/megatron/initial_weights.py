@@ -2,8 +2,8 @@
 
     draw_initial_weights(gpt, seed=1234)          # on each rank, for the part of the model that it holds
 
-Megatron-Core draws what a rank holds from that rank's random state, so that a layout is one more seed. Here each matrix of
-the model has a random stream of its own, by its name in a checkpoint, and a rank keeps its part of it.
+Megatron-Core draws the weights of a rank from the random state of that rank, so that they depend on the layout. Here each
+matrix has a random stream of its own, seeded by its name in a checkpoint, and each rank keeps its part of the matrix.
 """
 
 import hashlib
@@ -21,8 +21,10 @@ INTO_THE_RESIDUAL_STREAM = ("linear_proj.weight", "linear_fc2.weight", "experts.
 
 @torch.no_grad()
 def draw_initial_weights(gpt: GPTModel, *, seed: int) -> None:
-    """Fill every matrix of this rank: normal with std init_method_std, and for projections back into the residual stream
-    init_method_std / sqrt(2 num_layers) (GPT-2). Vectors, which are norms, keep their ones.
+    """Fill every matrix of this rank from a normal distribution.
+
+    The standard deviation is init_method_std, and init_method_std / sqrt(2 num_layers) for projections into the residual
+    stream (GPT-2). Vectors are the weights of norms and stay 1.
     """
     state = gpt.sharded_state_dict()
     apply_factories(state)
@@ -34,11 +36,11 @@ def draw_initial_weights(gpt: GPTModel, *, seed: int) -> None:
                 std /= math.sqrt(2 * gpt.config.num_layers)
             _draw(tensor, std, seed)
             drawn += tensor.data.numel()
-    assert drawn == sum(weight.numel() for weight in gpt.parameters() if weight.dim() >= 2), "a weight was left undrawn"
+    assert drawn == sum(weight.numel() for weight in gpt.parameters() if weight.dim() >= 2), "a weight was not initialised"
 
 
 def _draw(part: ShardedTensor, std: float, seed: int) -> None:
-    """Fill this rank's part of a matrix, or of a stack of matrices: [..., rows, columns]."""
+    """Fill the part of this rank of a matrix, or of a stack of matrices [..., rows, columns]."""
     *stack, rows, columns = part.local_shape
     *first, top, left = part.global_offset
     layers, start = first[: part.prepend_axis_num], first[part.prepend_axis_num :]

@@ -13,12 +13,12 @@ from mone_model.loss_record import LossRecord
 class Router(TopKRouter):
     """`TopKRouter` whose losses have the same value and gradient on every layout.
 
-    Megatron-Core takes the Switch loss over each rank's own tokens, so that it changes with the data-parallel size, and
-    the gradient of its global loss is divided by that size (Megatron-LM #3672, #5047). Here the Switch loss counts the
-    tokens of the global micro-batch, and whatever is summed over data-parallel ranks is scaled back by their number,
-    because DDP averages gradients over them.
+    Megatron-Core computes the Switch loss over the tokens of one rank, so that it depends on the data-parallel size, and
+    it divides the gradient of its global loss by that size (Megatron-LM #3672, #5047). Here the Switch loss covers the
+    tokens of the global micro-batch. Losses that are summed over data-parallel ranks are multiplied by the number of these
+    ranks, because DDP averages gradients over them.
 
-    Its buffers, the expert bias and what counts tokens, stay in fp32 when a model is cast to bf16, which counts to 256.
+    The buffers (expert bias, token counters) stay in fp32 when the model is cast to bf16, which is exact only up to 256.
 
     `record` holds the losses since they were last read, without coefficients.
     """
@@ -30,7 +30,7 @@ class Router(TopKRouter):
         self.record = LossRecord()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Router":
-        # Every cast of a module comes here: Megatron-Core's Float16Module casts buffers too, and so does DeepSpeed.
+        # Every cast calls this. Megatron-Core's Float16Module and DeepSpeed cast buffers too.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():

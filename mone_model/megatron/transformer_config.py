@@ -12,7 +12,7 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 
 
 def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> TransformerConfig:
-    """Say in Megatron-Core's words what the three configurations say."""
+    """Translate the three configurations."""
     losses = {
         "aux_loss": model.aux_loss_coeff,
         "seq_aux_loss": model.seq_aux_loss_coeff,
@@ -24,7 +24,7 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         recompute = {"recompute_granularity": "selective", "recompute_modules": list(compute.recompute_modules)}
     elif compute.recompute == "full":
         recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    # Where nothing travels, alltoall would sort and copy rows that are sorted. Only alltoall knows capacities.
+    # Without expert parallelism, alltoall would sort and copy rows that are sorted. Only alltoall supports capacities.
     alone = parallel.expert * parallel.expert_tensor == 1 and model.expert_capacity_factor is None
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -64,13 +64,13 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         expert_model_parallel_size=parallel.expert,
         expert_tensor_parallel_size=parallel.expert_tensor,
         sequence_parallel=parallel.tensor > 1,
-        # The default trains silently wrong with virtual stages (Megatron-Core 0.16.1 and 0.19.2).
+        # With virtual stages the default gives wrong results without an error (Megatron-Core 0.16.1 and 0.19.2).
         batch_p2p_comm=False,
         params_dtype=compute.dtype,
         bf16=compute.precision == "bf16",
         pipeline_dtype=compute.dtype,
         attention_softmax_in_fp32=True,
-        # Of Megatron-Core's fused activations GELU is an approximation.
+        # Megatron-Core's fused GELU is an approximation.
         bias_activation_fusion=model.activation == "silu",
         # Other fused forms need compiled extensions; Transformer Engine brings its own.
         gradient_accumulation_fusion=False,

@@ -4,14 +4,13 @@
         hidden, masks, gates, ups, threshold = selection.select_and_gate(gate_NH, up_NH, probs_N, k, "silu")
         dgate, dup, dprobs = selection.select_and_gate_backward(dhidden, masks, gates, ups, probs_N, "silu")
 
-State of these kernels: their numerics are tested in Triton's interpreter (TRITON_INTERPRET=1), and they compile for sm_80
-and sm_90 with their rows in registers (python -m benchmarks.triton_resources). They have not run on a GPU yet, so nothing
-is known of their speed there.
+These kernels have not run on a GPU yet. Their numerics are tested in Triton's interpreter (TRITON_INTERPRET=1), and they
+compile for sm_80 and sm_90 with their rows in registers (python -m benchmarks.triton_resources).
 
-One program a row. It holds the bits of all magnitudes in registers, padded to BLOCK, a power of two, searches for the K-th
-largest and writes the mask; then it goes over the row again, CHUNK neurons at a time, to write all else. Selection is exact
-in the fp32 magnitudes of the kernel. In the last bit these may differ from torch's, and with them the choice between neurons
-that are equal but for that bit.
+Each program computes one row. It holds the bits of all magnitudes in registers, padded to BLOCK, a power of two, searches for
+the K-th largest and writes the mask. Then it reads the row again, CHUNK neurons at a time, and writes the other results.
+Selection is exact for the fp32 magnitudes that the kernel computes. Their last bit may differ from torch's, and with it the
+choice between neurons that differ only in that bit.
 
 Shapes: N rows (a token in one of its experts), H neurons, K kept, W = ceil(H / 16) words of a mask: bit j % 16 of word
 j // 16 is neuron j. The reference is `mone_model.neuron_selection.select_and_gate_reference`.
@@ -31,7 +30,7 @@ INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of infinity; those
 
 @triton.jit
 def _activate(x, ACTIVATION: tl.constexpr):
-    # Of -inf the limit, 0, in place of 0 times infinity.
+    # The limit at -inf is 0; the formula would give NaN.
     if ACTIVATION == "silu":
         return tl.where(x < LOWEST, 0.0, x / (1 + tl.exp(-x)))
     elif ACTIVATION == "gelu":
@@ -47,7 +46,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _slope(x, ACTIVATION: tl.constexpr):
-    # Where they reach their limits, so that infinity is not multiplied by 0; NaN stays.
+    # Clamped where the function has reached its limit, so that infinity is not multiplied by 0. NaN stays NaN.
     if ACTIVATION == "silu":
         x = tl.where(x > 128, 128.0, tl.where(x < -128, -128.0, x))
         sigmoid = 1 / (1 + tl.exp(-x))
@@ -68,17 +67,17 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _kth_largest(bits, guess, k, neurons, GRAIN: tl.constexpr):
-    # The bits of `neurons` magnitudes, -1 elsewhere. The result lies in [low, top], and at_low >= k of them reach low.
+    # bits: of `neurons` magnitudes, -1 elsewhere. Invariant: the result is in [low, top], and at_low >= k are at least low.
     low = 0
     top = 0x7FFFFFFF
     at_low = neurons
-    # Bits are logarithmic, 1 << 23 is a factor of two: look that far to both sides of the guess, and ever farther beyond.
+    # Bits are logarithmic: 1 << 23 is a factor of two. Search that far on both sides of the guess, then farther.
     reach = 1 << 23
     guess = tl.minimum(tl.maximum(guess, reach + 1), 0x7FFFFFFF - reach)
     first = guess - reach
     second = guess + reach
     while (at_low != k) & (low != top):
-        # What a pass costs is its reduction, so two share one: first <= second, and what reaches second reaches both.
+        # The reduction is the cost of a pass, so one reduction counts for two bounds: first <= second.
         counts = tl.sum(tl.where(bits >= second, 0x10001, (bits >= first).to(tl.int32)))
         at_first = counts & 0xFFFF
         at_second = counts >> 16
@@ -90,11 +89,11 @@ def _kth_largest(bits, guess, k, neurons, GRAIN: tl.constexpr):
         reach = tl.minimum(reach * 4, 1 << 28)
         third = tl.maximum(width // 3, 1)
         step = tl.where(top == 0x7FFFFFFF, tl.minimum(reach, third), third)
-        # Half of the neurons of a ReLU are 0: ask for it before going through all the exponents of small numbers.
+        # Half of the neurons of a ReLU are 0: try 0 before all exponents of small numbers.
         first = tl.where(low == 0, 1, low + step)
         second = tl.where(low == 0, top + 1 - tl.minimum(reach, width), low + tl.minimum(2 * step, width))
         if GRAIN > 0:  # noqa: SIM102 - decided when it is compiled
-            # Equals keep at_low from ever being k. Among few distinct magnitudes it is faster to go from one to the next.
+            # With ties at_low may never be k. Among few distinct magnitudes, step from one to the next.
             if (width < GRAIN) & (at_low != k):
                 low = tl.min(tl.where(bits >= low, bits, 0x7FFFFFFF))
                 first = low + 1
@@ -104,7 +103,7 @@ def _kth_largest(bits, guess, k, neurons, GRAIN: tl.constexpr):
 
 @triton.jit
 def _unpack(masks_ptr, start, neurons, CHUNK: tl.constexpr):
-    # Of CHUNK neurons from `start` on: 1 for those kept.
+    # [CHUNK] int32 for the neurons from `start` on: 1 if kept.
     words = start // 16 + tl.arange(0, CHUNK // 16)
     masks = tl.load(masks_ptr + words, mask=words < (neurons + 15) // 16, other=0).to(tl.int32)
     return tl.reshape((masks[:, None] >> tl.arange(0, 16)[None, :]) & 1, (CHUNK,))
@@ -129,7 +128,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    # 64 bits: rows times neurons may exceed 32.
+    # int64: rows times neurons may exceed 2^31.
     row = tl.program_id(0).to(tl.int64)
     gate_ptr += row * gate_stride
     up_ptr += row * up_stride
@@ -141,7 +140,7 @@ def forward_kernel(
 
     neuron = tl.arange(0, BLOCK)
     active = _activate(tl.load(gate_ptr + neuron, mask=neuron < neurons, other=0).to(tl.float32), ACTIVATION)
-    # Bits of floats without sign are ordered as they are; NaN counts as infinity.
+    # Without the sign, bits have the order of their floats. NaN counts as infinity.
     bits = tl.where(neuron < neurons, tl.minimum(active.to(tl.int32, bitcast=True) & 0x7FFFFFFF, INFINITE), -1)
     mean = tl.sum(tl.where(neuron < neurons, tl.abs(active), 0)) / neurons
     threshold = _kth_largest(bits, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, k, neurons, GRAIN)
@@ -154,7 +153,7 @@ def forward_kernel(
     masks = tl.sum(tl.reshape(kept.to(tl.int32), (BLOCK // 16, 16)) << tl.arange(0, 16)[None, :], axis=1)
     tl.store(masks_ptr + words, masks.to(tl.int16), mask=words < (neurons + 15) // 16)
 
-    # A chunk at a time: with all of a long row at once registers spill. Other threads read what these have written.
+    # One chunk at a time: a long row at once would spill registers. The barrier orders the mask's writes and reads.
     tl.debug_barrier()
     before = 0
     for start in range(0, neurons, CHUNK):
@@ -207,7 +206,7 @@ def backward_kernel(
         gate = tl.load(gates_ptr + position, mask=chosen > 0, other=0).to(tl.float32)
         up = tl.load(ups_ptr + position, mask=chosen > 0, other=0).to(tl.float32)
         active = _activate(gate, ACTIVATION)
-        # Not only by the zeros loaded: 0 times a weight that is NaN or infinite is NaN.
+        # The mask is needed although dropped values are loaded as 0: 0 times NaN or infinity is NaN.
         dgate = tl.where(chosen > 0, dhidden * up * prob * _slope(gate, ACTIVATION), 0)
         dup = tl.where(chosen > 0, dhidden * active * prob, 0)
         tl.store(dgate_ptr + here, dgate.to(dgate_ptr.dtype.element_ty), mask=here < neurons)
@@ -217,7 +216,7 @@ def backward_kernel(
 
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
-# Neighbours in 16 bits lie about so many steps of fp32 apart: within one grain there are few distinct magnitudes.
+# Distance in fp32 steps between neighbours in a 16-bit type: within it there are few distinct magnitudes.
 GRAIN = {torch.float32: 0, torch.bfloat16: 1 << 16, torch.float16: 1 << 13}
 
 
@@ -227,7 +226,7 @@ def block_size(neurons: int) -> int:
 
 
 def launch_options(neurons: int) -> list[dict[str, int]]:
-    """CHUNK and num_warps that are worth a try for rows of so many neurons.
+    """CHUNK and num_warps to try for rows of this many neurons.
 
     A thread has 8 to 32 magnitudes of the row, and 4 neurons of a chunk: 16 bytes of fp32, 8 of 16 bits. With more than 16
     warps it could have no more than 64 registers, which are too few.
