@@ -7,8 +7,8 @@
 These kernels have not run on a GPU yet. Their numerics are tested in Triton's interpreter (TRITON_INTERPRET=1), and they
 compile for sm_80 and sm_90 with their rows in registers (python -m benchmarks.triton_resources).
 
-Each program computes one row. It holds the bits of all magnitudes in registers, padded to BLOCK, a power of two, searches for
-the K-th largest and writes the mask. Then it reads the row again, CHUNK neurons at a time, and writes the other results.
+Each program computes one row. It holds the bits of all magnitudes in registers, padded to BLOCK (a power of two), searches
+for the K-th largest and writes the mask. Then it reads the row again, CHUNK neurons at a time, and writes the rest.
 Selection is exact for the fp32 magnitudes that the kernel computes. Their last bit may differ from torch's, and with it the
 choice between neurons that differ only in that bit.
 
