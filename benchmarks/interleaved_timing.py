@@ -32,12 +32,14 @@ def time_interleaved(
     rounds: int,
     repeats: int = 1,
     processes: dict[str, int] | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each contender in each round: the mean of `repeats` runs, after a few that are not counted.
 
     contenders: by name, what builds it; called in the contender's process and returns what is timed.
     processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
     that of the slowest.
+    clock: `time.process_time` counts the CPU time of the contender's process in place of the time that passes.
     """
     # Else those that are stopped outlive this process.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -49,7 +51,7 @@ def time_interleaved(
             workers[name] = []
             for environment in torchrun_environments((processes or {}).get(name, 1)):
                 here, there = spawn.Pipe()
-                process = spawn.Process(target=_work, args=(build, there, repeats, environment), daemon=True)
+                process = spawn.Process(target=_work, args=(build, there, repeats, environment, clock), daemon=True)
                 workers[name].append((process, here))
                 process.start()
                 there.close()  # only the contender has it now: its death ends what is read here
@@ -91,7 +93,13 @@ def _ask(name: str, members: list[tuple[Any, Connection]]) -> float:
         raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
 
 
-def _work(build: functools.partial[Run], connection: Connection, repeats: int, environment: dict[str, str]) -> None:
+def _work(
+    build: functools.partial[Run],
+    connection: Connection,
+    repeats: int,
+    environment: dict[str, str],
+    clock: Callable[[], float],
+) -> None:
     connection.recv()
     os.environ.update(environment)
     run = build()
@@ -99,10 +107,10 @@ def _work(build: functools.partial[Run], connection: Connection, repeats: int, e
         run()
     connection.send(0.0)
     while connection.recv():
-        start = time.perf_counter()
+        start = clock()
         for _ in range(repeats):
             run()
-        connection.send((time.perf_counter() - start) / repeats)
+        connection.send((clock() - start) / repeats)
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
