@@ -68,73 +68,13 @@ def _rms_norm(wrap: Wrap) -> None:
     from mone_model.megatron.layer_spec import RMSNorm
 
     norm = wrap(F.rms_norm)
-    RMSNorm.forward = lambda self, x: norm(x, self.normalized_shape, self.weight, self.eps)
-
-
-def _rotary(wrap: Wrap) -> None:
-    from megatron.core.models.common.embeddings import rope_utils
-
-    from mone_model.megatron import cpu_overrides
-
-    rope_utils._apply_rotary_pos_emb_bshd = wrap(cpu_overrides._rotate_by_torch)
-
-
-def _swiglu(wrap: Wrap) -> None:
-    from megatron.core.transformer import mlp
-
-    def swiglu(gate_up: torch.Tensor, *_: Any) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return F.silu(gate) * up
-
-    mlp.bias_swiglu_impl = wrap(swiglu)
-
-
-def _router(wrap: Wrap) -> None:
-    from megatron.core.transformer.moe import router
-
-    from mone_model.megatron import cpu_overrides
-
-    router.topk_routing_with_score_function = wrap(cpu_overrides._route_by_torch)
-    router.compute_routing_scores_for_aux_loss = wrap(cpu_overrides._score_for_aux_loss_by_torch)
-
-
-def _permutation(wrap: Wrap) -> None:
-    from megatron.core.transformer.moe import token_dispatcher
-
-    from mone_model.megatron import cpu_overrides
-
-    token_dispatcher.permute = wrap(cpu_overrides._permute_by_torch)
-    token_dispatcher.unpermute = wrap(cpu_overrides._unpermute_by_torch)
-
-
-def _cross_entropy(wrap: Wrap) -> None:
-    from megatron.core.tensor_parallel import cross_entropy
-
-    from mone_model.megatron import cpu_overrides
-
-    if wrap is torch.compile:
-        # Megatron-Core's own has collectives and a backward pass of its own, and cannot be compiled as a whole.
-        losses = torch.compile(F.cross_entropy)
-
-        class CrossEntropy:
-            @staticmethod
-            def apply(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-                return losses(logits.flatten(0, -2), targets.flatten(), reduction="none").view(targets.shape)
-
-        cross_entropy._VocabParallelCrossEntropy = CrossEntropy
-    else:
-        cross_entropy._VocabParallelCrossEntropy = cpu_overrides._cross_entropy_by_torch
+    RMSNorm.forward = lambda self, x: norm(x, self.normalized_shape, self.weight, self.eps)  # type: ignore[method-assign]
 
 
 # By kernel: what puts torch's function in its place for the life of a process, after it went through a wrapper.
 REPLACEMENTS: dict[str, Callable[[Wrap], None]] = {
     "attention": _attention,
     "rms_norm": _rms_norm,
-    "rotary": _rotary,
-    "swiglu": _swiglu,
-    "router": _router,
-    "permutation": _permutation,
-    "cross_entropy": _cross_entropy,
 }
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)

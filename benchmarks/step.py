@@ -153,7 +153,7 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
 
     from mone_model.megatron.transformer_config import transformer_config
 
-    cpu_library.usable = lambda *tensors, **options: False  # for the life of this process
+    cpu_library.allowed = False  # for the life of this process
     config = transformer_config(model, parallel, compute)
     config.bias_activation_fusion = False  # its default; the fused form is slower where torch does not compile it
     return GPTModel(

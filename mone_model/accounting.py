@@ -192,6 +192,8 @@ def _layer_activations(
     norm = tokens * width * _kept_by_norm(item, fused)  # and then comes what the projections read
     # What the projections read, the rotated queries and keys, the projection itself for its values, and the context.
     attention = tokens * (width + 3 * queries + 3 * groups) * item
+    # Cosines and sines of the positions, for queries and for keys.
+    attention += 4 * model.seq_length / parallel.context * model.head_size * item
     if not fused and model.qk_layernorm:
         # In fp32 their norm reads the projection, out of which the queries of a group are copied.
         copied = queries if groups < queries else 0

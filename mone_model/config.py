@@ -254,6 +254,9 @@ class ComputeConfig:
     experts: str = "auto"
     """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; sparse (CPU, fp32): up and down only of
     neurons that are kept; auto: grouped on GPUs, on CPUs the fastest in a measurement at the start."""
+    cpu_kernels: str = "auto"
+    """auto: on CPUs, the project's kernels compute the selection of neurons, sparse experts, attention and RMSNorm where
+    they can be compiled; off: torch's own operations compute everything, slower. Write "off" in quotes in YAML files."""
     token_dispatcher: str = "alltoall"
     """How tokens are sent to their experts: alltoall or allgather. Not used if every rank has all experts."""
     recompute: str = "none"
@@ -269,6 +272,7 @@ class ComputeConfig:
             "precision": ("fp32", "bf16"),
             "transformer_impl": ("auto", "local", "transformer_engine"),
             "experts": ("auto", "grouped", "loop", "sparse"),
+            "cpu_kernels": ("auto", "off"),
             "token_dispatcher": ("alltoall", "allgather"),
             "recompute": ("none", "selective", "full"),
         }.items():
@@ -295,6 +299,8 @@ class ComputeConfig:
 
 def why_not_sparse(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str | None:
     """What in the configuration forbids `compute.experts=sparse`; None if nothing does."""
+    if compute.cpu_kernels == "off":
+        return "needs compute.cpu_kernels=auto, not off"
     if compute.precision != "fp32":
         return f"needs compute.precision=fp32, not {compute.precision}"
     if model.hidden_size % 16 != 0:  # the kernels read 16 numbers at a time

@@ -207,7 +207,11 @@ DENSE_BACKENDS = ("grouped", "loop")
 
 
 def choose_backend(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig) -> str:
-    """The backend for these experts on this machine; ValueError if `compute.experts=sparse` cannot run here."""
+    """The backend for these experts on this machine; ValueError if `compute.experts=sparse` cannot run here.
+
+    Switches the CPU kernels of this process on or off, as `compute.cpu_kernels` says.
+    """
+    library.allowed = compute.cpu_kernels == "auto"
     if compute.experts in DENSE_BACKENDS:
         return compute.experts
     obstacle = why_not_sparse(model, parallel, compute)

@@ -11,9 +11,16 @@ import pytest
 import torch
 
 from mone_model import megatron
+from mone_model.kernels.cpu import library
 
 megatron.prepare()  # before any test module imports Megatron-Core
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _cpu_kernels() -> Iterator[None]:
+    yield
+    library.allowed = True  # a test may have built a model with compute.cpu_kernels=off
 
 
 @pytest.fixture(scope="session")

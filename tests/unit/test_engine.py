@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from mone_model.config import ComputeConfig, ModelConfig
-from mone_model.kernels.cpu import cross_entropy as cpu_cross_entropy
-from mone_model.kernels.cpu import library as cpu_library
 from mone_model.megatron.experts import SharedNeuronExpert
 from mone_model.megatron.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons_reference
@@ -68,12 +66,8 @@ def test_learns_in_either_precision(precision: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize(("precision", "kernels"), [("fp32", True), ("fp32", False), ("bf16", True)])
-def test_the_loss_is_over_the_tokens_of_the_vocabulary_and_not_its_padding(
-    tied: bool, precision: str, kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not kernels:
-        monkeypatch.setattr(cpu_cross_entropy, "usable", lambda logits: False)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_is_over_the_tokens_of_the_vocabulary_and_not_its_padding(tied: bool, precision: str) -> None:
     gpt = make_engine({"vocab_size": 100, "vocab_multiple": 64, "tie_embeddings": tied}, precision=precision).modules[0]
     weight_VD = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
     assert len(weight_VD) == 128
@@ -212,17 +206,24 @@ def test_expert_bias_rises_for_idle_experts_and_falls_for_busy_ones() -> None:
         torch.testing.assert_close(router.expert_bias.double(), expected, check_dtype=False)
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("compute", [{"experts": "sparse"}, {"experts": "grouped"}, {"precision": "bf16"}], ids=str)
+def test_training_is_the_same_without_the_cpu_kernels(compute: dict[str, Any]) -> None:
+    on = train(make_engine(**compute), 5)
+    off = train(make_engine(**compute | {"experts": "grouped", "cpu_kernels": "off"}), 5)
+    relative = 2**-8 if "precision" in compute else 1e-5
+    assert [result.loss for result in off] == pytest.approx([result.loss for result in on], rel=relative)
+    assert [result.grad_norm for result in off] == pytest.approx([result.grad_norm for result in on], rel=10 * relative)
+
+
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("model", [{}, {"neuron_balance_coeff": 0.01}, {"shared_expert_neuron_ratio": 0.5}], ids=str)
 @pytest.mark.parametrize("compute", [{"experts": "loop"}, {"experts": "sparse"}, {"precision": "bf16"}], ids=str)
 def test_a_token_that_is_not_a_number_costs_a_step_and_nothing_else(
-    kernels: bool, model: dict[str, Any], compute: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    cpu_kernels: str, model: dict[str, Any], compute: dict[str, Any]
 ) -> None:
-    if not kernels:
-        if compute == {"experts": "sparse"}:
-            pytest.skip("they are kernels")
-        monkeypatch.setattr(cpu_library, "available", lambda: False)
-    engine = make_engine(model, **{"experts": "grouped"} | compute)
+    if cpu_kernels == "off" and compute == {"experts": "sparse"}:
+        pytest.skip("they are kernels")
+    engine = make_engine(model, **{"experts": "grouped", "cpu_kernels": cpu_kernels} | compute)
     weights = engine.modules[0].state_dict()
     before = {name: weight.clone() for name, weight in weights.items() if torch.is_tensor(weight)}
     word = engine.modules[0].embedding.word_embeddings.weight.data[5]

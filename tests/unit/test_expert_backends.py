@@ -18,6 +18,7 @@ NARROW = ModelConfig(hidden_size=24, num_attention_heads=2)
 @pytest.mark.parametrize(
     ("model", "parallel", "compute", "reason"),
     [
+        (MODEL, ParallelConfig(), {"cpu_kernels": "off"}, "needs compute.cpu_kernels=auto, not off"),
         (MODEL, ParallelConfig(), {"precision": "bf16"}, "needs compute.precision=fp32, not bf16"),
         (
             ModelConfig(hidden_size=24, num_attention_heads=2),

@@ -37,9 +37,17 @@ WORD = 16
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 
-@functools.cache
+# What `compute.cpu_kernels` of the latest model says (`mone_model.expert_backends.choose_backend`).
+allowed = True
+
+
 def available() -> bool:
-    """Whether the kernels can be used here; says once why not."""
+    """Whether the kernels are switched on and can be used here; says once why they cannot."""
+    return allowed and _compiles()
+
+
+@functools.cache
+def _compiles() -> bool:
     try:
         _library()
     except Exception as error:  # whatever a compiler or a linker may have to say
