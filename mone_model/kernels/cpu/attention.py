@@ -25,33 +25,38 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
     q: [s, B, heads, c]. k, v: [s, B, groups, c], of heads / groups heads each. Returns [s, B, heads, c].
     """
-    assert k.shape == v.shape, (k.shape, v.shape)
-    assert q.shape == (*k.shape[:2], q.size(2), k.size(3)), (q.shape, k.shape)
-    assert q.size(2) % k.size(2) == 0, (q.shape, k.shape)
-    return _Attention.apply(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)))
+    return _attend(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)))[0]
 
 
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        length, sequences, heads, _ = q.shape
-        context, logsumexp = q.new_empty(q.shape), q.new_empty(sequences, heads, length)
-        cpu_library.call("attend", *_described(q, k, v), context, logsumexp)
-        ctx.save_for_backward(q, k, v, context, logsumexp)
-        return context
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dcontext: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        q, k, v, context, logsumexp = ctx.saved_tensors
-        gradients = tuple(x.new_empty(x.shape) for x in (q, k, v))
-        described = _described(q, k, v)
-        cpu_library.call("attend_backward", *described, context, logsumexp, dcontext.contiguous(), *gradients)
-        return gradients
+_attend = cpu_library.define("attend", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)", differentiable=True)
+_attend_backward = cpu_library.define(
+    "attend_backward",
+    "(Tensor dcontext, Tensor q, Tensor k, Tensor v, Tensor context, Tensor logsumexp) -> (Tensor, Tensor, Tensor)",
+)
 
 
-def _described(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[Any]:
-    """Shapes, the factor of scores, and where the numbers lie."""
-    length, sequences, heads, width = q.shape
-    places = [part for x in (q, k, v) for part in (x, *x.stride()[:3])]
-    return [length, sequences, heads, k.size(2), width, width**-0.5, *places]
+@torch.library.register_fake("mone::attend")
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    length, sequences, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(sequences, heads, length)
+
+
+@torch.library.register_fake("mone::attend_backward")
+def _(dcontext: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:3])
+
+
+def _save(ctx: Any, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, *output)
+
+
+@once_differentiable
+def _differentiate(ctx: Any, dcontext: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    if dcontext is None:
+        return None, None, None
+    return tuple(_attend_backward(dcontext.contiguous(), *ctx.saved_tensors))
+
+
+torch.library.register_autograd("mone::attend", _differentiate, setup_context=_save)

@@ -11,9 +11,27 @@ j // 16 is neuron j.
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.kernels.cpu.library import DTYPES, WORD, call
+from mone_model.kernels.cpu.library import WORD, define
+
+_experts = define(
+    "experts",
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor offsets, int k, int activation, bool counting, "
+    "bool with_gates) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    differentiable=True,
+)
+_experts_backward = define(
+    "experts_backward",
+    "(Tensor(a!) dgate_up, Tensor(b!) ddown, bool add, Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor probs, "
+    "Tensor offsets, Tensor masks, Tensor gates, Tensor ups, int activation) -> (Tensor, Tensor)",
+)
+_decode = define(
+    "decode",
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor tokens, int k, float? threshold, int activation) "
+    "-> (Tensor, Tensor)",
+)
 
 
 class Computed(NamedTuple):
@@ -49,95 +67,55 @@ def experts(
     8 k + H/8 bytes. with_gates: for losses that see dropped neurons too.
     """
     offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
-    out_ND, masks_NW, _, _, counts_E2H, threshold_N, gate_NH = torch.ops.mone.experts(
+    out_ND, masks_NW, _, _, counts_E2H, threshold_N, gate_NH = _experts(
         x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets,
         k, ACTIVATIONS[activation].kernel_id, counting, with_gates,
     )  # fmt: skip
     return Computed(out_ND, masks_NW, counts_E2H, threshold_N, gate_NH)
 
 
-@torch.library.custom_op("mone::experts", mutates_args=(), device_types="cpu")
-def _experts(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    probs: torch.Tensor,
-    offsets: torch.Tensor,
-    k: int,
-    activation: int,
-    counting: bool,
+@torch.library.register_fake("mone::experts")
+def _(
+    x: torch.Tensor, gate_up: Any, down: torch.Tensor, probs: Any, offsets: Any, k: int, activation: Any, counting: Any,
     with_gates: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    outputs = _experts_like(x, gate_up, down, probs, offsets, k, activation, counting, with_gates)
-    out, masks, gates, ups, counts, threshold, all_gates = outputs
-    sizes = (len(x), len(down), x.size(1), down.size(1), k)
-    call(
-        "experts_forward", *sizes, offsets, activation, x, gate_up, down, probs,
-        out, masks, gates, ups, threshold, counts if counting else None, all_gates if with_gates else None,
-    )  # fmt: skip
-    return outputs
-
-
-@_experts.register_fake
-def _experts_like(
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    probs: torch.Tensor,
-    offsets: torch.Tensor,
-    k: int,
-    activation: int,
-    counting: bool,
-    with_gates: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, (num_experts, neurons) = len(x), down.shape[:2]
     return (
         torch.empty_like(x),
         x.new_empty(rows, -(-neurons // WORD), dtype=torch.int16),
         x.new_empty(rows, k),
         x.new_empty(rows, k),
-        x.new_zeros(num_experts, 2, neurons, dtype=torch.float64),
+        x.new_empty(num_experts, 2, neurons, dtype=torch.float64),
         x.new_empty(rows),
         x.new_empty(rows if with_gates else 0, neurons),
     )
 
 
-@torch.library.custom_op("mone::experts_backward", mutates_args=("dgate_up", "ddown"), device_types="cpu")
-def _experts_backward(
-    dgate_up: torch.Tensor,
-    ddown: torch.Tensor,
-    add: bool,
-    dy: torch.Tensor,
-    dgate: torch.Tensor | None,
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    probs: torch.Tensor,
-    offsets: torch.Tensor,
-    masks: torch.Tensor,
-    gates: torch.Tensor,
-    ups: torch.Tensor,
-    activation: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    dx, dprobs = torch.empty_like(x), torch.empty_like(probs)
-    sizes = (len(x), len(down), x.size(1), down.size(1), gates.size(1))
-    call(
-        "experts_backward", *sizes, offsets, activation, dy, x, gate_up, down, probs, masks, gates, ups,
-        dx, dprobs, dgate_up, ddown, add,
-    )  # fmt: skip
-    if dgate is not None:
-        bounds = offsets.tolist()
-        for expert, rows in enumerate(map(slice, bounds, bounds[1:])):
-            dx[rows] += dgate[rows] @ gate_up[expert, 0]
-            dgate_up[expert, 0] += dgate[rows].T @ x[rows]
-    return dx, dprobs
-
-
-@_experts_backward.register_fake
+@torch.library.register_fake("mone::experts_backward")
 def _(
-    dgate_up: Any, ddown: Any, add: Any, dy: Any, dgate: Any, x: Any, gate_up: Any, down: Any, probs: Any, *_: Any
+    dgate_up: Any, ddown: Any, add: Any, dy: Any, x: torch.Tensor, gate_up: Any, down: Any, probs: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(probs)
+
+
+@torch.library.custom_op("mone::add_gate_gradients", mutates_args=("dx", "dgate_up"))
+def _add_gate_gradients(
+    dx: torch.Tensor,
+    dgate_up: torch.Tensor,
+    dgate: torch.Tensor,
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    offsets: torch.Tensor,
+) -> None:
+    bounds = offsets.tolist()
+    for expert, rows in enumerate(map(slice, bounds, bounds[1:])):
+        dx[rows] += dgate[rows] @ gate_up[expert, 0]
+        dgate_up[expert, 0] += dgate[rows].T @ x[rows]
+
+
+@torch.library.register_fake("mone::add_gate_gradients")
+def _(*_: Any) -> None:
+    return None
 
 
 def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -148,6 +126,7 @@ def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Ten
     ctx.set_materialize_grads(False)
 
 
+@once_differentiable
 def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> tuple[torch.Tensor | None, ...]:
     dgate, (x, *weights) = others[-1], ctx.saved_tensors[:3]
     if dy is None and dgate is None:
@@ -159,13 +138,16 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> t
     buffered = [weight for weight in weights if hasattr(weight, "grad_added_to_main_grad")]  # not if it is frozen
     sums = [getattr(weight, "main_grad", empty) for weight, empty in zip(weights, dweights, strict=True)]
     add = any(weight.grad_added_to_main_grad for weight in buffered)
-    dx, dprobs = torch.ops.mone.experts_backward(*sums, add, dy, dgate, *ctx.saved_tensors, ctx.activation)
+    dx, dprobs = _experts_backward(*sums, add, dy, *ctx.saved_tensors, ctx.activation)
+    if dgate is not None:
+        offsets = ctx.saved_tensors[4]
+        _add_gate_gradients(dx, sums[0], dgate, x, weights[0], offsets)
     for weight in buffered:
         weight.grad_added_to_main_grad = True
     return dx, *dweights, dprobs, None, None, None, None, None
 
 
-_experts.register_autograd(_differentiate_experts, setup_context=_save_for_experts)
+torch.library.register_autograd("mone::experts", _differentiate_experts, setup_context=_save_for_experts)
 
 
 class Decoded(NamedTuple):
@@ -193,12 +175,14 @@ def decode(
     x and weights in fp32 or bf16, all sums in fp32; D a multiple of 16. threshold: keep the neurons whose |act(gate)|
     reaches it, as NaN does, in place of the k best.
     """
-    (rows, width), (num_experts, neurons) = x_ND.shape, down_EHD.shape[:2]
-    out_ND, masks_NW = x_ND.new_empty(rows, width), x_ND.new_empty(rows, -(-neurons // WORD), dtype=torch.int16)
-    by_count, by_size = (k, 0.0) if threshold is None else (0, float(threshold))
-    call(
-        f"decode_{DTYPES[x_ND.dtype]}", rows, num_experts, width, neurons, by_count, by_size, tokens_E.contiguous(),
-        ACTIVATIONS[activation].kernel_id, x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(),
-        out_ND, masks_NW,
+    return Decoded(
+        *_decode(
+            x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(), tokens_E.contiguous(), k, threshold,
+            ACTIVATIONS[activation].kernel_id,
+        )
     )  # fmt: skip
-    return Decoded(out_ND, masks_NW)
+
+
+@torch.library.register_fake("mone::decode")
+def _(x: torch.Tensor, gate_up: Any, down: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), x.new_empty(len(x), -(-down.size(1) // WORD), dtype=torch.int16)

@@ -33,6 +33,8 @@ BUILDING, IN_USE = "build-", "in-use"
 
 WORD = 16
 """Neurons in a word of a mask, and numbers that a kernel reads at a time."""
+_OPERATORS = torch.library.Library("mone", "FRAGMENT")
+
 # How functions of a type end.
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -67,10 +69,11 @@ def usable(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = (torch.floa
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled sources, from the cache if they were compiled for this very processor before."""
+    """The compiled sources, from the cache if they were compiled for this very processor and torch before."""
     from torch.utils import cpp_extension
 
-    built_from = "".join([*FLAGS, _processor(), *(source.read_text() for source in sorted(SOURCES.iterdir()))])
+    sources = (source.read_text() for source in sorted(SOURCES.iterdir()))
+    built_from = "".join([torch.__version__, *FLAGS, _processor(), *sources])
     name = f"cpu-{_digest(built_from.encode())}"
     folder = Path(cpp_extension.get_default_build_root()) / "mone"
     for path in sorted(folder.glob(f"{name}-*.so")):
@@ -160,6 +163,28 @@ def _processor() -> str:
     except OSError:
         return platform.processor()
     return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}))
+
+
+def define(name: str, schema: str, *, differentiable: bool = False) -> Any:
+    """Define `mone::NAME` and return it; its kernel is in csrc/operators.cpp. The first call loads the library.
+
+    differentiable: gradients are registered elsewhere, by torch.library.register_autograd. Others' outputs need no gradient.
+    Raises RuntimeError at the first call if the library cannot be built.
+    """
+    _OPERATORS.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    operator = getattr(torch.ops.mone, name).default
+    if not differentiable:  # else torch would return outputs that seem to have a gradient
+        _OPERATORS.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+    # The library registers kernels for CPU tensors, which replace this one.
+    @torch.library.impl(_OPERATORS, name, "CompositeExplicitAutograd")
+    def load_first(*arguments: Any) -> Any:
+        if _library.cache_info().currsize:
+            raise NotImplementedError(f"mone::{name} is for CPU tensors only")
+        _library()
+        return operator(*arguments)
+
+    return operator
 
 
 # To ask for torch.Tensor takes many times as long.

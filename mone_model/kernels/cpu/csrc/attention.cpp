@@ -1,8 +1,9 @@
-// Causal attention, for kernels/cpu_attention.py, as in FlashAttention-2 (arXiv 2307.08691). All fp32. A thread takes the heads
+// Causal attention, as in FlashAttention-2 (arXiv 2307.08691). All fp32. A thread takes the heads
 // that share keys and values in a sequence, and of each head a block of queries with a chunk of the keys at a time.
 #include <cmath>
 #include <limits>
 
+#include "kernels.h"
 #include "products.h"
 
 namespace {
@@ -10,15 +11,7 @@ namespace {
 constexpr int64_t BLOCK = 4 * TALL;   // queries
 constexpr int64_t CHUNK = 8 * BLOCK;  // keys, whose rows stay in L2
 
-// A tensor [positions, sequences, heads, width]: the numbers of a head lie side by side.
-template <class T>
-struct Heads {
-  T *data;
-  int64_t position_stride, sequence_stride, head_stride;
-  T *row(int64_t position, int64_t sequence, int64_t head) const {
-    return data + position * position_stride + sequence * sequence_stride + head * head_stride;
-  }
-};
+using mone::Heads;
 template <class T>
 Heads<T> contiguous(T *data, int64_t sequences, int64_t heads, int64_t width) {
   return {data, sequences * heads * width, heads * width, width};
@@ -128,18 +121,12 @@ void each_block(int64_t length, int64_t begin, int64_t first_head, int64_t heads
 
 }  // namespace
 
-extern "C" {
+namespace mone {
 
-// context = softmax(scale q k^T) v of each head, a query with the keys up to its own. q: [length, sequences, heads, width],
-// whose first three dimensions lie the strides apart; k and v the same, of groups of heads; context contiguous. For the
-// backward pass: logsumexp [sequences, heads, length] of the scaled scores.
-void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, int64_t width, float scale, const float *q,
-            int64_t q_position, int64_t q_sequence, int64_t q_head, const float *k, int64_t k_position, int64_t k_sequence,
-            int64_t k_head, const float *v, int64_t v_position, int64_t v_sequence, int64_t v_head, float *context,
+void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, int64_t width, float scale,
+            Heads<const float> all_queries, Heads<const float> all_keys, Heads<const float> all_values, float *context,
             float *logsumexp, int64_t threads) {
   const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, heads_of_group = heads / groups;
-  const Heads<const float> all_queries{q, q_position, q_sequence, q_head}, all_keys{k, k_position, k_sequence, k_head},
-      all_values{v, v_position, v_sequence, v_head};
   const auto contexts = contiguous(context, sequences, heads, width);
 #pragma omp parallel num_threads(threads)
   {
@@ -177,15 +164,11 @@ void attend(int64_t length, int64_t sequences, int64_t heads, int64_t groups, in
   }
 }
 
-// Gradients from that of the context; these and the context are contiguous.
 void attend_backward(int64_t length, int64_t sequences, int64_t heads, int64_t groups, int64_t width, float scale,
-                     const float *q, int64_t q_position, int64_t q_sequence, int64_t q_head, const float *k,
-                     int64_t k_position, int64_t k_sequence, int64_t k_head, const float *v, int64_t v_position,
-                     int64_t v_sequence, int64_t v_head, const float *context, const float *logsumexp,
-                     const float *dcontext, float *dq, float *dk, float *dv, int64_t threads) {
+                     Heads<const float> all_queries, Heads<const float> all_keys, Heads<const float> all_values,
+                     const float *context, const float *logsumexp, const float *dcontext, float *dq, float *dk, float *dv,
+                     int64_t threads) {
   const int64_t padded = (width + PANEL - 1) / PANEL * PANEL, heads_of_group = heads / groups;
-  const Heads<const float> all_queries{q, q_position, q_sequence, q_head}, all_keys{k, k_position, k_sequence, k_head},
-      all_values{v, v_position, v_sequence, v_head};
   const auto all_contexts = contiguous(context, sequences, heads, width);
   const auto all_dcontexts = contiguous(dcontext, sequences, heads, width);
 #pragma omp parallel num_threads(threads)
@@ -227,4 +210,4 @@ void attend_backward(int64_t length, int64_t sequences, int64_t heads, int64_t g
   }
 }
 
-}  // extern "C"
+}  // namespace mone

@@ -5,6 +5,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "kernels.h"
 #include "products.h"
 #include "selection.h"
 
@@ -54,11 +55,14 @@ void mark_by_threshold(const float *active, int64_t neurons, float threshold, ui
   if (neurons % WORD != 0) mask[neurons / WORD] &= (1 << neurons % WORD) - 1;
 }
 
-// kept: K of each row, or 0: all neurons whose |act(gate)| reaches the threshold.
+}  // namespace
+
+namespace mone {
+
 template <class T>
 void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, float threshold,
-            const int64_t *rows_of_experts, int activation, const T *x, const T *gate_up, const T *down, const float *probs,
-            T *out, uint16_t *masks, int threads) {
+            const int64_t *rows_of_experts, int64_t activation, const T *x, const T *gate_up, const T *down,
+            const float *probs, T *out, uint16_t *masks, int64_t threads) {
   struct Task {
     int64_t expert, row, count, chunk;
   };
@@ -123,18 +127,7 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
   }
 }
 
-}  // namespace
+template decltype(decode<float>) decode<float>;
+template decltype(decode<BFloat16>) decode<BFloat16>;
 
-extern "C" {
-
-#define DECODE(name, T)                                                                                               \
-  void decode_##name(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, float threshold,    \
-                     const int64_t *rows_of_experts, int64_t activation, const T *x, const T *gate_up, const T *down, \
-                     const float *probs, T *out, uint16_t *masks, int64_t threads) {                                  \
-    decode(rows, experts, width, neurons, kept, threshold, rows_of_experts, activation, x, gate_up, down, probs, out, \
-           masks, threads);                                                                                           \
-  }
-DECODE(fp32, float)
-DECODE(bf16, BFloat16)
-
-}  // extern "C"
+}  // namespace mone

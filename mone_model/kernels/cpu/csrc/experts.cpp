@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels.h"
 #include "products.h"
 #include "selection.h"
 
@@ -209,11 +210,8 @@ void sums_of_block(const Experts &of, const float *values, const float *w, int64
 
 }  // namespace
 
-extern "C" {
+namespace mone {
 
-// Outputs [N, D], and what the backward pass needs: masks [N, words], and of the neurons kept the gates before their
-// activation and the ups, [N, K]. threshold: [N] the smallest |gate| kept. counts: [E, 2, H] in how many of an expert's rows
-// each neuron was kept, and the sum of its |gate|; or null. all_gates: [N, H] before their activation, or null.
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
                      int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs,
                      float *out, uint16_t *masks, float *gates, float *ups, float *threshold, double *counts,
@@ -271,7 +269,6 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
         counts[(blocks[b].expert * 2 + what) * neurons + j] += block_counts[(b * 2 + what) * padded + j];
 }
 
-// Gradients of all inputs from that of the output, `dy`; of the weights written, or added to what is there.
 void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
                       int64_t activation, const float *dy, const float *x, const float *gate_up, const float *down,
                       const float *probs, const uint16_t *masks, const float *gates, const float *ups, float *dx,
@@ -362,4 +359,4 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
   }
 }
 
-}  // extern "C"
+}  // namespace mone

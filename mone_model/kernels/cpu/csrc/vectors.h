@@ -9,6 +9,8 @@
 #include <limits>
 #include <type_traits>
 
+#include "kernels.h"
+
 #ifdef __AVX__
 #include <immintrin.h>
 #endif
@@ -160,7 +162,7 @@ struct ReLUSquared {
   static Vector slope(Vector x) { return 2.0f * ReLU::value(x); }
 };
 
-// In the order of ACTIVATIONS in kernels/cpu.py.
+// In the order of ACTIVATIONS in mone_model/activations.py.
 template <class F>
 auto dispatch(int activation, F f) {
   switch (activation) {
@@ -174,9 +176,7 @@ auto dispatch(int activation, F f) {
 
 inline int rounded_up(int n) { return (n + WORD - 1) / WORD * WORD; }
 
-struct BFloat16 {
-  uint16_t bits;
-};
+using mone::BFloat16;
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 inline Vector load(const BFloat16 *from) {
