@@ -1,7 +1,10 @@
 """The CPU kernels' library: compiled at first use, for this machine, and cached.
 
-if cpu_library.available():
-    cpu_library.call("rms_norm", rows, width, x, ...)
+    _scale = define("scale", "(Tensor x, float factor) -> Tensor")    # mone::scale, of csrc/operators.cpp
+    if usable(x):
+        y = _scale(x, 2.0)
+
+The kernels are operators of torch, `torch.ops.mone`, which check their arguments.
 """
 
 import contextlib
@@ -35,8 +38,8 @@ WORD = 16
 """Neurons in a word of a mask, and numbers that a kernel reads at a time."""
 _OPERATORS = torch.library.Library("mone", "FRAGMENT")
 
-# How functions of a type end.
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+# Of selection and decode; other kernels are for fp32 alone.
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 # What `compute.cpu_kernels` of the latest model says (`mone_model.expert_backends.choose_backend`).
@@ -185,20 +188,6 @@ def define(name: str, schema: str, *, differentiable: bool = False) -> Any:
         return operator(*arguments)
 
     return operator
-
-
-# To ask for torch.Tensor takes many times as long.
-_PLAIN = (int, float, type(None))
-
-
-def call(name: str, *arguments: Any) -> None:
-    """Call a function of the library: tensors by address, None as null, int as int64, float as fp32; threads come last."""
-    function = getattr(_library(), name)
-    if function.argtypes is None:
-        types = {int: ctypes.c_int64, bool: ctypes.c_int64, float: ctypes.c_float}
-        function.argtypes = [*(types.get(type(argument), ctypes.c_void_p) for argument in arguments), ctypes.c_int64]
-    plain = [argument if isinstance(argument, _PLAIN) else argument.data_ptr() for argument in arguments]
-    function(*plain, torch.get_num_threads())
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:

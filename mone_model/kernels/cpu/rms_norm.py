@@ -11,28 +11,39 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from mone_model.kernels.cpu.library import call, rows_of
+from mone_model.kernels.cpu.library import define, rows_of
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension: x [..., D], weight [D]."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _rms_norm(rows_of(x), weight, eps)[0].view(x.shape)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        rows, y = rows_of(x), x.new_empty(x.shape)
-        scales = x.new_empty(len(rows))
-        call("rms_norm", *rows.shape, rows, rows.stride(0), weight, eps, y, scales)
-        ctx.save_for_backward(rows, weight, scales)
-        return y
+_rms_norm = define("rms_norm", "(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", differentiable=True)
+_rms_norm_backward = define("rms_norm_backward", "(Tensor dy, Tensor x, Tensor weight, Tensor scales) -> (Tensor, Tensor)")
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, weight, scales = ctx.saved_tensors
-        dy = dy.contiguous()
-        dx, dweight = torch.empty_like(dy), torch.empty_like(weight)
-        call("rms_norm_backward", *rows.shape, dy, rows, rows.stride(0), weight, scales, dx, dweight)
-        return dx, dweight, None
+
+@torch.library.register_fake("mone::rms_norm")
+def _(x: torch.Tensor, weight: Any, eps: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape), x.new_empty(len(x))
+
+
+@torch.library.register_fake("mone::rms_norm_backward")
+def _(dy: torch.Tensor, x: Any, weight: torch.Tensor, scales: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(dy), torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+@once_differentiable
+def _differentiate(ctx: Any, dy: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    if dy is None:
+        return None, None, None
+    return *_rms_norm_backward(dy.contiguous(), *ctx.saved_tensors), None
+
+
+torch.library.register_autograd("mone::rms_norm", _differentiate, setup_context=_save)

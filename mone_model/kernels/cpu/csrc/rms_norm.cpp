@@ -1,12 +1,12 @@
-// RMSNorm, for kernels/cpu_rms_norm.py. All fp32; rows of x lie x_stride apart, others side by side.
+// RMSNorm, in one pass each way.
 #include <cmath>
 #include <vector>
 
+#include "kernels.h"
 #include "vectors.h"
 
-extern "C" {
+namespace mone {
 
-// y = x * scale * weight, where scale = 1 / sqrt(mean(x^2) + eps), one of `scales` for each row.
 void rms_norm(int64_t rows, int64_t width, const float *x, int64_t x_stride, const float *weight, float eps, float *y,
               float *scales, int64_t threads) {
 #pragma omp parallel for num_threads(threads) if (rows * width > WORTH_WAKING)
@@ -24,7 +24,6 @@ void rms_norm(int64_t rows, int64_t width, const float *x, int64_t x_stride, con
   }
 }
 
-// dx = scale * (dy * weight - x * scale^2 * mean(dy * weight * x)) and dweight = sum over rows of dy * x * scale.
 void rms_norm_backward(int64_t rows, int64_t width, const float *dy, const float *x, int64_t x_stride, const float *weight,
                        const float *scales, float *dx, float *dweight, int64_t threads) {
   // Sums of the sums of blocks round less, and are the same whichever thread took which block.
@@ -54,4 +53,4 @@ void rms_norm_backward(int64_t rows, int64_t width, const float *dy, const float
     for (int64_t j = 0; j < width; j++) dweight[j] += of_blocks[block * width + j];
 }
 
-}  // extern "C"
+}  // namespace mone
