@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from mone_common.checks import deprecated
 
@@ -18,6 +19,10 @@ PARENT = os.getppid()
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of all our packages."""
 PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train")
+
+
+class UnusablePackage(ImportError):
+    """A package that is installed, or found first, is not the one needed; the message is one line."""
 
 
 def _command(module: str) -> Callable[[], None]:
@@ -29,7 +34,11 @@ def _command(module: str) -> Callable[[], None]:
             sys.path.insert(0, str(ROOT))
         if shadow := find_shadow(*PACKAGES):
             _end(shadow)
-        importlib.import_module(module).main()
+        try:
+            main = importlib.import_module(module).main
+        except UnusablePackage as error:
+            _end(str(error))
+        main()
 
     return run
 
@@ -61,19 +70,26 @@ def find_shadow(*packages: str) -> str | None:
         found = [*(spec.submodule_search_locations or [])] or [spec.origin or "an unknown place"]
         if os.path.realpath(ROOT / name) not in map(os.path.realpath, found):
             where = spec.origin if spec.has_location and spec.origin else found[0]
-            return f"{where} stands before this project's package `{name}`, in {ROOT}"
+            return (
+                f"{where} stands before this project's package `{name}`, in {ROOT}; rename it, or use the commands "
+                "mone-pretrain, mone-tokenize, ... or another folder, which do not look there"
+            )
     return None
 
 
 def check_packages(*packages: str) -> None:
-    """End a command started by `python -m` with exit code 2 if one of these packages is not ours; else ImportError."""
+    """Refuse packages that are not ours, as `refuse` does."""
     if shadow := find_shadow(*packages):
-        if sys.argv[:1] == ["-m"]:
-            _end(shadow)
-        raise ImportError(shadow)
+        refuse(shadow)
 
 
-def _end(shadow: str) -> None:
-    way_out = "rename it, or use the commands mone-pretrain, mone-tokenize, ... or another folder, which do not look there"
-    print(f"error: {shadow}; {way_out}", file=sys.stderr)
+def refuse(problem: str) -> NoReturn:
+    """End a command that is being started by `python -m` with exit code 2; raise UnusablePackage elsewhere."""
+    if sys.argv[:1] == ["-m"]:
+        _end(problem)
+    raise UnusablePackage(problem)
+
+
+def _end(problem: str) -> NoReturn:
+    print(f"error: {problem}", file=sys.stderr)
     sys.exit(2)

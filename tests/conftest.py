@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mone_model import megatron
 from mone_model.kernels.cpu import library
 
-megatron.prepare()  # before any test module imports Megatron-Core
 ROOT = Path(__file__).parent.parent
 
 

@@ -31,6 +31,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mone_common.console import ReportedError
 from mone_common.files import writing
 from mone_common.processes import forks_end_with_this_process
+from mone_model.megatron import versions
+from mone_model.megatron.cpu_support import current_device
 from train.checkpoint_folder import MANIFEST as MANIFEST
 from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, printable, prune, publish, remove_leftovers
 from train.checkpoint_private import noted_errors, open_results_queue
@@ -98,7 +100,7 @@ class Saver:
         notes, unfinished = _agree(functools.partial(self._clear, step), "prepare", self.folder)
         _agree(functools.partial(self._make_room, unfinished, _bytes_of_all_ranks(state)), "prepare", self.folder)
         _agree_all(open_results_queue, "prepare", self.folder)
-        request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True, **versions.save_options())
         _agree(_raise_noted, "begin", unfinished)
         if request.async_fn is not None:
             # In the process that writes, so that training does not wait for it.
@@ -224,7 +226,7 @@ def find_not_finite(state: dict[str, Any]) -> str | None:
     """The name of a tensor in a sharded or loaded state that has a number that is not finite; a collective on every rank."""
     found = next((name for name, tensor in _tensors(state) if not _finite(tensor)), None)
     # Their number first: the names are seldom needed.
-    count = torch.tensor(int(found is not None), device=torch.cuda.current_device())
+    count = torch.tensor(int(found is not None), device=current_device())
     dist.all_reduce(count)
     if not count.item():
         return None
@@ -287,7 +289,7 @@ def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
         for entry in nested_values(state)
         if isinstance(entry, ShardedBase) and torch.is_tensor(entry.data) and is_main_replica(entry.replica_id)
     )
-    total = torch.tensor(mine, dtype=torch.int64, device=torch.cuda.current_device())
+    total = torch.tensor(mine, dtype=torch.int64, device=current_device())
     dist.all_reduce(total)
     return int(total.item())
 

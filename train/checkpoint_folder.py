@@ -110,7 +110,7 @@ def read_manifest(path: Path) -> Checkpoint:
         raise ValueError(f"damaged or foreign: {MANIFEST} cannot be read ({printable(error)})") from error
     if not known:
         raise ValueError(f"foreign: format {printable(facts['format'])}, not {FORMAT}")
-    if missing := {METADATA, COMMON, BACKEND} - sizes.keys():
+    if missing := {METADATA, BACKEND} - sizes.keys():
         raise ValueError(f"damaged: {MANIFEST} does not list {', '.join(sorted(missing))}")
     for name, expected in sizes.items():
         with open_regular(path, name) as file:

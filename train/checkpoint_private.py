@@ -1,6 +1,6 @@
 """The one place for names that Megatron-Core does not promise to keep: it offers no other way to survive a save that fails.
 
-Written for megatron-core 0.16.1.
+Written for megatron-core 0.16.1 and 0.19.2.
 """
 
 import contextlib
@@ -13,8 +13,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 from megatron.core.dist_checkpointing import serialization
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonSaveStrategy
+from megatron.core.dist_checkpointing.strategies import common, filesystem_async
 
 from mone_common.processes import outlive_signals
 
@@ -37,11 +36,10 @@ def noted_errors() -> list[Exception]:
 
         return attempt
 
-    for owner, name in (
-        (TorchCommonSaveStrategy, "save_common"),
-        (filesystem_async.FileSystemWriterAsync, "finish"),
-        (serialization, "save_config"),
-    ):
+    writers: list[tuple[Any, str]] = [(filesystem_async.FileSystemWriterAsync, "finish"), (serialization, "save_config")]
+    if hasattr(common, "TorchCommonSaveStrategy"):  # 0.16, where common.pt is a file apart
+        writers.append((common.TorchCommonSaveStrategy, "save_common"))
+    for owner, name in writers:
         setattr(owner, name, noting(getattr(owner, name)))
     return noted
 

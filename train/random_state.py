@@ -20,10 +20,11 @@ def random_state() -> ShardedObject:
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state(),
         "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
         "trackers": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
     return ShardedObject("random", state, (dist.get_world_size(),), (dist.get_rank(),))
 
 
@@ -42,7 +43,8 @@ def restore_random_state(state: Any) -> str | None:
 
 def _set_random_state(state: Any) -> None:
     torch.set_rng_state(state["torch"])
-    torch.cuda.set_rng_state(state["cuda"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     tensor_parallel.get_cuda_rng_tracker().set_states(state["trackers"])

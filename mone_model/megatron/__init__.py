@@ -14,19 +14,18 @@ import os
 def prepare() -> None:
     """Make Megatron-Core run on this machine, once in a process.
 
-    Where CUDA is not available this replaces functions of torch and Megatron-Core (`cpu_support`), and matrix products on
-    processors for which torch chooses a slow library (`cpu_gemm`). Entry points call it.
+    Entry points call it before they import Megatron-Core. Where CUDA is not available it replaces functions of Megatron-Core
+    (`cpu_support`), and torch's matrix products on processors for which torch chooses a slow library (`cpu_gemm`).
+    UnusablePackage for a version of Megatron-Core that is not supported.
     """
     # Read when torch's allocator is first used: large tensors on the CPU lie in large pages, if the system lets them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 
-    from mone_model.megatron import cpu_gemm, cpu_support
+    from mone_model.megatron import cpu_gemm, cpu_support, versions
 
-    cpu_support.install()
+    versions.check_version()
     if not torch.cuda.is_available():
+        cpu_support.apply()
         cpu_gemm.install()
-
-    from mone_model.megatron import versions  # imports Megatron-Core, which must find the CPU ready
-
     versions.repair_without_transformer_engine()

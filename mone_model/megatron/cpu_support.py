@@ -1,79 +1,49 @@
-"""Make Megatron-Core run on CPU and gloo. Does nothing where CUDA exists.
+"""Make Megatron-Core run on CPUs with gloo: one table of what is replaced, why, and what would let us delete it.
 
-Megatron-Core assumes CUDA in places: device strings, streams, the CUDA random generator, collectives that only
-NCCL has. This module redirects them, once, before anything of Megatron-Core runs:
+    cpu_support.apply()               # `mone_model.megatron.prepare` does, where CUDA is not available
+    cpu_support.current_device()      # the device on which the model is built, with and without CUDA
 
-    install()                          # mone_model.megatron.prepare() does
-    from megatron.core import ...      # works on CPU; an earlier import does no harm
-
-It is the only file that knows. Processes started by `spawn` install it when they import `mone_model`.
+A target under `torch` is replaced for Megatron-Core alone: its modules get objects of their own in the place of the modules
+torch, torch.cuda and torch.distributed. torch itself stays as it is for everybody else in the process.
 """
 
 import contextlib
 import functools
+import importlib
+import inspect
 import logging
+import pkgutil
 import sys
+import types
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
-from unittest import mock
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.utils._device
+
+from mone_model.megatron import cpu_overrides
 
 _CPU = torch.device("cpu")
 
 
-def install() -> None:
-    """Redirect what Megatron-Core takes from CUDA to the CPU; idempotent, and nothing where CUDA is available."""
-    if torch.cuda.is_available() or getattr(torch.cuda, "_mone_on_cpu", False):
-        return
-    torch.cuda._mone_on_cpu = True  # type: ignore[attr-defined]
-    _redirect_devices()
-    _replace_streams()
-    _redirect_random_state()
-    _complete_gloo()
-    with warnings.catch_warnings(), _leaner_imports():
-        # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
-        warnings.simplefilter("ignore", UserWarning)
-        _patch_megatron()
-        from mone_model.megatron import cpu_overrides
+class Replacement(NamedTuple):
+    """One row of the table."""
 
-        cpu_overrides.install()
-
-
-@contextlib.contextmanager
-def _leaner_imports() -> Iterator[None]:
-    """Import Megatron-Core without what takes a quarter of its time and serves nothing here.
-
-    torch.compile, by which it would fuse dozens of tiny functions on first use, and W&B, for its timers and inference.
-    """
-    if "megatron.core" in sys.modules:
-        torch._dynamo.config.disable = True  # too late: they are wrapped, and wait for their first use
-        yield
-        return
-
-    def leave(function: Any = None, **options: Any) -> Any:
-        return leave if function is None else function
-
-    hidden = "wandb" not in sys.modules
-    if hidden:
-        sys.modules["wandb"] = None  # type: ignore[assignment]
-    try:
-        with mock.patch.object(torch, "compile", leave):
-            yield
-    finally:
-        if hidden:
-            del sys.modules["wandb"]
+    target: str
+    """Dotted name of what is replaced."""
+    by: Callable[[Any], Any]
+    """Makes the replacement from the original."""
+    reason: str
+    until: str
+    """What would let us delete this row."""
+    upstream: str = ""
+    """Number of the issue, where there is one."""
 
 
 class _Stream:
-    """A stream or event on a device where everything is already synchronous."""
+    """A stream or an event, where everything is synchronous."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
     def wait_event(self, event: Any) -> None: ...
     def synchronize(self) -> None: ...
@@ -87,176 +57,273 @@ class _Stream:
         return True
 
 
-class _Event(_Stream):
-    """Apart from _Stream for torch._dynamo alone, which refuses two names for one object."""
+def _value(value: Any) -> Callable[[Any], Any]:
+    return lambda original: value
 
 
-def _replace_streams() -> None:
-    stream = _Stream()
-    cuda: Any = torch.cuda
-    cuda.Stream, cuda.Event = _Stream, _Event
-    cuda.current_stream = lambda device=None: stream
-    cuda.default_stream = lambda device=None: stream
-    cuda.stream = lambda stream=None: contextlib.nullcontext()
-    cuda.current_device = lambda: _CPU
-    # One function each: torch._dynamo refuses two names for one object.
-    for owner, names in (
-        (cuda, ("synchronize", "empty_cache", "set_device")),
-        (cuda.nvtx, ("range_push", "range_pop")),
-    ):
-        for name in names:
-            setattr(owner, name, lambda *args, **kwargs: None)
+def _around(function: Callable[..., Any]) -> Callable[[Any], Any]:
+    """To be given the original as its first argument."""
 
-
-def _is_cuda(device: Any) -> bool:
-    return (isinstance(device, str) and device.startswith("cuda")) or (
-        isinstance(device, torch.device) and device.type == "cuda"
-    )
-
-
-def _redirect_devices() -> None:
-    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
-        def create(*args: Any, **kwargs: Any) -> Any:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = _CPU
-            return factory(*args, **kwargs)
-
-        return create
-
-    # `with torch.device(...)` knows the factories by identity and looks them up once: before they are replaced.
-    torch.utils._device._device_constructors()
-    for name in ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "zeros_like", "empty_like"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
-
-    tensor_to, module_to, tensor_type = torch.Tensor.to, torch.nn.Module.to, torch.Tensor.type
-
-    def to(original: Callable[..., Any]) -> Callable[..., Any]:
+    def replace(original: Any) -> Any:
         @functools.wraps(original)
-        def move(self: Any, *args: Any, **kwargs: Any) -> Any:
-            args = tuple(_CPU if _is_cuda(arg) else arg for arg in args)
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = _CPU
-            return original(self, *args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
 
-        return move
+        return call
 
-    def type_(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
-        if dtype is not None:
-            return tensor_type(self, dtype, **kwargs)
-        name = tensor_type(self)
-        # The optimizers compare with "torch.cuda.FloatTensor"; everybody else shall see the truth.
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("megatron."):
-            return name.replace("torch.", "torch.cuda.", 1)
-        return name
-
-    tensor: Any = torch.Tensor
-    tensor.to, tensor.type = to(tensor_to), type_
-    tensor.cuda = lambda self, *args, **kwargs: self
-    module: Any = torch.nn.Module
-    module.to = to(module_to)
-    module.cuda = lambda self, device=None: self
+    return replace
 
 
-def _redirect_random_state() -> None:
-    cuda: Any = torch.cuda
-    cuda.manual_seed = lambda seed: torch.random.default_generator.manual_seed(int(seed))
-    cuda.get_rng_state = lambda device=None: torch.get_rng_state()
-    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+def _factory_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
 
 
-def _complete_gloo() -> None:
-    """Give gloo the average of a reduction, uneven gathers and scatters, and barriers without devices."""
-    all_reduce, barrier = dist.all_reduce, dist.barrier
-    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+def _with_cpu_types(function: Any) -> Any:
+    """Change "torch.cuda.FloatTensor", with which this function compares `Tensor.type()`, to "torch.FloatTensor"."""
 
-    @functools.wraps(all_reduce)
-    def all_reduce_(tensor: torch.Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
-        if dist.get_world_size(group) == 1:
-            return _Stream() if async_op else None
-        if op == dist.ReduceOp.AVG:
-            tensor.div_(dist.get_world_size(group))
-            op = dist.ReduceOp.SUM
-        return all_reduce(tensor, op=op, group=group, async_op=async_op)
+    def rename(constant: Any) -> Any:
+        if isinstance(constant, tuple):
+            return tuple(map(rename, constant))
+        return constant.replace("torch.cuda.", "torch.") if isinstance(constant, str) else constant
 
-    @functools.wraps(barrier)
-    def barrier_(group: Any = None, async_op: bool = False, device_ids: Any = None) -> Any:
-        return barrier(group=group, async_op=async_op)
+    plain = getattr(function, "__func__", function)  # of a class method
+    plain.__code__ = plain.__code__.replace(co_consts=rename(plain.__code__.co_consts))
+    return function
 
+
+def _with_cpu_methods(function: Any) -> Any:
+    """Let this function call `Tensor.cpu` where it calls `Tensor.cuda`, and `torch.cpu` where it calls `torch.cuda`."""
+    code = function.__code__
+    function.__code__ = code.replace(co_names=tuple("cpu" if name == "cuda" else name for name in code.co_names))
+    return function
+
+
+def _all_gather_of_uneven(all_gather: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(all_gather)
-    def all_gather_(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
-        rows = max(output.size(0) for output in outputs) if tensor.dim() else 0
+    def gather(outputs: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
         if all(output.shape == tensor.shape for output in outputs):
             return all_gather(outputs, tensor, group=group, async_op=async_op)
-        padded = tensor.new_zeros(rows, *tensor.shape[1:])
-        padded[: tensor.size(0)] = tensor
+        padded = tensor.new_zeros(max(map(len, outputs)), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
         gathered = [torch.empty_like(padded) for _ in outputs]
         all_gather(gathered, padded, group=group)
         for output, full in zip(outputs, gathered, strict=True):
-            output.copy_(full[: output.size(0)])
+            output.copy_(full[: len(output)])
         return None
 
-    @functools.wraps(reduce_scatter)
-    def reduce_scatter_(
-        output: torch.Tensor,
-        inputs: list[torch.Tensor],
-        op: Any = dist.ReduceOp.SUM,
-        group: Any = None,
-        async_op: bool = False,
-    ) -> Any:
-        if all(tensor.shape == inputs[0].shape for tensor in inputs):
-            return reduce_scatter(output, inputs, op=op, group=group, async_op=async_op)
-        total = torch.cat(inputs)
-        all_reduce_(total, op=op, group=group)
-        output.copy_(total.split([tensor.size(0) for tensor in inputs])[dist.get_rank(group)])
-        return None
-
-    for name, function in {
-        "all_reduce": all_reduce_,
-        "barrier": barrier_,
-        "all_gather": all_gather_,
-        "reduce_scatter": reduce_scatter_,
-    }.items():
-        setattr(dist, name, function)
-        setattr(dist.distributed_c10d, name, function)
+    return gather
 
 
-def _patch_megatron() -> None:
-    """Replace the functions of Megatron-Core whose CUDA assumption no redirection above can reach."""
-    import megatron.core.distributed.param_and_grad_buffer as buffers
-    import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401  warns of Apex at import
-    import megatron.core.tensor_parallel.random as random
-    import megatron.core.transformer.moe.moe_utils as moe_utils
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
 
+_NO_CUDA = "Megatron-Core calls it on every device; without CUDA it fails"
+_CPU_DEVICE = "Megatron-Core has a device for the CPU"
+_GROUP_OF_ONE = "gloo copies the tensors there and back, also in a group of one rank"
+_GLOO = "gloo returns at once in a group of one rank"
+_STREAM = _Stream()
+
+TABLE = (
+    *(
+        Replacement(f"torch.{name}", _factory_on_cpu, "called with device='cuda'", _CPU_DEVICE)
+        for name in ("empty", "empty_like", "ones", "tensor", "zeros")
+    ),
+    *(
+        Replacement(f"torch.cuda.{name}", _value(value), _NO_CUDA, _CPU_DEVICE)
+        for name, value in {
+            "current_device": lambda: _CPU,
+            "Stream": _Stream,
+            "Event": _Stream,
+            "current_stream": lambda device=None: _STREAM,
+            "default_stream": lambda device=None: _STREAM,
+            "stream": lambda stream=None: contextlib.nullcontext(),
+            "synchronize": lambda device=None: None,
+            "empty_cache": lambda: None,
+            "manual_seed": lambda seed: torch.random.default_generator.manual_seed(int(seed)),
+            "get_rng_state": lambda device=None: torch.get_rng_state(),
+            "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        }.items()
+    ),
+    Replacement(
+        "torch.distributed.all_gather",
+        _all_gather_of_uneven,
+        "gloo refuses tensors of different lengths, which the token dispatcher gathers at expert-tensor-parallel size > 1",
+        "gloo gathers them",
+        "pytorch/pytorch#156627",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random._get_cuda_rng_state",
+        _value(lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()),
+        "reads the generator of a CUDA device",
+        _CPU_DEVICE,
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        _value(lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)),
+        "sets the generator of a CUDA device",
+        _CPU_DEVICE,
+    ),
+    Replacement(
+        "megatron.core.transformer.moe.moe_utils.maybe_move_tensor_to_cpu",
+        _value(_to_host),
+        "gives numbers of tokens as numpy arrays only if they were on a GPU; all_to_all_single then fails with a TypeError",
+        "it converts CPU tensors too",
+    ),
+    *(
+        Replacement(
+            f"megatron.core.optimizer.{name}",
+            _with_cpu_types,
+            "compares Tensor.type() with 'torch.cuda.FloatTensor'",
+            "it compares Tensor.dtype",
+        )
+        for name in (
+            "clip_grads.clip_grad_by_total_norm_fp32",
+            "distrib_optimizer.DistributedOptimizer.__init__",
+            "distrib_optimizer.DistributedOptimizer._build_model_and_main_param_groups",
+            "optimizer.Float16OptimizerWithFloat16Params.__init__",
+        )
+    ),
+    *(
+        Replacement(f"megatron.core.{name}", _with_cpu_methods, "calls Tensor.cuda", _CPU_DEVICE)
+        for name in (
+            "models.common.language_module.language_module.LanguageModule.setup_embeddings_and_output_layer",
+            "optimizer.distrib_optimizer.DistributedOptimizer.get_parameter_state_dp_zero",
+        )
+    ),
+    Replacement("torch.distributed.all_reduce", _around(cpu_overrides.all_reduce_several), _GROUP_OF_ONE, _GLOO),
+    Replacement(
+        "megatron.core.distributed.param_and_grad_buffer._coalescing_manager",
+        _around(cpu_overrides.coalesce_several),
+        _GROUP_OF_ONE,
+        _GLOO,
+    ),
+    *(
+        Replacement(
+            f"megatron.core.distributed.param_and_grad_buffer.{name}",
+            _around(cpu_overrides.communicate_several),
+            _GROUP_OF_ONE,
+            _GLOO,
+        )
+        for name in ("dist_all_gather_func", "dist_reduce_scatter_func")
+    ),
+    Replacement(
+        "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBuffer.reset",
+        _around(cpu_overrides.zero_gradients),
+        "zeroes gradients to which the experts would then add: two passes over the largest part of all memory",
+        "Megatron-Core lets the first backward pass of a step write over a gradient",
+    ),
+    Replacement(
+        "megatron.core.distributed.param_and_grad_buffer._ParamAndGradBucketGroup.start_grad_sync",
+        _around(cpu_overrides.reduce_gradients),
+        "a gradient that was not zeroed, and that no backward pass wrote, is the last step's",
+        "the row above is deleted",
+    ),
+    Replacement(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._copy_main_params_to_model_params",
+        _around(cpu_overrides.copy_unless_same),
+        "copies fp32 weights onto themselves",
+        "Megatron-Core skips weights that share memory",
+    ),
+    Replacement(
+        "megatron.core.utils.local_multi_tensor_l2_norm",
+        _value(cpu_overrides.norm),
+        "torch.norm of millions of numbers is wrong by about 1e-4 in fp32, and uses one thread",
+        "torch adds in blocks, with all threads",
+    ),
+    Replacement(
+        "megatron.core.tensor_parallel.cross_entropy.VocabParallelCrossEntropy.calculate_logits_max",
+        _value(staticmethod(cpu_overrides.largest)),
+        "torch.max also finds the indices, which takes eight times as long as torch.amax",
+        "Megatron-Core calls torch.amax",
+    ),
+)
+
+_MODULES = (
+    "megatron.core.datasets.indexed_dataset",
+    "megatron.core.dist_checkpointing.serialization",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.models.gpt.gpt_layer_specs",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.optimizer_param_scheduler",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.transformer.moe.moe_layer",
+)
+"""With what these import, all of Megatron-Core that a run uses. A module imported later would find torch unchanged."""
+
+
+def apply() -> None:
+    """Make the replacements of the table; RuntimeError if Megatron-Core has been imported already."""
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("call mone_model.megatron.prepare() before you import megatron.core")
+    # Its decorator jit_fuser is torch.compile, which takes seconds to import and to compile dozens of small functions.
+    jit: Any = types.ModuleType("megatron.core.jit")
+    jit.jit_fuser = jit.noop_decorator = lambda function: function
+    jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
+    sys.modules[jit.__name__] = jit
+    with warnings.catch_warnings():
+        # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
+        warnings.simplefilter("ignore", UserWarning)
+        for name in _MODULES:
+            importlib.import_module(name)
     # It warns whenever a fork of the "CUDA" generator changes the CPU's: here they are one.
-    logging.getLogger(random.__name__).setLevel(logging.ERROR)
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
-
-    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_host
-
-    # Gloo copies all gradients and all weights there and back even where a rank is alone with them.
-    coalescing = buffers._coalescing_manager
-
-    @contextlib.contextmanager
-    def coalescing_of_several(group: Any = None, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        if dist.get_world_size(group) > 1:
-            with coalescing(group, *args, **kwargs) as work:
-                yield work
+    substitutes: dict[int, Any] = {}
+    originals = []
+    for row in TABLE:
+        path, _, name = row.target.rpartition(".")
+        owner = pkgutil.resolve_name(path)
+        original = inspect.getattr_static(owner, name)
+        replacement = row.by(original)
+        if row.target.startswith("torch."):
+            setattr(_view(path), name, replacement)
         else:
-            yield _Stream()
+            setattr(owner, name, replacement)
+            if getattr(original, "__module__", None) == path:  # else its other users want the original
+                substitutes[id(original)] = replacement
+                originals.append(original)  # which keeps its id from being used again
+    substitutes |= {id(pkgutil.resolve_name(name)): view for name, view in _views.items()}
+    for name, module in list(sys.modules.items()):
+        if name.startswith("megatron."):
+            for attribute, value in list(vars(module).items()):
+                if id(value) in substitutes:
+                    setattr(module, attribute, substitutes[id(value)])
 
-    def of_several(collective: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, group: Any = None, **kwargs: Any) -> Any:
-            return collective(*args, group=group, **kwargs) if dist.get_world_size(group) > 1 else None
 
-        return run
+class _View(types.ModuleType):
+    """A module with some attributes replaced; the others are looked up in the module itself."""
 
-    buffers._coalescing_manager = coalescing_of_several
-    buffers.dist_all_gather_func = of_several(buffers.dist_all_gather_func)
-    buffers.dist_reduce_scatter_func = of_several(buffers.dist_reduce_scatter_func)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.modules[self.__name__], name)
+
+
+_views: dict[str, _View] = {}
+
+
+def _view(name: str) -> _View:
+    if name not in _views:
+        _views[name] = _View(name)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(_view(parent), child, _views[name])
+    return _views[name]
+
+
+def cuda() -> Any:
+    """The module torch.cuda, as Megatron-Core sees it."""
+    return _views.get("torch.cuda", torch.cuda)
+
+
+def current_device() -> Any:
+    """The device on which the layers of the model are built."""
+    return cuda().current_device()

@@ -20,6 +20,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
 from mone_model.expert_backends import BACKENDS, ExpertOutput, Request, Rule
 from mone_model.loss_record import LossRecord
+from mone_model.megatron.cpu_support import current_device
 from mone_model.neuron_balance import neuron_balance_loss
 from mone_model.neuron_selection import TopK, select_and_gate, select_neurons
 from mone_model.neuron_stats import NeuronCounters
@@ -62,7 +63,7 @@ class NeuronExperts(MegatronModule):
         self.balance_coeff, self.balance_form = balance_coeff, balance_form
         self.num_neurons: int = config.moe_ffn_hidden_size
         width, neurons = config.hidden_size, self.num_neurons // self.etp_group.size()
-        options: dict[str, Any] = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        options: dict[str, Any] = {"dtype": config.params_dtype, "device": current_device()}
         # Neuron-major: what belongs to a neuron lies together. Gate and up in one tensor: one GEMM for both.
         self.gate_up_weight = torch.nn.Parameter(torch.empty(num_local_experts, 2, neurons, width, **options))
         self.down_weight = torch.nn.Parameter(torch.empty(num_local_experts, neurons, width, **options))

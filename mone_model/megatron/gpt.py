@@ -17,6 +17,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import choose_backend
+from mone_model.megatron import cpu_support
 from mone_model.megatron.experts import NeuronExperts
 from mone_model.megatron.initial_weights import draw_initial_weights
 from mone_model.megatron.layer_spec import block_spec
@@ -79,7 +80,7 @@ def _mask_padding(vocab_size: int, padded_size: int, layer: Any, inputs: Any, ou
 def _on_meta_device() -> Iterator[None]:
     device = torch.device("meta")
     # Megatron-Core's layers call torch.cuda.current_device and ignore the default device.
-    with device, mock.patch.object(torch.cuda, "current_device", return_value=device):
+    with device, mock.patch.object(cpu_support.cuda(), "current_device", return_value=device):
         yield
 
 

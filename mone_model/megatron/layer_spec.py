@@ -5,7 +5,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
@@ -14,6 +14,7 @@ from mone_model.kernels.cpu import library as cpu_library
 from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
 from mone_model.megatron import versions
 from mone_model.megatron.attention import CoreAttention
+from mone_model.megatron.cpu_support import current_device
 from mone_model.megatron.experts import NeuronExperts, SharedNeuronExpert
 from mone_model.megatron.router import Router
 
@@ -24,7 +25,7 @@ class RMSNorm(torch.nn.RMSNorm):
     eps: float
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
+        super().__init__(hidden_size, eps=eps, device=current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -59,9 +60,9 @@ def block_spec(
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         # Checkpoint names as Transformer Engine's layers give them, where the norm before the experts stands alone.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
-    moe: MoESubmodules = versions.moe_submodules(layer)
+    moe: MoESubmodules = versions.submodules_of(layer.submodules.mlp)
     moe.router = Router
-    moe.experts = versions.experts_builder(
+    moe.experts = versions.moe_part(
         NeuronExperts,
         active_neurons=model.active_neurons,
         activation=model.activation,
@@ -71,11 +72,11 @@ def block_spec(
     )
     if model.shared_expert_neuron_ratio < 1:
         kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)
-        shared: ModuleSpec = moe.shared_experts
-        moe.shared_experts = ModuleSpec(
-            module=SharedNeuronExpert,
-            submodules=shared.submodules,
-            params={"active_neurons": kept, "activation": model.activation},
+        moe.shared_experts = versions.moe_part(
+            SharedNeuronExpert,
+            submodules=versions.submodules_of(moe.shared_experts),
+            active_neurons=kept,
+            activation=model.activation,
         )
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=final_norm)

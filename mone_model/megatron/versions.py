@@ -1,14 +1,30 @@
-"""The only place that knows where Megatron-Core 0.16.1 and 0.19 differ, and what 0.16.1 lacks without Transformer Engine."""
+"""The only place that knows where Megatron-Core 0.16 and 0.19 differ, and what they lack without Transformer Engine."""
 
 import functools
+import importlib.metadata
 import importlib.util
 from typing import Any
 
 import torch
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.transformer import ModuleSpec
-from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_layer import MoESubmodules
+
+from mone_common.commands import refuse
+
+SUPPORTED = ((0, 16), (0, 19))
+"""Series of Megatron-Core with which the tests pass: 0.16.1 and 0.19.2."""
+
+
+def _series() -> tuple[int, int]:
+    major, minor = importlib.metadata.version("megatron-core").split(".")[:2]
+    return int(major), int(minor)
+
+
+def check_version() -> None:
+    """Refuse (`mone_common.commands.refuse`) a version of Megatron-Core that is not supported."""
+    if _series() not in SUPPORTED:
+        refuse(
+            f"megatron-core {importlib.metadata.version('megatron-core')} is not supported; "
+            "pip install megatron-core==0.16.1, or on Python 3.12 and later megatron-core==0.19.2"
+        )
 
 
 def has_transformer_engine() -> bool:
@@ -20,6 +36,9 @@ def repair_without_transformer_engine() -> None:
     """Define a name that the router's gate needs, and let torch's AdamW load sharded state; on CPUs and GPUs alike."""
     if has_transformer_engine():
         return
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.transformer.moe import moe_utils
+
     if not hasattr(moe_utils, "te_general_gemm"):  # a NameError in 0.16.1
         moe_utils.te_general_gemm = None
 
@@ -34,16 +53,20 @@ def repair_without_transformer_engine() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = set_states_except_step
 
 
-def moe_submodules(layer: ModuleSpec) -> MoESubmodules:
-    """The MoE parts of a layer spec: a ModuleSpec's in 0.16, bound to a functools.partial in 0.19."""
-    mlp = layer.submodules.mlp
-    return mlp.keywords["submodules"] if isinstance(mlp, functools.partial) else mlp.submodules
+def save_options() -> dict[str, Any]:
+    """Arguments with which `dist_checkpointing.save` of 0.19 does not need nvidia-resiliency-ext, as that of 0.16."""
+    return {"async_strategy": "mcore"} if _series() > (0, 16) else {}
 
 
-def experts_builder(module: type, **params: Any) -> Any:
-    """How MoESubmodules.experts names a class and its parameters: a ModuleSpec in 0.16, a plain builder in 0.19."""
-    import megatron.core
+def submodules_of(spec: Any) -> Any:
+    """The submodules of a module spec: in 0.19 some specs are a functools.partial."""
+    return spec.keywords["submodules"] if isinstance(spec, functools.partial) else spec.submodules
 
-    if tuple(int(part) for part in megatron.core.__version__.split(".")[:2]) >= (0, 17):
-        return functools.partial(module, **params)
-    return ModuleSpec(module=module, params=params)
+
+def moe_part(module: type, *, submodules: Any = None, **params: Any) -> Any:
+    """The spec of a part of MoESubmodules: a ModuleSpec in 0.16, a function that builds it in 0.19."""
+    if _series() > (0, 16):
+        return functools.partial(module, **params, **({} if submodules is None else {"submodules": submodules}))
+    from megatron.core.transformer import ModuleSpec
+
+    return ModuleSpec(module=module, params=params, submodules=submodules)

@@ -105,7 +105,7 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a step that is true": (lambda path: write_manifest(path, step=True), "cannot be read"),
     "a step of another name": (lambda path: write_manifest(path, step=7), "its name is of another step"),
     "a step below zero": (lambda path: write_manifest(path, step=-6), "cannot be read"),
-    "no files": (lambda path: write_manifest(path, files={}), "does not list .metadata, common.pt, metadata.json"),
+    "no files": (lambda path: write_manifest(path, files={}), "does not list .metadata, metadata.json"),
     "files that are text": (lambda path: write_manifest(path, files="all"), "cannot be read"),
     "a size that is text": (lambda path: name_a_file(path, "more", size="1"), "cannot be read"),  # type: ignore[arg-type]
     "a digest that is a number": (

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
@@ -13,6 +13,7 @@ from mone_model.activations import ACTIVATIONS
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import expert_gemm_loop
 from mone_model.kernels.cpu import experts as cpu
+from mone_model.megatron import versions
 from mone_model.megatron.experts import NeuronExperts
 from mone_model.megatron.gpt import build_gpt, moe_layers
 from mone_model.megatron.transformer_config import transformer_config
@@ -175,8 +176,8 @@ def test_skipping_is_a_proper_operator_of_torch() -> None:
 
 def test_ratio_one_equals_megatron_cores_own_experts() -> None:
     experts = make_experts(kept=NEURONS)
-    module, submodules = LocalSpecProvider().grouped_mlp_modules(False, False)
-    assert module is SequentialMLP
+    spec = get_gpt_layer_local_spec(num_experts=len(TOKENS))
+    submodules = versions.submodules_of(versions.submodules_of(spec.submodules.mlp).experts)
     theirs = SequentialMLP(len(TOKENS), experts.config, submodules, get_default_pg_collection())
     with torch.no_grad():
         for index, mlp in enumerate(theirs.local_experts):
