@@ -1,7 +1,6 @@
 """The only place that knows where Megatron-Core 0.16.1 and 0.19 differ, and what 0.16.1 lacks without Transformer Engine."""
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -10,10 +9,7 @@ from megatron.core.transformer import ModuleSpec
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
+from mone_model.megatron.transformer_engine import has_transformer_engine
 
 
 def repair_without_transformer_engine() -> None:
