@@ -17,6 +17,11 @@ from omegaconf import DictConfig
 
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from mone_common.console import command, to_dataclass
+from mone_model import megatron
+
+megatron.prepare()  # also in the processes of the contenders, which import this module
+# ruff: noqa: E402
+
 from mone_model.expert_backends import BACKENDS, Request
 from mone_model.neuron_selection import TopK
 from train.runtime import keep_freed_memory

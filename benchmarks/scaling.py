@@ -24,7 +24,6 @@ from omegaconf import DictConfig
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compose, megatron_step, prepare, training_flops
 from mone_common.console import UserError, command, to_dataclass
-from mone_common.files import writing
 from mone_model.accounting import count_communication, count_parameters, estimate_memory
 from train.config import RunConfig
 
@@ -225,10 +224,7 @@ def report(name: str, points: list[Point]) -> None:
 
 def draw(path: Path, found: dict[str, list[Point]], multiple: float) -> None:
     """A panel a series: measured steps over what grows, with their spread, and one multiple of the cost for all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from mone_common.figures import plt, save
 
     figure, panels = plt.subplots(
         1, len(found), figsize=(2.6 * len(found), 3), sharey=True, squeeze=False, layout="constrained"
@@ -247,8 +243,7 @@ def draw(path: Path, found: dict[str, list[Point]], multiple: float) -> None:
         axes.grid(alpha=0.3)
     panels[0, 0].set_ylabel("seconds of a step")
     panels[0, 0].legend(fontsize=8, loc="upper left")
-    with writing(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+    save(figure, path)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,11 @@ from omegaconf import DictConfig
 
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from mone_common.console import command, to_dataclass
+from mone_model import megatron
+
+megatron.prepare()  # also in the processes of the contenders, which import this module
+# ruff: noqa: E402
+
 from mone_model.accounting import count_flops
 from mone_model.config import ModelConfig
 from mone_model.kernels.cpu import library as cpu_library

@@ -133,12 +133,12 @@ class LocalLauncher(_SweepLauncher):
     def run(self, options: LocalOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
         from launch.local_queue import run_points, shares
         from launch.sweep import plan_points
-        from train.pretrain import prepare
+        from train.preparation import prepare_run
 
         processes = shares(options)[0].processes
 
         def check(config: DictConfig, number: int) -> "RunConfig":
-            return prepare(config, number, processes="hydra.launcher.processes")[0]
+            return prepare_run(config, number, processes="hydra.launcher.processes")[0]
 
         points = plan_points(self.master, self.loader, jobs, check, processes)
         return points, run_points(points, options)

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from launch.points import Point
 from launch.results import labels
-from train.figures import plt, save
+from mone_common.figures import plt, save
 
 WIDTH, HEIGHT = 4.0, 3.1
 """Inches: about as wide as a phone, where a letter then has the size that it has here."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from launch import charts
 from launch.points import Point, Run
 from launch.results import labels
-from mone_common.run_folder import DamagedFile, printable, read_file
+from mone_common.run_folder import DamagedFile, read_file
+from mone_common.text import printable
 
 PICTURES_OF_A_RUN = ("expert_load", "neuron_use")
 PNG = b"\x89PNG"

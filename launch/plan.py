@@ -19,7 +19,7 @@ from mone_common.checks import check
 from mone_common.console import UserError, command
 from mone_model.accounting import Memory, count_flops, count_parameters
 from train.config import RunConfig, load_config
-from train.data import load_manifests
+from train.sample_order import load_manifests
 
 
 @dataclass

@@ -23,11 +23,11 @@ from mone_common.run_folder import (
     examine_metrics,
     find_runs,
     is_number,
-    printable,
     read_config,
     read_reading,
     read_state,
 )
+from mone_common.text import printable
 from mone_model.accounting import count_parameters
 
 BLEND = "data.blend"

@@ -28,7 +28,7 @@ from mone_common.files import writing
 from mone_common.run_folder import check_free
 from mone_common.secrets import masked
 from train.config import RunConfig, load_config
-from train.pretrain import prepare
+from train.preparation import prepare_run
 
 
 @dataclass
@@ -83,7 +83,7 @@ def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
     on_gpus = options.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
     per_node = "gpus_per_node" if options.processes_per_node is None else "processes_per_node"
     processes = f"{options.section}.nodes x {options.section}.{per_node}"
-    config, _, _ = prepare(hydra_config, options.world_size, transformer_engine=on_gpus, processes=processes)
+    config, _, _ = prepare_run(hydra_config, options.world_size, transformer_engine=on_gpus, processes=processes)
     check(
         options.dry_run or shutil.which("sbatch") is not None,
         f"{options.section}.dry_run",

@@ -21,12 +21,12 @@ from mone_common.run_folder import (
     examine_metrics,
     find_runs,
     is_number,
-    printable,
     read_config,
     read_state,
     read_status,
     saved_steps,
 )
+from mone_common.text import printable
 
 Read = TypeVar("Read")
 

@@ -31,8 +31,9 @@ from mone_common.option_types import nearest
 from mone_common.options_help import paragraphs
 from mone_common.output import leave_quietly
 from mone_common.overrides import check_files, explain, read_overrides, read_sweep_params
-from mone_common.run_folder import check_free, printable
+from mone_common.run_folder import check_free
 from mone_common.secrets import masked
+from mone_common.text import printable
 
 
 def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:

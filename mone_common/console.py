@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mone_common.options_help import options_help, sections_help
 from mone_common.output import ending_with_reader
+from mone_common.text import printable
 
 Options = TypeVar("Options")
 Arguments = ParamSpec("Arguments")
@@ -48,8 +49,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End the command with exit code 2."""
-        from mone_common.run_folder import printable
-
         self.exit(2, f"error: {printable(message)}; see --help\n")
 
 

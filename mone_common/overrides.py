@@ -30,8 +30,8 @@ from mone_common.option_types import (
     origin_of,
     within_mapping,
 )
-from mone_common.run_folder import printable
 from mone_common.secrets import masked
+from mone_common.text import printable
 
 if TYPE_CHECKING:
     from hydra._internal.hydra import Hydra

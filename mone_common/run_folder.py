@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mone_common.locks import LOCK_FILE, is_locked, lock
+from mone_common.text import printable
 
 Parsed = TypeVar("Parsed")
 
@@ -215,14 +216,6 @@ def read_file(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError as error:
         raise DamagedFile(f"{printable(path)}: cannot be read ({error.strerror})") from error
-
-
-def printable(text: object) -> str:
-    """Text for a line, a page or a picture: what cannot be written, or would act on a terminal, as an escape sequence."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
-        for character in str(text)
-    )
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import Manifest, ShardWriter, entropy
+from train.checkpoint_facts import CheckpointFacts
 
 TINY_MODEL: dict[str, Any] = {
     "num_layers": 2,
@@ -60,6 +61,15 @@ def make_shards(
         shards=tuple(shards),
     ).save()
     return folder
+
+
+def facts_of(step: int, **changes: Any) -> CheckpointFacts:
+    """What a run on one process notes in the checkpoint of a step, one sequence a step."""
+    source = {"name": "synthetic", "content": "none", "weight": 1.0, "read": 0}
+    order = {"seed": 1234, "start": 0, "sources": [source], "earlier": []}
+    guard: dict[str, list[Any]] = {"dropped": [], "recent": []}
+    facts: dict[str, Any] = {"world_size": 1, "samples": step, "model": TINY_MODEL, "parallel": {}, "precision": "fp32"}
+    return CheckpointFacts(**facts | {"order": order, "guard": guard, "seed": 1234} | changes)
 
 
 def always(loss: float, grad_norm: float) -> bool:

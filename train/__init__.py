@@ -1,9 +1,5 @@
-"""The run: data, engine, loop, checkpoints, metrics."""
+"""The run: data, engine, loop, checkpoints, metrics. Importing it changes nothing in the process."""
 
 from mone_common.commands import PACKAGES, check_packages
 
 check_packages(*PACKAGES)
-
-from mone_model import megatron  # noqa: E402
-
-megatron.prepare()  # before any module here imports Megatron-Core

@@ -22,9 +22,11 @@ from data_prep.shards import TOKENIZER_NAME, Manifest
 from data_prep.tokenizer import load_tokenizer
 from mone_common.console import UserError, command, to_dataclass
 from mone_common.files import writing
+from mone_model import megatron
 from train.config import RunConfig, SourceConfig
 from train.launcher import check_alone
-from train.sample import load_model, load_run_config
+from train.sample_order import load_manifests, plan_order
+from train.trained_model import load_model, load_run_config, one_process
 
 if TYPE_CHECKING:
     from train.data import RunData
@@ -76,18 +78,18 @@ def main(hydra_config: DictConfig) -> None:
         raise UserError(f"output={output}: is no file; give the name of the file to write")
     if not output.parent.is_dir():
         raise UserError(f"output={output}: there is no folder {output.parent}")
+    megatron.prepare()
     from mone_model.megatron.inference import counting_magnitudes, prepare_inference
     from mone_model.thresholds import find_thresholds, shares_reaching
-    from train.data import load_data, plan_order
-    from train.runtime import distributed
+    from train.data import load_data
 
-    with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
+    with one_process(run):
         manifests = find_manifests(run, options)
         data = load_data(run, manifests, plan_order(run, manifests, None, 0), samples=1)
         setting, held_out = (list(validation_sequences(data, start, options.sequences // 2)) for start in (0, 1))
         if not held_out:
             raise UserError(f"sequences={options.sequences}: needs two of a source; the validation data of the run has less")
-        model = load_model(run, Path(options.run) / "checkpoints", options.step, trust=options.trust)
+        model = load_model(run, step=options.step, trust=options.trust)
         with counting_magnitudes(model) as counts_LM:
             mean_loss(model, setting)
         thresholds_L = find_thresholds(counts_LM, ratio=ratio, per=options.per)
@@ -110,8 +112,6 @@ def main(hydra_config: DictConfig) -> None:
 
 def find_manifests(run: RunConfig, options: CalibrateConfig) -> list[Manifest]:
     """Those of the data to calibrate on; UserError if it is not there, or has another tokenizer than the run."""
-    from train.data import load_manifests
-
     if options.data is not None:
         run.data.blend = [SourceConfig(path=path) for path in options.data]
     if not run.data.blend:

@@ -1,7 +1,7 @@
 """Save and load checkpoints on all ranks together. Megatron-Core's sharded format; docs/checkpoints.md.
 
     saver = Saver(folder, config.checkpoint)
-    saver.save(step=200, state=engine.sharded_state(), facts={...})
+    saver.save(step=200, state=engine.sharded_state(), facts=CheckpointFacts(...))
     saver.finish(wait=False)                     # between steps, while one is written in the background
     engine.load_state(load_checkpoint(checkpoint, engine.sharded_state(loading=True), same_layout=True))
 
@@ -31,10 +31,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mone_common.console import ReportedError
 from mone_common.files import writing
 from mone_common.processes import forks_end_with_this_process
+from mone_common.text import excerpt
 from mone_model.megatron import versions
 from mone_model.megatron.cpu_support import current_device
+from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import MANIFEST as MANIFEST
-from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, printable, prune, publish, remove_leftovers
+from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, prune, publish, remove_leftovers
 from train.checkpoint_private import noted_errors, open_results_queue
 from train.config import CheckpointConfig
 from train.random_state import random_state, restore_random_state
@@ -84,7 +86,7 @@ class Saver:
         """Never delete the checkpoint of this step, which is known to load; those passed over do not count as kept."""
         self.resumed_from, self.passed_over = step, passed_over
 
-    def save(self, *, step: int, state: dict[str, Any], facts: dict[str, Any]) -> None:
+    def save(self, *, step: int, state: dict[str, Any], facts: CheckpointFacts) -> None:
         """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
 
         One that is still being written must be finished first. Raises SaveFailed or NotFinite on every rank.
@@ -105,7 +107,7 @@ class Saver:
         if request.async_fn is not None:
             # In the process that writes, so that training does not wait for it.
             request = request._replace(async_fn=functools.partial(_write_and_digest, request.async_fn, unfinished))
-        self.pending = _Pending(unfinished, step, {"world_size": dist.get_world_size(), **facts}, began, notes)
+        self.pending = _Pending(unfinished, step, facts, began, notes)
         try:
             if self.config.async_save:
                 self.queue.schedule_async_request(request)
@@ -155,11 +157,11 @@ class Saver:
 
     def _publish(self, pending: "_Pending") -> tuple[Path, list[str]]:
         _raise_noted()
-        final, notes = publish(pending.unfinished, step=pending.step, facts=pending.facts)
+        final, notes = publish(pending.unfinished, step=pending.step, noted=pending.facts.to_dict())
         notes += prune(
             self.folder,
             step=pending.step,
-            run=pending.facts.get("run"),
+            run=pending.facts.run,
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
             spared=() if self.resumed_from is None else (self.resumed_from,),
@@ -180,14 +182,14 @@ class Saver:
 
 def _reason(error: CheckpointException) -> str:
     """In one line: its own text is a page of tracebacks."""
-    return "; ".join(f"rank {rank}: {printable(failure[0])}" for rank, failure in error.failures.items())
+    return "; ".join(f"rank {rank}: {excerpt(failure[0])}" for rank, failure in error.failures.items())
 
 
 @dataclass
 class _Pending:
     unfinished: Path
     step: int
-    facts: dict[str, Any]
+    facts: CheckpointFacts
     began: float
     notes: list[str]
     stall: float = 0.0
@@ -200,7 +202,7 @@ def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, same_layou
     same_layout: elsewhere a rank's generators have no successor and keep their fresh seeds. ValueError on every rank, with
     the state filled in part, if a file cannot be read as what it should be, or numbers are not finite.
     """
-    same_layout = same_layout and checkpoint.facts["world_size"] == dist.get_world_size()
+    same_layout = same_layout and checkpoint.facts.world_size == dist.get_world_size()
     if same_layout:
         state = state | {"random": random_state()}
     try:

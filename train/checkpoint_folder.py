@@ -2,7 +2,7 @@
 
     found, problems = list_checkpoints(folder)                # by their manifests and file sizes, oldest first
     remove_leftovers(folder)                                  # of saves that were killed
-    publish(unfinished, step=200, facts={...})                # give a written checkpoint its name
+    publish(unfinished, step=200, noted={...})                # give a written checkpoint its name
     prune(folder, step=200, run=..., keep_last=2)             # delete older ones of the same run
 
 A checkpoint is written under a temporary name, its manifest last, and renamed when everything is on disk: a folder named
@@ -20,13 +20,15 @@ import shutil
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from mone_common import run_folder
 from mone_common.files import sha256_of, writing
 from mone_common.run_folder import CHECKPOINT_NAME
+from mone_common.text import excerpt
+from train.checkpoint_facts import CheckpointFacts
 
 MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-3"
@@ -42,15 +44,20 @@ class Checkpoint:
 
     path: Path
     step: int
-    facts: dict[str, Any]
-    """What the run noted about itself: its id, samples read, W&B run id, world size, model config."""
+    noted: dict[str, Any]
+    """The rest of its manifest, unchecked; `facts` are the checked ones."""
     files: dict[str, dict[str, Any]]
     """`size` in bytes and `sha256` by file name."""
+
+    @cached_property
+    def facts(self) -> CheckpointFacts:
+        """What the run noted about itself; ValueError for a missing or impossible fact."""
+        return CheckpointFacts.from_dict(self.noted, step=self.step)
 
     def is_of(self, run: str | None) -> bool:
         """Whether the run with this id wrote it, here and under this name: a copy or a link that a user made is not."""
         own_name = self.path.name == name_of(self.step) and not self.path.is_symlink()
-        return own_name and self.facts.get("run") == run
+        return own_name and self.noted.get("run") == run
 
 
 def name_of(step: int) -> str:
@@ -77,7 +84,7 @@ def list_checkpoints(folder: Path, *, run: str | None = None) -> tuple[list[Chec
             _check_place(checkpoint, run)
             found.append(checkpoint)
         except ValueError as error:
-            problems.append(f"{printable(path)}: {error}")
+            problems.append(f"{excerpt(path)}: {error}")
     return sorted(found, key=lambda checkpoint: checkpoint.step), problems
 
 
@@ -87,19 +94,19 @@ def _check_place(checkpoint: Checkpoint, run: str | None) -> None:
         raise ValueError("not taken for a checkpoint: its name is not step-<number>")
     if int(match[1]) != checkpoint.step:
         raise ValueError(f"not taken for a checkpoint: its name is of another step than its {MANIFEST}, {checkpoint.step}")
-    of = checkpoint.facts.get("run")
+    of = checkpoint.noted.get("run")
     if run is not None and of is not None and of != run:
-        raise ValueError(f"foreign: of the run with the id {printable(of)}, not of this one, {run}")
+        raise ValueError(f"foreign: of the run with the id {excerpt(of)}, not of this one, {run}")
 
 
 def read_manifest(path: Path) -> Checkpoint:
     """A published checkpoint; ValueError if it is foreign, or a file is missing or has another size."""
     try:
-        facts = read_json(path / MANIFEST)
-        files, step = facts.pop("files"), facts["step"]
+        noted = read_json(path / MANIFEST)
+        files, step = noted.pop("files"), noted["step"]
         sizes = {name: of_file["size"] for name, of_file in files.items()}
         digests = [of_file["sha256"] for of_file in files.values()]
-        known = facts["format"] == FORMAT
+        known = noted["format"] == FORMAT
         if not all(type(number) is int and number >= 0 for number in (step, *sizes.values())):
             raise TypeError("a size or the step is no number")
         if not all(isinstance(digest, str) for digest in digests):
@@ -107,9 +114,9 @@ def read_manifest(path: Path) -> Checkpoint:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"foreign: no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"damaged or foreign: {MANIFEST} cannot be read ({printable(error)})") from error
+        raise ValueError(f"damaged or foreign: {MANIFEST} cannot be read ({excerpt(error)})") from error
     if not known:
-        raise ValueError(f"foreign: format {printable(facts['format'])}, not {FORMAT}")
+        raise ValueError(f"foreign: format {excerpt(noted['format'])}, not {FORMAT}")
     if missing := {METADATA, BACKEND} - sizes.keys():
         raise ValueError(f"damaged: {MANIFEST} does not list {', '.join(sorted(missing))}")
     for name, expected in sizes.items():
@@ -117,7 +124,7 @@ def read_manifest(path: Path) -> Checkpoint:
             size = os.fstat(file.fileno()).st_size
         if size != expected:
             raise ValueError(f"damaged: {name} has {size} bytes, not {expected}")
-    return Checkpoint(path, step, facts, files)
+    return Checkpoint(path, step, noted, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -141,21 +148,21 @@ def open_regular(folder: Path, name: str) -> BufferedReader:
     FileNotFoundError if the manifest is missing; else ValueError that names what is missing, no regular file, or elsewhere.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"damaged or foreign: {MANIFEST} names {printable(name)!r}, which is no file of its folder")
+        raise ValueError(f"damaged or foreign: {MANIFEST} names {excerpt(name)!r}, which is no file of its folder")
     try:
         # Without O_NONBLOCK a pipe would be waited for.
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
         if name == MANIFEST:
             raise
-        raise ValueError(f"damaged: {printable(name)} is missing") from error
+        raise ValueError(f"damaged: {excerpt(name)} is missing") from error
     except (OSError, UnicodeError) as error:
         if isinstance(error, NotADirectoryError):
             raise
-        raise ValueError(f"damaged: {printable(name)} cannot be read ({printable(error)})") from error
+        raise ValueError(f"damaged: {excerpt(name)} cannot be read ({excerpt(error)})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"damaged: {printable(name)} is no regular file")
+        raise ValueError(f"damaged: {excerpt(name)} is no regular file")
     return open(descriptor, "rb")
 
 
@@ -166,13 +173,6 @@ def check_content(checkpoint: Checkpoint, name: str) -> None:
         same = os.fstat(file.fileno()).st_size == expected["size"]
         if not same or hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
             raise ValueError(f"damaged: the content of {name} is not what was written")
-
-
-def printable(text: object, limit: int = 120) -> str:
-    """On one line, cut at `limit`, in characters that every console has: names on a disk may be any bytes."""
-    line = str(text).encode("ascii", "backslashreplace").decode()
-    line = run_folder.printable(line)
-    return line if len(line) <= limit or isinstance(text, Path) else f"{line[:limit]}..."
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def remove_leftovers(folder: Path) -> list[str]:
         if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             notes += _remove(path)
         else:
-            notes.append(f"{printable(path)} stays: it is no folder of a save")
+            notes.append(f"{excerpt(path)} stays: it is no folder of a save")
     return notes
 
 
@@ -200,8 +200,10 @@ def free_name(path: Path) -> Path:
     return free
 
 
-def publish(unfinished: Path, *, step: int, facts: dict[str, Any]) -> tuple[Path, list[str]]:
+def publish(unfinished: Path, *, step: int, noted: dict[str, Any]) -> tuple[Path, list[str]]:
     """Write the manifest of a checkpoint whose files are all there, make it durable and give it its name.
+
+    noted: what else the manifest holds, such as `CheckpointFacts.to_dict()`.
 
     Gives that, and notes for the user. A checkpoint of the same run and step gives way; anything else that has the name is
     renamed, never deleted. OSError if it cannot be published.
@@ -214,10 +216,10 @@ def publish(unfinished: Path, *, step: int, facts: dict[str, Any]) -> tuple[Path
         if path.name not in files:
             files[path.name] = digest(path)
     with writing(unfinished / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({"format": FORMAT, "step": step, **facts, "files": files}, indent=1))
+        temporary.write_text(json.dumps({"format": FORMAT, "step": step, **noted, "files": files}, indent=1))
     _flush(unfinished)
     final = unfinished.with_name(name_of(step))
-    notes = _make_way(final, facts.get("run")) if os.path.lexists(final) else []
+    notes = _make_way(final, noted.get("run")) if os.path.lexists(final) else []
     os.replace(unfinished, final)
     _flush(final.parent)
     return final, notes

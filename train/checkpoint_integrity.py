@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mone_common.text import excerpt
 from train.checkpoint import load_checkpoint
 from train.checkpoint_fit import check_fits
-from train.checkpoint_folder import COMMON, METADATA, Checkpoint, check_content, open_regular, printable, read_manifest
+from train.checkpoint_folder import COMMON, METADATA, Checkpoint, check_content, open_regular, read_manifest
 from train.checkpoint_folder import list_checkpoints as list_checkpoints
 
 
@@ -110,7 +111,7 @@ def _problem(check: Callable[[], None]) -> str | None:
     except ValueError as error:
         return str(error)
     except Exception as error:
-        return f"damaged: {type(error).__name__}: {printable(error)}"
+        return f"damaged: {type(error).__name__}: {excerpt(error)}"
     return None
 
 
@@ -162,7 +163,7 @@ def check_executes_no_code(path: Path) -> None:
             if getattr(place, "transform_descriptors", None):
                 raise ValueError("its files are transformed, which this check does not see through")
             if place.relative_path not in files:
-                raise ValueError(f"{METADATA} names {printable(place.relative_path)!r}, which is none of its files")
+                raise ValueError(f"{METADATA} names {excerpt(place.relative_path)!r}, which is none of its files")
             if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
                 with open_regular(path, place.relative_path) as file:
                     file.seek(place.offset)
@@ -171,7 +172,7 @@ def check_executes_no_code(path: Path) -> None:
             with open_regular(path, COMMON) as file:
                 torch.load(file, weights_only=True)
     except Exception as error:  # whatever a pickle that is not what it should be leads to
-        raise ValueError(refusal.format(printable(error) or type(error).__name__)) from error
+        raise ValueError(refusal.format(excerpt(error) or type(error).__name__)) from error
 
 
 def check_index(checkpoint: Checkpoint) -> None:

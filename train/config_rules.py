@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from mone_common.checks import check
 from mone_model.config import ModelConfig, ParallelConfig, why_not_sparse
+from mone_model.megatron.transformer_engine import uses_transformer_engine
 from train.config import RunConfig
 
 PROCESSES = "torchrun --nproc-per-node"
@@ -22,8 +23,6 @@ def validate(
     transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
     processes: the options that set the world size, as the user types them.
     """
-    from mone_model.megatron.layer_spec import uses_transformer_engine
-
     parallel, training = config.parallel, config.training
     if transformer_engine is None:
         transformer_engine = uses_transformer_engine(config.compute)

@@ -8,18 +8,17 @@ An option that no checkpoint of the folder agrees with is the user's to correct.
 older one does is of another run, and passed over like a damaged one.
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from data_prep.shards import Manifest
 from mone_common.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE, last_published, read_published
-from train.checkpoint_fit import wrong_fact
+from train.checkpoint_facts import optimizer_of
 from train.checkpoint_folder import Checkpoint, list_checkpoints
 from train.config import OptimizerConfig, RunConfig, describe
-from train.data import plan_order
 from train.launcher import rank_and_world_size
+from train.sample_order import plan_order
 
 JUMP = 1.01
 """A learning rate this many times that of the earlier schedule is warned of."""
@@ -38,10 +37,11 @@ def find_checkpoints(config: RunConfig, manifests: list[Manifest]) -> list[Check
         raise ValueError(f"resume=never: {folder} holds a run; give another run.dir or run.name, or resume=auto")
     sound = []
     for checkpoint in listed:
-        if wrong := wrong_fact(checkpoint):
-            problems.append(f"{checkpoint.path}: {wrong}")
-        else:
+        try:
+            _ = checkpoint.facts
             sound.append(checkpoint)
+        except ValueError as error:
+            problems.append(f"{checkpoint.path}: {error}")
     found = []
     for checkpoint in sound:
         if changed := differences(config, manifests, checkpoint):
@@ -90,16 +90,14 @@ def _notes(folder: Path) -> list[str]:
 def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> list[str]:
     """What of this config is not of the run that wrote a checkpoint: options with their values, and sources."""
     facts, described = checkpoint.facts, describe(config)
-    saved = {f"model.{name}": value for name, value in facts["model"].items()} | {"compute.precision": facts["precision"]}
+    saved = {f"model.{name}": value for name, value in facts.model.items()} | {"compute.precision": facts.precision}
     ours = {f"model.{name}": value for name, value in described["model"].items()}
     ours["compute.precision"] = config.compute.precision
     changed = [f"{name}={value} (saved: {saved.get(name)})" for name, value in ours.items() if saved.get(name) != value]
-    # Of earlier checkpoints the seed of the order is the run's.
-    began_with = facts.get("seed", facts["order"]["seed"])
-    if config.data.seed is not None and config.run.seed != began_with:
-        changed.append(f"run.seed={config.run.seed} (saved: {began_with})")
+    if config.data.seed is not None and config.run.seed != facts.seed:
+        changed.append(f"run.seed={config.run.seed} (saved: {facts.seed})")
     try:
-        plan_order(config, manifests, facts["order"], facts["samples"])
+        plan_order(config, manifests, facts.order, facts.samples)
     except ValueError as error:
         changed.append(str(error))
     return changed
@@ -117,8 +115,8 @@ def check_continues(
         )
     if checkpoint.step > config.training.steps:
         raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
-    samples = checkpoint.facts["samples"]
-    return plan_order(config, manifests, checkpoint.facts["order"], samples), checkpoint.step, samples
+    facts = checkpoint.facts
+    return plan_order(config, manifests, facts.order, facts.samples), checkpoint.step, facts.samples
 
 
 def tell_of_problems(problems: list[str]) -> None:
@@ -161,11 +159,10 @@ Schedule = tuple[OptimizerConfig, int]
 
 
 def _earlier_schedule(checkpoint: Checkpoint) -> Schedule | None:
-    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    saved, steps = checkpoint.facts.get("optimizer"), checkpoint.facts.get("steps")
-    if saved is None or steps is None:
+    facts = checkpoint.facts
+    if facts.optimizer is None or facts.steps is None:
         return None
-    return OptimizerConfig(**{name: value for name, value in saved.items() if name in known}), steps
+    return optimizer_of(facts.optimizer), facts.steps
 
 
 def _keeping(earlier: Schedule, now: Schedule) -> list[str]:

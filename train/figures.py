@@ -1,20 +1,15 @@
 """Pictures of a run, as PNG files in its folder: loss curve, expert load, neuron use."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from mone_common.files import writing
-from mone_model.neuron_stats import NeuronUsage
+from mone_common.figures import plt, save
 
-# Names of runs and sources are shown as they are; with a dollar sign they would be read as formulas, and most refused.
-plt.rcParams["text.parse_math"] = False
+if TYPE_CHECKING:
+    from mone_model.neuron_stats import NeuronUsage
 
 
 def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: float | None = None) -> None:
@@ -39,7 +34,7 @@ def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: floa
     save(figure, path)
 
 
-def draw_expert_load(path: Path, usage: NeuronUsage, step: int) -> None:
+def draw_expert_load(path: Path, usage: "NeuronUsage", step: int) -> None:
     """Load of each expert in each layer, relative to an even share."""
     share_LE = usage.tokens_LE / usage.tokens_LE.mean(-1, keepdim=True).clamp_min(1e-12)
     layers, experts = share_LE.shape
@@ -54,7 +49,7 @@ def draw_expert_load(path: Path, usage: NeuronUsage, step: int) -> None:
     save(figure, path)
 
 
-def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: int) -> None:
+def draw_neuron_use(path: Path, usage: "NeuronUsage", active_neurons: int, step: int) -> None:
     """How often each neuron was kept: a row an expert, its neurons sorted by use, a panel a layer."""
     tokens_LE1 = usage.tokens_LE[..., None].clamp_min(1)
     kept_LEH = (usage.selected_LEH / tokens_LE1).sort(dim=-1, descending=True).values.numpy()
@@ -85,12 +80,3 @@ def draw_neuron_use(path: Path, usage: NeuronUsage, active_neurons: int, step: i
     if image is not None:
         figure.colorbar(image, ax=panels, shrink=0.8)
     save(figure, path)
-
-
-def save(figure: Any, path: Path, *, dots: int = 130) -> None:
-    """Write a picture with that many dots an inch, and forget it."""
-    try:
-        with writing(path) as temporary:
-            figure.savefig(temporary, dpi=dots)
-    finally:
-        plt.close(figure)

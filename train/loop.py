@@ -22,6 +22,7 @@ from data_prep.errors import DataError
 from mone_common.files import writing
 from mone_common.run_folder import PUBLISHED_FILE, read_published
 from train.checkpoint import NotFinite, Saved, SaveFailed, Saver
+from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, describe
 from train.data import RunData, micro_batches
@@ -63,20 +64,20 @@ class Trainer:
 
         passed_over: the steps of newer checkpoints, which could not be used.
         """
-        facts = checkpoint.facts if checkpoint is not None else {}
-        if checkpoint is not None:
-            self.step, self.samples = checkpoint.step, facts["samples"]
+        facts = checkpoint.facts if checkpoint is not None else None
+        if checkpoint is not None and facts is not None:
+            self.step, self.samples = checkpoint.step, facts.samples
             self.saver.resumed(checkpoint.step, passed_over=passed_over)
         self.began_at = self.step
-        self.run_id = self._agree_on_id(facts.get("run"))
-        self.guard = StepGuard(self.config.guard, self.runtime.device, facts.get("guard"))
+        self.run_id = self._agree_on_id(facts.run if facts else None)
+        self.guard = StepGuard(self.config.guard, self.runtime.device, facts.guard if facts else None)
         self.recorder = Recorder(
             self.config,
             self.runtime,
             self.engine.modules,
             resume_step=self.step,
             samples=self.samples,
-            wandb_id=facts.get("wandb_id"),
+            wandb_id=facts.wandb_id if facts else None,
         )
         if checkpoint is not None:
             self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
@@ -185,27 +186,32 @@ class Trainer:
     def save(self, *, must: bool) -> None:
         """Write a checkpoint, or begin to; one that must be written raises SaveFailed, of others the run only tells."""
         self.watchdog.enter(self.step, "saving")
-        described = describe(self.config)
-        facts = {
-            "run": self.run_id,
-            "samples": self.samples,
-            "seed": self.config.run.seed,
-            "wandb_id": self.recorder.wandb_id(),
-            "engine": self.config.engine,
-            "model": described["model"],
-            "parallel": described["parallel"],
-            "precision": self.config.compute.precision,
-            "experts": self.config.compute.experts,
-            "order": self.data.order,
-            "guard": self.guard.state(),
-            "optimizer": described["optimizer"],
-            "steps": self.config.training.steps,
-        }
+        facts = self._facts()
         self.finish_saving(wait=True)
         with self._tolerating_failure(must):
             self.saver.save(step=self.step, state=self.engine.sharded_state(), facts=facts)
             self.learned = False
         self.finish_saving(wait=False, must=must)
+
+    def _facts(self) -> CheckpointFacts:
+        """What the next run continues by; a collective on every rank."""
+        described = describe(self.config)
+        return CheckpointFacts(
+            world_size=self.runtime.world_size,
+            samples=self.samples,
+            model=described["model"],
+            parallel=described["parallel"],
+            precision=self.config.compute.precision,
+            order=self.data.order,
+            guard=self.guard.state(),
+            seed=self.config.run.seed,
+            engine=self.config.engine,
+            experts=self.config.compute.experts,
+            run=self.run_id,
+            wandb_id=self.recorder.wandb_id(),
+            optimizer=described["optimizer"],
+            steps=self.config.training.steps,
+        )
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:
         """Publish a checkpoint that is completely written, and tell what it cost."""

@@ -5,12 +5,12 @@
         config = prepare(...)
     meeting.store                        # for process groups
 
-Collectives cannot do that: a rank that failed takes part in none, and the others would wait for it.
+Collectives cannot do that: a rank that failed takes part in none, and the others would wait for it. A process
+that is alone meets without torch.
 """
 
 import contextlib
 import datetime
-import itertools
 import json
 import os
 import platform
@@ -18,14 +18,17 @@ import sys
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from mone_common.console import ReportedError, UserError
 from mone_common.files import writing
+from train.failures import Failure, describe_failures, describe_ranks, print_error
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 MEETING_SECONDS = 600.0
 """How long a rank may come later than the first."""
@@ -45,29 +48,22 @@ class Missing(ReportedError):
     """Some process of the job cannot be met."""
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What a rank cannot go on for."""
-
-    rank: int
-    host: str
-    reason: str
-    code: int
-    """Exit code."""
-
-
 class Meeting:
     """This process among those of its job; of a single one every verb is trivial."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.host = rank, world_size, platform.node()
         self.start, self.first_host = uuid.uuid4().hex, self.host
-        self._store: dist.Store | None = None if world_size > 1 else dist.HashStore()
+        self._store: dist.Store | None = None
 
     @property
-    def store(self) -> dist.Store:
+    def store(self) -> "dist.Store":
         """Where the processes of this start of the job meet."""
-        if self._store is None:
+        if self._store is None and self.world_size == 1:
+            from torch.distributed import HashStore
+
+            self._store = HashStore()
+        elif self._store is None:
             with self.together("meeting"):
                 pass
         assert self._store is not None
@@ -101,7 +97,7 @@ class Meeting:
             return True  # its traceback follows
         if isinstance(error, ReportedError) and error.of_all_ranks:
             if self.rank == 0:
-                _print(str(error))
+                print_error(str(error))
             return self.rank == 0
         code = error.exit_code if isinstance(error, ReportedError) else 1
         reason = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
@@ -111,7 +107,7 @@ class Meeting:
             said = self._those_who_end(mine)
         same = [failure for failure in said if failure.reason == reason]
         if self.rank == min(failure.rank for failure in same if failure.host == self.host):
-            _print(_describe(same, self.world_size))
+            print_error(describe_failures(same, self.world_size))
         return self.rank == min(failure.rank for failure in same)
 
     def check_shared(self, folders: dict[str, Path]) -> None:
@@ -161,7 +157,7 @@ class Meeting:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
                 why = str(error).partition("\n")[0]  # behind it, a page of C++ frames
                 raise Missing(f"rank {self.rank} on {self.host} cannot meet rank 0 at {address}: {why}") from error
-            _print(_describe([failure], self.world_size))
+            print_error(describe_failures([failure], self.world_size))
             sys.exit(failure.code)
         if not failures:
             return
@@ -169,7 +165,7 @@ class Meeting:
         here = [found for found in failures if found.host == self.host]
         if self.rank == 0 or (self.host != self.first_host and here and here[0].rank == self.rank):
             for reason in dict.fromkeys(found.reason for found in (failures if self.rank == 0 else here)):
-                _print(_describe([found for found in failures if found.reason == reason], self.world_size))
+                print_error(describe_failures([found for found in failures if found.reason == reason], self.world_size))
         if self.rank == 0:
             self._let_them_read(what)
         else:
@@ -180,7 +176,7 @@ class Meeting:
     def _lead(self, what: str, failure: Failure | None) -> list[Failure]:
         """Collect what every rank found; the failures, also of ranks that do not come."""
         raw = self._connect(GRACE_SECONDS if failure else MEETING_SECONDS)
-        store = self._store = dist.PrefixStore(self.start, raw)
+        store = self._store = _within(self.start, raw)
         failures = [] if failure is None else [failure]
         missing, began, failed, told = set(range(1, self.world_size)), time.monotonic(), 0.0, False
         while missing:
@@ -196,10 +192,10 @@ class Meeting:
                 break
             if waited > PATIENCE_SECONDS and not told:
                 told = True
-                print(f"waiting for {_ranks(missing)} of {self.world_size} processes", file=sys.stderr, flush=True)
+                print(f"waiting for {describe_ranks(missing)} of {self.world_size} processes", file=sys.stderr, flush=True)
             time.sleep(0.01)
         if missing and not failures:
-            reason = f"{_ranks(missing)} did not come within {MEETING_SECONDS:.0f} s"
+            reason = f"{describe_ranks(missing)} did not come within {MEETING_SECONDS:.0f} s"
             failures = [self._failure(reason, Missing.exit_code)]
         failures.sort(key=lambda found: found.rank)
         store.set(f"{what}/verdict", json.dumps([asdict(found) for found in failures]))
@@ -214,12 +210,12 @@ class Meeting:
             raw.set(f"hello/{self.rank}", self.start)
             raw.wait([f"welcome/{self.start}"], patience)
             start, self.first_host = raw.get(f"welcome/{self.start}").decode().split(" ", 1)
-            self._store = dist.PrefixStore(start, raw)
+            self._store = _within(start, raw)
         self._store.set(f"{what}/{self.rank}", json.dumps(asdict(failure) if failure else None))
         self._store.wait([f"{what}/verdict"], patience)
         return [Failure(**found) for found in json.loads(self._store.get(f"{what}/verdict"))]
 
-    def _welcome(self, rank: int, raw: dist.Store) -> None:
+    def _welcome(self, rank: int, raw: "dist.Store") -> None:
         """Tell a rank the name of this start.
 
         torchrun --max-restarts may keep its store when it starts the processes again; in it are the words of those that
@@ -228,14 +224,16 @@ class Meeting:
         if raw.check([f"hello/{rank}"]):
             raw.set(f"welcome/{raw.get(f'hello/{rank}').decode()}", f"{self.start} {self.host}")
 
-    def _connect(self, seconds: float) -> dist.Store:
+    def _connect(self, seconds: float) -> "dist.Store":
         """The job's store, which is torchrun's or the first rank's."""
         if self.rank == 0 and self._store is not None:
             return self._raw
+        from torch.distributed import TCPStore
+
         agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._raw: dist.Store = dist.PrefixStore(
+        self._raw: dist.Store = _within(
             "mone",
-            dist.TCPStore(
+            TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 self.world_size,
@@ -270,6 +268,13 @@ class Meeting:
         return [Failure(**json.loads(found)) for found in self.store.multi_get(keys)]
 
 
+def _within(prefix: str, store: "dist.Store") -> "dist.Store":
+    """A store's part whose keys begin with a prefix."""
+    from torch.distributed import PrefixStore
+
+    return PrefixStore(prefix, store)
+
+
 def _appears(path: Path) -> bool:
     """Whether a file is there, at the latest after what a network file system may need."""
     until = time.monotonic() + SHARED_SECONDS
@@ -283,25 +288,3 @@ def _appears(path: Path) -> bool:
         if time.monotonic() > until:
             return False
         time.sleep(0.2)
-
-
-def _describe(failures: list[Failure], world_size: int) -> str:
-    """One line of failures for one reason: the reason alone if all ranks have it."""
-    if len(failures) == world_size:
-        return failures[0].reason
-    hosts = dict.fromkeys(failure.host for failure in failures)
-    where = ", ".join(f"{_ranks(failure.rank for failure in failures if failure.host == host)} on {host}" for host in hosts)
-    return f"{where}: {failures[0].reason}"
-
-
-def _ranks(ranks: Iterable[int]) -> str:
-    """rank 3; ranks 0, 8 to 15."""
-    ordered = sorted(ranks)
-    rank_less_place: Callable[[tuple[int, int]], int] = lambda numbered: numbered[1] - numbered[0]  # noqa: E731
-    runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ordered), key=rank_less_place)]
-    spans = [str(run[0]) if len(run) == 1 else f"{run[0]}{' to ' if len(run) > 2 else ', '}{run[-1]}" for run in runs]
-    return f"{'rank' if len(ordered) == 1 else 'ranks'} {', '.join(spans)}"
-
-
-def _print(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)

@@ -18,13 +18,15 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mone_common.files import writing
 from mone_common.run_folder import METRICS_FILE
+from mone_common.text import clock
 from train.config import RunConfig, describe
+
+if TYPE_CHECKING:
+    import torch
 
 TIMEOUTS = {"init_timeout": 20.0, "finish_timeout": 60.0}
 """Seconds that W&B may take to start, and for what is not uploaded at the end; `wandb sync` uploads the rest. What
@@ -59,7 +61,7 @@ class MetricsWriter:
         """Show an image file in W&B; it already lies in the run folder."""
         self._to_wandb(step, lambda wandb: {f"figure/{name}": wandb.Image(str(path))})
 
-    def write_histograms(self, step: int, values: dict[str, torch.Tensor]) -> None:
+    def write_histograms(self, step: int, values: dict[str, "torch.Tensor"]) -> None:
         """Show distributions in W&B."""
         self._to_wandb(
             step,
@@ -218,7 +220,6 @@ def format_line(step: int, steps: int, values: dict[str, float], eta_seconds: fl
         for name, value in values.items()
         if name.startswith("aux/")
     )
-    hours, rest = divmod(int(eta_seconds), 3600)
     parts = [
         f"step {step:>{len(str(steps))}}/{steps}",
         f"loss {values['train/loss']:.4f}",
@@ -228,6 +229,6 @@ def format_line(step: int, steps: int, values: dict[str, float], eta_seconds: fl
         f"{values['speed/tokens_per_second']:,.0f} tok/s",
         f"{values['speed/flops_per_second'] / 1e9:,.1f} GFLOP/s",
         f"{values['memory/peak_gib']:.2f} GiB",
-        f"ETA {hours}:{rest // 60:02d}:{rest % 60:02d}",
+        f"ETA {clock(eta_seconds)}",
     ]
     return " | ".join(part for part in parts if part)

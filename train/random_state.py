@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from train.checkpoint_folder import printable
+from mone_common.text import excerpt
 
 
 def random_state() -> ShardedObject:
@@ -34,10 +34,10 @@ def restore_random_state(state: Any) -> str | None:
     try:
         _set_random_state(state)
         if _forms(state["trackers"]) != _forms(before["trackers"]):
-            raise ValueError(f"trackers {printable(list(state['trackers']))}")
+            raise ValueError(f"trackers {excerpt(list(state['trackers']))}")
     except Exception as error:  # whatever setting what is no state leads to
         _set_random_state(before)
-        return f"{type(error).__name__}: {printable(error)}"
+        return f"{type(error).__name__}: {excerpt(error)}"
     return None
 
 

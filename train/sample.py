@@ -5,25 +5,20 @@
 One process, whatever layout the run had; the newest checkpoint, unless `step` names another.
 """
 
-import io
-import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, DictConfig
 
 from data_prep.tokenizer import Tokenizer
 from mone_common.console import UserError, command, to_dataclass
-from mone_common.run_folder import CONFIG_FILE, read_file
-from train.config import RunConfig
+from mone_model import megatron
 from train.launcher import check_alone
 from train.run_tokenizer import find_tokenizer
+from train.trained_model import load_model, load_run_config, load_thresholds, one_process
 
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
@@ -82,77 +77,15 @@ def main(hydra_config: DictConfig) -> None:
             raise UserError(f"prompts={prompt!r}: the tokenizer of the run makes no token of it")
     generator = torch.Generator().manual_seed(options.seed)
     thresholds_L = load_thresholds(Path(options.thresholds), run) if options.thresholds is not None else None
+    megatron.prepare()
     from mone_model.megatron.inference import prepare_inference
-    from train.runtime import distributed
 
-    with distributed(run.parallel, seed=run.run.seed, timeout_minutes=run.run.timeout_minutes):
-        model = load_model(run, Path(options.run) / "checkpoints", options.step, trust=options.trust)
+    with one_process(run):
+        model = load_model(run, step=options.step, trust=options.trust)
         prepare_inference(model, thresholds_L)
         for prompt in options.prompts:
             text = continue_text(model, tokenizer, prompt, options, generator)
             print(f"{prompt} ...{text}\n", flush=True)
-
-
-def load_thresholds(path: Path, config: RunConfig) -> list[float]:
-    """What `train.calibrate` wrote for this model; UserError for anything else."""
-    try:
-        thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"thresholds={path}: no such file of mone-calibrate ({error})") from error
-    if len(thresholds_L) != config.model.num_layers:
-        raise UserError(f"thresholds={path}: has {len(thresholds_L)} layers, the run's model {config.model.num_layers}")
-    return thresholds_L
-
-
-def load_run_config(folder: Path) -> RunConfig:
-    """The configuration that a run noted in its folder, laid out for one process; UserError if there is none.
-
-    The folder may have been moved since.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        text = read_file(path)
-        if text is None:
-            raise UserError(f"run={folder}: no {CONFIG_FILE} there; give the folder of a run, e.g. run=runs/demo")
-        noted = OmegaConf.load(io.StringIO(text.decode()))
-        if not noted:
-            raise ValueError("it holds no options")
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), noted))
-        assert isinstance(config, RunConfig)
-    except UserError:
-        raise
-    except (ValueError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"run={folder}: {path} is damaged, or of another version ({reason})") from error
-    config.parallel = type(config.parallel)()
-    cache = Path(config.data.index_cache)
-    if cache.is_relative_to(config.run.dir):
-        config.data.index_cache = str(folder / cache.relative_to(config.run.dir))
-    config.run.dir = str(folder)
-    return config
-
-
-def load_model(config: RunConfig, checkpoints: Path, step: int | None, *, trust: bool) -> "GPTModel":
-    """The whole model on this one process with the weights of a checkpoint; UserError if there is no such."""
-    from mone_common.run_folder import read_published
-    from mone_model.megatron.gpt import build_gpt
-    from train.checkpoint_integrity import list_checkpoints, load_newest
-
-    found, problems = list_checkpoints(checkpoints, run=read_published(checkpoints.parent).get("run"))
-    asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
-    if not asked:
-        steps = [checkpoint.step for checkpoint in found]
-        also = "".join(f"; {problem}" for problem in problems)
-        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {steps or 'none'}{also}")
-    model = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
-    checkpoint, loaded, more = load_newest(asked, lambda: {"model0": model.sharded_state_dict()}, trust=trust, whole=False)
-    problems += [problem.replace("checkpoint.trust", "trust") for problem in more]
-    if checkpoint is None:
-        raise UserError("; ".join(problems))
-    for problem in problems:
-        print(f"passed over {problem}", file=sys.stderr, flush=True)
-    model.load_state_dict(loaded["model0"])
-    return model.eval()
 
 
 @torch.no_grad()

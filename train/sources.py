@@ -27,10 +27,11 @@ from torch.utils.data import Dataset
 
 from data_prep.errors import DataError, naming_folder
 from data_prep.shard_index import index_problems
-from data_prep.shards import Manifest, Shard, Split, range_problem
+from data_prep.shards import Manifest, Split, range_problem
 from mone_common.console import UserError
 from mone_common.files import writing
 from mone_common.locks import LOCK_FILE, lock
+from train.sample_order import usable_shards
 
 Batch = dict[str, torch.Tensor]
 
@@ -223,11 +224,6 @@ def _load_whole(path: Path, length: int) -> np.ndarray | None:
     except (FileNotFoundError, ValueError, EOFError):
         return None
     return found if found.shape == (length,) and found.dtype == np.int32 else None
-
-
-def usable_shards(manifest: Manifest, split: Split, length: int) -> list[Shard]:
-    """Those that hold a sequence: sequences are packed within a shard."""
-    return [shard for shard in manifest.of_split(split) if shard.tokens > length]
 
 
 def reserve_descriptors(sources: list[Source]) -> None:

@@ -17,6 +17,7 @@ from mone_model.megatron.attention import CoreAttention
 from mone_model.megatron.cpu_support import current_device
 from mone_model.megatron.experts import NeuronExperts, SharedNeuronExpert
 from mone_model.megatron.router import Router
+from mone_model.megatron.transformer_engine import uses_transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -33,12 +34,6 @@ class RMSNorm(torch.nn.RMSNorm):
         if cpu_library.usable(x, self.weight):
             return cpu_rms_norm.rms_norm(x, self.weight, self.eps)
         return super().forward(x)
-
-
-def uses_transformer_engine(compute: ComputeConfig) -> bool:
-    """Whether `compute.transformer_impl` means Transformer Engine on this machine."""
-    usable = versions.has_transformer_engine() and torch.cuda.is_available()
-    return usable and compute.transformer_impl != "local"
 
 
 def block_spec(

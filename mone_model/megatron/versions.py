@@ -2,12 +2,12 @@
 
 import functools
 import importlib.metadata
-import importlib.util
 from typing import Any
 
 import torch
 
 from mone_common.commands import refuse
+from mone_model.megatron.transformer_engine import has_transformer_engine
 
 SUPPORTED = ((0, 16), (0, 19))
 """Series of Megatron-Core with which the tests pass: 0.16.1 and 0.19.2."""
@@ -25,13 +25,6 @@ def check_version() -> None:
             f"megatron-core {importlib.metadata.version('megatron-core')} is not supported; "
             "pip install megatron-core==0.16.1, or on Python 3.12 and later megatron-core==0.19.2"
         )
-
-
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed."""
-    return importlib.util.find_spec("transformer_engine") is not None
-
-
 def repair_without_transformer_engine() -> None:
     """Define a name that the router's gate needs, and let torch's AdamW load sharded state; on CPUs and GPUs alike."""
     if has_transformer_engine():

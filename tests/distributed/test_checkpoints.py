@@ -8,6 +8,7 @@ import torch
 
 from tests.distributed.test_layouts import SMOOTH
 from tests.distributed.worker import differences, run_cases
+from tests.tiny import facts_of
 from train.checkpoint import Saver
 from train.checkpoint_integrity import list_checkpoints
 from train.config import CheckpointConfig
@@ -161,7 +162,7 @@ def test_training_goes_on_while_the_state_of_the_step_of_the_save_is_written(res
 def test_the_last_checkpoints_stay_and_some_for_ever(tmp_path: Path) -> None:
     saver = Saver(tmp_path, CheckpointConfig(keep_last=2, keep_every=20))
     for step in (10, 20, 30, 40, 50, 60, 70):
-        saver.save(step=step, state={}, facts={})
+        saver.save(step=step, state={}, facts=facts_of(step))
         saver.finish(wait=True)
     found, problems = list_checkpoints(tmp_path)
     assert [checkpoint.step for checkpoint in found] == [20, 40, 60, 70]

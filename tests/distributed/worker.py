@@ -20,6 +20,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mone_model import megatron
+
+megatron.prepare()
+# ruff: noqa: E402
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -34,7 +38,7 @@ from mone_model.loss_record import reduce_losses
 from mone_model.megatron.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
-from tests.tiny import TINY_MODEL, always
+from tests.tiny import TINY_MODEL, always, facts_of
 from train import checkpoint
 from train.checkpoint import Saver, load_checkpoint
 from train.checkpoint_integrity import list_checkpoints
@@ -227,7 +231,7 @@ def differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 def save(engine: Engine, folder: Path, step: int) -> None:
     """Write and publish a checkpoint of an engine."""
     saver = Saver(folder, CheckpointConfig())
-    saver.save(step=step, state=engine.sharded_state(), facts={})
+    saver.save(step=step, state=engine.sharded_state(), facts=facts_of(step, world_size=dist.get_world_size()))
     saver.finish(wait=True)
 
 
@@ -251,7 +255,7 @@ def save_while_training(engine: Engine, folder: Path, train_step: Callable[[], A
     checkpoint._write_and_digest = write_later
     before = whole_state(engine)
     saver = Saver(folder, CheckpointConfig(async_save=True))
-    saver.save(step=1, state=engine.sharded_state(), facts={})
+    saver.save(step=1, state=engine.sharded_state(), facts=facts_of(1, world_size=dist.get_world_size()))
     unpublished = []
     for _ in range(2):
         train_step()

@@ -36,7 +36,7 @@ def save(folder: Path, step: int, *, run: str | None = RUN, **how: Any) -> list[
     unfinished.mkdir(parents=True)
     for name in (METADATA, COMMON, BACKEND, "__0_0.distcp"):
         (unfinished / name).write_text(f"{name} of {run} at step {step}")
-    _, more = publish(unfinished, step=step, facts={"run": run})
+    _, more = publish(unfinished, step=step, noted={"run": run})
     return notes + more + prune(folder, step=step, run=run, **{"keep_last": 2} | how)
 
 
@@ -351,7 +351,7 @@ def intact(path: Path) -> bool:
             checkpoint_folder.check_content(checkpoint, name)
     except ValueError:
         return False
-    return checkpoint.facts["run"] in (RUN, None)
+    return checkpoint.noted["run"] in (RUN, None)
 
 
 def spoil(path: Path, how: str) -> None:

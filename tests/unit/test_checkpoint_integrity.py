@@ -12,6 +12,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
+from tests.tiny import facts_of
 from train import checkpoint, checkpoint_private
 from train.checkpoint import SaveFailed, Saver, find_not_finite, load_checkpoint
 from train.checkpoint_folder import MANIFEST, Checkpoint, digest
@@ -38,7 +39,7 @@ def state_of(value: float, **objects: Any) -> dict[str, Any]:
 
 def save(folder: Path, step: int, state: dict[str, Any] | None = None, *, async_save: bool = False) -> Path:
     saver = Saver(folder, CheckpointConfig(keep_last=9, async_save=async_save))
-    saver.save(step=step, state=state or state_of(float(step)), facts={"note": "of a test"})
+    saver.save(step=step, state=state or state_of(float(step)), facts=facts_of(step, run="of a test"))
     saved = saver.finish(wait=True)
     assert saved is not None
     return saved.path
@@ -118,7 +119,7 @@ def test_the_newest_of_intact_checkpoints_is_chosen(folder: Path) -> None:
     newest, problems = choose(folder)
     assert newest is not None
     assert newest.step == 2
-    assert newest.facts["note"] == "of a test"
+    assert newest.facts == facts_of(2, run="of a test")
     assert problems == []
 
 
@@ -216,13 +217,13 @@ def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", nearly_full)
         with pytest.raises(SaveFailed, match="are free and about"):
-            saver.save(step=3, state=state_of(3.0), facts={})
+            saver.save(step=3, state=state_of(3.0), facts=facts_of(3))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert saver.finish(wait=True) is None
     assert choose(folder)[0] is not None
 
     # The next one has its room again.
-    saver.save(step=4, state=state_of(4.0), facts={})
+    saver.save(step=4, state=state_of(4.0), facts=facts_of(4))
     assert saver.finish(wait=True) is not None
     assert [path.name for path in folder.iterdir()] == ["step-00000004"]
 
@@ -236,7 +237,7 @@ def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype
     assert find_not_finite({"model": [state]}) == "model.0.fine"
     saver = Saver(folder, CheckpointConfig())
     with pytest.raises(SaveFailed, match="weight is not finite, and not saved"):
-        saver.save(step=3, state={"weight": ShardedTensor.from_rank_offsets("weight", state["fine"])}, facts={})
+        saver.save(step=3, state={"weight": ShardedTensor.from_rank_offsets("weight", state["fine"])}, facts=facts_of(3))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert saver.finish(wait=True) is None
 
@@ -244,10 +245,10 @@ def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype
 def test_a_save_whose_collecting_process_was_killed_fails_and_the_next_one_does_not(folder: Path) -> None:
     for async_save in (False, True):
         saver = Saver(folder, CheckpointConfig(async_save=async_save))
-        saver.save(step=3, state=state_of(3.0), facts={})
+        saver.save(step=3, state=state_of(3.0), facts=facts_of(3))
         assert saver.finish(wait=True) is not None
         kill_collector()
-        saver.save(step=4, state=state_of(4.0), facts={})
+        saver.save(step=4, state=state_of(4.0), facts=facts_of(4))
         assert saver.finish(wait=True) is not None, "it was started again"
         assert choose(folder)[0] is not None
 

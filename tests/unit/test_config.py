@@ -25,7 +25,7 @@ from train.config import (
     load_config,
 )
 from train.config_rules import validate
-from train.pretrain import describe_run
+from train.description import describe_run
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from mone_common.console import ReportedError
 from mone_model.config import ComputeConfig, ModelConfig
 from tests.tiny import TINY_MODEL, make_shards
-from train import pretrain
+from train import training_run
 from train.checkpoint import NotFinite, Saver
+from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
 from train.config import (
     CheckpointConfig,
@@ -38,6 +39,8 @@ from train.engines import build_engine
 from train.guards import Diverged
 from train.loop import Trainer
 from train.meeting import Meeting
+from train.preparation import prepare_run
+from train.run_notes import take_run_folder
 from train.runtime import Runtime, set_seeds
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -93,15 +96,15 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
         set_seeds(seed)
         yield Runtime(0, 1, torch.device("cpu"))
 
-    monkeypatch.setattr(pretrain, "distributed", here)
+    monkeypatch.setattr(training_run, "distributed", here)
     monkeypatch.setattr("train.figures.draw_losses", lambda path, *_: path.parent.mkdir(exist_ok=True))
 
     def run(config: RunConfig) -> str:
         capsys.readouterr()
         try:
-            checked, manifests, checkpoints = pretrain.prepare(OmegaConf.structured(config), 1)
-            pretrain.take_run_folder(checked).close()
-            pretrain.run(checked, manifests, checkpoints, Meeting(0, 1))
+            checked, manifests, checkpoints = prepare_run(OmegaConf.structured(config), 1)
+            take_run_folder(checked).close()
+            training_run.train_run(checked, manifests, checkpoints, Meeting(0, 1))
         except ReportedError as error:
             error.add_note("".join(capsys.readouterr()))
             raise
@@ -174,7 +177,7 @@ def save_again(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any]
     state["scheduler"]["num_steps"], state["optimizer_step"] = manifest["step"], manifest["step"]
     change(state)
     shutil.rmtree(path)
-    facts = {name: fact for name, fact in manifest.items() if name not in ("files", "step", "format")}
+    facts = CheckpointFacts.from_dict(manifest, step=manifest["step"])
     saver = Saver(path.parent, CheckpointConfig(keep_last=9))
     saver.save(step=manifest["step"], state=state, facts=facts)
     saver.finish(wait=True)
@@ -340,7 +343,7 @@ def fill(config: RunConfig, checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """Fill an engine of this process, one for all tests that ask for its kind."""
     if config.engine not in ENGINES:
         ENGINES[config.engine] = build_engine(config, Runtime(0, 1, torch.device("cpu")))
-    return pretrain.fill_engine(config, ENGINES[config.engine], checkpoints, Quiet())  # type: ignore[arg-type]
+    return training_run.fill_engine(config, ENGINES[config.engine], checkpoints, Quiet())  # type: ignore[arg-type]
 
 
 def weights(engine: str) -> dict[str, torch.Tensor]:
@@ -355,7 +358,7 @@ def test_facts_of_nonsense_are_named_and_the_checkpoint_before_is_taken(
 ) -> None:
     changes, message = NONSENSE[kind]
     edit_facts(run_folder / "checkpoints" / name_of(4), **changes)
-    _, _, checkpoints = pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards)), 1)
+    _, _, checkpoints = prepare_run(OmegaConf.structured(config_of(run_folder, shards)), 1)
     assert [checkpoint.step for checkpoint in checkpoints] == [2]
     assert_named(capsys, run_folder, message)
 
@@ -366,7 +369,7 @@ def test_a_signed_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_ta
 ) -> None:
     spoil, message = MISFITS[kind]
     spoil(run_folder / "checkpoints" / name_of(4), shards)
-    config, _, checkpoints = pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards)), 1)
+    config, _, checkpoints = prepare_run(OmegaConf.structured(config_of(run_folder, shards)), 1)
     checkpoint = fill(config, checkpoints)
     assert checkpoint is not None
     assert checkpoint.step == 2
@@ -380,7 +383,7 @@ def test_what_was_tried_leaves_nothing_in_the_model(
 ) -> None:
     spoil, message = MISFITS[kind]
     spoil(run_folder / "checkpoints" / name_of(4), shards)
-    config, _, checkpoints = pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards, engine=engine)), 1)
+    config, _, checkpoints = prepare_run(OmegaConf.structured(config_of(run_folder, shards, engine=engine)), 1)
     fill(config, checkpoints)
     assert_named(capsys, run_folder, message)
     after = weights(engine)
@@ -464,7 +467,7 @@ def test_a_run_whose_checkpoints_vanished_does_not_begin_anew(
         (run_folder / "metrics.jsonl").unlink()
     before = {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
     with pytest.raises(ValueError, match=f"run.dir={run_folder}: .*{run_folder / 'checkpoints'}"):
-        pretrain.prepare(OmegaConf.structured(config_of(run_folder, shards)), 1)
+        prepare_run(OmegaConf.structured(config_of(run_folder, shards)), 1)
     assert before == {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
 
 

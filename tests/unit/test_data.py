@@ -3,18 +3,18 @@
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import make_shards
+from tests.tiny import facts_of, make_shards
+from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, SourceConfig, describe
-from train.data import RunData, describe_order, describe_reading, load_data, load_manifests, micro_batches, plan_order
-from train.pretrain import check_continues
+from train.continuation import check_continues
+from train.data import RunData, load_data, micro_batches
+from train.sample_order import describe_order, describe_reading, load_manifests, plan_order
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -191,16 +191,14 @@ def test_a_resumed_run_keeps_both_seeds(folder: Path) -> None:
     config = blended(folder, {"a": 3.0, "b": 1.0})
     config.run.seed, config.data.seed, config.model.vocab_size = 5, 6, 64
     manifests = load_manifests(config)
-    facts = {
-        "model": describe(config)["model"],
-        "precision": config.compute.precision,
-        "order": plan_order(config, manifests, None, 0),
-        "samples": 8,
-        "parallel": {},
-        "guard": {},
-        "seed": 5,
-    }
-    checkpoint: Any = SimpleNamespace(path=folder / "step-1", step=1, facts=facts)
+    facts = facts_of(
+        8,
+        model=describe(config)["model"],
+        precision=config.compute.precision,
+        order=plan_order(config, manifests, None, 0),
+        seed=5,
+    ).to_dict()
+    checkpoint = Checkpoint(folder / "step-1", 1, facts, {})
     assert check_continues(config, manifests, checkpoint)[1:] == (1, 8)
     config.run.seed = 7
     with pytest.raises(ValueError, match=r"run.seed=7 \(saved: 5\)"):
@@ -210,6 +208,7 @@ def test_a_resumed_run_keeps_both_seeds(folder: Path) -> None:
         check_continues(config, manifests, checkpoint)
     # A checkpoint of an earlier version, whose one seed was both.
     del facts["seed"]
+    checkpoint = Checkpoint(folder / "step-1", 1, facts, {})
     config.run.seed, config.data.seed = 6, None
     assert check_continues(config, manifests, checkpoint)[1:] == (1, 8)
     config.data.seed = 6

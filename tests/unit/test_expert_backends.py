@@ -7,9 +7,10 @@ import torch
 from mone_model import expert_backends
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import Measured, choose_backend, measure
-from train.checkpoint import Checkpoint
+from tests.tiny import facts_of
+from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig
-from train.pretrain import agree_on_experts
+from train.training_run import agree_on_experts
 
 MODEL = ModelConfig(hidden_size=32, num_attention_heads=4, vocab_size=8)
 NARROW = ModelConfig(hidden_size=24, num_attention_heads=2)
@@ -56,7 +57,7 @@ def test_a_resumed_run_computes_as_it_began(monkeypatch: pytest.MonkeyPatch) -> 
     config = RunConfig(model=MODEL)
 
     def checkpoint(**facts: str) -> Checkpoint:
-        return Checkpoint(Path("step-1"), 1, facts, {})
+        return Checkpoint(Path("step-1"), 1, facts_of(1, **facts).to_dict(), {})
 
     assert agree_on_experts(config, None) == "loop"
     assert agree_on_experts(config, checkpoint()) == "loop"

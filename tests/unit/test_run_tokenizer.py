@@ -18,7 +18,7 @@ from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
 from train.config import ExecutionConfig, RunConfig, SourceConfig
 from train.run_tokenizer import find_tokenizer, keep_tokenizer
-from train.sample import load_run_config, load_thresholds
+from train.trained_model import load_run_config, load_thresholds
 
 
 def with_tokenizer(folder: Path, vocab_size: int) -> Manifest:

@@ -1,0 +1,154 @@
+"""What a checkpoint's manifest says of the run that wrote it: typed and checked. Imports no torch.
+
+facts = CheckpointFacts.from_dict(manifest, step=200)     # ValueError if it cannot be right; of all earlier versions, too
+facts.samples, facts.model["hidden_size"], facts.optimizer
+manifest |= facts.to_dict()
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from mone_common.run_folder import is_number
+from mone_common.text import excerpt
+from train.config import OptimizerConfig
+
+VERSION = 1
+"""Of the facts. A later version may add some, which earlier readers leave out."""
+LARGEST_BATCH = 2**20
+"""Samples of one step, at most: far beyond what anybody trains with, and far below what nonsense is."""
+REQUIRED = ("model", "precision", "order", "samples", "parallel", "guard", "world_size")
+"""Facts that every version has written."""
+EARLIER_BACKENDS = {"skip": "sparse"}
+"""Values of `experts` that have another name now."""
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """What a run notes about itself in each checkpoint, to continue by."""
+
+    world_size: int
+    """Processes of the run."""
+    samples: int
+    """Training sequences read since the run began."""
+    model: dict[str, Any]
+    """The `model` section of its configuration."""
+    parallel: dict[str, Any]
+    """The `parallel` section."""
+    precision: str
+    """`compute.precision`."""
+    order: dict[str, Any]
+    """The order of its samples, from `train.sample_order.plan_order`."""
+    guard: dict[str, Any]
+    """State of its `StepGuard`."""
+    seed: int
+    """`run.seed`; of earlier versions, the seed of the order."""
+    engine: str = "megatron"
+    """What computed its steps."""
+    experts: str = "auto"
+    """`compute.experts` as it was chosen; auto of earlier versions, which did not note it."""
+    run: str | None = None
+    """Id of the run; None of earlier versions, as are the next three."""
+    wandb_id: str | None = None
+    """Id of its W&B run; also None without one."""
+    optimizer: dict[str, Any] | None = None
+    """The `optimizer` section."""
+    steps: int | None = None
+    """`training.steps`."""
+    version: int = VERSION
+    """Version of these facts; 0: written before they had one."""
+
+    @classmethod
+    def from_dict(cls, noted: dict[str, Any], *, step: int) -> "CheckpointFacts":
+        """The facts in the manifest of a checkpoint of this step; ValueError for a missing or impossible one.
+
+        What else the manifest holds is left out.
+        """
+        if missing := sorted(set(REQUIRED) - noted.keys()):
+            raise ValueError(f"is of no run: its manifest says nothing of {', '.join(missing)}")
+        names = [field.name for field in dataclasses.fields(cls)]
+        found = {name: noted[name] for name in names if name in noted}
+        found = {"version": 0, "seed": _seed_of(found["order"]), "experts": "auto"} | found
+        if isinstance(found["experts"], str):
+            found["experts"] = EARLIER_BACKENDS.get(found["experts"], found["experts"])
+        facts = cls(**found)
+        if wrong := facts._wrong(step):
+            raise ValueError(f"damaged: its manifest cannot be right about {wrong}: {excerpt(noted.get(wrong))}")
+        return facts
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return dataclasses.asdict(self)
+
+    def _wrong(self, step: int) -> str | None:
+        """The name of a fact that cannot be right of a checkpoint of this step."""
+        sound = {
+            "version": is_count(self.version),
+            "world_size": is_count(self.world_size) and self.world_size > 0,
+            "model": isinstance(self.model, dict),
+            "parallel": isinstance(self.parallel, dict),
+            "precision": isinstance(self.precision, str),
+            "engine": self.engine in ("megatron", "deepspeed"),
+            "experts": self.experts in ("auto", "grouped", "loop", "sparse"),
+            "samples": is_count(self.samples) and step <= self.samples <= step * LARGEST_BATCH,
+            "order": _is_order(self.order) and is_count(self.samples) and self.order["start"] <= self.samples,
+            "seed": type(self.seed) is int,
+            "guard": _is_guard(self.guard) and all(dropped <= step for dropped in self.guard["dropped"]),
+            "wandb_id": isinstance(self.wandb_id, str | None),
+            "run": isinstance(self.run, str | None),
+            "optimizer": self.optimizer is None or _is_optimizer(self.optimizer, self.steps),
+        }
+        return next((name for name, is_sound in sound.items() if not is_sound), None)
+
+
+def _seed_of(order: Any) -> Any:
+    return order.get("seed") if isinstance(order, dict) else None
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number, at least 0."""
+    return type(value) is int and value >= 0
+
+
+def _is_guard(guard: Any) -> bool:
+    return (
+        isinstance(guard, dict)
+        and isinstance(guard.get("dropped"), list)
+        and all(map(is_count, guard["dropped"]))
+        and isinstance(guard.get("recent"), list)
+        and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_number, pair)) for pair in guard["recent"])
+    )
+
+
+def _is_optimizer(options: Any, steps: Any) -> bool:
+    if not (isinstance(options, dict) and is_count(steps) and steps > 0):
+        return False
+    try:
+        section = optimizer_of(options)
+    except (TypeError, ValueError):
+        return False
+    warmup, end = section.warmup_steps, section.decay_steps or steps
+    return warmup is not None and all(map(is_count, (warmup, end, section.wsd_decay_steps or 1))) and warmup < end
+
+
+def optimizer_of(options: dict[str, Any]) -> OptimizerConfig:
+    """The `optimizer` section of a checkpoint's facts, typed; options that this version does not have are left out."""
+    known = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    return OptimizerConfig(**{name: value for name, value in options.items() if name in known})
+
+
+def _is_order(order: Any) -> bool:
+    if not (isinstance(order, dict) and is_count(order.get("start")) and type(order.get("seed")) is int):
+        return False
+    sources, earlier = order.get("sources"), order.get("earlier")
+    if not (isinstance(sources, list) and sources and isinstance(earlier, list)):
+        return False
+    return all(
+        isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+        and isinstance(source.get("content"), str)
+        and is_number(source.get("weight"))
+        and source["weight"] > 0
+        and is_count(source.get("read"))
+        for source in sources + earlier
+    )

@@ -1,0 +1,41 @@
+"""Why ranks end, in one line for all that end for the same reason."""
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a rank cannot go on for."""
+
+    rank: int
+    host: str
+    reason: str
+    code: int
+    """Exit code."""
+
+
+def describe_failures(failures: list[Failure], world_size: int) -> str:
+    """One line of failures for one reason: the reason alone if all ranks have it."""
+    if len(failures) == world_size:
+        return failures[0].reason
+    hosts = dict.fromkeys(failure.host for failure in failures)
+    of_host = {host: [failure.rank for failure in failures if failure.host == host] for host in hosts}
+    where = ", ".join(f"{describe_ranks(ranks)} on {host}" for host, ranks in of_host.items())
+    return f"{where}: {failures[0].reason}"
+
+
+def describe_ranks(ranks: Iterable[int]) -> str:
+    """rank 3; ranks 0, 8 to 15."""
+    ordered = sorted(ranks)
+    rank_less_place: Callable[[tuple[int, int]], int] = lambda numbered: numbered[1] - numbered[0]  # noqa: E731
+    runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ordered), key=rank_less_place)]
+    spans = [str(run[0]) if len(run) == 1 else f"{run[0]}{' to ' if len(run) > 2 else ', '}{run[-1]}" for run in runs]
+    return f"{'rank' if len(ordered) == 1 else 'ranks'} {', '.join(spans)}"
+
+
+def print_error(text: str) -> None:
+    """A line on stderr, at once."""
+    print(f"error: {text}", file=sys.stderr, flush=True)

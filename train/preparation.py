@@ -1,0 +1,48 @@
+"""What can be refused before anything is built. Imports no torch; commands that plan or queue runs use it, too.
+
+config, manifests, checkpoints = prepare_run(hydra_config, world_size)      # ValueError for whatever is wrong
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from data_prep.shards import Manifest
+from mone_common.console import UserError
+from mone_common.run_folder import check_free
+from train.checkpoint_folder import Checkpoint
+from train.config import RunConfig, load_config
+from train.config_rules import PROCESSES, validate
+from train.continuation import find_checkpoints
+from train.sample_order import load_manifests
+
+
+def prepare_run(
+    hydra_config: DictConfig, world_size: int, *, transformer_engine: bool | None = None, processes: str = PROCESSES
+) -> tuple[RunConfig, list[Manifest], list[Checkpoint]]:
+    """The checked config, the data's manifests, and the checkpoints to choose from; ValueError for whatever is wrong.
+
+    transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
+    processes: the options that set the world size, as the user types them.
+    Reads only, and needs no other process.
+    """
+    config = load_config(hydra_config)
+    check_free(Path(config.run.dir))
+    validate(config, world_size, transformer_engine=transformer_engine, processes=processes)
+    manifests = load_manifests(config)
+    if config.model.vocab_size is None:
+        config.model.vocab_size = manifests[0].vocab_size
+    elif config.model.vocab_size < manifests[0].vocab_size:
+        raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
+    return config, manifests, find_checkpoints(config, manifests)
+
+
+@contextlib.contextmanager
+def naming_errors() -> Iterator[None]:
+    """Turn a ValueError, which names the option that is wrong, into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,102 @@
+"""What a training process writes into its run folder: what runs, where, and how it ended. Imports no torch.
+
+lock = take_run_folder(config)                        # config.yaml, environment.json
+write_status(config, "running")                       # status.json
+note_failure(config, "out of memory", exit_code=1)
+write_reading(config, data.reading)                   # data.json
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from mone_common.files import writing
+from mone_common.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, READING_FILE, STATUS_FILE, lock_run_folder, read_status
+from train.config import RunConfig
+from train.launcher import rank_and_world_size
+from train.sample_order import Reading
+
+
+def take_run_folder(config: RunConfig) -> IO[str]:
+    """Lock the run folder and note there what runs and where: config.yaml and environment.json.
+
+    ValueError if another run has the folder, or it cannot be written. The lock is held while the returned file is open.
+    """
+    folder = Path(config.run.dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_run_folder(folder)
+        for name, text in {
+            CONFIG_FILE: OmegaConf.to_yaml(OmegaConf.structured(config)),
+            ENVIRONMENT_FILE: json.dumps(environment(), indent=1) + "\n",
+        }.items():
+            with writing(folder / name) as temporary:
+                temporary.write_text(text)
+        return lock
+    except OSError as error:
+        raise ValueError(f"run.dir={folder}: cannot be written ({error}); give another run.dir") from error
+
+
+def write_status(config: RunConfig, state: str, **more: Any) -> None:
+    """Note what the run does in status.json; with its folder gone or full, it has said so elsewhere already."""
+    with contextlib.suppress(OSError), writing(Path(config.run.dir) / STATUS_FILE) as temporary:
+        temporary.write_text(json.dumps({"state": state, "time": round(time.time(), 3), **more}) + "\n")
+
+
+def note_failure(config: RunConfig, reason: str, exit_code: int) -> None:
+    """Note in status.json why the run failed, unless another rank has done so: what followed from that is no reason."""
+    with contextlib.suppress(OSError, ValueError):
+        if read_status(Path(config.run.dir)).get("state") == "running":
+            write_status(config, "failed", reason=reason, exit_code=exit_code)
+
+
+def write_reading(config: RunConfig, reading: list[Reading]) -> None:
+    """Note what the run reads of each source in data.json, for the report."""
+    with contextlib.suppress(OSError), writing(Path(config.run.dir) / READING_FILE) as temporary:
+        temporary.write_text(json.dumps([dataclasses.asdict(source) for source in reading], indent=1) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and command of this process."""
+    packages = ("mone", "torch", "megatron-core", "deepspeed", "transformer-engine", "triton", "numpy")
+    versions: dict[str, str | None] = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "command": sys.orig_argv,
+        "commit": commit(),
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processors": os.cpu_count(),
+        "world_size": rank_and_world_size()[1],
+        "packages": versions,
+    }
+
+
+def commit() -> str | None:
+    """The commit of this checkout, with -dirty if it was changed; None where this is no checkout or there is no git.
+
+    Of code that `launch.slurm` has put into a run folder, that of the checkout it came from.
+    """
+    checkout = Path(__file__).parent.parent
+    if (checkout / "COMMIT").exists():
+        return (checkout / "COMMIT").read_text().strip()
+    if not (checkout / ".git").exists() or shutil.which("git") is None:
+        return None
+    git = subprocess.run(["git", "-C", str(checkout), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return git.stdout.strip() or None

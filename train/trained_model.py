@@ -1,0 +1,106 @@
+"""A trained model, for whatever uses it after training: sampling, calibration, evaluation, export.
+
+    megatron.prepare()
+    config = load_run_config(Path("runs/demo"))
+    with one_process(config):
+        model = load_model(config)                    # the newest checkpoint, whatever layout the run had
+
+Importing this module imports neither torch nor Megatron-Core.
+"""
+
+import io
+import json
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mone_common.console import UserError
+from mone_common.run_folder import CONFIG_FILE, read_file, read_published
+from train.checkpoint_folder import list_checkpoints
+from train.config import RunConfig
+
+if TYPE_CHECKING:
+    from megatron.core.models.gpt import GPTModel
+
+    from train.runtime import Runtime
+
+
+def load_run_config(folder: Path) -> RunConfig:
+    """The configuration that a run noted in its folder, laid out for one process; UserError if there is none.
+
+    The folder may have been moved since.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        text = read_file(path)
+        if text is None:
+            raise UserError(f"run={folder}: no {CONFIG_FILE} there; give the folder of a run, e.g. run=runs/demo")
+        noted = OmegaConf.load(io.StringIO(text.decode()))
+        if not noted:
+            raise ValueError("it holds no options")
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), noted))
+        assert isinstance(config, RunConfig)
+    except UserError:
+        raise
+    except (ValueError, TypeError, RecursionError, YAMLError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"run={folder}: {path} is damaged, or of another version ({reason})") from error
+    config.parallel = type(config.parallel)()
+    cache = Path(config.data.index_cache)
+    if cache.is_relative_to(config.run.dir):
+        config.data.index_cache = str(folder / cache.relative_to(config.run.dir))
+    config.run.dir = str(folder)
+    return config
+
+
+def one_process(config: RunConfig) -> AbstractContextManager["Runtime"]:
+    """Within, this process is a job of its own that computes with the run's seed; it was started without torchrun."""
+    from train.runtime import distributed
+
+    return distributed(config.parallel, seed=config.run.seed, timeout_minutes=config.run.timeout_minutes)
+
+
+def load_model(config: RunConfig, *, step: int | None = None, trust: bool = False) -> "GPTModel":
+    """The whole model with the weights of a checkpoint, ready to evaluate; within `one_process`.
+
+    config: from `load_run_config`. step: of the checkpoint; None: the newest that can be used, and those passed over are
+    named on stderr. trust: load a checkpoint even if it brings pickled code along, which loading then executes.
+
+    Raises UserError if there is no such checkpoint, or none that can be loaded.
+    """
+    from mone_model.megatron.gpt import build_gpt
+    from train.checkpoint_integrity import load_newest
+
+    folder = Path(config.run.dir)
+    checkpoints = folder / "checkpoints"
+    found, problems = list_checkpoints(checkpoints, run=read_published(folder).get("run"))
+    asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
+    if not asked:
+        steps = [checkpoint.step for checkpoint in found]
+        also = "".join(f"; {problem}" for problem in problems)
+        raise UserError(f"step={step}: {checkpoints} holds checkpoints of steps {steps or 'none'}{also}")
+    model = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
+    checkpoint, loaded, more = load_newest(asked, lambda: {"model0": model.sharded_state_dict()}, trust=trust, whole=False)
+    problems += [problem.replace("checkpoint.trust", "trust") for problem in more]
+    if checkpoint is None:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        print(f"passed over {problem}", file=sys.stderr, flush=True)
+    model.load_state_dict(loaded["model0"])
+    return model.eval()
+
+
+def load_thresholds(path: Path, config: RunConfig) -> list[float]:
+    """The thresholds [num_layers] that `train.calibrate` wrote for this model; UserError for any other file."""
+    try:
+        thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"thresholds={path}: no such file of mone-calibrate ({error})") from error
+    if len(thresholds_L) != config.model.num_layers:
+        raise UserError(f"thresholds={path}: has {len(thresholds_L)} layers, the run's model {config.model.num_layers}")
+    return thresholds_L
