@@ -36,7 +36,7 @@ class StepGuard:
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint, comparable as JSON."""
-        return {"dropped": self.dropped, "recent": [list(pair) for pair in self.recent]}
+        return {"dropped": list(self.dropped), "recent": [list(pair) for pair in self.recent]}
 
     def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether this step may change the weights; a collective on every rank. `reason` says why not."""

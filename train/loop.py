@@ -1,6 +1,6 @@
-"""The training loop: a list of verbs, the same on every rank.
+"""The training loop: a list of verbs, the same on every rank. Side jobs hang on its hooks (train.hooks).
 
-trainer = Trainer(config, runtime, engine, data, watchdog, stop)
+trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
 trainer.resume(checkpoint)
 reason = trainer.train()
 """
@@ -8,7 +8,6 @@ reason = trainer.train()
 import contextlib
 import functools
 import gc
-import json
 import math
 import time
 import uuid
@@ -19,19 +18,19 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_prep.errors import DataError
-from mone_common.files import writing
-from mone_common.run_folder import PUBLISHED_FILE, read_published
-from train.checkpoint import NotFinite, Saved, SaveFailed, Saver
+from mone_common.run_folder import read_published
+from train.checkpoint import NotFinite, SaveFailed, Saver
 from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, describe
 from train.data import RunData, micro_batches
 from train.engines.base import Engine
 from train.guards import Diverged, StepGuard
+from train.hooks import Hooks
 from train.recorder import Recorder
 from train.runtime import Runtime
 from train.signals import StopReason, StopRequest
-from train.sources import Batch, Source
+from train.sources import Batch
 from train.watchdog import Watchdog
 
 
@@ -42,13 +41,20 @@ class DataChanged(DataError):
 
 
 class Trainer:
-    """Drives an engine through the steps of a run and records what happens."""
+    """Drives an engine through the steps of a run."""
 
     def __init__(
-        self, config: RunConfig, runtime: Runtime, engine: Engine, data: RunData, watchdog: Watchdog, stop: StopRequest
+        self,
+        config: RunConfig,
+        runtime: Runtime,
+        engine: Engine,
+        data: RunData,
+        watchdog: Watchdog,
+        stop: StopRequest,
+        hooks: Hooks,
     ) -> None:
         self.config, self.runtime, self.engine, self.data = config, runtime, engine, data
-        self.watchdog, self.stop = watchdog, stop
+        self.watchdog, self.stop, self.hooks = watchdog, stop, hooks
         self.step, self.samples = 0, 0
         self.learned = False
         """Whether a step was applied since the last checkpoint."""
@@ -57,7 +63,9 @@ class Trainer:
         self.saver = Saver(self.checkpoints, config.checkpoint)
         self.slowest_step, self.slowest_save = 0.0, 0.0
         self.usual_step = 0.0
+        """Seconds of a step while nothing is saved, as a running mean."""
         self.steps_while_saving: list[float] = []
+        """Seconds of each step since a save began that is not finished."""
 
     def resume(self, checkpoint: Checkpoint | None, *, passed_over: Set[int] = frozenset()) -> None:
         """Count on from the checkpoint that filled the engine, or begin with None, and open the records.
@@ -101,37 +109,30 @@ class Trainer:
             gc.unfreeze()
 
     def _train(self) -> StopReason:
-        config, logging, steps = self.config, self.config.logging, self.config.training.steps
         batches = self._training_batches()
         reason = StopReason.NONE
-        while self.step < steps and reason is StopReason.NONE:
+        while not self.is_last and reason is StopReason.NONE:
             self.step += 1
             self.train_step(batches)
-            last = self.step == steps
             reason = self.reason_to_stop()
-            if reason is StopReason.DATA:
-                raise DataChanged(
-                    f"data.blend: {self.data.changed_file() or 'a shard'} changed while it was read; not saved"
-                )
-            if self._due(logging.interval, last):
-                self.watchdog.enter(self.step, "recording")
-                self.recorder.record_step(self.step, self.samples, self.result, dropped=len(self.guard.dropped))
-            if logging.neuron_interval and self._due(logging.neuron_interval, last):
-                self.recorder.record_neurons(self.step, self.samples, draw=self._due(logging.figure_interval, last))
-            if self._due(config.evaluation.interval, last):
-                self.validate()
-            if last:
-                self.check_end()
+            for after_step in self.hooks.after_step:
+                after_step(self)
+            self.check_end()
             self.finish_saving(wait=False)
-            must = last or reason is not StopReason.NONE
-            if self._due(config.checkpoint.interval, must):
-                if must or self.learned:
-                    self.save(must=must)
-                else:  # it would push an older one out that may have better weights
-                    self.recorder.say(f"step {self.step}: no checkpoint, since no step was applied after the last one")
+            self.save_if_due(must=self.is_last or reason is not StopReason.NONE)
         self.finish_saving(wait=True, must=True)
-        self.recorder.close(self.step, self.data.unigram_entropy)
+        for on_end in self.hooks.on_end:
+            on_end(self)
         return reason
+
+    @property
+    def is_last(self) -> bool:
+        """Whether this step is the last one of the run."""
+        return self.step >= self.config.training.steps
+
+    def due(self, interval: int) -> bool:
+        """Whether it is time for what is done every `interval` steps, and at the last step; 0: only then."""
+        return self.is_last or (interval > 0 and self.step % interval == 0)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, or one dropped by the guard."""
@@ -157,31 +158,39 @@ class Trainer:
             self.guard.check_budget(self.step, since=self.began_at)
 
     def reason_to_stop(self) -> StopReason:
-        """The reason of any rank; on every rank the same."""
+        """The reason of any rank; on every rank the same. Raises DataChanged."""
         self.watchdog.enter(self.step, "agreeing whether to stop")
-        last = self.step == self.config.training.steps
-        looks = self._due(self.config.logging.interval, last) or self._due(self.config.checkpoint.interval, last)
+        looks = self.due(self.config.logging.interval) or self.due(self.config.checkpoint.interval)
         if self.runtime.is_main and (looks or self.stop.noted) and self.data.changed_file() is not None:
             self.stop.note(StopReason.DATA)
         if self.step == self.config.run.stop_at_step:
             self.stop.note(StopReason.STEP)
         # A checkpoint takes a few seconds even of a tiny model, and there may have been none yet.
-        return self.stop.agreed(self.runtime.device, reserve_seconds=2 * (self.slowest_step + max(5.0, self.slowest_save)))
-
-    def validate(self) -> None:
-        """Record the validation loss of each source, and their mean."""
-        losses = {name: self._validation_loss(source) for name, source in self.data.validation.items()}
-        mean = self.recorder.record_validation(self.step, losses)
-        self.validated = None if mean is None else (self.step, mean)
+        reserve = 2 * (self.slowest_step + max(5.0, self.slowest_save))
+        reason = self.stop.agreed(self.runtime.device, reserve_seconds=reserve)
+        if reason is StopReason.DATA:
+            raise DataChanged(f"data.blend: {self.data.changed_file() or 'a shard'} changed while it was read; not saved")
+        return reason
 
     def check_end(self) -> None:
-        """Raise Diverged on every rank if what is about to be called complete has come to nothing."""
+        """After the last step raise Diverged on every rank if the run has learned nothing."""
+        if not self.is_last:
+            return
         self.guard.check_progress(self.step, since=self.began_at)
         if self.validated is not None and not math.isfinite(self.validated[1]):
             raise Diverged(
                 f"the validation loss of the last step, {self.step}, is {self.validated[1]}: not saved. Earlier checkpoints "
                 "are intact; try a lower optimizer.lr"
             )
+
+    def save_if_due(self, *, must: bool) -> None:
+        """Save every checkpoint.interval steps, if the weights have changed since the last checkpoint, or if it must be."""
+        if not (must or self.due(self.config.checkpoint.interval)):
+            return
+        if must or self.learned:
+            self.save(must=must)
+        else:  # it would push an older one out that may have better weights
+            self.recorder.say(f"step {self.step}: no checkpoint, since no step was applied after the last one")
 
     def save(self, *, must: bool) -> None:
         """Write a checkpoint, or begin to; one that must be written raises SaveFailed, of others the run only tells."""
@@ -214,14 +223,17 @@ class Trainer:
         )
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:
-        """Publish a checkpoint that is completely written, and tell what it cost."""
+        """Publish a checkpoint that is completely written, and call the hooks after it."""
         if self.saver.pending is None:
             return
         self.watchdog.enter(self.step, "finishing a save")
         with self._tolerating_failure(must):
             saved = self.saver.finish(wait=wait)
             if saved is not None:
-                self._tell_of(saved)
+                self.slowest_save = max(self.slowest_save, saved.write_seconds)
+                for after_save in self.hooks.after_save:
+                    after_save(self, saved)
+                self.steps_while_saving = []
 
     @property
     def checkpoints(self) -> Path:
@@ -244,25 +256,6 @@ class Trainer:
         agreed = [saved or read_published(Path(self.config.run.dir)).get("run") or uuid.uuid4().hex]
         dist.broadcast_object_list(agreed)
         return str(agreed[0])
-
-    def _tell_of(self, saved: Saved) -> None:
-        values = {"checkpoint/stall_seconds": saved.stall_seconds, "checkpoint/write_seconds": saved.write_seconds}
-        text = f"step {self.step}: checkpoint {saved.path}, training stood still for {saved.stall_seconds:.1f} s"
-        if self.steps_while_saving:
-            slowdown = sum(self.steps_while_saving) / len(self.steps_while_saving) / self.usual_step
-            values["checkpoint/step_slowdown"] = slowdown
-            text += f"; {len(self.steps_while_saving)} steps meanwhile took {slowdown:.2f} times their usual time"
-            self.steps_while_saving = []
-        self.slowest_save = max(self.slowest_save, saved.write_seconds)
-        self.recorder.record(self.step, values)
-        self.recorder.say("\n".join([text, *saved.notes]))
-        if self.runtime.is_main:
-            # On a full disk the record above says so, too.
-            with contextlib.suppress(OSError), writing(Path(self.config.run.dir) / PUBLISHED_FILE) as temporary:
-                temporary.write_text(json.dumps({"run": self.run_id, "step": saved.step}) + "\n")
-
-    def _due(self, interval: int, last: bool) -> bool:
-        return last or (interval > 0 and self.step % interval == 0)
 
     def _training_batches(self) -> Iterator[Batch]:
         training, first = self.config.training, self.data.order["start"]
@@ -289,18 +282,3 @@ class Trainer:
                 return
             self.watchdog.enter(self.step, "forward and backward")
             yield batch
-
-    def _validation_loss(self, source: Source) -> float:
-        self.watchdog.enter(self.step, "validation")
-        batches = list(
-            micro_batches(
-                source,
-                start=0,
-                stop=min(self.config.evaluation.sequences, len(source)),
-                micro_batch_size=self.config.training.micro_batch_size,
-                data_rank=parallel_state.get_data_parallel_rank(),
-                data_size=parallel_state.get_data_parallel_world_size(),
-                multiple_of=self.config.parallel.pipeline,
-            )
-        )
-        return self.engine.evaluate(iter(batches), micro_batches=len(batches))

@@ -22,6 +22,7 @@ from train.data import load_data
 from train.description import describe_end, describe_run
 from train.engines import build_engine
 from train.engines.base import Engine
+from train.hooks import usual_hooks
 from train.launcher import ending_with_launcher
 from train.loop import Trainer
 from train.meeting import Meeting
@@ -65,7 +66,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
                 print(changed, flush=True)
             if data.unvalidated:
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
-        trainer = Trainer(config, runtime, engine, data, watchdog, stop)
+        trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
         newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
         trainer.resume(checkpoint, passed_over=newer)
         started()

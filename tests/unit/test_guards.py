@@ -73,3 +73,10 @@ def test_without_a_threshold_spikes_pass_and_nothing_is_kept() -> None:
         assert guard.accepts(step, 3.0, 1.0)
     assert guard.accepts(301, 1e9, 1e9)
     assert guard.state() == {"dropped": [], "recent": []}
+
+
+def test_steps_that_are_dropped_after_a_save_began_are_not_in_what_it_keeps() -> None:
+    guard = StepGuard(GuardConfig(), CPU)
+    kept = guard.state()
+    guard.accepts(1, math.nan, 1.0)
+    assert kept["dropped"] == []
