@@ -10,9 +10,7 @@ A worker knows the tokenizer and nothing else; it ends with its parent, however 
 import hashlib
 import itertools
 import multiprocessing
-import os
 import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -26,6 +24,7 @@ from data_prep.corpora import Record
 from data_prep.errors import DataError
 from data_prep.shards import dtype_of, range_problem
 from data_prep.tokenizer import Tokenizer, load_tokenizer
+from mone_common.processes import end_with_parent
 
 BATCH_CHARACTERS = 1 << 20
 BATCH_RECORDS = 1 << 14
@@ -78,12 +77,8 @@ _worker: dict[str, Any] = {}
 def _start_worker(tokenizer: str, validation_fraction: float) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def end_with_parent() -> None:  # a killed parent cannot tell its workers, which would wait for work for ever
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    assert parent.pid is not None
+    end_with_parent(parent.pid)  # a killed parent cannot tell its workers, which would wait for work for ever
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
     _worker.update(tokenizer=load_tokenizer(tokenizer), validation_fraction=validation_fraction)
 

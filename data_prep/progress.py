@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from mone_common.text import clock
+
 if TYPE_CHECKING:
     from data_prep.corpora import Corpus, Position, Record
 
@@ -91,5 +93,5 @@ class Progress:
             line += f", {self._tokens / 1e6:,.1f}M tokens, {self._tokens / seconds:,.0f} tokens/s"
         if (gained := self.share() - self._share_at_begin) > 0:
             left = int((1 - self.share()) * seconds / gained)
-            line += f", {self.share():.0%}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+            line += f", {self.share():.0%}, {clock(left)} left"
         print(line, file=sys.stderr)

@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from unittest import mock
 
 import numpy as np
 
@@ -259,8 +258,12 @@ def megatron_indexed_dataset() -> Any:
         return leave if function is None else function
 
     # With it come Megatron-Core's layers; to prepare the compilation of some takes as long again, and nothing here runs one.
-    with warnings.catch_warnings(action="ignore"), mock.patch.object(torch, "compile", leave):
-        from megatron.core.datasets import indexed_dataset
+    compile_, torch.compile = torch.compile, leave  # type: ignore[assignment]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            from megatron.core.datasets import indexed_dataset
+    finally:
+        torch.compile = compile_
     return indexed_dataset
 
 

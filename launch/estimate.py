@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from launch.cluster import WITH_BF16, ClusterConfig
 from mone_model.accounting import Memory, Traffic, count_communication, count_flops
 from mone_model.config import ComputeConfig, ParallelConfig
-from train.config import RunConfig, TrainingConfig
+from train.config import RunConfig
 from train.config_rules import validate
+from train.config_sections import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mone_common.commands import PACKAGES, ROOT
 from mone_common.console import UserError
 from mone_common.files import writing
 from train.config import RunConfig, describe
 from train.run_notes import commit
 
-PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
 FROZEN = """# Composed and checked before it was queued; the job runs exactly this. Code: ./code, commit {commit}.
 defaults:
   - run_config
@@ -38,10 +38,9 @@ def freeze(config: RunConfig, files: dict[str, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "code", ignore_errors=True)
-        here = Path(__file__).parent.parent
         for package in PACKAGES:
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(here / package, folder / "code" / package, ignore=ignored)
+            shutil.copytree(ROOT / package, folder / "code" / package, ignore=ignored)
         (folder / "code/COMMIT").write_text(f"{commit()}\n")
         frozen = FROZEN.format(commit=commit(), config=OmegaConf.to_yaml(described))
         for name, text in {"frozen.yaml": frozen, **files}.items():

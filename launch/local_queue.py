@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
 from launch.frozen import freeze
 from launch.options import LocalOptions
 from launch.sweep import Outcome, Point, busy, finished, validation_loss
 from mone_common.console import UserError
-from mone_common.run_folder import last_step, read_metrics, read_status
+from mone_common.run_records import last_step, read_metrics, read_status
+from mone_common.text import clock
 
 NOT_INHERITED = ("HEAD", "NODE_RANK", "ADDRESS", "WANDB_SERVICE")
 """Environment variables that would tie a run to a launch on several machines, or to this process's own W&B."""
@@ -43,6 +43,8 @@ class Share:
 
 def shares(options: LocalOptions) -> list[Share]:
     """One for each of the runs at a time, all of as many processes; UserError if there are too few GPUs."""
+    import torch  # takes seconds
+
     cores, number, jobs = sorted(os.sched_getaffinity(0)), torch.cuda.device_count(), options.jobs
     processes = options.processes or max(1, number // jobs)
     if number and jobs * processes > number:
@@ -173,7 +175,7 @@ class _Queue:
         folder = run.point.folder
         status = read_status(folder)
         state = status.get("state") if status != run.status_before else None
-        took = _clock(time.monotonic() - run.began)
+        took = clock(time.monotonic() - run.began)
         if state == "complete":
             loss = validation_loss(folder)
             outcome = Outcome("complete", f"in {took}" + (f", validation loss {loss:.4f}" if loss is not None else ""), loss)
@@ -198,7 +200,7 @@ class _Queue:
         left += sum(
             self.points[number].config.training.steps - _last_step(self.points[number].folder) for number in self.waiting
         )
-        eta = _clock((time.monotonic() - self.began) * left / done) if done > 0 else "?"
+        eta = clock((time.monotonic() - self.began) * left / done) if done > 0 else "?"
         now = ", ".join(f"{run.point.name} {steps[run.number]}/{run.point.config.training.steps}" for run in self.running)
         counts = f"{len(self.outcomes)} of {len(self.points)} points done, {len(self.waiting)} waiting"
         print(f"{counts}; running {now}; ETA {eta}", flush=True)
@@ -229,8 +231,3 @@ def _last_error(log: Path) -> str | None:
     said = text.rpartition(f"{HEADER} ")[2]
     found = [line for line in said.splitlines() if line.startswith("error: ")]
     return found[-1].removeprefix("error: ") if found else None
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -19,7 +19,6 @@ from mone_common.checks import check
 from mone_common.console import UserError, command
 from mone_model.accounting import Memory, count_flops, count_parameters
 from train.config import RunConfig, load_config
-from train.sample_order import load_manifests
 
 
 @dataclass
@@ -69,6 +68,8 @@ def describe_plan(config: PlanConfig, estimate: Estimate) -> str:
 
 
 def _vocabulary(config: RunConfig) -> int:
+    from train.sample_order import load_manifests  # imports numpy
+
     how = "give it, like model.vocab_size=32000, or the data that it follows from, like data=demo"
     check(bool(config.data.blend), "model.vocab_size", "null", how)
     try:

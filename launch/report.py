@@ -26,7 +26,7 @@ from launch.points import Point
 from launch.results import group_runs, labels, read_runs, short_name, shown, varying_options
 from mone_common.console import Parser, ReportedError, UserError
 from mone_common.files import writing
-from mone_common.run_folder import flat, last_step
+from mone_common.run_records import flat, last_step
 from mone_common.text import printable
 from train.metrics import wandb_settings
 

@@ -14,19 +14,9 @@ from typing import Any, TypeVar
 
 from launch.restarts import examine_attempts
 from mone_common.console import Parser
-from mone_common.run_folder import (
-    CONFIG_FILE,
-    DamagedFile,
-    check_readable,
-    examine_metrics,
-    find_runs,
-    is_number,
-    read_config,
-    read_state,
-    read_status,
-    saved_steps,
-)
-from mone_common.text import printable
+from mone_common.run_folder import CONFIG_FILE, DamagedFile, check_readable, find_runs, saved_steps
+from mone_common.run_records import examine_metrics, is_number, read_config, read_state, read_status
+from mone_common.text import clock, printable
 
 Read = TypeVar("Read")
 
@@ -106,8 +96,7 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "-"
     if name == "last record":
-        minutes = int(time.time() - value) // 60
-        return f"{minutes // 60}:{minutes % 60:02d} ago"
+        return f"{clock(int(time.time() - value)).rpartition(':')[0]} ago"
     if name in ("loss", "validation"):
         return f"{value:.4f}"
     return f"{value:,.0f}" if name == "tokens/s" else printable(value)

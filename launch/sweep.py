@@ -23,8 +23,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from launch.options import SlurmOptions
 from launch.slurm import active_job, job_script, submit
 from mone_common.console import ReportedError, UserError
-from mone_common.run_folder import check_free, flat, in_use, last_value, read_config, read_metrics, read_status
-from train.config import RunConfig, check_name, describe
+from mone_common.run_folder import check_free, in_use
+from mone_common.run_records import flat, last_value, read_config, read_metrics, read_status
+from train.config import RunConfig, describe
+from train.config_sections import check_name
 
 SUBDIR = "${hydra.job.num}"
 """Hydra's own default of hydra.sweep.subdir, in whose place a point's name stands."""

@@ -18,7 +18,8 @@ PARENT = os.getppid()
 """Process id of what started this process, noted before the seconds in which everything else is imported."""
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of all our packages."""
-PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train")
+PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
+"""All our packages, as pyproject.toml finds them."""
 
 
 class UnusablePackage(ImportError):

@@ -23,7 +23,8 @@ from data_prep.tokenizer import load_tokenizer
 from mone_common.console import UserError, command, to_dataclass
 from mone_common.files import writing
 from mone_model import megatron
-from train.config import RunConfig, SourceConfig
+from train.config import RunConfig
+from train.config_sections import SourceConfig
 from train.launcher import check_alone
 from train.sample_order import load_manifests, plan_order
 from train.trained_model import load_model, load_run_config, one_process

@@ -1,9 +1,8 @@
-"""Save and load checkpoints on all ranks together. Megatron-Core's sharded format; docs/checkpoints.md.
+"""Save checkpoints on all ranks together. Megatron-Core's sharded format; docs/checkpoints.md.
 
     saver = Saver(folder, config.checkpoint)
     saver.save(step=200, state=engine.sharded_state(), facts=CheckpointFacts(...))
     saver.finish(wait=False)                     # between steps, while one is written in the background
-    engine.load_state(load_checkpoint(checkpoint, engine.sharded_state(loading=True), same_layout=True))
 
 What the files on disk mean is train.checkpoint_folder's; which checkpoint to continue from, train.checkpoint_integrity's.
 """
@@ -36,10 +35,10 @@ from mone_model.megatron import versions
 from mone_model.megatron.cpu_support import current_device
 from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import MANIFEST as MANIFEST
-from train.checkpoint_folder import Checkpoint, digest, free_name, name_of, prune, publish, remove_leftovers
+from train.checkpoint_folder import digest, free_name, name_of, prune, publish, remove_leftovers
 from train.checkpoint_private import noted_errors, open_results_queue
-from train.config import CheckpointConfig
-from train.random_state import random_state, restore_random_state
+from train.config_sections import CheckpointConfig
+from train.random_state import random_state
 
 
 class SaveFailed(ReportedError):
@@ -172,7 +171,7 @@ class Saver:
     def _give_up(self, error: BaseException) -> None:
         assert self.pending is not None
         unfinished, self.pending = self.pending.unfinished, None
-        reason = _reason(error) if isinstance(error, CheckpointException) else str(error)
+        reason = reason_of(error) if isinstance(error, CheckpointException) else str(error)
         # torch's writer has other words for a full disk.
         reason += f"; {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB are free"
         if dist.get_rank() == 0:
@@ -180,8 +179,8 @@ class Saver:
         raise SaveFailed(f"no checkpoint in {self.folder}: {reason}") from error
 
 
-def _reason(error: CheckpointException) -> str:
-    """In one line: its own text is a page of tracebacks."""
+def reason_of(error: CheckpointException) -> str:
+    """Why torch's checkpoint code failed, in one line: the error's own text is a page of tracebacks."""
     return "; ".join(f"rank {rank}: {excerpt(failure[0])}" for rank, failure in error.failures.items())
 
 
@@ -194,27 +193,6 @@ class _Pending:
     notes: list[str]
     stall: float = 0.0
     written: bool = False
-
-
-def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, same_layout: bool) -> dict[str, Any]:
-    """Fill a sharded state and restore the random generators; a collective on every rank.
-
-    same_layout: elsewhere a rank's generators have no successor and keep their fresh seeds. ValueError on every rank, with
-    the state filled in part, if a file cannot be read as what it should be, or numbers are not finite.
-    """
-    same_layout = same_layout and checkpoint.facts.world_size == dist.get_world_size()
-    if same_layout:
-        state = state | {"random": random_state()}
-    try:
-        loaded: dict[str, Any] = dist_checkpointing.load(state, str(checkpoint.path))
-    except CheckpointException as error:  # which torch raises on every rank
-        raise ValueError(f"damaged: {_reason(error)}") from error
-    random = loaded.pop("random") if same_layout else None
-    if found := find_not_finite(loaded):
-        raise ValueError(f"refused: {found} is not finite")
-    if same_layout and (problems := gather_problems(restore_random_state(random))):
-        raise ValueError(f"damaged: the random state of {problems[0]}")
-    return loaded
 
 
 def gather_problems(mine: str | None) -> list[str]:

@@ -9,9 +9,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from mone_common.run_folder import is_number
+from mone_common.run_records import is_number
 from mone_common.text import excerpt
-from train.config import OptimizerConfig
+from train.config_sections import OptimizerConfig
 
 VERSION = 1
 """Of the facts. A later version may add some, which earlier readers leave out."""

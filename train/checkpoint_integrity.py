@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 
 from mone_common.text import excerpt
-from train.checkpoint import load_checkpoint
 from train.checkpoint_fit import check_fits
 from train.checkpoint_folder import COMMON, METADATA, Checkpoint, check_content, open_regular, read_manifest
 from train.checkpoint_folder import list_checkpoints as list_checkpoints
+from train.checkpoint_loading import load_checkpoint
 
 
 def newest_intact(found: list[Checkpoint], *, trust: bool) -> tuple[Checkpoint | None, list[str]]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import Manifest
-from mone_common.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE, last_published, read_published
+from mone_common.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE
+from mone_common.run_records import last_published, read_published
 from train.checkpoint_facts import optimizer_of
 from train.checkpoint_folder import Checkpoint, list_checkpoints
-from train.config import OptimizerConfig, RunConfig, describe
+from train.config import RunConfig, describe
+from train.config_sections import OptimizerConfig
 from train.launcher import rank_and_world_size
 from train.sample_order import plan_order
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from mone_common.console import ReportedError
-from train.config import GuardConfig
+from train.config_sections import GuardConfig
 
 
 class Diverged(ReportedError):

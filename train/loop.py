@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_prep.errors import DataError
-from mone_common.run_folder import read_published
+from mone_common.run_records import read_published
 from train.checkpoint import NotFinite, SaveFailed, Saver
 from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import Checkpoint

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from mone_common.run_folder import read_metrics
+from mone_common.run_records import read_metrics
 from mone_model.accounting import count_flops
 from mone_model.loss_record import LossRecord, reduce_losses
 from mone_model.megatron.gpt import moe_layers

@@ -22,7 +22,8 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from mone_common.files import writing
-from mone_common.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, READING_FILE, STATUS_FILE, lock_run_folder, read_status
+from mone_common.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, READING_FILE, STATUS_FILE, lock_run_folder
+from mone_common.run_records import read_status
 from train.config import RunConfig
 from train.launcher import rank_and_world_size
 from train.sample_order import Reading

@@ -14,7 +14,8 @@ import numpy as np
 
 from data_prep.shards import Manifest, Shard, Split, load_manifest
 from mone_common.checks import check
-from train.config import RunConfig, SourceConfig
+from train.config import RunConfig
+from train.config_sections import SourceConfig
 
 MANY_EPOCHS = 4
 """Text read so often teaches nearly as much as new text, read more often much less (arXiv 2305.16264)."""

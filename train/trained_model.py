@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from mone_common.console import UserError
-from mone_common.run_folder import CONFIG_FILE, read_file, read_published
+from mone_common.run_folder import CONFIG_FILE, read_file
+from mone_common.run_records import read_published
 from train.checkpoint_folder import list_checkpoints
 from train.config import RunConfig
 

@@ -11,7 +11,7 @@ from tests.distributed.worker import differences, run_cases
 from tests.tiny import facts_of
 from train.checkpoint import Saver
 from train.checkpoint_integrity import list_checkpoints
-from train.config import CheckpointConfig
+from train.config_sections import CheckpointConfig
 
 STEPS = 3
 MODEL = SMOOTH | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001}

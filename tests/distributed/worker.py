@@ -40,9 +40,11 @@ from mone_model.neuron_selection import select_neurons
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always, facts_of
 from train import checkpoint
-from train.checkpoint import Saver, load_checkpoint
+from train.checkpoint import Saver
 from train.checkpoint_integrity import list_checkpoints
-from train.config import CheckpointConfig, DeepSpeedConfig, GuardConfig, OptimizerConfig, RunConfig, TrainingConfig
+from train.checkpoint_loading import load_checkpoint
+from train.config import RunConfig
+from train.config_sections import CheckpointConfig, DeepSpeedConfig, GuardConfig, OptimizerConfig, TrainingConfig
 from train.engines import build_engine
 from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine

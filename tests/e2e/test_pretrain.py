@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mone_common.run_folder import lock_run_folder, read_metrics
+from mone_common.run_folder import lock_run_folder
+from mone_common.run_records import read_metrics
 from tests.conftest import ROOT
 from tests.tiny import make_shards
 

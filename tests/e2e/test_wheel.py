@@ -13,6 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from mone_common.commands import PACKAGES
 from tests.conftest import ROOT
 from tests.tiny import make_shards
 
@@ -24,7 +25,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the wheel's content and scripts, built from a copy, so that no leftovers of a build go in."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for package in ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train"):
+    for package in PACKAGES:
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -55,6 +56,7 @@ def run(site: Path, *command: str, folder: Path | None = None) -> str:
 def test_packages_come_from_the_wheel(site: Path) -> None:
     code = "import configs, data_prep, launch, train, mone_model; print(train.__file__, mone_model.__file__)"
     assert run(site, sys.executable, "-c", code).count(str(site)) == 2
+    assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"bin", *PACKAGES}
 
 
 def test_pretrain_composes_its_configuration(site: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from mone_common.run_folder import read_metrics, read_status
+from mone_common.run_records import read_metrics, read_status
 from tests.conftest import ROOT
 from tests.e2e.test_pretrain import OPTIONS as TINY
 from tests.tiny import make_shards

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mone_common.run_folder import read_metrics, read_status
+from mone_common.run_records import read_metrics, read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import (
     STEPS,

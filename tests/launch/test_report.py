@@ -20,7 +20,8 @@ from launch.findings import sentence
 from launch.report import main
 from launch.results import group_runs, labels, read_runs
 from mone_model.config import ModelConfig
-from train.config import ExecutionConfig, LoggingConfig, RunConfig, TrainingConfig
+from train.config import RunConfig
+from train.config_sections import ExecutionConfig, LoggingConfig, TrainingConfig
 
 Call = Callable[..., tuple[int, str, str]]
 LOSSES = {1.0: (4.50, 4.60, 4.40), 0.25: (4.56, 4.64, 4.42)}

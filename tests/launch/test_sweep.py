@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mone_common.run_folder import find_runs, read_config, read_metrics, read_status
+from mone_common.run_folder import find_runs
+from mone_common.run_records import read_config, read_metrics, read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, STEPS, make_data
 from tests.faults.wandb_server import Server

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mone_common.run_folder import read_metrics, read_status
+from mone_common.run_records import read_metrics, read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, make_data
 

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from launch.restarts import Attempt, read_attempts
-from mone_common.run_folder import read_status
+from mone_common.run_records import read_status
 from tests.conftest import ROOT
 from tests.faults.jobs import OPTIONS, differences, make_data, recorded
 from tests.slurm.cluster import Slurm, cluster, why_not

@@ -17,7 +17,8 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.megatron.gpt import build_gpt
 from tests.conftest import ROOT
 from tests.tiny import TINY_MODEL, always
-from train.config import RunConfig, TrainingConfig
+from train.config import RunConfig
+from train.config_sections import TrainingConfig
 from train.engines.megatron import MegatronEngine
 from train.runtime import Runtime
 

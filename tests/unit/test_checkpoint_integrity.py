@@ -14,10 +14,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from tests.tiny import facts_of
 from train import checkpoint, checkpoint_private
-from train.checkpoint import SaveFailed, Saver, find_not_finite, load_checkpoint
+from train.checkpoint import SaveFailed, Saver, find_not_finite
 from train.checkpoint_folder import MANIFEST, Checkpoint, digest
 from train.checkpoint_integrity import METADATA, check_executes_no_code, list_checkpoints, newest_intact
-from train.config import CheckpointConfig
+from train.checkpoint_loading import load_checkpoint
+from train.config_sections import CheckpointConfig
 
 pytestmark = pytest.mark.usefixtures("one_process")
 

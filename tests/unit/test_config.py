@@ -9,7 +9,9 @@ import pytest
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
 from mone_model.megatron.transformer_config import transformer_config
 from tests.tiny import TINY_MODEL
-from train.config import (
+from train.config import RunConfig, describe, load_config
+from train.config_rules import validate
+from train.config_sections import (
     CheckpointConfig,
     DataConfig,
     DeepSpeedConfig,
@@ -18,13 +20,9 @@ from train.config import (
     GuardConfig,
     LoggingConfig,
     OptimizerConfig,
-    RunConfig,
     SourceConfig,
     TrainingConfig,
-    describe,
-    load_config,
 )
-from train.config_rules import validate
 from train.description import describe_run
 
 

@@ -23,7 +23,8 @@ from train import training_run
 from train.checkpoint import NotFinite, Saver
 from train.checkpoint_facts import CheckpointFacts
 from train.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
-from train.config import (
+from train.config import RunConfig
+from train.config_sections import (
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
@@ -31,7 +32,6 @@ from train.config import (
     GuardConfig,
     LoggingConfig,
     OptimizerConfig,
-    RunConfig,
     SourceConfig,
     TrainingConfig,
 )

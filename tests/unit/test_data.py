@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import facts_of, make_shards
 from train.checkpoint_folder import Checkpoint
-from train.config import RunConfig, SourceConfig, describe
+from train.config import RunConfig, describe
+from train.config_sections import SourceConfig
 from train.continuation import check_continues
 from train.data import RunData, load_data, micro_batches
 from train.sample_order import describe_order, describe_reading, load_manifests, plan_order

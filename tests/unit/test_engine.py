@@ -13,7 +13,8 @@ from mone_model.megatron.gpt import moe_layers
 from mone_model.neuron_selection import select_neurons_reference
 from mone_model.neuron_stats import reduce_counters
 from tests.tiny import TINY_MODEL, always
-from train.config import DeepSpeedConfig, GuardConfig, OptimizerConfig, RunConfig, TrainingConfig
+from train.config import RunConfig
+from train.config_sections import DeepSpeedConfig, GuardConfig, OptimizerConfig, TrainingConfig
 from train.engines import build_engine
 from train.engines.megatron import MegatronEngine
 from train.guards import StepGuard

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from train.config import GuardConfig
+from train.config_sections import GuardConfig
 from train.guards import Diverged, StepGuard
 
 pytestmark = pytest.mark.usefixtures("one_process")

@@ -12,7 +12,8 @@ from launch.plan import main
 from mone_model.config import ComputeConfig, ParallelConfig
 from tests.conftest import ROOT
 from tests.unit.test_accounting import model_config
-from train.config import DataConfig, RunConfig, SourceConfig, TrainingConfig
+from train.config import RunConfig
+from train.config_sections import DataConfig, SourceConfig, TrainingConfig
 
 Call = Callable[..., tuple[int, str, str]]
 

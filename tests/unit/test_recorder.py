@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from mone_common.run_folder import read_metrics
+from mone_common.run_records import read_metrics
 from mone_model.neuron_stats import NeuronUsage
 from tests.unit.test_config import run_config
 from train import figures
-from train.config import ExecutionConfig, LoggingConfig, RunConfig
+from train.config import RunConfig
+from train.config_sections import ExecutionConfig, LoggingConfig
 from train.metrics import MetricsWriter, OfflineRecord, put_aside
 from train.recorder import Recorder
 from train.runtime import Runtime

@@ -16,7 +16,8 @@ from mone_common.console import UserError
 from mone_common.files import sha256_of
 from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
-from train.config import ExecutionConfig, RunConfig, SourceConfig
+from train.config import RunConfig
+from train.config_sections import ExecutionConfig, SourceConfig
 from train.run_tokenizer import find_tokenizer, keep_tokenizer
 from train.trained_model import load_run_config, load_thresholds
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from launch.status import main
-from mone_common.run_folder import find_runs, lock_run_folder, read_metrics
+from mone_common.run_folder import find_runs, lock_run_folder
+from mone_common.run_records import read_metrics
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from train.config import OptimizerConfig
+from train.config_sections import OptimizerConfig
 from train.sources import Batch
 
 Accept = Callable[[float, float], bool]

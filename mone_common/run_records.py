@@ -1,0 +1,190 @@
+"""What a run has said of itself in its folder, for every command that reads it; imports no torch.
+
+status = read_status(folder)          # {"state": "stopped", "step": 100, "reason": "SIGNAL", ...}
+records = read_metrics(folder)        # [{"step": 5, "train/loss": 7.9, ...}, ...]
+options = read_config(folder)         # {"model.activation_ratio": 0.25, ...}
+
+A file that is not what a run writes raises DamagedFile, which names it.
+"""
+
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mone_common.run_folder import (
+    CONFIG_FILE,
+    FROZEN_FILE,
+    METRICS_FILE,
+    PUBLISHED_FILE,
+    READING_FILE,
+    STATUS_FILE,
+    DamagedFile,
+    in_use,
+    read_file,
+)
+from mone_common.text import printable
+
+Parsed = TypeVar("Parsed")
+
+HYDRAS = ("defaults", "hydra")
+"""Parts of a frozen configuration that are no options of a run."""
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What a run last said of itself; {} if nothing; DamagedFile.
+
+    state: running, complete, stopped (in good order, the same command continues) or failed; time: in seconds since 1970;
+    step and reason where there are any; exit_code of what failed.
+    """
+    text = read_file(folder / STATUS_FILE)
+    if text is None:
+        return {}
+    found = _parsed(folder / STATUS_FILE, text)
+    if not isinstance(found, dict) or not isinstance(found.get("state"), str) or not is_number(found.get("time", 0)):
+        raise DamagedFile(f"{printable(folder / STATUS_FILE)}: needs an object with a text `state` and a number `time`")
+    return found
+
+
+def read_state(folder: Path) -> str:
+    """The state of `read_status`, or: not started, crashed."""
+    state = str(read_status(folder).get("state", "not started"))
+    # A process that was killed could not say so; elsewhere, what it says is all there is.
+    return "crashed" if state == "running" and not in_use(folder) else state
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All records of a run so far; lines that are no records are left out; DamagedFile if the file cannot be read."""
+    return examine_metrics(folder)[0]
+
+
+def examine_metrics(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The same, and what is wrong with the lines left out."""
+    return examine_lines(folder / METRICS_FILE, _record)
+
+
+def examine_lines(path: Path, parse: Callable[[Any], Parsed | None]) -> tuple[list[Parsed], str | None]:
+    """What `parse` makes of the JSON of each line of a file, and what is wrong with the lines of which it makes None.
+
+    A last line cut short by a kill is nothing wrong. DamagedFile if the file cannot be read.
+    """
+    *lines, rest = (read_file(path) or b"").split(b"\n")
+    found, damaged = [], []
+    for number, line in enumerate([*lines, *([rest] if rest else [])], start=1):
+        try:
+            parsed = parse(json.loads(line.decode()))
+        except (ValueError, RecursionError):
+            parsed = None
+        if parsed is not None:
+            found.append(parsed)
+        elif number <= len(lines):
+            damaged.append(number)
+    if not damaged:
+        return found, None
+    lines_are = "lines are" if len(damaged) > 1 else "line is"
+    return found, f"{printable(path)}: {len(damaged)} {lines_are} damaged and left out, first line {damaged[0]}"
+
+
+def _record(found: Any) -> dict[str, Any] | None:
+    return found if isinstance(found, dict) and is_number(found.get("step")) else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number, finite also as a float."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def read_reading(folder: Path) -> list[dict[str, Any]]:
+    """What a run reads of each source: name, share of the blend, tokens, tokens read, epochs; [] if it has not said so.
+
+    DamagedFile for a file of another kind.
+    """
+    path = folder / READING_FILE
+    text = read_file(path)
+    found = [] if text is None else _parsed(path, text)
+    numbers = ("share", "tokens", "read", "epochs")
+    if not isinstance(found, list) or not all(
+        isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+        and all(is_number(source.get(number)) for number in numbers)
+        for source in found
+    ):
+        raise DamagedFile(f"{printable(path)}: needs a list of objects with a text `name` and numbers {', '.join(numbers)}")
+    return found
+
+
+def _parsed(path: Path, text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{printable(path)}: no JSON ({error})") from error
+
+
+def read_published(folder: Path) -> dict[str, Any]:
+    """The `run` id and the `step` of the last checkpoint that a run published; {} if it noted none that can be read."""
+    try:
+        found = json.loads(read_file(folder / PUBLISHED_FILE) or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("run"), str) else {}
+
+
+def last_published(folder: Path) -> int | None:
+    """The step of the last checkpoint that a run has saved, by its own word; None if it has saved none.
+
+    Also of runs of earlier versions, which did not note it: their records and their status tell.
+    """
+    try:
+        status = read_status(folder)
+    except DamagedFile:
+        status = {}
+    steps = [
+        read_published(folder).get("step"),
+        status.get("step") if status.get("state") in ("complete", "stopped") else None,
+    ]
+    steps += [record["step"] for record in read_metrics(folder) if "checkpoint/write_seconds" in record]
+    return max((step for step in steps if isinstance(step, int)), default=None)
+
+
+def last_step(records: list[dict[str, Any]]) -> int:
+    """Of a run with these records; 0 without any."""
+    return int(records[-1]["step"]) if records else 0
+
+
+def last_value(records: list[dict[str, Any]], name: str) -> float | None:
+    """Of a metric, where it was defined."""
+    return next((record[name] for record in reversed(records) if is_number(record.get(name))), None)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The run's composed options by their names on the command line; {} if there are none; DamagedFile.
+
+    Of a run that is queued and has not begun, those it was queued with.
+    """
+    for path in (folder / CONFIG_FILE, folder / FROZEN_FILE):
+        text = read_file(path)
+        if text is None:
+            continue
+        try:
+            found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text.decode())))
+        except (ValueError, OSError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise DamagedFile(f"{printable(path)}: no options in YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(found, dict) or not found:
+            raise DamagedFile(f"{printable(path)}: holds no options")
+        return flat({str(name): value for name, value in found.items() if name not in HYDRAS})
+    return {}
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options by their dotted names; lists stay as they are."""
+    options: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and len(value) > 0
+        options |= flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return options
