@@ -40,7 +40,7 @@ def state_of(value: float, **objects: Any) -> dict[str, Any]:
 
 def save(folder: Path, step: int, state: dict[str, Any] | None = None, *, async_save: bool = False) -> Path:
     saver = Saver(folder, CheckpointConfig(keep_last=9, async_save=async_save))
-    saver.save(step=step, state=state or state_of(float(step)), facts=facts_of(step, run="of a test"))
+    saver.save(step=step, state=state or state_of(float(step)), facts=facts_of(step))
     saved = saver.finish(wait=True)
     assert saved is not None
     return saved.path
@@ -120,7 +120,7 @@ def test_the_newest_of_intact_checkpoints_is_chosen(folder: Path) -> None:
     newest, problems = choose(folder)
     assert newest is not None
     assert newest.step == 2
-    assert newest.facts == facts_of(2, run="of a test")
+    assert newest.facts == facts_of(2)
     assert problems == []
 
 
