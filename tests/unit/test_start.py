@@ -8,8 +8,16 @@ import pytest
 from tests.conftest import ROOT
 
 MODULES = (
-    *("train", "train.config", "train.config_rules", "train.launcher", "train.meeting", "train.preparation", "train.run_notes"),
-    *("train.pretrain", "train.trained_model", "launch.plan", "launch.slurm", "launch.status", "launch.report"),
+    *("train", "train.config", "train.config_rules", "train.launcher", "train.meeting", "train.preparation"),
+    *(
+        "train.run_notes",
+        "train.pretrain",
+        "train.trained_model",
+        "launch.plan",
+        "launch.slurm",
+        "launch.status",
+        "launch.report",
+    ),
 )
 HEAVY = """
 import sys
