@@ -25,6 +25,8 @@ def check_version() -> None:
             f"megatron-core {importlib.metadata.version('megatron-core')} is not supported; "
             "pip install megatron-core==0.16.1, or on Python 3.12 and later megatron-core==0.19.2"
         )
+
+
 def repair_without_transformer_engine() -> None:
     """Define a name that the router's gate needs, and let torch's AdamW load sharded state; on CPUs and GPUs alike."""
     if has_transformer_engine():

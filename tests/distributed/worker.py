@@ -20,10 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mone_model import megatron
-
-megatron.prepare()
-# ruff: noqa: E402
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
