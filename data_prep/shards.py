@@ -26,6 +26,7 @@ from data_prep.errors import DataError as DataError
 from data_prep.json_fields import field_problems, is_of
 from data_prep.shard_index import header_problems
 from mone_common.files import publish, sha256_of, temporary, writing
+from mone_common.megatron_jit import leave_out_jit
 
 FORMAT = "mone-token-shards-1"
 MANIFEST_NAME = "manifest.json"
@@ -252,18 +253,9 @@ def dtype_of(vocab_size: int) -> str:
 
 def megatron_indexed_dataset() -> Any:
     """Megatron-Core's module of the format: imported late, which takes seconds, and without its warnings."""
-    import torch
-
-    def leave(function: Any = None, **options: Any) -> Any:
-        return leave if function is None else function
-
-    # With it come Megatron-Core's layers; to prepare the compilation of some takes as long again, and nothing here runs one.
-    compile_, torch.compile = torch.compile, leave  # type: ignore[assignment]
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            from megatron.core.datasets import indexed_dataset
-    finally:
-        torch.compile = compile_
+    leave_out_jit()  # of the layers that come with it, none runs here
+    with warnings.catch_warnings(action="ignore"):
+        from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mone_common.megatron_jit import leave_out_jit
 from mone_model.megatron import cpu_overrides
 
 _CPU = torch.device("cpu")
@@ -265,11 +266,7 @@ def apply() -> None:
     """Make the replacements of the table; RuntimeError if Megatron-Core has been imported already."""
     if "megatron.core" in sys.modules:
         raise RuntimeError("call mone_model.megatron.prepare() before you import megatron.core")
-    # Its decorator jit_fuser is torch.compile, which takes seconds to import and to compile dozens of small functions.
-    jit: Any = types.ModuleType("megatron.core.jit")
-    jit.jit_fuser = jit.noop_decorator = lambda function: function
-    jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
-    sys.modules[jit.__name__] = jit
+    leave_out_jit()
     with warnings.catch_warnings():
         # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
         warnings.simplefilter("ignore", UserWarning)
