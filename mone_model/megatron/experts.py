@@ -72,7 +72,7 @@ class NeuronExperts(MegatronModule):
             weight.allreduce = False  # type: ignore[attr-defined]
             # Else the gradient norm takes the experts of one tensor-parallel rank only.
             set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=axis, stride=1)
-            # By the first of a step, so that it need not be zeroed before (`mone_model.megatron.cpu_overrides`).
+            # By the first backward pass of a step, so that it need not be zeroed before (`cpu_overrides.zero_gradients`).
             weight.gradient_is_written_over = backend == "sparse"  # type: ignore[attr-defined]
         self.record = LossRecord()
         self.counting_neurons = False
