@@ -29,8 +29,8 @@ class Comparison:
 
     base: Point
     difference: Spread
-    """Validation loss minus the baseline's, nats per token: one value for each pair of runs with the same seeds. Without such
-    a pair: the difference of the means."""
+    """Validation loss minus the baseline's, nats per token: one value for each pair of runs with the same seeds; without
+    such pairs, the difference of the means."""
     paired: bool
     """Whether `difference` compares runs with the same seeds."""
     other_options: dict[str, tuple[Any, Any]]
