@@ -199,8 +199,8 @@ def read_slurm_options(node: DictConfig) -> SlurmOptions:
 
 def _secret_message(section: str, option: str, secret: str) -> str:
     return (
-        f"{option}: {secret} would be written to the job script, which others can read; set it in the submitting environment "
-        f"and pass its name: '{section}.pass_environment=[NAME]'"
+        f"{option}: {secret} would be written to the job script, which others can read; set it in the submitting "
+        f"environment and pass its name: '{section}.pass_environment=[NAME]'"
     )
 
 

