@@ -1,12 +1,12 @@
-"""The text of a corpus as a stream of records in a fixed order.
+"""Reads the text of a corpus as a stream of records in a fixed order.
 
     corpus = Corpus(CorpusConfig(path="data/demo/text/*.jsonl"))
     for record in corpus.records():
         record.text, record.fate, corpus.where(record.next)   # "...", "kept", "data/demo/text/bible.jsonl:1"
-    corpus.records(start=record.next)                         # continues behind that record
-    corpus.fingerprint()                                      # tells this corpus from another
+    corpus.records(start=record.next)                         # continues after that record
+    corpus.fingerprint()                                      # identifies the corpus
 
-Files are read one after the other and streaming, so neither memory nor a cache on disk bounds the corpus.
+Files are streamed one after the other, so neither memory nor disk space limits the size of the corpus.
 """
 
 import glob
@@ -30,8 +30,8 @@ class CorpusConfig:
     """One source of text: local files, or a dataset of the Hugging Face hub."""
 
     path: Any = field(default=None, metadata={"kind": str | list[str] | None})
-    """Local text: a file, a folder, a glob, or a list of these as 'corpus.path=[a.jsonl,b/*.parquet]'. Read
-    are txt, md, jsonl, json, csv, tsv, parquet and arrow files, also compressed (gz, bz2, xz, zst, lz4)."""
+    """Local text: a file, a folder, a glob, or a list of these as 'corpus.path=[a.jsonl,b/*.parquet]'. Formats: txt, md,
+    jsonl, json, csv, tsv, parquet, arrow; text formats may be compressed (gz, bz2, xz, zst, lz4)."""
     hub: str | None = None
     """Instead of corpus.path: id of a dataset on the Hugging Face hub, streamed."""
     subset: str | None = None
@@ -39,26 +39,26 @@ class CorpusConfig:
     split: str = "train"
     """Split of the hub dataset."""
     revision: str | None = None
-    """Commit of the hub dataset; pin it, since a run that continues must find the same records."""
+    """Commit of the hub dataset; pin it, so that a run that continues reads the same records."""
     name: str | None = None
-    """Name by which manifest and training report this source; null: the file's or folder's own name."""
+    """Name of this source in the manifest and in training; null: the name of the file or folder."""
     text_field: str = "text"
-    """Field or column that holds a document's text."""
+    """Field or column with a document's text."""
     format: str | None = None
     """text, jsonl, json, csv, tsv, parquet or arrow; null: by the file's suffix."""
     sample_by: str = "paragraph"
-    """What a document is in a plain text file: line, paragraph (up to an empty line), document (the file)."""
+    """Unit of a document in a plain text file: line, paragraph (ends at an empty line) or document (the whole file)."""
     separator: str | None = None
-    """Character between the cells of a csv or tsv file; null: a comma in csv, a tab in tsv."""
+    """Separator of the cells of a csv or tsv file; null: a comma in csv, a tab in tsv."""
     quoting: str | None = None
-    """Quotes in csv and tsv files: minimal (they may enclose cells), none (a quote is a character like others).
-    null: minimal in csv, with cells refused that look like rows within quotes; none in tsv."""
+    """Quoting in csv and tsv files: minimal (quotes may enclose cells) or none (a quote is an ordinary character).
+    null: none in tsv; minimal in csv, but quoted cells that look like several rows are an error."""
     on_invalid_utf8: str = "error"
-    """A record with bytes that are not UTF-8: error stops, replace puts U+FFFD per byte, skip drops it."""
+    """Action for a record with bytes that are not UTF-8: error stops, replace writes U+FFFD per byte, skip drops it."""
 
 
 class Position(NamedTuple):
-    """A place in a corpus: so many files are behind it and so many records of the next one."""
+    """A position in a corpus: `file` files before it, and `record` records of the next file."""
 
     file: int
     record: int
@@ -66,8 +66,8 @@ class Position(NamedTuple):
 
 START = Position(0, 0)
 CHANGED = (
-    "while it was read. Start again once nothing writes to the corpus, in an output folder without shards: those "
-    "finished so far may hold other text than the files do now"
+    "while it was read. Run again when nothing writes to the corpus any more, with an output folder without shards: "
+    "finished shards may contain text that differs from the files"
 )
 T = TypeVar("T")
 
@@ -78,18 +78,18 @@ class Record(NamedTuple):
     """One record of the corpus."""
 
     text: str
-    """The document, empty unless it is to be tokenized."""
+    """The document; empty if it is not tokenized."""
     next: Position
-    """The place behind this record."""
+    """The position after this record."""
     fate: Fate
-    """What became of it."""
+    """How the record was handled."""
 
 
 class Corpus:
     """A checked `CorpusConfig` and its files.
 
-    Raises DataError, naming the option, if a path does not exist, holds no files that can be read, or an
-    option has no such value.
+    Raises DataError, naming the option, if a path does not exist or has no readable files, or an option has an invalid
+    value.
     """
 
     def __init__(self, config: CorpusConfig) -> None:
@@ -107,7 +107,7 @@ class Corpus:
                 "or as corpus.hub=ID (dataset of the Hugging Face hub)" + (", not both" if config.hub else "")
             )
         if config.separator is not None and (len(config.separator) != 1 or config.separator in '"\r\n'):
-            raise DataError(f"corpus.separator={config.separator!r}: must be one character, no quote and no line break")
+            raise DataError(f"corpus.separator={config.separator!r}: must be one character, not a quote or a line break")
         self.config = config
         self.files, self._left_out = ([], {}) if config.hub else find_files(config.path, config.format)
         self._states = [state_of(path) for path in self.files]
@@ -116,10 +116,10 @@ class Corpus:
         self.name = config.name or (config.hub or _plain_name(config.path)).replace("/", "-")
 
     def records(self, start: Position = START) -> Iterator[Record]:
-        """Every record from `start` on, in the one order this corpus has.
+        """All records from `start` on, in the fixed order of the corpus.
 
-        Raises DataError that names file and record for unreadable files, missing text fields, texts that are
-        no strings, invalid UTF-8 if `on_invalid_utf8` says so, and files that change while they are read.
+        Raises DataError, naming file and record, for unreadable files, missing text fields, texts that are not strings,
+        invalid UTF-8 with on_invalid_utf8=error, and files that change while they are read.
         """
         for file in range(start.file, len(self.files) or 1):
             number = start.record if file == start.file else 0
@@ -128,8 +128,8 @@ class Corpus:
                 values = self._values(file)
                 if (skipped := sum(1 for _ in itertools.islice(values, number))) < number:
                     raise DataError(
-                        f"there is none before it to continue behind: the file has {skipped} records. The corpus is another "
-                        "than before, or progress.json in the output folder is damaged. Remove that folder and start again"
+                        f"cannot continue here, because the file has only {skipped} records. The corpus has changed, or "
+                        "progress.json in the output folder is damaged. Remove that folder and start again"
                     )
                 for value in values:
                     record = self._record(value, Position(file, number + 1))
@@ -138,13 +138,13 @@ class Corpus:
             except DataError as error:
                 self._refuse_a_changed_file(file)
                 raise DataError(f"{self._title(file)}, record {number + 1}: {error}") from error
-            except Exception as error:  # each reader has errors of its own
+            except Exception as error:  # the readers raise different types of errors
                 self._refuse_a_changed_file(file)
                 format = "a dataset" if self.config.hub else self._format(file)
                 may_be_another = not (self.config.hub or isinstance(error, EOFError) or not self.sizes[file])
-                hint = ". If it is of another format, set corpus.format" if may_be_another else ""
+                hint = ". If it has another format, set corpus.format" if may_be_another else ""
                 raise DataError(
-                    f"{self._title(file)}, behind record {number}: cannot be read as {format} "
+                    f"{self._title(file)}, after record {number}: cannot be read as {format} "
                     f"({type(error).__name__}: {error}){hint}"
                 ) from error
             self._refuse_a_changed_file(file)
@@ -152,11 +152,11 @@ class Corpus:
         self._refuse_other_ends()
 
     def where(self, position: Position) -> str:
-        """The record just before `position` as file:number, numbers from 1."""
+        """The record before `position` as file:number, numbers from 1."""
         return f"{self._title(position.file)}:{position.record}"
 
     def describe(self) -> str:
-        """One line: how many files of which formats are read, their size, and what of folders is left out."""
+        """One line: number, formats and size of the files, and the files of folders that are left out."""
         if self.config.hub:
             return f"{self.name}: split {self.config.split} of a dataset of the Hugging Face hub"
         kinds = Counter(self._kind(file) for file in range(len(self.files)))
@@ -168,9 +168,9 @@ class Corpus:
         return line
 
     def fingerprint(self, progress_seconds: float = 5.0) -> dict[str, Any]:
-        """What tells this corpus from another: options that change the text, path, size and ends of files.
+        """Identifies the corpus: the options that change the text; path, size and hash of both ends of each file.
 
-        Raises DataError for files that changed since the corpus was made.
+        Raises DataError for files that changed since this object was created.
         """
         options = {key: value for key, value in vars(self.config).items() if key not in ("path", "name")}
         paths = counted(self.files, f"{self.name}: ends of files hashed", progress_seconds)
@@ -180,30 +180,30 @@ class Corpus:
         return options | {"files": self._fingerprints}
 
     def refuse_to_hold(self, files: Iterable[Path], option: str) -> None:
-        """Raise DataError if one of the files that are to be written for `option` would become part of the corpus."""
+        """Raise DataError if one of `files`, which `option` will write, would become part of the corpus."""
         for file in [] if self.config.hub else files:
             if would_find(self.config.path, self.config.format, file):
                 raise DataError(
-                    f"{option} lies in the corpus: {file} would be one of its files. Choose a folder outside corpus.path="
+                    f"{option} is in the corpus: {file} would be one of its files. Choose a folder outside corpus.path="
                     f"{self.config.path}"
                 )
 
     def refuse_changes(self) -> None:
-        """Raise DataError if a file has changed since the corpus was made, or files have come or gone."""
+        """Raise DataError if a file was changed, added or removed since this object was created."""
         if self.config.hub:
             return
         files = set(find_files(self.config.path, self.config.format).files)
         for path in sorted(files ^ set(self.files)):
-            raise DataError(f"{path}: {'came into' if path in files else 'left'} the corpus {CHANGED}")
+            raise DataError(f"{path}: {'added to' if path in files else 'removed from'} the corpus {CHANGED}")
         for file in range(len(self.files)):
             self._refuse_a_changed_file(file)
 
     def _refuse_other_ends(self) -> None:
-        """Raise DataError if ends of files are not as in the fingerprint: times of files can be set."""
+        """Raise DataError if the ends of a file differ from the fingerprint; modification times can be set by users."""
         paths = counted(self._fingerprints, f"{self.name}: ends of files compared", 5.0)
         for file, earlier in enumerate(paths):
             if self._of_file(file, fingerprint_of) != earlier:
-                raise DataError(f"{self.files[file]}: changed (has other content) {CHANGED}")
+                raise DataError(f"{self.files[file]}: changed (different content) {CHANGED}")
 
     def _refuse_a_changed_file(self, file: int) -> None:
         if self.config.hub:
@@ -235,7 +235,7 @@ class Corpus:
         if value is not None and not isinstance(value, str):
             raise DataError(
                 f"field {self.config.text_field!r} is a {type(value).__name__}, not text. "
-                "Choose the text's field with corpus.text_field"
+                "Set corpus.text_field to the field with the text"
             )
         if not value or value.isspace():
             return Record("", position, "empty")
@@ -247,7 +247,7 @@ class Corpus:
             case "skip":
                 return Record("", position, "invalid_utf8_skipped")
         raise DataError(
-            "not valid UTF-8. To go on, set corpus.on_invalid_utf8=replace or skip; the manifest counts such records"
+            "not valid UTF-8. To continue, set corpus.on_invalid_utf8=replace or skip; the manifest counts such records"
         )
 
     def _title(self, file: int) -> str:

@@ -1,8 +1,8 @@
-"""The files of a corpus: which ones, each once, and whether they are still the same.
+"""Finds the files of a corpus and detects changes of them.
 
 found = find_files("data/**/*.jsonl", format=None)
-found.files, found.left_out              # paths in their order; what of a folder is no text
-state = state_of(found.files[0])         # differs once the file is written to or replaced
+found.files, found.left_out              # paths in order; files of folders that are not text
+state = state_of(found.files[0])         # changes when the file is written to or replaced
 """
 
 import fnmatch
@@ -22,34 +22,34 @@ from data_prep.readers import BINARY_FORMATS, FORMATS, format_of
 from data_prep.text_files import compression_of
 
 CARDS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json")
-"""What `datasets` writes beside data, to describe it."""
+"""Metadata files of the `datasets` library."""
 SAVED_STATE = "state.json"
-"""What `save_to_disk` of `datasets` calls the list of a folder's data files."""
+"""File in which `save_to_disk` of `datasets` lists the data files of a folder."""
 END_BYTES = 1 << 20
 
 
 class FoundFiles(NamedTuple):
-    """What an option `corpus.path` stands for."""
+    """The files that `corpus.path` matches."""
 
     files: list[Path]
-    """Entries in the order given, the files of an entry sorted, each file once however many ways lead to it."""
+    """Files in the order of the entries, sorted within an entry; each file once, even if several paths lead to it."""
     left_out: dict[Path, str]
-    """Files of folders that are not read, with the reason."""
+    """Files of folders that are not read, each with the reason."""
 
 
 class FileState(NamedTuple):
-    """What changes when a file is written to or replaced. Not the inode, which network file systems may renumber."""
+    """Size and modification time of a file; without the inode, which network file systems may renumber."""
 
     bytes: int
     mtime_ns: int
 
 
 def find_files(path: Any, format: str | None) -> FoundFiles:
-    """The files that `corpus.path` stands for: a file, a folder, a glob, or a list of these.
+    """The files that `corpus.path` matches: a file, a folder, a glob, or a list of these.
 
-    Links are followed, to folders too. Hidden files and folders are found by their names only.
+    Links to files and folders are followed. Hidden files and folders match only if the pattern names them.
 
-    Raises DataError, naming the path, if nothing is found or something cannot be read as a file of text.
+    Raises DataError, naming the path, if nothing matches or a match is not a text file.
     """
     files: dict[str, Path] = {}
     left_out: dict[Path, str] = {}
@@ -61,7 +61,7 @@ def find_files(path: Any, format: str | None) -> FoundFiles:
 
 
 def would_find(path: Any, format: str | None, file: Path) -> bool:
-    """Whether `find_files` would find a file that does not exist yet, by its name; links within the corpus aside."""
+    """Whether `find_files` would find a file that does not exist yet; links within the corpus are not considered."""
     for entry in map(str, path if isinstance(path, list | tuple) else [path]):
         if Path(entry).is_dir():
             pattern = (*Path(glob.escape(os.path.realpath(entry))).parts, "**", "*")
@@ -83,7 +83,7 @@ def state_of(path: Path) -> FileState:
 
 
 def fingerprint_of(path: Path) -> dict[str, Any]:
-    """Path, size, and sha256 of the first and the last MiB; hashing all would take too long."""
+    """Path, size, and sha256 of the first and the last MiB; hashing whole files would take too long."""
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         ends = file.read(END_BYTES)
@@ -105,9 +105,9 @@ def _files_of(entry: str, format: str | None, left_out: dict[Path, str]) -> list
             missing = "no such file, folder or glob match"
             if files and not (files := [file for file in files if not file.is_dir()]):
                 missing = "matches folders only; name one, or add /** for all files in them"
-            if files and not path.suffix:  # not a name that was chosen, like *.json or README.*
+            if files and not path.suffix:  # a pattern with a suffix, e.g. *.json or README.*, chooses its files
                 files = _texts_of_a_folder(files, format, left_out)
-                missing = f"no file that it matches has a suffix of {', '.join(FORMATS)}; set corpus.format"
+                missing = f"no matching file has a suffix of {', '.join(FORMATS)}; set corpus.format"
     except OSError as error:
         raise DataError(f"corpus.path={entry}: {error.filename}: {error.strerror}") from error
     if not files:
@@ -118,44 +118,43 @@ def _files_of(entry: str, format: str | None, left_out: dict[Path, str]) -> list
 
 
 def _check(file: Path, format: str | None) -> None:
-    """Raise DataError for what cannot be read as a file of text, before anything opens it."""
+    """Raise DataError if a path is not a text file, without opening it."""
     try:
         str(file).encode()
         mode = file.stat().st_mode
     except UnicodeEncodeError:
-        raise DataError(f"{ascii(str(file))}: the name is not UTF-8, so no manifest could hold it. Rename it") from None
+        raise DataError(f"{ascii(str(file))}: the name is not UTF-8, so the manifest cannot contain it. Rename it") from None
     except OSError as error:
-        what = "a link to nothing" if file.is_symlink() else "cannot be read"
+        what = "a broken link" if file.is_symlink() else "cannot be read"
         raise DataError(f"{file}: {what} ({error.strerror})") from error
     if stat.S_ISFIFO(mode):
         raise DataError(
-            f"{file}: a pipe, and a corpus is read more than once. Write the text to a file; compressed files "
-            "(gz, bz2, xz, zst, lz4) are read as they are"
+            f"{file}: a pipe, but a corpus is read more than once. Write the text to a file; it may be compressed "
+            "(gz, bz2, xz, zst, lz4)"
         )
     if not stat.S_ISREG(mode):
         kind = "a socket" if stat.S_ISSOCK(mode) else "a device"
-        raise DataError(f"{file}: {kind}, not a file of text")
+        raise DataError(f"{file}: {kind}, not a text file")
     if not (format or format_of(file)):
-        raise DataError(f"{file}: its suffix tells no format; set corpus.format to one of {', '.join(FORMATS)}")
+        raise DataError(f"{file}: its suffix is not that of a format; set corpus.format to one of {', '.join(FORMATS)}")
     if (format or format_of(file)) in BINARY_FORMATS and compression_of(file):
         raise DataError(
-            f"{file}: {format or format_of(file)} files compress their content themselves and are not read through "
-            f"{file.suffix}. Decompress it first"
+            f"{file}: {format or format_of(file)} files must not be compressed with {file.suffix}. Decompress it first"
         )
 
 
 def _matches(pattern: Path) -> list[Path]:
-    """What a glob stands for, sorted. Unlike the standard library's, it ends where links lead back to a parent."""
+    """Sorted matches of a glob. Unlike the standard library's glob, it stops at links that lead back to a parent."""
     return sorted(set(_walk(pattern.parts)))
 
 
 def _walk(pattern: tuple[str, ...]) -> Iterator[Path]:
-    """Each folder is searched once for each rest of the pattern, whatever links lead to it."""
+    """Matches of a pattern; searches each folder once per remaining pattern, even if several links lead to it."""
     searched: set[tuple[str, int]] = set()
     if pattern[-1] == "**":
         pattern += ("*",)
     folders, linked = deque([(Path(), pattern)]), deque[tuple[Path, tuple[str, ...]]]()
-    while folders or linked:  # links last, so that files keep the names that they have without links
+    while folders or linked:  # links last, so that a file is found by its path without links if there is one
         folder, (head, *rest) = (folders or linked).popleft()
         key = os.path.realpath(folder), len(rest)
         if key in searched:
@@ -172,7 +171,7 @@ def _walk(pattern: tuple[str, ...]) -> Iterator[Path]:
 
 
 def _entries(folder: Path, pattern: str) -> Iterator[Path]:
-    """What in a folder one part of a glob stands for."""
+    """Entries of a folder that match one component of a glob."""
     if not glob.has_magic(pattern):
         if os.path.lexists(folder / pattern):
             yield folder / pattern
@@ -187,7 +186,7 @@ def _is_named(name: str, pattern: str) -> bool:
 
 
 def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether a walk along a pattern would come to a path."""
+    """Whether a path matches a pattern as in `_walk`."""
     if not path or not pattern:
         return not path and not pattern
     (name, *below), (head, *rest) = path, pattern
@@ -197,7 +196,7 @@ def _fits(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def _texts_of_a_folder(paths: Iterable[Path], format: str | None, left_out: dict[Path, str]) -> list[Path]:
-    """The files among all that is in a folder which hold its text."""
+    """The text files among the contents of a folder."""
     files = []
     for path in paths:
         if not path.is_dir():
@@ -209,11 +208,11 @@ def _texts_of_a_folder(paths: Iterable[Path], format: str | None, left_out: dict
 
 
 def _without_cards(files: list[Path], format: str | None, left_out: dict[Path, str]) -> list[Path]:
-    """Leave out what describes data: files that `datasets` writes, and a README beside other files than Markdown.
+    """Leave out descriptions of data: metadata of `datasets`, and a README next to files that are not Markdown.
 
-    Of a folder that `save_to_disk` wrote only the files of its list are read, in the list's order.
+    In a folder of `save_to_disk`, only the files that state.json lists are read, in that order.
     """
-    order: dict[Path, Path] = {}  # what a file is sorted by
+    order: dict[Path, Path] = {}  # sort keys
     saved = set()
     if format in (None, "arrow"):
         for state in (file for file in files if file.name == SAVED_STATE and file.is_file()):
@@ -226,7 +225,7 @@ def _without_cards(files: list[Path], format: str | None, left_out: dict[Path, s
     texts = []
     for file in files:
         if file.parent in saved and file not in order:
-            left_out[file] = f"beside the data files that {SAVED_STATE} lists"
+            left_out[file] = f"not a data file that {SAVED_STATE} lists"
         elif file.name in CARDS or (file.name.lower() == "readme.md" and file.parent in described):
             left_out[file] = "describes the data"
         elif file not in order:
@@ -235,12 +234,12 @@ def _without_cards(files: list[Path], format: str | None, left_out: dict[Path, s
 
 
 def _listed_in(state: Path) -> list[Path] | None:
-    """The data files of a folder that `save_to_disk` wrote; None if state.json is something else."""
+    """The data files that the state.json of `save_to_disk` lists; None if `state` is another file."""
     try:
         content = json.loads(state.read_text(encoding="utf-8"))
         listed = [state.with_name(file["filename"]) for file in content["_data_files"]]
     except (ValueError, KeyError, TypeError):
         return None
     if content.get("_indices_files") or content.get("_indices_data_files"):
-        raise DataError(f"{state}: lists files of indices, which are not read. Write it again with save_to_disk")
+        raise DataError(f"{state}: lists index files, which are not supported. Write the dataset again with save_to_disk")
     return listed

@@ -1,10 +1,10 @@
-"""Worker processes that turn texts into tokens, results in the order of the input.
+"""Encodes texts in worker processes; the results keep the order of the input.
 
     with EncoderPool("data/demo/tokenizer", validation_fraction=0.01, workers=2) as pool:
         for records, encoded in pool.encode(corpus.records()):
             for record, document in zip(records, encoded.documents()): ...
 
-A worker knows the tokenizer and nothing else; it ends with its parent, however that ends.
+A worker has only the tokenizer. It exits when its parent exits or is killed.
 """
 
 import hashlib
@@ -29,17 +29,17 @@ from mone_common.processes import end_with_parent
 BATCH_CHARACTERS = 1 << 20
 BATCH_RECORDS = 1 << 14
 BATCHES_PER_WORKER = 3
-"""Batches under way per worker: enough to keep it busy, few enough to bound memory."""
+"""Batches in flight per worker: enough to keep it busy, few enough to bound memory."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a batch of N texts, packed so that they cross the process boundary as two arrays."""
+    """The tokens of a batch of N texts, packed into two arrays for transfer between processes."""
 
     tokens: np.ndarray
-    """[sum of lengths] of the type on disk, every document with its end-of-document."""
+    """[sum of lengths], dtype as on disk; each document ends with the end-of-document token."""
     lengths: np.ndarray
-    """[N] tokens of each text; 0 for an empty text, which is no document."""
+    """[N] tokens of each text; 0 for an empty text, which is not a document."""
     validation: list[bool]
     """[N] whether the text belongs to the validation split."""
 
@@ -52,21 +52,24 @@ class Encoded:
 def is_validation(text: str, fraction: float) -> bool:
     """Whether the first 64 bits of the text's blake2b, as a number in [0, 1), are below `fraction`.
 
-    It depends on the text alone: not on order, number of workers or other documents, and equal texts are
-    never on both sides.
+    It depends only on the text, not on order, number of workers or other documents. Equal texts are always in the same
+    split.
     """
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) < fraction * 2**64
 
 
 def encode_batch(tokenizer: Tokenizer, texts: list[str], validation_fraction: float) -> Encoded:
-    """Encode texts [N]; an end-of-document behind each that is not empty. DataError for an id outside the vocabulary."""
+    """Encode texts [N], with an end-of-document token after each that is not empty.
+
+    Raises DataError for an id outside the vocabulary.
+    """
     documents = tokenizer.encode_documents([text for text in texts if text])
     lengths = np.zeros(len(texts), np.int64)
     lengths[[bool(text) for text in texts]] = [len(document) for document in documents]
     tokens = np.concatenate([np.empty(0, np.int32), *documents])
     if problem := range_problem(tokens, tokenizer.vocab_size):
-        raise DataError(f"tokenizer: {problem}: it has ids that it does not list")
+        raise DataError(f"tokenizer: {problem}: it produces ids that are not in its vocabulary")
     tokens = tokens.astype(dtype_of(tokenizer.vocab_size))
     return Encoded(tokens, lengths, [is_validation(text, validation_fraction) for text in texts])
 
@@ -78,8 +81,8 @@ def _start_worker(tokenizer: str, validation_fraction: float) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     assert parent.pid is not None
-    end_with_parent(parent.pid)  # a killed parent cannot tell its workers, which would wait for work for ever
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
+    end_with_parent(parent.pid)  # without it, workers of a killed parent would wait for work forever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; only the parent handles it
     _worker.update(tokenizer=load_tokenizer(tokenizer), validation_fraction=validation_fraction)
 
 
@@ -102,7 +105,7 @@ def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 class EncoderPool:
-    """`workers` processes, each with its own tokenizer; started by spawn, since `datasets` runs threads."""
+    """`workers` processes, each with its own tokenizer; they are spawned, because fork is unsafe with threads."""
 
     def __init__(self, tokenizer: str, validation_fraction: float, workers: int) -> None:
         self._under_way = BATCHES_PER_WORKER * workers
@@ -132,6 +135,6 @@ class EncoderPool:
                 yield done, future.result()
         except BrokenProcessPool as error:
             raise DataError(
-                "a worker process died, killed perhaps for want of memory. Finished shards are kept: "
-                "run the same command again to continue, with fewer workers if memory is short"
+                "a worker process died; the machine may be out of memory. Finished shards are kept: run the same command "
+                "again to continue, with fewer workers if memory is short"
             ) from error

@@ -1,7 +1,7 @@
-"""What is the user's to mend, told so that they can.
+"""Errors that the user can correct.
 
 with naming_folder("output", folder):
-    ...                        # a full disk becomes a DataError that says which folder and option
+    ...                        # a full disk becomes a DataError that names folder and option
 """
 
 import errno
@@ -17,14 +17,14 @@ REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, 
 
 
 class DataError(UserError):
-    """The user's data, option or folder is at fault; the message says which one and what would be right."""
+    """An error in the user's data, options or folders; the message names it and a way out."""
 
 
 @contextmanager
 def naming_folder(option: str, folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Turn an OSError that comes of a full or forbidden `folder`, given as `option`, into a DataError.
+    """Turn an OSError of a full or unwritable `folder`, the value of `option`, into a DataError.
 
-    shared: other processes write there, too. Else what is unfinished there makes room on a full disk.
+    shared: other processes write to the folder as well. Otherwise unfinished files are removed if the disk is full.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def naming_folder(option: str, folder: Path, *, shared: bool = False) -> Iterato
                     unfinished.unlink()
             raise DataError(
                 f"{option}={folder}: no space left in this folder ({error.strerror}). "
-                "What was finished is kept: make room and run the same command again to continue, "
+                "Finished files are kept: free some space and run the same command again to continue, "
                 "or choose a folder on another disk"
             ) from error
         if error.errno in REFUSED:

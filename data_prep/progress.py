@@ -1,4 +1,4 @@
-"""How far a pass over a corpus is: files, tokens, share of the corpus, rate, time left.
+"""Reports the progress of a pass over a corpus: files, tokens, share of the corpus, rate, time left.
 
 for path in counted(paths, "wikipedia: files hashed"): ...
 progress = Progress(corpus, every_seconds=5, start=position)
@@ -21,7 +21,7 @@ Item = TypeVar("Item")
 
 
 def counted(items: Sequence[Item], what: str, every_seconds: float) -> Iterator[Item]:
-    """The items; a line to stderr, `what` and their number, every few seconds."""
+    """Yield the items; report `what` and the number of items done every `every_seconds`."""
     printed = time.monotonic()
     for number, item in enumerate(items):
         if time.monotonic() - printed >= every_seconds:
@@ -31,7 +31,7 @@ def counted(items: Sequence[Item], what: str, every_seconds: float) -> Iterator[
 
 
 class Progress:
-    """Prints a line to stderr every few seconds."""
+    """Reports one line every few seconds."""
 
     def __init__(self, corpus: "Corpus", every_seconds: float, start: "Position") -> None:
         self._corpus, self._every_seconds = corpus, every_seconds
@@ -43,7 +43,7 @@ class Progress:
         self._share_at_begin = self.share()
 
     def watch(self, records: Iterable["Record"]) -> Iterator["Record"]:
-        """The records as they are read. Many small files may take long and make few tokens."""
+        """Yield the records and count them."""
         sizes = self._corpus.sizes
         for number, record in enumerate(records):
             another_file = record.next.file != self._file
@@ -58,14 +58,14 @@ class Progress:
             yield record
 
     def add(self, tokens: int) -> None:
-        """Count tokens that were made of the records."""
+        """Add encoded tokens to the count."""
         self._tokens += tokens
         self._print_when_due()
 
     def share(self) -> float:
-        """Estimated share of the corpus's bytes that are read; 0 where the size is unknown.
+        """Estimated share of the corpus's bytes that have been read; 0 if the size is unknown.
 
-        Inside a file it goes by the text per byte of the file before, compressed or not.
+        Within a file, the estimate uses the characters per byte of the previous file, because files may be compressed.
         """
         sizes = self._corpus.sizes
         if not sum(sizes):
@@ -74,7 +74,7 @@ class Progress:
         return (sum(sizes[: self._file]) + here) / sum(sizes)
 
     def close(self) -> None:
-        """Print the last line."""
+        """Report the last line."""
         self._file_text, self._file = 0, len(self._corpus.sizes)
         self._print()
 

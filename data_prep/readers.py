@@ -1,11 +1,11 @@
-"""The values of one field of one file, or of one dataset of the hub, record by record.
+"""Reads one field of a file, or of a dataset on the Hugging Face hub, record by record.
 
     for value in read_file(Path("corpus.parquet"), "parquet", field="text"):
-        value        # str, None, whatever else the record holds there; INVALID where bytes were not UTF-8
+        value        # str, None, or any other JSON value; INVALID for bytes that are not UTF-8
 
-Files are read by what is below `datasets`: pyarrow, and Python's json and csv. `datasets` itself asks the hub about
-every file that it loads, wants one schema for all records, and reads cells of another column where the rows of a
-table have other lengths than its header. It reads datasets of the hub.
+Files are read with pyarrow and Python's json and csv modules. Only datasets of the hub are read with the `datasets` library:
+for local files it connects to the hub, requires one schema for all records, and returns cells of wrong columns if the rows of
+a table are shorter or longer than its header.
 """
 
 import json
@@ -20,17 +20,17 @@ from data_prep.text_files import INVALID, MARK_INVALID, compression_of, open_tex
 
 FORMATS = ("text", "jsonl", "json", "csv", "tsv", "parquet", "arrow")
 BINARY_FORMATS = ("parquet", "arrow")
-"""Formats that are read from any place in the file, which a compressed file does not allow."""
+"""Formats that need random access, which compressed files do not allow."""
 SUFFIXES = {".txt": "text", ".md": "text", ".ndjson": "jsonl"} | {f".{name}": name for name in FORMATS}
 SAMPLES = ("line", "paragraph", "document")
 ROWS = 1000
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-"""JSON can spell half of a surrogate pair, which no UTF-8 can; whole pairs are one character by then."""
+"""JSON can contain half of a surrogate pair, which UTF-8 cannot encode; the decoder has joined whole pairs already."""
 ARROW_STREAM_START, ARROW_STREAM_END = b"\xff\xff\xff\xff", b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's suffix tells, a compression's suffix aside; "" if it tells none."""
+    """The format according to a file's suffix, ignoring a suffix of a compression; "" if the suffix is unknown."""
     name = path.with_suffix("") if compression_of(path) else path
     return SUFFIXES.get(name.suffix.lower(), "")
 
@@ -45,11 +45,11 @@ def read_file(
 ) -> Iterator[Any]:
     """The values of `field` in a file of one of the `FORMATS`.
 
-    sample_by: what of a plain text file is a document: one of `SAMPLES`.
-    separator, quoting: how a csv or tsv file is written, see `csv_files.read_table`.
+    sample_by: unit of a document in a plain text file, one of `SAMPLES`.
+    separator, quoting: format of a csv or tsv file, see `csv_files.read_table`.
 
-    Raises DataError for a record or table without the field, and whatever the format's reader raises for a
-    file that is not of the format. A file without records has no fields either and gives nothing.
+    Raises DataError for a record or table without the field, and the reader's own error for a file that does not have the
+    format. A file without records yields nothing, even if it has no such field.
     """
     match format:
         case "parquet":
@@ -78,7 +78,7 @@ def read_hub(id: str, subset: str | None, split: str, revision: str | None, fiel
     from datasets import load_dataset
     from datasets.utils.logging import CRITICAL, set_verbosity
 
-    set_verbosity(CRITICAL)  # it logs what it raises; our message names file and record
+    set_verbosity(CRITICAL)  # it also logs the errors that it raises
     dataset = load_dataset(id, subset, split=split, revision=revision, streaming=True)
     for table in dataset.with_format("arrow").iter(batch_size=ROWS):
         check_field(field, table.column_names)
@@ -105,13 +105,13 @@ def _read_text(lines: TextIO, sample_by: str) -> Iterator[str]:
 
 
 def _field_of_line(line: str, field: str) -> Any:
-    line = line.removeprefix("\ufeff")  # files that were joined have one in the middle
+    line = line.removeprefix("\ufeff")  # concatenated files contain byte order marks between lines
     if not line.strip():
         return None
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"not a line of JSON ({error})") from error
+        raise DataError(f"not valid JSON ({error})") from error
     return _field_of(record, field)
 
 
@@ -120,7 +120,7 @@ def _field_of(record: Any, field: str) -> Any:
         raise DataError(f"a JSON {type(record).__name__}, not an object with fields")
     check_field(field, record)
     value = record[field]
-    # A string that UTF-8 can hold is the rule, and to encode it is faster than to look for what it cannot.
+    # Most strings are valid, and encoding a string is faster than a search for surrogates.
     return LONE_SURROGATE.sub(INVALID, value) if isinstance(value, str) and not _is_encodable(value) else value
 
 
@@ -133,8 +133,8 @@ def _is_encodable(text: str) -> bool:
 
 
 def _read_json(lines: TextIO, field: str) -> Iterator[Any]:
-    """Fields of values that stand one on a line, or over several lines. A list stands for its elements, a string in
-    one for an object with the field alone."""
+    """The field of each JSON value of a file; values may span lines. A list is replaced by its elements, and a string in
+    it by an object with the field only."""
     start = ""
     for line in lines:
         start += line
@@ -195,16 +195,16 @@ def _read_arrow(path: Path, field: str) -> Iterator[Any]:
 
 
 def _check_end_of_stream(path: Path) -> None:
-    """Raise EOFError for a stream without the mark of its end: Arrow takes one that is cut between two batches."""
+    """Raise EOFError for a stream without an end marker; Arrow accepts streams that are truncated between two batches."""
     with open(path, "rb") as file:
         start = file.read(len(ARROW_STREAM_START))
         file.seek(-len(ARROW_STREAM_END), 2)
         if start == ARROW_STREAM_START and file.read() != ARROW_STREAM_END:
-            raise EOFError("the stream has no end: the file is truncated, or its writer was not closed")
+            raise EOFError("the stream has no end marker: the file is truncated, or its writer was not closed")
 
 
 def _as_bytes(column: Any) -> Any:
-    """An Arrow column of strings as bytes: Arrow does not check that they are UTF-8. Other columns as they are."""
+    """An Arrow column, strings as bytes because Arrow does not check that they are UTF-8; other columns unchanged."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(column.type):
@@ -220,7 +220,7 @@ def _as_bytes(column: Any) -> Any:
 
 
 def _python_values(column: Any) -> list[Any]:
-    """An Arrow column as Python values, strings decoded with marks."""
+    """An Arrow column as Python values; INVALID replaces bytes that are not UTF-8."""
     content = _as_bytes(column)
     values = content.to_pylist()
     if content.type == column.type:

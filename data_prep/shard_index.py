@@ -1,10 +1,10 @@
-"""The .idx file of a shard, read without trust: Megatron-Core takes one on faith and ends in odd places if it is damaged.
+"""Checks the .idx file of a shard; Megatron-Core does not, and fails with unclear errors if it is damaged.
 
 for problem in header_problems(folder, shard, "uint16"): ...    # reads 34 bytes
 for problem in index_problems(folder, shard, "uint16"): ...     # reads the whole file
 
-Behind the header it holds the length in tokens (int32) of each of D documents, the place in bytes (int64) of each, and the
-numbers 0 .. D (int64).
+After the header, the file contains for D documents: their lengths in tokens (int32), their offsets in bytes (int64), and
+the numbers 0 .. D (int64).
 """
 
 import struct
@@ -23,7 +23,7 @@ DTYPE_CODES = {"uint16": 8, "int32": 4}
 
 
 def header_problems(folder: Path, shard: "Shard", dtype: str) -> Iterator[str]:
-    """What the header of a shard's .idx and the sizes of its files tell against the manifest, one sentence each."""
+    """Differences between the manifest and the header and sizes of a shard's files, one sentence each."""
     name, size = f"{shard.name}.idx", (folder / f"{shard.name}.idx").stat().st_size
     with open(folder / name, "rb") as file:
         header = file.read(HEADER.size)
@@ -32,7 +32,7 @@ def header_problems(folder: Path, shard: "Shard", dtype: str) -> Iterator[str]:
         return
     magic, version, code, lengths, documents = HEADER.unpack(header)
     if magic != MAGIC:
-        yield f"{name}: no index of Megatron-Core (it begins with {magic!r})"
+        yield f"{name}: not an index of Megatron-Core (it begins with {magic!r})"
         return
     if version != VERSION:
         yield f"{name}: index of version {version}, this version reads {VERSION}"
@@ -50,7 +50,7 @@ def header_problems(folder: Path, shard: "Shard", dtype: str) -> Iterator[str]:
 
 
 def index_problems(folder: Path, shard: "Shard", dtype: str) -> Iterator[str]:
-    """As `header_problems`, and what the lengths and places of the documents tell."""
+    """Like `header_problems`, but also checks the lengths and offsets of the documents."""
     found = list(header_problems(folder, shard, dtype))
     yield from found
     if any(problem.startswith(f"{shard.name}.idx") for problem in found):
@@ -59,15 +59,15 @@ def index_problems(folder: Path, shard: "Shard", dtype: str) -> Iterator[str]:
     with open(folder / name, "rb") as file:
         file.seek(HEADER.size)
         lengths = np.fromfile(file, np.int32, shard.documents).astype(np.int64)
-        places = np.fromfile(file, np.int64, shard.documents)
+        offsets = np.fromfile(file, np.int64, shard.documents)
         bounds = np.fromfile(file, np.int64, shard.documents + 1)
     if (lengths < 1).any():
         document = int(np.argmax(lengths < 1))
         yield f"{name}: document {document} has {lengths[document]} tokens"
     if lengths.sum() != shard.tokens:
         yield f"{name}: {lengths.sum()} tokens, the manifest says {shard.tokens}"
-    wrong = places != size * (np.cumsum(lengths) - lengths)
+    wrong = offsets != size * (np.cumsum(lengths) - lengths)
     if wrong.any():
-        yield f"{name}: document {int(np.argmax(wrong))} does not stand where the one before ends"
+        yield f"{name}: document {int(np.argmax(wrong))} does not start at the end of the previous one"
     if (bounds != np.arange(shard.documents + 1)).any():
         yield f"{name}: the bounds of its documents are not 0 .. {shard.documents}"

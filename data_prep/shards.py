@@ -1,4 +1,4 @@
-"""What a folder of token shards holds, and how it is written and read.
+"""Reads and writes folders of token shards.
 
     manifest = load_manifest("data/demo/shards/wikipedia")
     manifest.check_sizes()
@@ -6,8 +6,8 @@
     manifest.tokens("train"), manifest.vocab_size, manifest.eod_id
     load_tokenizer(manifest.tokenizer_path)
 
-A shard is Megatron-Core's indexed dataset: `<split>-<number>.bin` holds the tokens, `.idx` the documents'
-lengths.
+A shard is an indexed dataset of Megatron-Core: `<split>-<number>.bin` contains the tokens, `.idx` the lengths of the
+documents.
 """
 
 import json
@@ -32,9 +32,9 @@ FORMAT = "mone-token-shards-1"
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer"
 MAX_VOCABULARY = 1 << 24
-"""More pieces than any tokenizer has; tables as long as the vocabulary are made of it."""
+"""Limit for damaged files: a larger vocabulary would allocate huge tables."""
 MAX_NAME_BYTES = 200
-"""Of a shard's name; file systems allow 255 with what is put before and behind it."""
+"""Longest name of a shard; file systems allow 255 bytes including prefixes and suffixes."""
 
 Split = Literal["train", "validation"]
 
@@ -50,7 +50,7 @@ class Shard:
     documents: int
     """Documents, each one sequence of the indexed dataset."""
     tokens: int
-    """Tokens, the end-of-document of each document included."""
+    """Tokens, including the end-of-document tokens."""
     bin_bytes: int
     """Size of the .bin file."""
     idx_bytes: int
@@ -60,7 +60,7 @@ class Shard:
     idx_sha256: str
     """Checksum of the .idx file."""
     source: str
-    """Where its documents stand: behind record `file:number` - up to record `file:number`, numbers from 1."""
+    """Range of its records in the corpus: after `file:number` - up to `file:number`, numbers from 1."""
 
     def files(self) -> Iterable[tuple[str, int, str]]:
         """Name, size in bytes and sha256 of each of the two files."""
@@ -70,12 +70,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `mone-tokenize` made of one corpus: the manifest.json of an output folder."""
+    """The manifest.json of a folder that `mone-tokenize` wrote."""
 
     folder: Path
-    """The folder as it was given to `load_manifest`; not stored."""
+    """The folder as given to `load_manifest`; not stored."""
     name: str
-    """Name of the corpus, by which a training blend reports it."""
+    """Name of the corpus in the reports of training."""
     vocab_size: int
     """Token ids are 0 .. vocab_size - 1."""
     eod_id: int
@@ -85,21 +85,21 @@ class Manifest:
     tokenizer_sha256: str
     """Checksum of the tokenizer, see `Tokenizer.sha256`."""
     round_trip: bool
-    """Whether decoding gave back exactly the documents that were compared: some of every group; false if the tokenizer
-    normalises or drops characters."""
+    """Whether decoding reproduced a sample of the documents of each group exactly; false if the tokenizer normalises or
+    drops characters."""
     unigram_entropy: float
-    """Entropy of the training tokens' unigram distribution in nats per token: the loss of a model that knows
-    only how frequent each token is."""
+    """Entropy of the training tokens' unigram distribution, nats per token: the lowest loss of a model that ignores the
+    context."""
     records: dict[str, int]
-    """Records of the corpus by what became of them: see `corpora.Record.fate`."""
+    """Number of records by `corpora.Record.fate`."""
     settings: dict[str, Any]
-    """Options and fingerprint of the corpus that made the folder."""
+    """Options and fingerprint of the corpus."""
     shards: tuple[Shard, ...]
     """All shards, in corpus order."""
 
     @property
     def tokenizer_path(self) -> Path:
-        """The tokenizer's copy in this folder, for `load_tokenizer`."""
+        """The copy of the tokenizer in this folder, for `load_tokenizer`."""
         return self.folder / TOKENIZER_NAME
 
     def of_split(self, split: Split) -> list[Shard]:
@@ -111,7 +111,7 @@ class Manifest:
         return [str(self.folder / shard.name) for shard in self.of_split(split)]
 
     def tokens(self, split: Split) -> int:
-        """Tokens of the split, ends of document included."""
+        """Tokens of the split, including end-of-document tokens."""
         return sum(shard.tokens for shard in self.of_split(split))
 
     def documents(self, split: Split) -> int:
@@ -119,9 +119,9 @@ class Manifest:
         return sum(shard.documents for shard in self.of_split(split))
 
     def check_sizes(self) -> None:
-        """Compare the size of every shard file and the header of every index with the manifest: cheap, reads no content.
+        """Compare the sizes of all shard files and the headers of their indices with the manifest; does not read tokens.
 
-        Raises DataError that names the shard which is missing, truncated, grown or of other counts or type.
+        Raises DataError that names the shards that are missing or have another size, count or token type.
         """
         problems = size_problems(self.folder, self.shards)
         if not problems:
@@ -133,13 +133,13 @@ class Manifest:
             )
 
     def save(self) -> None:
-        """Publish manifest.json in the folder; deterministic, so equal runs write equal bytes."""
+        """Write manifest.json to the folder; equal runs write equal bytes."""
         content = {k: v for k, v in asdict(self).items() if k != "folder"}
         publish_json(self.folder / MANIFEST_NAME, {"format": FORMAT, **content})
 
 
 class DamagedManifest(DataError):
-    """A manifest.json that cannot be used; `problems` are its faults, one sentence each."""
+    """A damaged manifest.json; `problems` has one sentence for each fault."""
 
     def __init__(self, path: Path, problems: list[str], how: str) -> None:
         super().__init__(f"{path}: damaged ({'; '.join(problems[:5])}). {how}")
@@ -149,16 +149,16 @@ class DamagedManifest(DataError):
 def load_manifest(folder: str | Path) -> Manifest:
     """Read `<folder>/manifest.json`.
 
-    Raises DataError if the folder or the manifest is missing, and DamagedManifest if it is unreadable, of another format, or
-    has fields of other types or impossible values.
+    Raises DataError if the folder or the manifest is missing, and DamagedManifest if it is unreadable, has another format,
+    or has fields with wrong types or impossible values.
     """
     folder = Path(folder)
-    how = f"Make it with: mone-tokenize corpus.path=TEXT tokenizer=TOKENIZER output={folder}"
+    how = f"Create it with: mone-tokenize corpus.path=TEXT tokenizer=TOKENIZER output={folder}"
     path = folder / MANIFEST_NAME
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of token shards. {how}")
     if not path.is_file():
-        raise DataError(f"{folder}: no {MANIFEST_NAME}, so tokenization never finished here. {how}")
+        raise DataError(f"{folder}: no {MANIFEST_NAME}, so the tokenization has not finished. {how}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -172,7 +172,7 @@ def load_manifest(folder: str | Path) -> Manifest:
 
 def _manifest_problems(content: Any) -> Iterator[str]:
     if not isinstance(content, dict):
-        yield f"holds {reprlib.repr(content)}, not the fields of a manifest"
+        yield f"contains {reprlib.repr(content)}, not the fields of a manifest"
         return
     if content.get("format") != FORMAT:
         yield f"format {content.get('format')!r}, this version reads {FORMAT!r}"
@@ -198,7 +198,7 @@ def _manifest_problems(content: Any) -> Iterator[str]:
 
 
 def shard_problems(shards: list[Any]) -> Iterator[str]:
-    """What is wrong with stored `Shard`s, one sentence each; their files are not looked at."""
+    """Problems of stored `Shard`s, one sentence each; does not read their files."""
     names = [shard.get("name") if isinstance(shard, dict) else None for shard in shards]
     for number, shard in enumerate(shards):
         where = f"shards.{number}"
@@ -212,7 +212,7 @@ def shard_problems(shards: list[Any]) -> Iterator[str]:
         if not re.fullmatch(r"\w[\w.-]*", shard["name"]) or len(shard["name"].encode()) > MAX_NAME_BYTES:
             yield f"{where}.name is {reprlib.repr(shard['name'])}, not the name of a file in the folder"
         elif names.count(shard["name"]) > 1:
-            yield f"{where}.name is that of another shard, too: {shard['name']}"
+            yield f"{where}.name is also the name of another shard: {shard['name']}"
         if shard["split"] not in get_args(Split):
             yield f"{where}.split is {reprlib.repr(shard['split'])}, must be train or validation"
         for name in ("documents", "tokens", "bin_bytes", "idx_bytes"):
@@ -221,7 +221,7 @@ def shard_problems(shards: list[Any]) -> Iterator[str]:
 
 
 def size_problems(folder: Path, shards: Iterable[Shard]) -> list[str]:
-    """What is missing or of another size, one sentence per file."""
+    """Shard files that are missing or have another size, one sentence each."""
     problems = []
     for shard in shards:
         for file, size, _ in shard.files():
@@ -234,14 +234,14 @@ def size_problems(folder: Path, shards: Iterable[Shard]) -> list[str]:
 
 
 def publish_json(path: Path, content: dict[str, Any]) -> None:
-    """Write indented JSON under its final name, or not at all."""
+    """Write indented JSON atomically."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     with writing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 
 def entropy(counts: np.ndarray) -> float:
-    """-sum p ln p of the distribution that `counts` [vocab_size] is proportional to, in nats."""
+    """Entropy -sum p ln p in nats, where p is `counts` [vocab_size] divided by its sum."""
     p = counts[counts > 0] / max(counts.sum(), 1)
     return abs(float(-(p * np.log(p)).sum()))
 
@@ -252,8 +252,8 @@ def dtype_of(vocab_size: int) -> str:
 
 
 def megatron_indexed_dataset() -> Any:
-    """Megatron-Core's module of the format: imported late, which takes seconds, and without its warnings."""
-    leave_out_jit()  # of the layers that come with it, none runs here
+    """Import Megatron-Core's indexed_dataset without its warnings; the import takes seconds, so it is not at the top."""
+    leave_out_jit()  # the import includes layers, which are not used here
     with warnings.catch_warnings(action="ignore"):
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
@@ -279,7 +279,7 @@ def range_problem(tokens: np.ndarray, vocab_size: int) -> str | None:
 
 
 class ShardWriter:
-    """Collects the documents of one shard; nothing carries the shard's final name before `finish`."""
+    """Collects the documents of one shard in temporary files; `finish` gives them their final names."""
 
     def __init__(self, folder: Path, name: str, split: Split, dtype: str) -> None:
         self.folder, self.name, self.split = folder, name, split
@@ -294,7 +294,7 @@ class ShardWriter:
         self.tokens += len(tokens)
 
     def finish(self, source: str) -> Shard:
-        """Write the index and publish both files; `source` is for the manifest."""
+        """Write the index and publish both files; source: see `Shard.source`."""
         bin_path, idx_path = (self.folder / f"{self.name}{suffix}" for suffix in (".bin", ".idx"))
         self._builder.finalize(str(temporary(idx_path)))
         for path in (bin_path, idx_path):

@@ -1,10 +1,10 @@
-"""Text files as characters: decompressed, without a byte order mark, undecodable bytes marked.
+"""Opens text files: decompresses them, skips a byte order mark, and marks bytes that are not UTF-8.
 
     with open_text(Path("corpus.jsonl.zst"), newline="\\n") as lines:
-        for line in lines: ...                   # INVALID where a byte was not UTF-8
+        for line in lines: ...                   # INVALID replaces each byte that is not UTF-8
 
-A compressed file may consist of several frames ("members", "streams"), one behind the other, as `cat a.gz b.gz` makes
-them. One that ends within a frame is refused: the decompressors of some packages end there without an error.
+A compressed file may contain several concatenated frames ("members", "streams"), e.g. from `cat a.gz b.gz`. A file that ends
+within a frame is an error; some packages' decompressors ignore the truncation.
 """
 
 import bz2
@@ -19,13 +19,13 @@ from typing import Any, BinaryIO, TextIO
 
 from data_prep.errors import DataError
 
-# Each undecodable byte becomes this pair of noncharacters, which no valid text interchanges, so that the
-# record that holds it can be found wherever the file was decoded.
+# This pair of noncharacters replaces each undecodable byte, so that its record can be found later. Valid text does not
+# contain it.
 INVALID = "\ufdd0\ufdef"
 MARK_INVALID = "data_prep_mark_invalid"
 BUFFER_BYTES = 1 << 20
 COMPRESSED_BYTES = 1 << 14
-"""Compressed bytes that are decompressed at once; small, since some texts shrink to a thousandth."""
+"""Compressed bytes that are decompressed at once; small, because the text may be a thousand times larger."""
 
 
 def _mark_invalid(error: UnicodeError) -> tuple[str, int]:
@@ -48,18 +48,18 @@ def _lz4() -> Any:
     return lz4.frame.LZ4FrameDecompressor()
 
 
-# Each makes an object that decompresses one frame, and tells its end (`eof`) and what is behind it (`unused_data`).
+# Each creates a decompressor of one frame with `eof` (end reached) and `unused_data` (bytes after the end).
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16),
     "bz2": bz2.BZ2Decompressor,
-    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),  # zeros would be an empty file of the older format
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),  # in automatic mode, zeros are an empty .lzma file
     "zst": _zstandard,
     "lz4": _lz4,
 }
 
 
 def compression_of(path: Path) -> str:
-    """Key of `DECOMPRESSORS` that the file's suffix tells; "" for a file that is not compressed."""
+    """Key of `DECOMPRESSORS` for the file's suffix; "" for a file that is not compressed."""
     suffix = path.suffix[1:].lower()
     return suffix if suffix in DECOMPRESSORS else ""
 
@@ -67,8 +67,8 @@ def compression_of(path: Path) -> str:
 def open_text(path: Path, newline: str | None) -> TextIO:
     """Open a text file, compressed or not, for reading; `newline` as in `open`.
 
-    Raises DataError for a file in UTF-16 or UTF-32. Reading raises EOFError if a frame is not complete, and what the
-    decompressor raises if one is damaged.
+    Raises DataError for a file in UTF-16 or UTF-32. Reading raises EOFError if a frame is not complete, and the
+    decompressor's error if one is damaged.
     """
     file: Any = open(path, "rb", buffering=BUFFER_BYTES)  # noqa: SIM115  the caller closes it
     if compression := compression_of(path):
@@ -77,7 +77,7 @@ def open_text(path: Path, newline: str | None) -> TextIO:
     try:
         start = file.peek()
         if encoding := _other_encoding(start):
-            name = encoding.replace("-LE", "LE").replace("-BE", "BE")  # as iconv spells it
+            name = encoding.replace("-LE", "LE").replace("-BE", "BE")  # the name that iconv uses
             raise DataError(f"encoded in {encoding}, not in UTF-8. Convert it: iconv -f {name} -t UTF-8")
         if start.startswith(codecs.BOM_UTF8):
             file.read(len(codecs.BOM_UTF8))
@@ -88,10 +88,10 @@ def open_text(path: Path, newline: str | None) -> TextIO:
 
 
 def _other_encoding(start: bytes) -> str:
-    """UTF-16 or UTF-32 if the start of a file has its byte order mark or its zeros, else ""."""
+    """The encoding if the start of a file has the byte order mark or the zeros of UTF-16 or UTF-32, else ""."""
     encoding = json.detect_encoding(start).upper()
     marked = encoding in ("UTF-16", "UTF-32")
-    zeros = start.count(0) * 4 >= len(start)  # a text in UTF-8 may hold some, too
+    zeros = start.count(0) * 4 >= len(start)  # a UTF-8 text may contain a few zeros
     return encoding if marked or (zeros and encoding.startswith(("UTF-16", "UTF-32"))) else ""
 
 
@@ -114,7 +114,7 @@ def _decompressed(file: BinaryIO, decompressor: Callable[[], Any]) -> Iterator[b
 
 
 class _Chunks(io.RawIOBase):
-    """Pieces of content as a file; closes the file that they come from."""
+    """A file object over an iterator of bytes; closing it closes `source`."""
 
     def __init__(self, source: BinaryIO, chunks: Iterator[bytes]) -> None:
         self._source, self._chunks = source, chunks
@@ -124,7 +124,7 @@ class _Chunks(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Give what is left of a piece, so that all content before damage is read."""
+        """Return the rest of the current chunk only, so that all content before a damaged chunk is read."""
         while not self._rest:
             if (chunk := next(self._chunks, None)) is None:
                 return 0

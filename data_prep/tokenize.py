@@ -1,13 +1,12 @@
-"""From text to token shards, with several processes, continuing where an earlier run ended.
+"""Tokenizes a corpus into token shards with several processes; an interrupted run can continue.
 
     mone-tokenize corpus.path=wikipedia.jsonl tokenizer=data/demo/tokenizer output=data/wikipedia
     -> train-00000.bin/.idx, validation-00000.bin/.idx, ..., tokenizer/, manifest.json
-    killed and run again: finished shards stay, the rest is made, the bytes are those of an undisturbed run
+    killed and run again: finished shards are kept, and the output equals that of an uninterrupted run
     load_manifest("data/wikipedia").tokens("train")
 
-Documents keep the corpus's order. They are collected until a group has `shard_tokens` tokens; a group becomes
-one train shard and one validation shard, whatever the number of workers, and then is on record in
-progress.json.
+Documents keep the order of the corpus. They are collected until a group has `shard_tokens` tokens. Each group becomes one
+train shard and one validation shard, independent of the number of workers, and is then recorded in progress.json.
 """
 
 import shutil
@@ -47,7 +46,7 @@ from mone_common.files import writing_folder
 from mone_common.locks import LOCK_FILE, lock
 
 ROUND_TRIP_FIRST, ROUND_TRIP_EVERY = 32, 100
-"""Of each group the first documents, and of the others every so-manieth, are decoded and compared with their text."""
+"""The first documents of each group and every n-th of the others are decoded and compared with their text."""
 
 
 @dataclass
@@ -56,18 +55,18 @@ class TokenizeConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: str = MISSING
-    """A folder written by mone-train-tokenizer, a sentencepiece .model file, a Hugging Face tokenizer folder, or the id of
-    one on the hub, such as EleutherAI/gpt-neox-20b. The copy in the output folder is what training uses."""
+    """A folder of mone-train-tokenizer, a sentencepiece .model file, a Hugging Face tokenizer folder, or a hub id such as
+    EleutherAI/gpt-neox-20b. It is copied to the output folder, and training uses the copy."""
     output: str = MISSING
-    """Folder for the shards: one folder per corpus; several are blended in training."""
+    """Folder for the shards, one folder per corpus; training can blend several."""
     validation_fraction: float = 0.01
     """Share of documents that are held out for validation, chosen by a hash of their text."""
     shard_tokens: int = 100_000_000
-    """A shard is closed once its group of documents has so many tokens: the most that a crash costs."""
+    """Tokens of a group of documents, which becomes a shard; after a crash, at most one group is repeated."""
     workers: int = 1
-    """Encoding processes; the output does not depend on it."""
+    """Encoding processes; the output does not depend on their number."""
     progress_seconds: float = 5.0
-    """Seconds between two lines of progress."""
+    """Seconds between progress lines."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation_fraction < 1:
@@ -81,7 +80,7 @@ ConfigStore.instance().store(name="tokenize_schema", node=TokenizeConfig)
 
 
 class Group:
-    """The documents of one train and one validation shard, and all records among them."""
+    """The documents of one train and one validation shard, and counts of their records."""
 
     def __init__(self, folder: Path, number: int, dtype: str) -> None:
         self._folder, self._number, self._dtype = folder, number, dtype
@@ -90,7 +89,7 @@ class Group:
         self.records = self.documents = self.tokens = 0
 
     def add(self, tokens: np.ndarray, split: Split) -> None:
-        """Append a document: tokens [length], end-of-document included."""
+        """Append a document: tokens [length], including the end-of-document token."""
         if split not in self._writers:
             self._writers[split] = ShardWriter(self._folder, f"{split}-{self._number:05}", split, self._dtype)
         self._writers[split].add(tokens)
@@ -98,7 +97,7 @@ class Group:
         self.tokens += len(tokens)
 
     def finish(self, journal: Journal, corpus: Corpus, position: Position) -> None:
-        """Publish the shards, then record the group, which ends at `position`, in the journal."""
+        """Publish the shards, then record the group in the journal; position: end of the group."""
         source = f"{corpus.where(journal.position)} - {corpus.where(position)}"
         shards = [self._writers[split].finish(source) for split in sorted(self._writers)]
         unigrams = np.zeros_like(journal.unigrams)
@@ -111,10 +110,9 @@ class Group:
 def write_groups(config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, pool: EncoderPool, journal: Journal) -> None:
     """Write every group from the journal's position to the end of the corpus.
 
-    A thread makes a full group durable while the next one fills, so that the workers need not wait for the
-    disk.
+    A thread writes a full group to disk while the next one is collected, so that the workers do not wait for the disk.
     """
-    megatron_indexed_dataset()  # takes seconds, which are not to count in the progress
+    megatron_indexed_dataset()  # the import takes seconds, which must not count in the progress
     dtype = dtype_of(tokenizer.vocab_size)
     number, position = journal.groups, journal.position
     group = Group(journal.folder, number, dtype)
@@ -146,7 +144,7 @@ def write_groups(config: TokenizeConfig, corpus: Corpus, tokenizer: Tokenizer, p
 
 
 def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manifest:
-    """Publish manifest.json and end the finished journal; DataError if it has nothing to train on."""
+    """Publish manifest.json and remove the journal; DataError if there are no training documents."""
     if not journal.unigrams.any():
         fates = ", ".join(f"{count} {fate}" for fate, count in sorted(journal.records.items()))
         raise DataError(
@@ -172,18 +170,18 @@ def publish_manifest(name: str, tokenizer: Tokenizer, journal: Journal) -> Manif
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone; the kernel lets go of it however the process ends."""
+    """Lock `folder` for this process; the kernel releases the lock when the process ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK_FILE, "w") as file:
         if not lock(file):
-            raise DataError(f"output={folder}: another mone-tokenize is writing there")
+            raise DataError(f"output={folder}: another mone-tokenize is writing to it")
         yield
 
 
 def tokenize(config: TokenizeConfig) -> Manifest:
-    """Tokenize the corpus into `config.output`, or continue there; return the manifest.
+    """Tokenize the corpus into `config.output`, or continue an unfinished run; return the manifest.
 
-    Raises DataError for bad input, an output folder that holds something else, and a full disk.
+    Raises DataError for invalid input, an output folder with other contents, and a full disk.
     """
     corpus, tokenizer, output = Corpus(config.corpus), load_tokenizer(config.tokenizer), Path(config.output)
     names = [JOURNAL_NAME, MANIFEST_NAME, "train-00000.bin", "train-00000.idx"]
@@ -201,22 +199,21 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     with naming_folder("output", output), locked(output):
         if manifest := finished(output, settings):
             return manifest
-        has_copy = has_tokenizer(
-            tokenizer, config.tokenizer, output / TOKENIZER_NAME
-        )  # the journal tells an earlier attempt
+        # This comes before Journal.open, which creates the journal that marks an earlier attempt.
+        has_copy = has_tokenizer(tokenizer, config.tokenizer, output / TOKENIZER_NAME)
         journal = Journal.open(output, settings, tokenizer.vocab_size)
         if not has_copy:
             copy_tokenizer(tokenizer, output / TOKENIZER_NAME)
-        corpus.refuse_changes()  # not after hours, if a link leads from the corpus to the output
+        corpus.refuse_changes()  # fails now, rather than at the end, if a link in the corpus leads to the output
         with EncoderPool(str(output / TOKENIZER_NAME), config.validation_fraction, config.workers) as pool:
             write_groups(config, corpus, tokenizer, pool, journal)
         return publish_manifest(corpus.name, tokenizer, journal)
 
 
 def has_tokenizer(tokenizer: Tokenizer, given: str, folder: Path) -> bool:
-    """Whether the copy's folder is to stay as it is: the tokenizer was loaded from there, or the user put it there.
+    """Whether to keep `folder`: the tokenizer was loaded from it, or the user has put the same tokenizer there.
 
-    Raises DataError if a folder that is not of an earlier attempt holds something else.
+    Raises DataError if the folder contains something else and no earlier attempt has written it.
     """
     is_source = folder.resolve() in (Path(given).resolve(), Path(given).resolve().parent)
     of_earlier_attempt = (folder.parent / JOURNAL_NAME).is_file()
@@ -224,16 +221,16 @@ def has_tokenizer(tokenizer: Tokenizer, given: str, folder: Path) -> bool:
         return False
     if checksum_in(folder) != tokenizer.sha256:
         raise DataError(
-            f"{folder}: holds something else than tokenizer={given}, and not from an earlier attempt. "
+            f"{folder}: does not contain tokenizer={given}, and no earlier attempt has written it. "
             "Choose another output folder, or remove it"
         )
     return True
 
 
 def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Make `folder` a copy of the tokenizer and of nothing else: an earlier attempt may have had another tokenizer.
+    """Replace `folder` by a copy of the tokenizer; an earlier attempt may have had another one.
 
-    Raises DataError if the copy is another tokenizer.
+    Raises DataError if the copy has another checksum.
     """
     with writing_folder(folder) as unfinished:
         tokenizer.copy_to(unfinished)
@@ -246,7 +243,7 @@ def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def checksum_in(folder: Path) -> str | None:
-    """`Tokenizer.sha256` of the tokenizer in a folder; None if it holds none."""
+    """`Tokenizer.sha256` of the tokenizer in a folder; None if there is none."""
     try:
         return load_tokenizer(folder).sha256
     except DataError:
@@ -254,7 +251,7 @@ def checksum_in(folder: Path) -> str | None:
 
 
 def finished(output: Path, settings: dict[str, Any]) -> Manifest | None:
-    """The manifest of a finished folder, which nothing is written to; DataError if it is of other settings or damaged."""
+    """The manifest of a finished folder, else None; DataError if it has other settings or is damaged."""
     if (output / MANIFEST_NAME).is_dir():
         raise DataError(f"output={output}: {MANIFEST_NAME} is a folder there. Choose another folder, or remove it")
     if not (output / MANIFEST_NAME).is_file():
@@ -267,7 +264,7 @@ def finished(output: Path, settings: dict[str, Any]) -> Manifest | None:
 
 @command("tokenize")
 def main(config: DictConfig) -> None:
-    """Tokenize; exit code 2 with a message on stderr if the input, an option or the folder is at fault."""
+    """Tokenize; exit code 2 with a message on stderr if the input, an option or the folder is invalid."""
     options = to_dataclass(config, TokenizeConfig)
     manifest = tokenize(options)
     for split in get_args(Split):

@@ -42,7 +42,7 @@ ENDS = (
     "<|end|>",
     "<end>",
 )
-"""Pieces that end a document in other people's tokenizers."""
+"""End-of-document tokens of common tokenizers."""
 
 
 class Tokenizer(ABC):
@@ -51,21 +51,21 @@ class Tokenizer(ABC):
     vocab_size: int
     """Ids are 0 .. vocab_size - 1."""
     eod_id: int
-    """Token that ends a document: the model's end-of-sentence."""
+    """Token that ends a document: the tokenizer's end-of-sentence token."""
     sha256: str
-    """Checksum of the files that define it; equal checksums encode equally."""
+    """Checksum of the files of the tokenizer; tokenizers with equal checksums encode equally."""
 
     @abstractmethod
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, in one thread; special tokens are neither added nor seen in a text."""
+        """Token ids of each text, in one thread; special tokens are neither added nor recognised in the text."""
 
     @abstractmethod
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
-        """As `encode`, each text as an array [length] that ends with `eod_id`."""
+        """Like `encode`, but each text becomes an array [length] that ends with `eod_id`."""
 
     @abstractmethod
     def decode(self, tokens: list[int]) -> str:
-        """The text of token ids; special tokens leave nothing."""
+        """The text of token ids, without special tokens."""
 
     @abstractmethod
     def file_names(self) -> list[str]:
@@ -73,7 +73,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def copy_to(self, folder: Path) -> None:
-        """Write what `load_tokenizer` needs into an existing folder."""
+        """Write the files that `load_tokenizer` needs to an existing folder."""
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -90,7 +90,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.eod_id = self._model.eos_id()
         if self.eod_id < 0:
-            raise DataError(f"{path}: has no end-of-sentence piece to end documents with; train it with an eos_id")
+            raise DataError(f"{path}: has no end-of-sentence token, which must end documents; train it with an eos_id")
         self.sha256 = sha256_of(path)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -113,15 +113,15 @@ class HuggingFaceTokenizer(Tokenizer):
     """A folder that `transformers.AutoTokenizer` loads."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # parallel are the worker processes
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the worker processes run in parallel
         from transformers import AutoTokenizer
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # of damaged files the tokenizers' own library raises nothing more special
+        except Exception as error:  # the tokenizers library raises plain Exception for damaged files
             raise DataError(f"{folder}: not a Hugging Face tokenizer folder ({_first_line(error)})") from error
         vocabulary = self._tokenizer.get_vocab()
-        # Not the number of its pieces: ids may have gaps.
+        # This may exceed the number of tokens, because ids may have gaps.
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         if not 0 < self.vocab_size <= MAX_VOCABULARY:
             raise DataError(f"{folder}: its highest token id is {self.vocab_size - 1}, must be 0 to {MAX_VOCABULARY - 1}")
@@ -132,12 +132,12 @@ class HuggingFaceTokenizer(Tokenizer):
         self.sha256 = hashlib.sha256("".join(map(sha256_of, self._files())).encode()).hexdigest()
 
     def _files(self) -> list[Path]:
-        """Files of the tokenizer; a folder of a whole model may hold weights beside them."""
+        """Files of the tokenizer; the folder may contain other files, e.g. weights of a model."""
         own = {*self._tokenizer.vocab_files_names.values(), *TOKENIZER_FILES}
         return [path for path in sorted(self._folder.iterdir()) if path.name in own]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        if not texts:  # which transformers cannot encode
+        if not texts:  # transformers cannot encode an empty list
             return []
         return self._tokenizer(
             texts,
@@ -162,17 +162,19 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a sentencepiece `.model` file, a folder that mone-train-tokenizer wrote, a Hugging Face tokenizer folder, or what
-    the Hugging Face hub has under an id such as EleutherAI/gpt-neox-20b. Only a string may be an id; a Path is a path.
+    """Load a tokenizer.
 
-    Raises DataError if there is nothing of the kind, or it has no end-of-sentence token.
+    path: a sentencepiece `.model` file, a folder of mone-train-tokenizer, a Hugging Face tokenizer folder, or the id of a
+    tokenizer on the Hugging Face hub such as EleutherAI/gpt-neox-20b. Only a string can be an id.
+
+    Raises DataError if there is no tokenizer, or it has no end-of-sentence token.
     """
     given, path = path, Path(path)
     if not path.exists():
         path = _from_hub(given)
     if path.is_file() and path.suffix == ".json":
         if path.name != HUGGING_FACE_FILES[0]:
-            raise DataError(f"tokenizer={path}: put it into a folder of its own under the name tokenizer.json")
+            raise DataError(f"tokenizer={path}: move it to a folder of its own and rename it to tokenizer.json")
         path = path.parent
     if path.is_file():
         return SentencePieceTokenizer(path)
@@ -180,11 +182,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return HuggingFaceTokenizer(path)
     if (path / MODEL_NAME).is_file():
         return SentencePieceTokenizer(path / MODEL_NAME)
-    raise DataError(f"tokenizer={given}: holds neither {MODEL_NAME} nor {' nor '.join(HUGGING_FACE_FILES)}")
+    raise DataError(f"tokenizer={given}: contains neither {MODEL_NAME} nor {' nor '.join(HUGGING_FACE_FILES)}")
 
 
 def _from_hub(given: str | Path) -> Path:
-    """The folder of the local cache with the tokenizer of a hub id, fetched if it is not there."""
+    """Folder of the local cache with the tokenizer of a hub id; downloads it if needed."""
     missing = f"tokenizer={given}: no such file or folder"
     how = "Train one with mone-train-tokenizer output=FOLDER, or give a folder with tokenizer.json and tokenizer_config.json"
     if isinstance(given, Path) or not HUB_ID.fullmatch(given) or given.endswith((".model", ".json")):
@@ -195,7 +197,7 @@ def _from_hub(given: str | Path) -> Path:
         return Path(snapshot_download(given, allow_patterns=[*sorted(TOKENIZER_FILES), "*.model", "*.spm", "*.bpe"]))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{missing}, and the Hugging Face hub gives no tokenizer of this id ({_first_line(error)}). {how}"
+            f"{missing}, and no tokenizer with this id on the Hugging Face hub ({_first_line(error)}). {how}"
         ) from error
 
 
@@ -204,11 +206,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _no_end(folder: Path, vocabulary: dict[str, int]) -> str:
-    """That a tokenizer does not say which of its pieces ends a document, and how to say it."""
+    """Error message for a tokenizer without eos_token, with the way to set it."""
     candidates = [piece for piece in ENDS if piece in vocabulary]
     found = f"its vocabulary has {' and '.join(candidates)}" if candidates else "its vocabulary has none of the usual names"
     config = f'"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "{candidates[0] if candidates else "PIECE"}"'
     return (
-        f"{folder}: has no eos_token to end documents with; {found}. Name it in {folder / HUGGING_FACE_FILES[1]}, "
-        f"which needs no more than {{{config}}}"
+        f"{folder}: has no eos_token, which must end documents; {found}. Set it in {folder / HUGGING_FACE_FILES[1]}, "
+        f"for example {{{config}}}"
     )

@@ -1,4 +1,4 @@
-"""Training a sentencepiece model on a sample of a corpus, the same bytes on every run.
+"""Trains a sentencepiece model on a sample of a corpus; equal options and texts give equal bytes.
 
 mone-train-tokenizer 'corpus.path=data/demo/text/*.jsonl' vocab_size=8192 output=data/demo/tokenizer
 report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), output="tokenizer"))
@@ -29,9 +29,9 @@ from mone_common.files import writing
 REPORT_NAME = "tokenizer_training.json"
 PROGRESS_SECONDS = 5.0
 LINE_CHARACTERS = 4000
-"""Longest line given to sentencepiece, which drops longer ones in silence (max_sentence_length)."""
+"""Longest line for sentencepiece, which silently drops lines longer than max_sentence_length."""
 RESERVED = str.maketrans("", "", "\0\u2585")
-"""Characters that sentencepiece keeps for itself: it drops lines with U+2585 in silence."""
+"""Characters that sentencepiece reserves; it silently drops lines with U+2585."""
 
 
 @dataclass
@@ -40,30 +40,29 @@ class TrainTokenizerConfig:
 
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     output: str = MISSING
-    """Folder for tokenizer.model and tokenizer_training.json, which tells how it was made."""
+    """Folder for tokenizer.model and tokenizer_training.json, which records the training."""
     vocab_size: int = 32000
-    """Pieces, the 256 byte pieces and the 3 special ones included."""
+    """Number of tokens, including 256 byte tokens and 3 special tokens."""
     model_type: str = "bpe"
     """bpe or unigram."""
     sample_bytes: int = 100_000_000
-    """Bytes of text to train on, drawn evenly from the whole corpus; training takes 10 times the memory."""
+    """Bytes of training text, sampled uniformly from the corpus; training needs 10 times as much memory."""
     character_coverage: float = 0.9995
-    """Share of the sample's characters that get pieces of their own; the others are spelt in bytes."""
+    """Share of the sample's characters that get tokens; other characters are encoded as bytes."""
     split_digits: bool = True
-    """Make every digit a piece of its own."""
+    """Encode every digit as a token of its own."""
     seed: int = 0
-    """Chooses the sample."""
+    """Seed of the sample."""
 
 
 def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]:
-    """As many texts, in the order of their keyed hashes, as fit into `sample_bytes` of UTF-8.
+    """The texts with the smallest keyed hashes that fit in `sample_bytes` of UTF-8, in the order of the hashes.
 
-    Every text has the same chance wherever it stands, one that occurs twice is drawn once, the order of the
-    corpus does not matter, and little more than the sample is held in memory. A text longer than the sample
-    is left out.
+    Every text has the same probability, independent of its position. Duplicates are drawn once. A text longer than
+    `sample_bytes` is left out. The memory needed is little more than the sample.
     """
     key = seed.to_bytes(8, "little", signed=True)
-    heap: list[tuple[int, str]] = []  # the largest hash on top, hence negative
+    heap: list[tuple[int, str]] = []  # hashes are negative, so that the largest one is on top
     drawn: set[int] = set()
     size = 0
     limit = 1 << 64
@@ -75,7 +74,7 @@ def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]
         heapq.heappush(heap, (-rank, text))
         drawn.add(rank)
         size += len(content)
-        while size > sample_bytes:  # from here on nothing as large may enter, or order would matter
+        while size > sample_bytes:  # later texts must have smaller hashes, or the order of the corpus would matter
             negative, last = heapq.heappop(heap)
             limit = -negative
             drawn.remove(limit)
@@ -84,7 +83,7 @@ def draw_sample(texts: Iterable[str], sample_bytes: int, seed: int) -> list[str]
 
 
 def training_lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of the texts, long ones cut; sentencepiece learns from single lines and knows no line break."""
+    """Lines of the texts, split if they are too long; sentencepiece trains on single lines."""
     for text in texts:
         for line in text.splitlines():
             for start in range(0, len(line), LINE_CHARACTERS):
@@ -92,12 +91,10 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
-    """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the
-    latter.
+    """Train and write `<output>/tokenizer.model` and `<output>/tokenizer_training.json`; return the contents of the latter.
 
-    The text is taken as it is (no normalisation, all spaces kept), unknown characters are spelt in bytes, so
-    that decoding gives back what was encoded. Raises DataError for an empty corpus and a vocabulary too large
-    for it.
+    The text is not normalised, all spaces are kept and unknown characters are encoded as bytes, so decoding reproduces the
+    encoded text. Raises DataError for an empty corpus and for a vocabulary that is too large for the corpus.
     """
     import sentencepiece
 
@@ -118,7 +115,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
     sample = draw_sample(texts(), config.sample_bytes, config.seed)
     if not sample:
         raise DataError(
-            f"{corpus.name}: no document to train on. Either the corpus is empty or every document is longer "
+            f"{corpus.name}: no document to train on. Either the corpus is empty, or every document is longer "
             f"than sample_bytes={config.sample_bytes}"
         )
     reserved = sum(text.translate(RESERVED) != text for text in sample)
@@ -146,7 +143,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
             allow_whitespace_only_pieces=True,
             max_sentence_length=4 * LINE_CHARACTERS,
             train_extremely_large_corpus=config.sample_bytes > 1 << 30,
-            num_threads=1,  # the sum of floating-point counts depends on how they are divided
+            num_threads=1,  # the rounding of sums, and so the model, depends on the number of threads
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
@@ -175,11 +172,11 @@ def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
 def _explanation(message: str, config: TrainTokenizerConfig) -> str:
     if largest := re.search(r"set it to a value <= (\d+)", message):
         return (
-            f"vocab_size={config.vocab_size}: too large for this corpus, {largest[1]} is the most that "
-            f"the sample of sample_bytes={config.sample_bytes} allows. Lower it or give more text"
+            f"vocab_size={config.vocab_size}: too large for this corpus; the maximum for the sample of "
+            f"sample_bytes={config.sample_bytes} is {largest[1]}. Lower it or give more text"
         )
     options = f"vocab_size={config.vocab_size}, model_type={config.model_type}"
-    return f"{options}: sentencepiece says: {message.strip()}"
+    return f"{options}: sentencepiece failed: {message.strip()}"
 
 
 ConfigStore.instance().store(name="train_tokenizer_schema", node=TrainTokenizerConfig)

@@ -1,4 +1,4 @@
-"""Is a folder of token shards what mone-tokenize wrote?
+"""Verifies folders of token shards against their manifests.
 
 mone-verify path=data/demo/shards/wikipedia
 for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)
@@ -39,7 +39,7 @@ class VerifyConfig:
     path: Any = field(default=MISSING, metadata={"kind": str | list[str]})
     """Folder of token shards, a glob of such folders, or a list of these."""
     decode_documents: int = 100
-    """Documents per shard, spread evenly, to decode and encode again."""
+    """Documents per shard, evenly spaced, to decode and encode again."""
 
     def __post_init__(self) -> None:
         if self.decode_documents < 0:
@@ -50,7 +50,7 @@ ConfigStore.instance().store(name="verify_schema", node=VerifyConfig)
 
 
 def damages(manifest: Manifest, decode_documents: int = 100) -> Iterator[str]:
-    """One sentence for everything in the folder that is not as the manifest says; none if all is well."""
+    """One sentence for each difference between the folder and its manifest."""
     tokenizer: Tokenizer | None = None
     try:
         tokenizer = load_tokenizer(manifest.tokenizer_path)
@@ -78,10 +78,10 @@ def damages(manifest: Manifest, decode_documents: int = 100) -> Iterator[str]:
 
 
 def tokenizer_damages(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
-    """In what the tokenizer's copy is another than the manifest's."""
+    """Differences between the copy of the tokenizer and the manifest."""
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         yield (
-            f"{manifest.tokenizer_path}: another tokenizer than the manifest's "
+            f"{manifest.tokenizer_path}: not the tokenizer of the manifest "
             f"(sha256 {tokenizer.sha256}, manifest {manifest.tokenizer_sha256})"
         )
     for name in ("vocab_size", "eod_id"):
@@ -91,7 +91,7 @@ def tokenizer_damages(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]
 
 
 def file_damages(manifest: Manifest, shard: Shard) -> Iterator[str]:
-    """Files of a shard that are missing, of another size or of another checksum, and what is wrong in its index."""
+    """Files of a shard that are missing or have another size or checksum, and errors in its index."""
     missing = False
     for file, size, sha256 in shard.files():
         path = manifest.folder / file
@@ -107,7 +107,7 @@ def file_damages(manifest: Manifest, shard: Shard) -> Iterator[str]:
 
 
 def content_damages(manifest: Manifest, shard: Shard, tokenizer: Tokenizer | None, decode_documents: int) -> Iterator[str]:
-    """Ends of document and decoded text of a shard whose files and index are intact."""
+    """Wrong ends of documents and failed decode round trips of a shard whose files and index are intact."""
     dataset = megatron_indexed_dataset().IndexedDataset(str(manifest.folder / shard.name))
     tokens = np.memmap(manifest.folder / f"{shard.name}.bin", manifest.dtype, "r")
     unended = np.flatnonzero(tokens[np.cumsum(dataset.sequence_lengths, dtype=np.int64) - 1] != manifest.eod_id)
@@ -126,20 +126,20 @@ def content_damages(manifest: Manifest, shard: Shard, tokenizer: Tokenizer | Non
         (again,) = tokenizer.encode([text])
         if manifest.round_trip and again != ids:
             yield f"{shard.name}: document {document} decodes to text that encodes to other tokens"
-        # A tokenizer that normalises may have other tokens for the same text, but no other text for those.
+        # A tokenizer that normalises may encode the text to other tokens, but these must decode to the same text.
         elif again != ids and tokenizer.decode(again) != text:
             yield f"{shard.name}: document {document} decodes to text that encodes and decodes to another text"
 
 
 def folders(path: Any) -> list[Path]:
-    """The folders that the option names: entries of a list, globs expanded and sorted."""
+    """The folders of the option: the entries of a list, with globs expanded and sorted."""
     entries = path if isinstance(path, list) else [path]
     return [Path(p) for entry in map(str, entries) for p in sorted(glob.glob(entry)) or [entry]]
 
 
 @command("verify")
 def main(config: DictConfig) -> None:
-    """List every damage on stdout; exit code 1 if there is any, else 2 if a folder holds nothing to verify."""
+    """Print every damage to stdout; exit code 1 if there is any, else 2 if a folder has no manifest."""
     options = to_dataclass(config, VerifyConfig)
     damaged = missing = False
     for folder in folders(options.path):

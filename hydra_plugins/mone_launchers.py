@@ -1,6 +1,7 @@
-"""How `--multirun` makes the points of a sweep and starts them: hydra/launcher=local (mone-pretrain's default) or =slurm.
+"""Hydra launchers and sweeper for `--multirun`: hydra/launcher=local (the default of mone-pretrain) or slurm.
 
-Hydra looks for plugins in this namespace only, and imports it at the start of every command: nothing heavy on this level.
+Hydra searches plugins in this namespace only. It imports this module at the start of every command, so imports at module
+level must be cheap.
 """
 
 import os
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class LocalLauncherConfig(LocalOptions):
-    """hydra/launcher=local"""
+    """Options of hydra/launcher=local."""
 
     _target_: str = "hydra_plugins.mone_launchers.LocalLauncher"
 
 
 @dataclass
 class SlurmLauncherConfig(SlurmOptions):
-    """hydra/launcher=slurm"""
+    """Options of hydra/launcher=slurm."""
 
     section: ClassVar[str] = "hydra.launcher"
 
@@ -44,10 +45,10 @@ class SlurmLauncherConfig(SlurmOptions):
 
 @dataclass
 class SweeperConfig(BasicSweeperConf):
-    """hydra/sweeper=basic, the default, in place of Hydra's."""
+    """Options of hydra/sweeper=basic, the default; replaces Hydra's sweeper of that name."""
 
     _target_: str = "hydra_plugins.mone_launchers.Combinations"
-    params: dict[str, str] = field(default_factory=dict)  # OmegaConf cannot merge a mapping with dots in its keys into null
+    params: dict[str, str] = field(default_factory=dict)  # not null: OmegaConf cannot merge keys with dots into null
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=SweeperConfig)
@@ -56,13 +57,13 @@ ConfigStore.instance().store(group="hydra/launcher", name="slurm", node=stored(S
 
 
 class Combinations(BasicSweeper):
-    """All combinations of values, as Hydra's own sweeper, without its file multirun.yaml.
+    """Runs all combinations of values like Hydra's BasicSweeper, but does not write multirun.yaml.
 
-    Hydra writes that file before the launcher has checked the sweep, so that a refused one and a dry run leave it, too.
+    Hydra writes that file before the launcher checks the sweep, so an invalid sweep or a dry run would leave it behind.
     """
 
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
-        """What came of all points, batch by batch."""
+        """Results of all points, one list for each batch."""
         assert self.hydra_context is not None
         assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -72,22 +73,22 @@ class Combinations(BasicSweeper):
         while not self.is_done():
             returns.append(self.launcher.launch(self.get_job_batch(), initial_job_idx=sum(map(len, returns))))
             for job in returns[-1]:
-                _ = job.return_value  # raises what made the job fail
+                _ = job.return_value  # raises the error of a failed job
         return returns
 
 
 class _SweepLauncher(Launcher):
-    """Plans all points, starts them, and reports what came of each to Hydra's sweeper."""
+    """Plans all points, starts them, and returns their results to Hydra's sweeper."""
 
     def __init__(self, **options: Any) -> None:
-        """Options stand in the configuration, too, where they are typed."""
+        """Ignore `options`: `launch` reads them from the configuration, where they are typed."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.loader, self.master = hydra_context.config_loader, config
 
     @reporting_errors
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """The outcome of each job: its validation loss, for sweepers that search, or why it failed."""
+        """The result of each job: its validation loss, for sweepers that optimise it, or its error."""
         if "RANK" in os.environ:
             raise UserError("--multirun: start it without torchrun; hydra.launcher.processes=N gives each run N processes")
         try:
@@ -106,7 +107,7 @@ class _SweepLauncher(Launcher):
             print(f"  mone-report {points[0].folder.parent}", flush=True)
         if "stopped" in states:
             print("  the same command continues", flush=True)
-            sys.exit(0)  # the sweeper may have more
+            sys.exit(0)  # do not start the sweeper's further batches
         return [
             JobReturn(
                 overrides=point.overrides,
@@ -119,7 +120,7 @@ class _SweepLauncher(Launcher):
         ]
 
     def read_options(self, node: DictConfig) -> Any:
-        """The launcher's options, typed; ValueError for a wrong one."""
+        """The launcher's typed options; ValueError if one is invalid."""
         return OmegaConf.to_object(node)
 
     @abstractmethod
@@ -128,7 +129,7 @@ class _SweepLauncher(Launcher):
 
 
 class LocalLauncher(_SweepLauncher):
-    """A queue on this machine."""
+    """Runs the points in a queue on this machine."""
 
     def run(self, options: LocalOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
         from launch.local_queue import run_points, shares
@@ -145,7 +146,7 @@ class LocalLauncher(_SweepLauncher):
 
 
 class SlurmLauncher(_SweepLauncher):
-    """A Slurm job a point, submitted and left to themselves."""
+    """Submits one Slurm job for each point and does not wait for them."""
 
     def read_options(self, node: DictConfig) -> SlurmOptions:
         return read_slurm_options(node)

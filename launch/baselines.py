@@ -1,6 +1,6 @@
-"""What a point is compared with: the plain MoE that equals it in every option that matters, whichever folder it lies in.
+"""Finds the baseline of each point: by default the plain MoE with the same options, in any of the folders.
 
-compared = compare(points)                                     # with activation_ratio 1
+compared = compare(points)                                     # baseline: activation_ratio=1
 compared = compare(points, wanted={"model.neuron_balance_coeff": 0})
 compared = compare(points, named=points[0])
 compared[1].base, compared[1].difference.mean, compared[1].other_options
@@ -18,8 +18,9 @@ PLAIN_MOE = {RATIO: 1}
 WIDTH = "model.moe_ffn_hidden_size"
 BALANCE = "model.neuron_balance_"
 HOW_COMPUTED = ("parallel.", "compute.", "engine", "deepspeed.")
-"""Options, by the beginning of their names, of which training does not depend but for rounding; MATTERS are not of these."""
+"""Prefixes of options that change the result of training by rounding only."""
 MATTERS = ("compute.precision",)
+"""Options that match HOW_COMPUTED but do change the result."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,21 @@ class Comparison:
 
     base: Point
     difference: Spread
-    """Validation loss over the baseline's, nats per token: of each pair of runs with the same seeds or, without such a pair,
-    between the means."""
+    """Validation loss minus the baseline's, nats per token: one value for each pair of runs with the same seeds; without
+    such pairs, the difference of the means."""
     paired: bool
-    """Whether it is of pairs of runs with the same seeds."""
+    """Whether `difference` compares runs with the same seeds."""
     other_options: dict[str, tuple[Any, Any]]
-    """Options that differ beside those that make the baseline one: this point's value and the baseline's."""
+    """Other options that differ, beside those that define the baseline: this point's value and the baseline's."""
 
 
 def compare(
     points: Sequence[Point], *, named: Point | None = None, wanted: Mapping[str, Any] = PLAIN_MOE
 ) -> list[Comparison | None]:
-    """Each point's comparison; None for a baseline and for a point that has none.
+    """Each point's comparison; None for a baseline and for a point without a baseline.
 
-    named: the baseline of all; else a point with the options `wanted` which equals the other in all else that matters.
+    named: the baseline of all points. Without it, the baseline of a point has the options `wanted` and otherwise the same
+    options that affect the result.
     """
     found: list[Comparison | None] = []
     for point in points:
@@ -52,7 +54,7 @@ def compare(
 
 
 def _candidates(point: Point, points: Sequence[Point], wanted: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Possible baselines, each with what it is ordered by: the closest first."""
+    """Possible baselines of a point, each with its sort key; the smallest key is the closest baseline."""
     if _has(point, wanted):
         return []
     found = []
@@ -61,7 +63,7 @@ def _candidates(point: Point, points: Sequence[Point], wanted: Mapping[str, Any]
             continue
         differing = {name for name in differing_options(point, base) if name not in wanted}
         mattering = {name for name in differing if _matters(name, base)}
-        # In a sweep over the ratio another option may follow it.
+        # A sweep over the ratio may compute another option from it.
         swept = dict(wanted) == PLAIN_MOE and bool(point.group) and point.series == base.series
         equal_active = mattering == {WIDTH} and point.model.moe_ffn_hidden_size == equal_active_width(
             base.model.moe_ffn_hidden_size, point.ratio
@@ -75,7 +77,7 @@ def _candidates(point: Point, points: Sequence[Point], wanted: Mapping[str, Any]
 
 def _matters(name: str, base: Point) -> bool:
     if name.startswith(BALANCE):
-        # Where all neurons are kept, the loss is a constant in this form: its coefficient changes nothing.
+        # If all neurons are kept, the normalised loss is constant, so its coefficient has no effect.
         constant = base.ratio == 1 and base.model.neuron_balance_form == "normalised"
         return not constant and base.model.neuron_balance_coeff > 0
     return name in MATTERS or not name.startswith(HOW_COMPUTED)
@@ -86,7 +88,7 @@ def _has(point: Point, wanted: Mapping[str, Any]) -> bool:
 
 
 def differing_options(point: Point, base: Point) -> dict[str, tuple[Any, Any]]:
-    """Options whose values differ: the first one's and the second one's."""
+    """Options whose values differ: the value in `point` and the value in `base`."""
     ours, theirs = comparable(point.options), comparable(base.options)
     return {name: (ours.get(name), theirs.get(name)) for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)}
 

@@ -1,6 +1,6 @@
-"""Pictures of a report, as PNG files: one idea each, readable on a phone and sharp on a desk.
+"""Draws the charts of a report as PNG files.
 
-Each draw_* gives False where there is nothing to draw. Of more than MOST points, only the first are drawn.
+Each draw_* returns False if there is nothing to draw. A chart shows at most MOST points, the first ones.
 """
 
 import math
@@ -17,12 +17,12 @@ from launch.results import labels
 from mone_common.figures import plt, save
 
 WIDTH, HEIGHT = 4.0, 3.1
-"""Inches: about as wide as a phone, where a letter then has the size that it has here."""
+"""Inches: about the width of a phone, so that text has its nominal size there."""
 SHARPNESS = 240
-"""Dots an inch: two for each point of light where a page shows a picture of WIDTH at its largest."""
+"""Dots per inch: two for each pixel at the largest size that the page shows."""
 LETTERS = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8.5, "figure.titlesize": 9}
 MOST, MOST_NUMBERS = 40, 8
-"""Points in a picture; layers whose values stand in a map as numbers."""
+"""Most points in a chart; most layers for which a heatmap prints its values."""
 HEATMAPS = {
     "expert/load_max": "tokens of the busiest expert over the mean (1: balanced)",
     "neuron/usage_entropy": "entropy of how often neurons are kept (1: even)",
@@ -48,7 +48,7 @@ def draw_losses(path: Path, points: Sequence[Point], title: str) -> bool:
             millions = np.array(tokens) / 1e6
             axes.plot(millions, np.nanmean(losses, 0), color=colour, linewidth=1.4, label=_legend(names[id(point)]))
             axes.fill_between(millions, np.nanmin(losses, 0), np.nanmax(losses, 0), color=colour, alpha=0.2, linewidth=0)
-            # The first steps fall so far that nothing else could be seen.
+            # The loss falls so far in the first steps that it would hide all differences.
             late = losses[:, len(tokens) // 10 :]
             lowest, highest = min(lowest, np.nanmin(late)), max(highest, np.nanmax(late))
         if lowest < highest:
@@ -79,7 +79,7 @@ def draw_validation_by_ratio(path: Path, points: Sequence[Point]) -> bool:
 
 
 def draw_validation_by_active(path: Path, points: Sequence[Point]) -> bool:
-    """Validation loss against the routed experts' weights that a token touches; beside each point, their share."""
+    """Validation loss against the number of active expert weights; a label at each point gives their share."""
     shown = [point for point in points if point.validation.values]
     if len(shown) < 2:
         return False
@@ -98,7 +98,7 @@ def draw_validation_by_active(path: Path, points: Sequence[Point]) -> bool:
 
 
 def draw_validation_by_point(path: Path, points: Sequence[Point]) -> bool:
-    """Validation loss of each point, its seeds as dots."""
+    """Validation loss of each point, with its seeds as dots."""
     names = [(point, name) for point, name in zip(points, labels(points), strict=True) if point.validation.values][:MOST]
     if not names:
         return False
@@ -121,8 +121,8 @@ def draw_validation_by_point(path: Path, points: Sequence[Point]) -> bool:
 def draw_heatmap(path: Path, points: Sequence[Point], metric: str) -> bool:
     """A metric by point (rows) and layer (columns): the mean over seeds of the last record.
 
-    A plain MoE keeps every neuron, so that what is said of its neurons is no result: its rows are grey, and the colours are
-    spread over the others.
+    A plain MoE keeps every neuron, so its neuron metrics are constants: its rows are grey, and the colour scale covers the
+    other rows.
     """
     names = [(point, name) for point, name in zip(points, labels(points), strict=True)][:MOST]
     layers = max(point.layers(metric) for point, _ in names)
@@ -155,7 +155,7 @@ def draw_heatmap(path: Path, points: Sequence[Point], metric: str) -> bool:
         axes.set_yticks(range(len(names)), [_fold(name) for _, name in names])
         title = HEATMAPS[metric]
         if lowest == highest:
-            # A bar of colours would invent a range.
+            # All values are equal: a colour bar would show a range that does not exist.
             title += f": {lowest:.3g} everywhere"
         else:
             figure.colorbar(image, ticks=MaxNLocator(4))
@@ -167,7 +167,7 @@ def draw_heatmap(path: Path, points: Sequence[Point], metric: str) -> bool:
 
 
 def _draw_validation(points: Sequence[Point], where: Callable[[Point], float]) -> tuple[Any, Any]:
-    """Lines of series with their seeds as dots and the standard deviation over seeds as bars."""
+    """One line for each series, with seeds as dots and the standard deviation over seeds as error bars."""
     figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
     shown = [point for point in points if point.validation.values]
     series = list(dict.fromkeys(point.series for point in shown))[:MOST]
@@ -185,19 +185,19 @@ def _draw_validation(points: Sequence[Point], where: Callable[[Point], float]) -
 
 
 def _explain(axes: Any, entries: int) -> None:
-    """A legend, unless it would say nothing or hide what it explains."""
+    """Add a legend if there are several entries and it does not cover the chart."""
     if 1 < entries <= 12:
         axes.legend(handlelength=1.2, borderaxespad=0.3, framealpha=0.7)
 
 
 def _legend(name: str) -> str:
-    """matplotlib leaves out what begins with an underscore."""
+    """A legend entry; matplotlib omits labels that begin with an underscore."""
     short = textwrap.shorten(name, 40, placeholder="…") if " " in name else name if len(name) <= 40 else f"{name[:39]}…"
     return f" {short}" if short.startswith("_") else short
 
 
 def _fold(name: str) -> str:
-    """In lines of a width that leaves room for the chart, three at most, broken where a part of a name ends."""
+    """Wrap a name into at most three lines of 24 characters, at the ends of its parts."""
     lines = [""]
     for part in name.replace(",", ",\n").replace(": ", ":\n").splitlines():
         for piece in textwrap.wrap(part, 24) or [part]:
@@ -206,12 +206,12 @@ def _fold(name: str) -> str:
 
 
 def _row_height(names: Sequence[tuple[Point, str]]) -> float:
-    """Inches that the highest label needs."""
+    """Height of the tallest label, in inches."""
     return 0.12 + 0.15 * max(_fold(name).count("\n") + 1 for _, name in names)
 
 
 def _apart(ratios: Sequence[float]) -> list[float]:
-    """Ratios whose labels do not run into each other on a logarithmic axis."""
+    """Ratios whose labels do not overlap on a logarithmic axis."""
     chosen = [ratios[-1]]
     for ratio in ratios[-2::-1]:
         if math.log2(chosen[-1] / ratio) >= math.log2(ratios[-1] / ratios[0]) / 7:

@@ -11,17 +11,17 @@ from mone_common.checks import check
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator, from its vendor's data sheet (dense, without sparsity), and the network it usually comes with."""
+    """One accelerator: peak rates from its data sheet (dense, without sparsity) and the usual network."""
 
     memory_gib: float
     bf16_tflops: float | None
-    """With sums in fp32; None: the device has no bf16."""
+    """With fp32 accumulation; None: the device has no bf16."""
     fp32_tflops: float
-    """Plain fp32, without TF32: torch computes fp32 matrix products so, and training leaves it at that."""
+    """Without TF32, which is off by default in torch."""
     node_gb_per_second: float
-    """Sent by one device to others of its node, in one direction: NVLink, else PCIe."""
+    """From one device to others in its node, one direction: NVLink, else PCIe."""
     network_gb_per_second: float
-    """Sent by one device to other nodes."""
+    """From one device to other nodes, one direction."""
 
 
 DEVICES = {
@@ -39,7 +39,7 @@ DEVICES = {
     "a10": Device(24, 125, 31.2, 32, 6.25),
     "l4": Device(24, 121, 30.3, 32, 6.25),
     "l40s": Device(48, 362, 91.6, 32, 25),
-    # One core with AVX-512, as half of a small machine; bf16 is no faster there.
+    # One core with AVX-512. bf16 is no faster than fp32 there.
     "cpu": Device(12, 0.1, 0.1, 2, 1),
 }
 
@@ -49,7 +49,7 @@ WITH_BF16 = [name for name, device in DEVICES.items() if device.bf16_tflops is n
 
 @dataclass
 class ClusterConfig:
-    """What the run is planned for."""
+    """The machines of the run."""
 
     gpu: str = "h100"
     """a100_40gb, a100, h100, h200, b200, rtx_3090, rtx_4090, rtx_5090, t4, v100_16gb, v100, a10, l4, l40s, or cpu (one core
@@ -59,14 +59,14 @@ class ClusterConfig:
     gpus_per_node: int = 8
     """Processes on each."""
     mfu: float = 0.3
-    """Share of the device's peak that training will reach: your assumption, best taken from a short run
-    (speed/flops_per_second of metrics.jsonl over the peak)."""
+    """Model FLOPs utilization: the share of the device's peak that training will reach. Measure it with a short run:
+    speed/flops_per_second of metrics.jsonl divided by the peak."""
     memory_gib: float | None = None
-    """Memory of a device; null: the data sheet's."""
+    """Memory of a device; null: from the data sheet."""
     reserve_gib: float = 6.0
-    """Of it, what the model cannot have: the driver, NCCL's buffers, fragmentation."""
+    """Memory of a device that is not available to the model: driver, NCCL buffers, fragmentation."""
     peak_tflops: float | None = None
-    """Peak of a device in compute.precision; null: the data sheet's."""
+    """Peak of a device in compute.precision; null: from the data sheet."""
 
     def __post_init__(self) -> None:
         check(self.gpu in DEVICES, "cluster.gpu", self.gpu, f"choose from {', '.join(DEVICES)}")
@@ -85,7 +85,7 @@ class ClusterConfig:
 
     @property
     def device(self) -> Device:
-        """The data sheet."""
+        """The data sheet of `gpu`."""
         return DEVICES[self.gpu]
 
     @property
@@ -100,16 +100,16 @@ class ClusterConfig:
 
     @property
     def total_gib(self) -> float:
-        """Memory of a device."""
+        """Memory of a device, GiB."""
         return self.memory_gib or self.device.memory_gib
 
     @property
     def usable_gib(self) -> float:
-        """Memory that the model can have."""
+        """Memory of a device that is available to the model, GiB."""
         return self.total_gib - self.reserve_gib
 
     def tflops(self, precision: str) -> float:
-        """Peak of a device; ValueError if it lacks this precision."""
+        """Peak of a device, TFLOP/s; ValueError if it lacks this precision."""
         peak = self.device.bf16_tflops if precision == "bf16" else self.device.fp32_tflops
         if peak is None:
             raise ValueError(
@@ -119,6 +119,6 @@ class ClusterConfig:
         return self.peak_tflops or peak
 
     def gb_per_second(self, span: int) -> float:
-        """What a device sends to others of a group that lies within so many consecutive ranks."""
+        """Bandwidth of a device within a group that spans `span` consecutive ranks."""
         inside = span <= self.gpus_per_node
         return self.device.node_gb_per_second if inside else self.device.network_gb_per_second

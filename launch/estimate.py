@@ -1,6 +1,6 @@
-"""What a configuration will need on a cluster: memory, messages, time.
+"""Estimates memory, communication and time of a configuration on a cluster.
 
-estimate = estimate_run(config, cluster)      # .memory .fits .sent .sent_seconds .compute_seconds
+estimate = estimate_run(config, cluster)      # .memory .fits .traffic .traffic_seconds .compute_seconds
 estimates = propose(config, cluster)          # other layouts that fit, the fastest first
 """
 
@@ -24,25 +24,26 @@ class Estimate:
     config: RunConfig
     memory: Memory
     fits: bool
-    sent: dict[str, Traffic]
+    traffic: dict[str, Traffic]
+    """Data that a rank sends in a step, by parallel dimension."""
     compute_seconds: float
-    """Of a step at the stated MFU, with recomputation and the pipeline's bubble."""
-    sent_seconds: dict[str, float]
-    """Of a step, by parallel dimension, at the data sheets' bandwidth, nothing overlapped."""
+    """Time of a step at cluster.mfu, with recomputation and the pipeline bubble."""
+    traffic_seconds: dict[str, float]
+    """Time of a step's communication by parallel dimension, at the data sheets' bandwidth and without overlap."""
 
     @property
     def seconds(self) -> float:
-        """An order among layouts rather than a promise: a measured MFU has the messages in it already."""
-        return self.compute_seconds + sum(self.sent_seconds.values())
+        """Time of a step without overlap. It only ranks layouts: a measured MFU already includes communication."""
+        return self.compute_seconds + sum(self.traffic_seconds.values())
 
 
 def uses_transformer_engine(config: RunConfig, cluster: ClusterConfig) -> bool:
-    """Whether the layers would be Transformer Engine's there; it needs a GPU with bf16."""
+    """Whether training would use Transformer Engine layers on that cluster, which need a GPU with bf16."""
     return not cluster.is_cpu and cluster.gpu in WITH_BF16 and config.compute.transformer_impl != "local"
 
 
 def check_run(config: RunConfig, cluster: ClusterConfig) -> None:
-    """ValueError if this configuration could not run on that cluster."""
+    """Raise ValueError if this configuration cannot run on that cluster."""
     cluster.tflops(config.compute.precision)
     validate(
         config,
@@ -57,7 +58,7 @@ def estimate_run(config: RunConfig, cluster: ClusterConfig) -> Estimate:
     model, parallel, compute = config.model, config.parallel, config.compute
     world, micro_batches = cluster.world_size, config.micro_batches(cluster.world_size)
     memory = config.estimate_memory(world, fused=uses_transformer_engine(config, cluster))
-    sent = count_communication(
+    traffic = count_communication(
         model,
         parallel,
         compute,
@@ -73,9 +74,9 @@ def estimate_run(config: RunConfig, cluster: ClusterConfig) -> Estimate:
         config=config,
         memory=memory,
         fits=memory.total <= cluster.usable_gib * 2**30,
-        sent=sent,
+        traffic=traffic,
         compute_seconds=flops / rate * recomputed * bubble,
-        sent_seconds={name: part.bytes / 1e9 / cluster.gb_per_second(part.span) for name, part in sent.items()},
+        traffic_seconds={name: part.bytes / 1e9 / cluster.gb_per_second(part.span) for name, part in traffic.items()},
     )
 
 
@@ -91,7 +92,7 @@ def propose(config: RunConfig, cluster: ClusterConfig, number: int = 5) -> list[
         estimate = estimate_run(candidate, cluster)
         if estimate.fits:
             found.append(estimate)
-    # At the same speed the larger micro-batch: its GEMMs are more efficient.
+    # Of two equally fast layouts, prefer the larger micro-batch: its GEMMs are more efficient.
     return sorted(found, key=lambda estimate: (estimate.seconds, -estimate.config.training.micro_batch_size))[:number]
 
 

@@ -1,4 +1,4 @@
-"""What was found, in one sentence: who is better than the baseline, by how much, and how sure that is.
+"""Summarises a comparison in one sentence: the difference to the baseline and how certain it is.
 
 print(sentence(points, compare(points), "the plain MoE"))
 """
@@ -11,7 +11,7 @@ from launch.results import labels
 
 
 def sentence(points: Sequence[Point], compared: Sequence[Comparison | None], baseline: str) -> str:
-    """One sentence; baseline: what the points are compared with, in words."""
+    """The summary sentence; baseline: name of the baseline in it."""
     names = dict(zip(map(id, points), labels(points), strict=True))
     measured = [point for point in points if point.validation.values]
     differences = [
@@ -20,7 +20,7 @@ def sentence(points: Sequence[Point], compared: Sequence[Comparison | None], bas
         if comparison is not None and comparison.difference.values
     ]
     if not measured:
-        return "No run is complete and has a validation loss, so nothing can be compared yet."
+        return "No complete run has a validation loss, so there is nothing to compare yet."
     if not differences:
         waited_for = {id(point): comparison.base for point, comparison in zip(points, compared, strict=True) if comparison}
         return _without_baseline(measured, names, baseline, waited_for)
@@ -31,13 +31,13 @@ def sentence(points: Sequence[Point], compared: Sequence[Comparison | None], bas
 
 
 def _without_baseline(measured: Sequence[Point], names: dict[int, str], baseline: str, waited_for: dict[int, Point]) -> str:
-    """waited_for: baselines without a validation loss, by the id of the point that has one."""
+    """waited_for: baselines that have no validation loss yet, by the id of the compared point."""
     best = min(measured, key=lambda point: point.validation.mean)
     name, loss = names[id(best)], f"{best.validation} nats per token{_over(best.validation)}"
     if id(best) in waited_for:
-        missing = f"{names[id(waited_for[id(best)])]}, {baseline} to compare it with, has no result yet"
+        missing = f"its baseline {names[id(waited_for[id(best)])]} ({baseline}) has no result yet"
     else:
-        missing = f"there is no run of {baseline} with otherwise the same options to compare it with"
+        missing = f"there is no run of {baseline} with otherwise the same options"
     if len(measured) > 1:
         return f"{name} has the lowest validation loss of {len(measured)} points, {loss}, but {missing}."
     if best.ratio == 1:
@@ -59,22 +59,22 @@ def _of_several(differences: Sequence[tuple[str, Comparison]], baseline: str) ->
     name, best = min(differences, key=lambda found: found[1].difference.mean)
     difference = best.difference
     size = f"{_size(difference)} nats per token {'below' if difference.mean < 0 else 'above'}"
-    lowest = f"the lowest is {name}, {'level with' if difference.mean == 0 else size} {baseline}"
+    lowest = f"the lowest is {name}, {'equal to' if difference.mean == 0 else size} {baseline}"
     if all(len(comparison.difference.values) == 1 for _, comparison in differences):
         below = sum(comparison.difference.mean < 0 for _, comparison in differences)
         return (
             f"The validation loss is lower than that of {baseline} at {below or 'none'} of {count} points; {lowest}; "
-            "each is compared in one pair of runs, so that any of these differences may be chance."
+            "each point has one pair of runs, so any of these differences may be chance."
         )
     lower, higher = (sum(_sign(comparison) == sign for _, comparison in differences) for sign in (-1, 1))
     parts = [f"lower in every seed at {lower or 'none'} of {count} points", f"higher in every seed at {higher or 'none'}"]
     if undecided := count - lower - higher:
-        parts.append(f"undecided at {undecided} (seeds that disagree, or a single one)")
+        parts.append(f"undecided at {undecided} (the seeds disagree, or there is one seed)")
     return f"Compared with {baseline}, the validation loss is {', '.join(parts)}; {lowest}{_over(difference)}."
 
 
 def _sign(comparison: Comparison) -> int:
-    """-1 or 1 where several pairs of runs agree, else 0."""
+    """-1 or 1 if several pairs of runs agree, else 0."""
     values = comparison.difference.values
     if len(values) < 2 or not comparison.paired:
         return 0
@@ -84,11 +84,11 @@ def _sign(comparison: Comparison) -> int:
 def _certainty(comparison: Comparison) -> str:
     count = len(comparison.difference.values)
     if not comparison.paired:
-        return "their seeds differ, so that this may be chance or the order of the data"
+        return "their seeds differ, so chance or the order of the data may cause the difference"
     if count == 1:
-        return "one seed each, so that the difference may be chance"
+        return "one seed each, so the difference may be chance"
     if (sign := _sign(comparison)) == 0:
-        return f"the {count} seeds disagree, so that the two cannot be told apart"
+        return f"the {count} seeds disagree, so the sign of the difference is open"
     return f"{'lower' if sign < 0 else 'higher'} in each of {count} seeds"
 
 

@@ -1,9 +1,9 @@
-"""What a queued run will execute, whatever happens to the checkout in the meantime: code and configuration in its folder.
+"""Copies code and configuration into the folder of a queued run, so that later changes of the checkout do not affect it.
 
 freeze(config, {"job.sh": script})          # runs/mine/launch: code/, frozen.yaml, job.sh
 
-`--config-dir runs/mine/launch --config-name frozen` then runs it, with runs/mine/launch/code on PYTHONPATH
-and PYTHONSAFEPATH set, without which the working directory would come first.
+`--config-dir runs/mine/launch --config-name frozen` then runs it, with runs/mine/launch/code on PYTHONPATH.
+PYTHONSAFEPATH must be set: otherwise Python searches the working directory first.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from mone_common.files import writing
 from train.config import RunConfig, describe
 from train.run_notes import commit
 
-FROZEN = """# Composed and checked before it was queued; the job runs exactly this. Code: ./code, commit {commit}.
+FROZEN = """# The composed and checked configuration that the job runs. Code: ./code, commit {commit}.
 defaults:
   - run_config
   - _self_
@@ -31,10 +31,10 @@ hydra:
 
 
 def freeze(config: RunConfig, files: dict[str, str]) -> None:
-    """Put code, configuration and further files by name into `launch/` of the run folder; UserError if they cannot be."""
+    """Write code, configuration and `files` (name to text) to `launch/` of the run folder; UserError if this fails."""
     folder = Path(config.run.dir) / "launch"
     described = describe(config)
-    described.pop("launch", None)  # of launch.slurm's own configuration
+    described.pop("launch", None)  # options of launch.slurm, which the run does not have
     try:
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder / "code", ignore_errors=True)

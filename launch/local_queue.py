@@ -1,4 +1,4 @@
-"""Runs on this machine, a stated number at a time: each one torchrun, with its share of the cores or GPUs.
+"""Runs points on this machine, `jobs` at a time; each is a torchrun process with its share of the cores or GPUs.
 
 outcomes = run_points(points, LocalOptions(jobs=2))
 """
@@ -25,7 +25,7 @@ from mone_common.run_records import last_step, read_metrics, read_status
 from mone_common.text import clock
 
 NOT_INHERITED = ("HEAD", "NODE_RANK", "ADDRESS", "WANDB_SERVICE")
-"""Environment variables that would tie a run to a launch on several machines, or to this process's own W&B."""
+"""Environment variables of a launch on several machines or of this process's W&B, which must not affect a run."""
 LOG = "log.txt"
 HEADER = "== started"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -33,27 +33,27 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Share:
-    """The part of this machine that one of the runs at a time has."""
+    """The cores and GPUs of one of the concurrent runs."""
 
     processes: int
     cores: list[int]
     gpus: list[str]
-    """As CUDA_VISIBLE_DEVICES names them; one a process."""
+    """Names as in CUDA_VISIBLE_DEVICES; one for each process."""
 
 
 def shares(options: LocalOptions) -> list[Share]:
-    """One for each of the runs at a time, all of as many processes; UserError if there are too few GPUs."""
+    """One share for each concurrent run, all with the same number of processes; UserError if there are too few GPUs."""
     import torch  # takes seconds
 
     cores, number, jobs = sorted(os.sched_getaffinity(0)), torch.cuda.device_count(), options.jobs
     processes = options.processes or max(1, number // jobs)
     if number and jobs * processes > number:
         raise UserError(
-            f"hydra.launcher.jobs={jobs}: {jobs} runs of {processes} processes need as many GPUs, and there are {number}; "
-            f"at most hydra.launcher.jobs={max(1, number // processes)}"
+            f"hydra.launcher.jobs={jobs}: {jobs} runs of {processes} processes need {jobs * processes} GPUs, "
+            f"and there are {number}; use at most hydra.launcher.jobs={max(1, number // processes)}"
         )
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(number)))).split(",")[:number]
-    # More runs than cores: they share all of them.
+    # If there are more runs than cores, every run may use all cores.
     own = len(cores) >= jobs
     return [
         Share(
@@ -66,17 +66,18 @@ def shares(options: LocalOptions) -> list[Share]:
 
 
 def run_points(points: Sequence[Point], options: LocalOptions) -> list[Outcome]:
-    """Run those that are not finished, telling how far they are; a failed one does not stop the others.
+    """Run the points that are not finished and print progress; a failed point does not stop the others.
 
-    SIGINT, SIGTERM, SIGUSR1 or SIGHUP (unless ignored, as under nohup) lets the runs save and stop; a second one kills them.
+    At the first SIGINT, SIGTERM, SIGUSR1 or SIGHUP (unless ignored, as under nohup) the runs save and stop. A second signal
+    kills them.
     """
     queue = _Queue(points, options)
-    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, queue.on_signal) for number in heeded}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, queue.on_signal) for number in handled}
     try:
         return queue.run()
     finally:
-        for run in queue.running:  # there are some only if an exception is on its way
+        for run in queue.running:  # not empty only after an exception
             _ask_to_stop(run)
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -113,9 +114,9 @@ class _Queue:
                 self.waiting.remove(number)
                 self.outcomes[number] = Outcome("failed", taken.reason)
         for number in self.waiting:
-            # All now: a queue may last for days, and its points are to be compared.
+            # Copy the code for all points now: the queue may run for days, and all its points must run the same code.
             freeze(self.points[number].config, {})
-        told = asked = time.monotonic()
+        reported = asked = time.monotonic()
         while self.running or (self.waiting and not self.signals):
             while self.free and self.waiting and not self.signals:
                 number = self.waiting.pop(0)
@@ -129,13 +130,13 @@ class _Queue:
                 self._end(run)
             now = time.monotonic()
             if self.signals and now - asked > 2:
-                # More than once: a process that has just begun does not hear yet.
+                # Repeat the signal: a process that has just started has no handler yet.
                 asked = now
                 for run in self.running:
                     _ask_to_stop(run) if self.signals == 1 else _kill(run)
-            if self.running and now - told > self.options.report_seconds:
-                told = now
-                self._tell_progress()
+            if self.running and now - reported > self.options.report_seconds:
+                reported = now
+                self._print_progress()
         for number in self.waiting:
             self.outcomes[number] = Outcome("stopped", "not started")
         return [self.outcomes[number] for number in range(len(self.points))]
@@ -163,11 +164,11 @@ class _Queue:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                process_group=0,  # so that Ctrl-C reaches the runs through this process alone
+                process_group=0,  # so that Ctrl-C reaches only this process, which then stops the runs
             )
         os.sched_setaffinity(process.pid, share.cores)
         self.running.append(_Run(number, point, share, process, time.monotonic(), before, first_step))
-        self._tell(number, f"started, {point.folder / LOG}")
+        self._print(number, f"started, {point.folder / LOG}")
 
     def _end(self, run: _Run) -> None:
         self.running.remove(run)
@@ -187,13 +188,13 @@ class _Queue:
             outcome = Outcome("failed", f"{reason or f'exit code {code}'} (after {took}; {folder / LOG})")
         self.outcomes[run.number] = outcome
         self.steps_done += max(0, _last_step(folder) - run.first_step)
-        self._tell(run.number, f"{outcome.state} {outcome.reason}")
+        self._print(run.number, f"{outcome.state} {outcome.reason}")
 
-    def _tell(self, number: int, text: str) -> None:
+    def _print(self, number: int, text: str) -> None:
         width = len(str(len(self.points)))
         print(f"[{number + 1:>{width}}/{len(self.points)}] {self.points[number].name}: {text}", flush=True)
 
-    def _tell_progress(self) -> None:
+    def _print_progress(self) -> None:
         steps = {run.number: _last_step(run.point.folder) for run in self.running}
         done = self.steps_done + sum(steps[run.number] - run.first_step for run in self.running)
         left = sum(run.point.config.training.steps - steps[run.number] for run in self.running)
@@ -207,7 +208,7 @@ class _Queue:
 
 
 def _ask_to_stop(run: _Run) -> None:
-    """Ask the training processes, which are torchrun's children, each in a session of its own; torchrun itself is deaf."""
+    """Signal the training processes, which are children of torchrun in sessions of their own; torchrun ignores SIGUSR1."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for worker in psutil.Process(run.process.pid).children():
             worker.send_signal(signal.SIGUSR1)
@@ -226,8 +227,8 @@ def _last_step(folder: Path) -> int:
 
 
 def _last_error(log: Path) -> str | None:
-    """The last message for users in a log, since the last start."""
+    """The last `error: ` line of a log since the last start."""
     text = log.read_text(errors="replace") if log.exists() else ""
-    said = text.rpartition(f"{HEADER} ")[2]
-    found = [line for line in said.splitlines() if line.startswith("error: ")]
+    since_start = text.rpartition(f"{HEADER} ")[2]
+    found = [line for line in since_start.splitlines() if line.startswith("error: ")]
     return found[-1].removeprefix("error: ") if found else None

@@ -1,4 +1,4 @@
-"""What the ways of launching are asked: the options of a local queue and of Slurm.
+"""Options of the local queue and of Slurm.
 
 Imports no torch: hydra_plugins/mone_launchers.py reads this at the start of every command.
 """
@@ -15,7 +15,7 @@ from mone_common.secrets import found_secret, is_secret, masked
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
-"""The interpolation that stands for a variable of the environment."""
+"""An OmegaConf interpolation that reads an environment variable."""
 
 TIME = re.compile(
     r"(?:(?P<days>[0-9]+)-(?P<h>[0-9]+)(?::(?P<m>[0-9]+)(?::(?P<s>[0-9]+))?)?)|(?P<parts>[0-9]+(?::[0-9]+){0,2})"
@@ -27,11 +27,11 @@ class LocalOptions:
     """A queue of runs on this machine."""
 
     jobs: int = 1
-    """Runs at a time; each gets its share of the cores, or of the GPUs."""
+    """Concurrent runs; each gets an equal share of the cores and GPUs."""
     processes: int | None = None
-    """Processes of a run; null: one for each GPU of its share, or one where there are none."""
+    """Processes of a run; null: one for each GPU of its share, or one without GPUs."""
     report_seconds: float = 60.0
-    """Seconds between lines that say how far the runs are."""
+    """Seconds between progress lines."""
 
     def __post_init__(self) -> None:
         from mone_common.checks import check
@@ -44,57 +44,57 @@ class LocalOptions:
 
 @dataclass
 class SlurmOptions:
-    """What is asked of Slurm."""
+    """Options of a Slurm job."""
 
     section: ClassVar[str] = "launch"
-    """Under which name users give these options."""
+    """Prefix of these options on the command line."""
 
     nodes: int = 1
     """Machines."""
     gpus_per_node: int = 8
-    """GPUs on each, and processes; 0 on a cluster without GPUs."""
+    """GPUs on each machine; 0 on a cluster without GPUs."""
     processes_per_node: int | None = None
     """Processes on each machine; null: one for each GPU."""
     cpus_per_node: int | None = None
-    """Cores on each machine for the job; null: what the cluster gives."""
+    """Cores on each machine; null: the cluster's default."""
     memory_per_node: str | None = None
-    """Host memory on each machine, e.g. 500G, or 0 for all of it; null: what the cluster gives."""
+    """Host memory on each machine, e.g. 500G, or 0 for all of it; null: the cluster's default."""
     time: str = "24:00:00"
-    """Time limit of one start, as Slurm writes it; the job queues itself again before it."""
+    """Time limit of one start, in Slurm's format; the job requeues itself before it."""
     save_seconds: int = 300
-    """How long before the time limit the run saves and leaves: several times what a step and a checkpoint take."""
+    """Seconds before the time limit at which the run saves and exits; allow several times a step plus a checkpoint."""
     max_requeues: int = 50
-    """How often the job queues itself again, at most."""
+    """How often the job may requeue itself."""
     max_restarts: int = 1
-    """How often crashed processes are started again within the job; after that the job is queued again."""
+    """How often crashed processes are restarted within the job; after that the job is requeued."""
     partition: str | None = None
     """Partition; null: the cluster's default."""
     account: str | None = None
-    """Account that pays."""
+    """Account to charge; null: your default."""
     qos: str | None = None
-    """Quality of service."""
+    """Quality of service; null: the cluster's default."""
     constraint: str | None = None
-    """Features of nodes, e.g. 'h100&ib'."""
+    """Required features of nodes, e.g. 'h100&ib'."""
     container: str | None = None
-    """Container image, started by the pyxis plugin; it must have Python and our dependencies."""
+    """Container image for the pyxis plugin; it must contain Python and the dependencies."""
     container_mounts: list[str] = field(default_factory=list)
-    """Folders that the container sees, as SOURCE:TARGET; add those of the runs and of the data."""
+    """Folders to mount in the container, as SOURCE:TARGET; the folder of the run is always mounted."""
     modules: list[str] = field(default_factory=list)
     """Environment modules to load."""
     environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of the training processes, like launch.environment.NAME=value. No secrets: the job script is
-    a plain file; name them in pass_environment."""
+    """Environment variables of the training processes, e.g. launch.environment.NAME=value. They are written to the job
+    script: put secrets into pass_environment instead."""
     pass_environment: list[str] = field(default_factory=list)
-    """Variables of the submitting environment that the job needs, by name, e.g. '[WANDB_API_KEY]'. sbatch hands on all of
-    them; a job without one of these is not submitted, or ends at once. Their values are written nowhere."""
+    """Names of variables that the job needs from the submitting environment, e.g. '[WANDB_API_KEY]'. If one is not set,
+    the job is not submitted, or ends at once. Their values are not written to any file."""
     setup: list[str] = field(default_factory=list)
-    """Lines of bash for the job script, as they are, before the training starts, e.g. '["ulimit -n 65536"]'."""
+    """Lines of bash that the job script runs before training, e.g. '["ulimit -n 65536"]'."""
     sbatch: list[str] = field(default_factory=list)
-    """More options for sbatch, e.g. '[--exclusive, --reservation=mine]'."""
+    """Further options of sbatch, e.g. '[--exclusive, --reservation=mine]'."""
     python: str = sys.executable
-    """The interpreter on the nodes."""
+    """Path of the Python interpreter on the nodes."""
     dry_run: bool = False
-    """Only print the job script, as --dry-run does."""
+    """Only print the job script; same as --dry-run."""
 
     def __post_init__(self) -> None:
         from mone_common.checks import check
@@ -116,13 +116,13 @@ class SlurmOptions:
             self.gpus_per_node > 0 or processes is not None,
             f"{self.section}.gpus_per_node",
             self.gpus_per_node,
-            f"without GPUs say how many processes: {self.section}.processes_per_node",
+            f"without GPUs, set the number of processes: {self.section}.processes_per_node",
         )
         check(
             TIME.fullmatch(self.time) is not None,
             f"{self.section}.time",
             self.time,
-            "must be as Slurm writes it: HH:MM:SS or D-HH:MM:SS",
+            "must have Slurm's format: HH:MM:SS or D-HH:MM:SS",
         )
         check(
             self.save_seconds < self.seconds,
@@ -133,19 +133,24 @@ class SlurmOptions:
         for option in ("environment", "pass_environment"):
             for name in getattr(self, option):
                 known = VARIABLE.fullmatch(name) is not None
-                check(known, f"{self.section}.{option}", repr(masked(name)), "is no name of an environment variable")
+                check(known, f"{self.section}.{option}", repr(masked(name)), "is not a name of an environment variable")
         for line in self.sbatch:
-            check(line.startswith("-"), f"{self.section}.sbatch", repr(masked(line)), "every option of sbatch begins with -")
+            check(
+                line.startswith("-"),
+                f"{self.section}.sbatch",
+                repr(masked(line)),
+                "must be an option of sbatch, which begins with -",
+            )
         for option, value in self._texts():
-            # Values are not printed: they may be secret.
+            # The messages do not contain the value, which may be a secret.
             if not value.isprintable():
-                raise ValueError(f"{option}: has a line break or another control character, which no job script may hold")
+                raise ValueError(f"{option}: contains a line break or another control character; remove it")
             name = option.rpartition(".")[2] if option.startswith(f"{self.section}.environment.") else ""
             if secret := name if is_secret(name) else found_secret(value):
-                raise ValueError(_secret_told(self.section, option, secret))
+                raise ValueError(_secret_message(self.section, option, secret))
 
     def _texts(self) -> Iterator[tuple[str, str]]:
-        """Every text among the options, which a job script may hold, with the option's name."""
+        """Name and value of every string among the options; the job script may contain it."""
         for each in fields(self):
             value = getattr(self, each.name)
             texts = value if isinstance(value, dict | list) else [value]
@@ -178,7 +183,7 @@ class SlurmOptions:
 
 
 def read_slurm_options(node: DictConfig) -> SlurmOptions:
-    """The typed options; ValueError if one is wrong, or takes a secret from the environment into the job script."""
+    """The typed options; ValueError if one is invalid or would copy a secret from the environment into the job script."""
     pending: list[tuple[str, Any]] = [("", OmegaConf.to_container(node, resolve=False))]
     options = OmegaConf.to_object(node)
     assert isinstance(options, SlurmOptions)
@@ -188,19 +193,19 @@ def read_slurm_options(node: DictConfig) -> SlurmOptions:
             inner = value.items() if isinstance(value, dict) else ((None, each) for each in value)
             pending += [(name if key is None else f"{name}.{key}", each) for key, each in inner]
         elif secret := next(filter(is_secret, FROM_ENVIRONMENT.findall(str(value))), None):
-            raise ValueError(_secret_told(options.section, f"{options.section}{name}", secret))
+            raise ValueError(_secret_message(options.section, f"{options.section}{name}", secret))
     return options
 
 
-def _secret_told(section: str, option: str, secret: str) -> str:
+def _secret_message(section: str, option: str, secret: str) -> str:
     return (
-        f"{option}: {secret} would stand in the job script, for others to read; set it in the environment that "
-        f"submits, and name the variable: '{section}.pass_environment=[NAME]'"
+        f"{option}: {secret} would be written to the job script, which others can read; set it in the submitting "
+        f"environment and pass its name: '{section}.pass_environment=[NAME]'"
     )
 
 
 def stored(kind: type[object], environment: str) -> DictConfig:
-    """The options of a dataclass for Hydra's store; the mapping at `environment` takes new names without a plus."""
+    """The options of a dataclass for Hydra's store; users can add keys to the mapping `environment` without a plus."""
     node = OmegaConf.structured(kind)
     assert isinstance(node, DictConfig)
     OmegaConf.set_struct(OmegaConf.select(node, environment), False)

@@ -1,4 +1,4 @@
-"""The page of a report: HTML that holds its pictures.
+"""Renders a report as one HTML page with embedded images.
 
 text = page(title, finding, points, problems, losses, validation, layers, tables)
 """
@@ -23,14 +23,14 @@ from mone_common.text import printable
 PICTURES_OF_A_RUN = ("expert_load", "neuron_use")
 PNG = b"\x89PNG"
 LONG = 24
-"""Letters of a name that stands in one line."""
+"""Names up to this many characters are not wrapped."""
 NAMES = ("point", "baseline", "run")
-"""Headings of columns whose cells are names."""
+"""Headings of the columns that contain names."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text under headings."""
+    """A table of text."""
 
     title: str
     note: str
@@ -40,7 +40,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """A PNG file, and what it shows."""
+    """A PNG file and its caption."""
 
     path: Path
     text: str
@@ -56,14 +56,14 @@ def page(
     layers: Sequence[Chart],
     tables: Sequence[Table],
 ) -> str:
-    """The whole page; images are in it. problems: what of the folders is damaged."""
+    """The HTML page, with its images embedded. problems: damaged files in the run folders."""
     runs = [run for point in points for run in point.runs]
     parts = []
     if incomplete := [run for run in runs if run.state != "complete"]:
         states = [printable(run.state) for run in incomplete]
         counts = html.escape(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
         parts.append(f'<p class="warning">{len(incomplete)} of {len(runs)} runs are not complete ({counts}): '
-                     "no validation loss of theirs counts here.</p>")  # fmt: skip
+                     "their validation losses are not counted.</p>")  # fmt: skip
     if problems:
         listed = "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
         parts.append(f'<div class="warning">Damaged:<ul>{listed}</ul></div>')
@@ -92,7 +92,7 @@ def _image(text: str, png: bytes) -> str:
 
 
 def _details(point: Point, label: str) -> str:
-    """The pictures that a run drew of its experts and neurons, of the first seed that has them."""
+    """The figures of experts and neurons of the first seed that has them."""
     for run in point.runs:
         drawn = [(name, png) for name in PICTURES_OF_A_RUN if (png := _picture(run, name)).startswith(PNG)]
         if drawn:
@@ -106,7 +106,7 @@ def _picture(run: Run, name: str) -> bytes:
     try:
         return read_file(run.folder / f"figures/{name}.png") or b""
     except DamagedFile:
-        return b""  # one picture less
+        return b""  # a damaged figure is left out
 
 
 def _html_table(table: Table) -> str:
@@ -116,14 +116,14 @@ def _html_table(table: Table) -> str:
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     return (
         f"<h2>{html.escape(table.title)}</h2>{note}"
-        '<p class="sideways" hidden>There are more columns: scroll sideways. &rarr;</p>'
+        '<p class="sideways" hidden>Scroll sideways for more columns. &rarr;</p>'
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(table.title)}">'
         f"<table><thead><tr>{head}</tr></thead>\n<tbody>{rows}</tbody></table></div>"
     )
 
 
 def _cells(tag: str, texts: Sequence[str], kinds: Sequence[str]) -> str:
-    """Long names may be broken into lines, where their parts end; what is short or a number may not."""
+    """Table cells; only long names are wrapped, after a comma or a slash."""
     cells = ""
     for text, kind in zip(texts, kinds, strict=True):
         breaks = kind and len(text) > LONG

@@ -1,9 +1,9 @@
-"""Say what a run will need, before anything is paid for.
+"""Estimates parameters, memory, communication and time of a run, and proposes layouts that fit.
 
     mone-plan model=mone_2p8b compute.precision=bf16 parallel.expert=8 cluster.gpu=h100 cluster.nodes=8
     mone-plan --help
 
-Needs no GPU, no data and no cluster. Exit code 1 if the run would not fit.
+Needs no GPU, no data and no cluster. The exit code is 1 if the run does not fit.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from train.config import RunConfig, load_config
 
 @dataclass
 class PlanConfig(RunConfig):
-    """A run, and the machines it is planned for."""
+    """Options of a run and of its cluster."""
 
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tokens: float | None = None
@@ -70,7 +70,7 @@ def describe_plan(config: PlanConfig, estimate: Estimate) -> str:
 def _vocabulary(config: RunConfig) -> int:
     from train.sample_order import load_manifests  # imports numpy
 
-    how = "give it, like model.vocab_size=32000, or the data that it follows from, like data=demo"
+    how = "set it, e.g. model.vocab_size=32000, or give the data that defines it, e.g. data=demo"
     check(bool(config.data.blend), "model.vocab_size", "null", how)
     try:
         return load_manifests(config)[0].vocab_size
@@ -92,7 +92,7 @@ def _describe_model(config: PlanConfig) -> str:
             ),
             ("active_expert_params", f"{parameters.active_expert_params:.1%}, {_count(parameters.active_experts)}"),
             ("active_moe_params", f"{parameters.active_moe_params:.1%}, with router and shared expert"),
-            ("training FLOPs per token", f"{3 * flops.dense:.3g} as computed, {3 * flops.sparse:.3g} owed to kept neurons"),
+            ("training FLOPs per token", f"{3 * flops.dense:.3g} dense, {3 * flops.sparse:.3g} for kept neurons only"),
         ],
     )
 
@@ -104,12 +104,12 @@ def _describe_memory(config: PlanConfig, estimate: Estimate) -> str:
     rows += [(f"activations with compute.recompute={kind}", _gib(size)) for kind, size in _with_recompute(config).items()]
     text = _table("Memory of the fullest rank", rows)
     if not estimate.fits:
-        text += f"\n  WARNING: {_gib(memory.total)} do not fit into {cluster.usable_gib:g} GiB"
+        text += f"\n  WARNING: {_gib(memory.total)} do not fit in {cluster.usable_gib:g} GiB"
     return text
 
 
 def _with_recompute(config: PlanConfig) -> dict[str, int]:
-    """Activations and working space under each other kind of recomputation."""
+    """Activations and working space in bytes, for each kind of recomputation."""
     sizes = {}
     for kind in ("none", "selective", "full"):
         compute = dataclasses.replace(config.compute, recompute=kind)
@@ -120,10 +120,10 @@ def _with_recompute(config: PlanConfig) -> dict[str, int]:
 
 def _describe_messages(config: PlanConfig, estimate: Estimate) -> str:
     rows = []
-    for name, part in estimate.sent.items():
+    for name, part in estimate.traffic.items():
         where = "inside a node" if part.span <= config.cluster.gpus_per_node else "between nodes"
-        rows.append((f"{name} ({part.ranks})", f"{_gib(part.bytes)}, {where}: {estimate.sent_seconds[name]:.3g} s"))
-    return _table("Sent by a rank in a step, at the data sheets' bandwidth", rows or [("nothing", "one rank")])
+        rows.append((f"{name} ({part.ranks})", f"{_gib(part.bytes)}, {where}: {estimate.traffic_seconds[name]:.3g} s"))
+    return _table("Data sent by a rank in a step, at the data sheets' bandwidth", rows or [("none", "one rank")])
 
 
 def _describe_time(config: PlanConfig, estimate: Estimate) -> str:
@@ -146,7 +146,7 @@ def _describe_proposals(config: PlanConfig, estimate: Estimate) -> str:
     proposals = propose(config, config.cluster)
     if not proposals:
         halves = "compute.precision=bf16 halves activations"
-        return "No layout fits: more nodes (cluster.nodes), a shorter model.seq_length, or a smaller model" + (
+        return "No layout fits: use more nodes (cluster.nodes), a shorter model.seq_length, or a smaller model" + (
             f"; {halves}" if config.compute.precision == "fp32" and config.cluster.gpu in WITH_BF16 else ""
         )
     rows = []
@@ -161,7 +161,7 @@ def _describe_proposals(config: PlanConfig, estimate: Estimate) -> str:
             options.append(f"'compute.recompute_modules=[{','.join(compute.recompute_modules)}]'")
         rows.append((f"{proposal.seconds:.3g} s, {_gib(proposal.memory.total)}", " ".join(options)))
     ours = f"{estimate.seconds:.3g} s" + ("" if estimate.fits else ", does not fit")
-    return _table(f"Layouts that fit, fastest first (step with all messages waited for; this one: {ours})", rows)
+    return _table(f"Layouts that fit, fastest first (step time without overlap of communication; this layout: {ours})", rows)
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> str:

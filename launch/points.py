@@ -1,4 +1,4 @@
-"""What one run came to, and what runs came to that differ in their seed alone.
+"""Results of one run (`Run`), and of the runs that differ only in their seed (`Point`).
 
 run.validation_loss, run.last("expert/load_max"), run.series("train/loss")
 point.validation.mean, point.validation.spread, point.parameters.active_experts
@@ -21,12 +21,12 @@ from mone_model.config import ModelConfig
 
 RATIO = "model.activation_ratio"
 SEEDS = ("run.seed", "data.seed")
-"""A seed that is null is the first one."""
+"""Options with seeds; null means: equal to the first."""
 INCIDENTAL = (
     *("run.", "logging.", "checkpoint.", "resume", "evaluation.interval", "launch."),
     *("data.index_cache", "data.num_workers", "data.seed"),
 )
-"""Options, by the beginning of their names, that do not make another point of a run."""
+"""Prefixes of options that may differ between the runs of one point."""
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,33 @@ class Run:
     options: dict[str, Any]
     records: list[dict[str, Any]]
     state: str
-    """As `launch.status` has it: complete, stopped, failed, running, not started."""
+    """complete, stopped, failed, running or not started, as in `launch.status`."""
     reading: list[dict[str, Any]] = field(default_factory=list)
-    """What it reads of each source (`read_reading`); [] if it has not said so."""
+    """Tokens that the run reads from each source (`read_reading`); [] if not recorded."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """SEEDS."""
+        """Values of the options SEEDS."""
         first = self.options[SEEDS[0]]
         return tuple(first if (value := self.options.get(name)) is None else value for name in SEEDS)
 
     @property
     def seed(self) -> str:
-        """SEEDS as text: the first, and another where it differs."""
+        """The distinct seeds as text."""
         return ", ".join(dict.fromkeys(map(str, self.seeds)))
 
     @property
     def name(self) -> str:
-        """run.name."""
+        """Value of run.name."""
         return printable(self.options["run.name"])
 
     @property
     def group(self) -> str:
-        """The sweep it belongs to; of a run made by itself, nothing."""
+        """Name of the sweep; empty for a run that is not part of one."""
         return printable(self.options.get("logging.wandb_group") or "")
 
     def series(self, name: str, over: str = "step") -> list[tuple[float, float]]:
-        """Each record of a metric: the step, or what else it is taken over, and its value."""
+        """Pairs (value of `over`, value of the metric), one for each record that has both."""
         return [
             (record[over], record[name])
             for record in self.records
@@ -71,29 +71,29 @@ class Run:
         ]
 
     def last(self, name: str) -> float | None:
-        """The last record of a metric."""
+        """The last recorded value of a metric."""
         return last_value(self.records, name)
 
     @property
     def validation_loss(self) -> float | None:
-        """The last one, nats per token; None also where that was not finite."""
+        """The last validation loss, nats per token; None if there is none or it is not finite."""
         found = [record["validation/loss"] for record in self.records if "validation/loss" in record]
         return found[-1] if found and is_number(found[-1]) else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Median over the run."""
+        """Median speed over the run."""
         speeds = [value for _, value in self.series("speed/tokens_per_second")]
         return statistics.median(speeds) if speeds else None
 
     @property
     def peak_gib(self) -> float | None:
-        """Of the fullest rank."""
+        """Peak memory of the rank that uses most, GiB."""
         return max((value for _, value in self.series("memory/peak_gib")), default=None)
 
     @cached_property
     def commit(self) -> str:
-        """Of the code that trained it."""
+        """Git commit of the code that trained the run, or "unknown"."""
         try:
             found = json.loads(read_file(self.folder / "environment.json") or b"{}")
         except (ValueError, RecursionError):
@@ -103,18 +103,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a value over seeds."""
+    """Values of one quantity over seeds."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Their mean; nan without any."""
+        """Mean; nan without values."""
         return statistics.fmean(self.values) if self.values else math.nan
 
     @property
     def spread(self) -> float:
-        """Their sample standard deviation; nan for fewer than two."""
+        """Sample standard deviation; nan for fewer than two values."""
         return statistics.stdev(self.values) if len(self.values) > 1 else math.nan
 
     def __str__(self) -> str:
@@ -125,81 +125,84 @@ class Spread:
 
 @dataclass(frozen=True)
 class Point:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     group: str
-    """The sweep it belongs to; nothing where its runs were made one by one."""
+    """Name of the sweep; empty for runs that are not part of one."""
     name: str
-    """What makes it another than the others of its group: activation_ratio=0.5; the group's name if it is alone; the names
-    of runs made one by one."""
+    """The options that differ within the sweep, e.g. activation_ratio=0.5; the sweep's name if it has one point; the names
+    of the runs if they are not part of a sweep."""
     series: str
-    """What it has in common with those that differ in the ratio, and in what follows from the ratio: a line in a chart."""
+    """Points of one series differ only in the ratio and in options that follow from it; a series is a line in a chart."""
     runs: tuple[Run, ...]
 
     @property
     def options(self) -> dict[str, Any]:
-        """The runs', but for the seed and what is incidental."""
+        """Options of the runs without the seed and the other INCIDENTAL options."""
         return essential(self.runs[0])
 
     @property
     def complete(self) -> tuple[Run, ...]:
-        """The runs whose results count."""
+        """The complete runs."""
         return tuple(run for run in self.runs if run.state == "complete")
 
     @property
     def counted(self) -> tuple[Run, ...]:
-        """The complete runs; all, where there are none yet."""
+        """The complete runs, or all runs if none is complete."""
         return self.complete or self.runs
 
     @property
     def validation(self) -> Spread:
-        """Validation loss of complete runs, nats per token."""
+        """Validation losses of the complete runs, nats per token."""
         return Spread(tuple(run.validation_loss for run in self.complete if run.validation_loss is not None))
 
     def difference(self, other: "Point") -> Spread:
-        """Validation loss over that of the other's run with the same seeds, which read the same data in the same order."""
+        """Validation loss minus the other point's, for each pair of runs with the same seeds.
+
+        Runs with the same seeds read the same data in the same order.
+        """
         theirs = {run.seeds: run.validation_loss for run in other.complete}
         pairs = [(run.validation_loss, theirs.get(run.seeds)) for run in self.complete]
         return Spread(tuple(ours - their for ours, their in pairs if ours is not None and their is not None))
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the counted runs of its last records."""
+        """Mean of the metric's last value over the counted runs."""
         values = [value for run in self.counted if (value := run.last(metric)) is not None]
         return statistics.fmean(values) if values else None
 
     def layers(self, metric: str) -> int:
-        """Layers of which a metric was recorded, from the first."""
+        """Number of layers for which a metric was recorded."""
         names = set[str]().union(*(record for run in self.counted for record in run.records))
         return next(layer for layer in itertools.count() if f"{metric}/layer_{layer:02d}" not in names)
 
     @cached_property
     def model(self) -> ModelConfig:
-        """The runs' model."""
+        """Model of the runs."""
         return model_of(self.options)
 
     @cached_property
     def parameters(self) -> Parameters:
-        """Counted from the configuration."""
+        """Parameter counts of the model."""
         return count_parameters(self.model)
 
     @cached_property
     def training_flops(self) -> int:
-        """Of a token, as dense kernels compute them."""
+        """Training FLOPs per token of dense kernels."""
         return 3 * count_flops(self.model).dense
 
     @property
     def ratio(self) -> float:
-        """model.activation_ratio."""
+        """Value of model.activation_ratio."""
         return self.model.activation_ratio
 
 
 def model_of(options: dict[str, Any]) -> ModelConfig:
-    """The model that options describe; ValueError or TypeError if they describe none."""
+    """The model that the options describe; ValueError or TypeError if they are invalid."""
     known = {field.name for field in fields(ModelConfig)}
     of_model = {name.removeprefix("model."): value for name, value in options.items() if name.startswith("model.")}
     return ModelConfig(**{name: value for name, value in of_model.items() if name in known})
 
 
 def essential(run: Run) -> dict[str, Any]:
-    """The options that make a run another point than a run with others."""
+    """The options that must be equal in all runs of a point."""
     return {name: value for name, value in run.options.items() if not name.startswith(INCIDENTAL)}

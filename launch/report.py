@@ -1,10 +1,10 @@
-"""One page of what runs came to: what was found, curves, validation loss against k, experts and neurons by layer, tables.
+"""Writes a report of runs: a summary, loss curves, validation loss against k, experts and neurons by layer, tables.
 
     mone-report runs/k_sweep runs/k_sweep_equal_active --output report
     mone-report runs/demo runs/plain --baseline runs/plain
 
-writes report/index.html, which needs nothing beside itself and no network, each chart as a PNG file, and a W&B run with the
-same charts and tables. Runs that differ in their seed alone are one point.
+The command writes report/index.html, a page without external files, each chart as a PNG file, and a W&B run with the same
+charts and tables. Runs that differ only in their seed form one point.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from launch.baselines import Comparison, compare
 from launch.findings import sentence
 from launch.page import Chart, Table, page
 from launch.points import Point
-from launch.results import group_runs, labels, read_runs, short_name, shown, varying_options
+from launch.results import format_value, group_runs, labels, read_runs, short_name, varying_options
 from mone_common.console import Parser, ReportedError, UserError
 from mone_common.files import writing
 from mone_common.run_records import flat, last_step
@@ -33,21 +33,21 @@ from train.metrics import wandb_settings
 
 def main() -> None:
     """Write the report; exit code 2 if there is nothing to report."""
-    parser = Parser(prog="mone-report", description="Write a page of what runs came to.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs or of sweeps, e.g. runs/k_sweep")
-    parser.add_argument("--output", type=Path, default=Path("report"), help="folder of the page and its charts (report)")
-    parser.add_argument("--title", help="of the page (the names of the sweeps, or of runs made one by one)")
+    parser = Parser(prog="mone-report", description="Write a report that compares runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs or sweeps, e.g. runs/k_sweep")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder for the page and its charts (report)")
+    parser.add_argument("--title", help="title of the page (the names of the sweeps and runs)")
     parser.add_argument(
         "--baseline",
         metavar="RUN_OR_OPTIONS",
-        help="what the points are compared with: the folder of a run (all its seeds count), or options that tell a baseline "
-        "from what is otherwise the same, e.g. model.neuron_balance_coeff=0 (model.activation_ratio=1, the plain MoE)",
+        help="the baseline: the folder of a run (all its seeds count), or the options in which the baseline differs, "
+        "e.g. model.neuron_balance_coeff=0 (model.activation_ratio=1, the plain MoE)",
     )
     parser.add_argument(
         "--wandb",
         choices=("offline", "online", "disabled"),
         default="offline",
-        help="a W&B run with the same charts and tables (offline: `wandb sync OUTPUT/wandb/offline-run-*` uploads it)",
+        help="write a W&B run with the same charts and tables (offline: `wandb sync OUTPUT/wandb/offline-run-*` uploads it)",
     )
     options = parser.parse_args()
     try:
@@ -60,16 +60,16 @@ def main() -> None:
 def write_report(
     folders: Sequence[Path], output: Path, title: str | None, wandb_mode: str, baseline: str | None = None
 ) -> None:
-    """Read the runs, draw, write the page; UserError if there are none or the folder cannot be written."""
+    """Read the runs, draw the charts, write the page; UserError if there are no runs or `output` cannot be written."""
     problems = list[str]()
 
-    def tell(problem: str) -> None:
+    def warn(problem: str) -> None:
         problems.append(problem)
         print(problem, file=sys.stderr)
 
     of_baseline = Path(baseline) if baseline is not None and os.path.isdir(baseline) else None
     try:
-        runs = read_runs([*folders, *([of_baseline] if of_baseline else [])], tell)
+        runs = read_runs([*folders, *([of_baseline] if of_baseline else [])], warn)
         points = group_runs(runs)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -102,18 +102,18 @@ def write_report(
 
 
 def named_baseline(points: Sequence[Point], folder: Path) -> Point:
-    """The point whose runs lie in this folder; UserError if they are of several."""
+    """The point whose runs are in this folder; UserError unless there is exactly one."""
     inside = [point for point in points if any(run.folder.resolve().is_relative_to(folder.resolve()) for run in point.runs)]
     if len(inside) != 1:
-        names = ", ".join(labels(inside)) or "none that can be read"
+        names = ", ".join(labels(inside)) or "no readable run"
         raise UserError(
-            f"--baseline={printable(folder)}: holds {len(inside)} points ({names}); give the folder of a run of one"
+            f"--baseline={printable(folder)}: contains {len(inside)} points ({names}); give the folder of one run"
         )
     return inside[0]
 
 
 def wanted_options(points: Sequence[Point], text: str) -> dict[str, Any]:
-    """Options of a baseline, as `name=value` or `{name: value, ...}`; UserError if no point has them."""
+    """The options that `text` gives as `name=value` or `{name: value, ...}`; UserError if no point has them."""
     is_mapping = text.lstrip().startswith("{")
     try:
         wanted = OmegaConf.create(text) if is_mapping else OmegaConf.from_dotlist(text.split(","))
@@ -125,8 +125,8 @@ def wanted_options(points: Sequence[Point], text: str) -> dict[str, Any]:
     known = {name for point in points for name in point.options}
     if unknown := [name for name in options if name not in known]:
         raise UserError(
-            f"--baseline={printable(text)}: no folder of this name, and no option {', '.join(map(printable, unknown))} "
-            "that makes a point another; give the folder of a run, or options such as model.activation_ratio=1"
+            f"--baseline={printable(text)}: no such folder, and the points have no option "
+            f"{', '.join(map(printable, unknown))}; give the folder of a run, or options such as model.activation_ratio=1"
         )
     if not any(all(point.options.get(name) == value for name, value in options.items()) for point in points):
         raise UserError(f"--baseline={printable(text)}: no run has these options")
@@ -134,7 +134,7 @@ def wanted_options(points: Sequence[Point], text: str) -> dict[str, Any]:
 
 
 def draw(points: Sequence[Point], output: Path) -> tuple[list[Chart], list[Chart], list[Chart]]:
-    """Charts of training losses, of validation, and by layer."""
+    """Draw all charts: training loss, validation loss, and metrics by layer."""
     losses = list[Chart]()
     for group in dict.fromkeys(point.group for point in points):
         path = output / (f"training_loss_{len(losses) + 1}.png" if losses else "training_loss.png")
@@ -162,7 +162,7 @@ def draw(points: Sequence[Point], output: Path) -> tuple[list[Chart], list[Chart
 
 
 def tabulate_points(points: Sequence[Point], compared: Sequence[Comparison | None], against: str) -> Table:
-    """What each point is, came to, and cost; against: what it is compared with, in words."""
+    """Size, results and cost of each point; against: name of the baseline."""
     rows = []
     names = labels(points)
     name_of = dict(zip(map(id, points), names, strict=True))
@@ -190,9 +190,9 @@ def tabulate_points(points: Sequence[Point], compared: Sequence[Comparison | Non
     return Table(
         "Points",
         "Validation loss in nats per token: mean ± standard deviation over the seeds of complete runs. "
-        f"Over {against}: the difference to the baseline, which equals the point in all other options that matter, seed by "
-        "seed, since runs of one seed read the same data in the same order; unpaired: between the means, where no seed is "
-        "common. Tokens per second are medians, and as good as the machine was quiet.",
+        f"Over {against}: the difference to the baseline, which has the same value of all other options that affect the "
+        "result. Runs with the same seed are compared, because they read the same data in the same order; unpaired: the "
+        "difference of the means, if no seed is common. Tokens per second: median; other load on the machine lowers it.",
         (
             *("point", "complete", "validation loss", f"over {against}", "baseline", "activation_ratio", "K of H neurons"),
             *("active_expert_params", "active_moe_params", "active expert weights", "active weights"),
@@ -203,16 +203,16 @@ def tabulate_points(points: Sequence[Point], compared: Sequence[Comparison | Non
 
 
 def tabulate_settings(points: Sequence[Point]) -> list[Table]:
-    """The options that are not the same in all points; no table without any."""
+    """The options that differ between points; no table if none do."""
     varying = varying_options([point.options for point in points])
     if not varying:
         return []
-    rows = [(label, *(shown(values[row]) for values in varying.values())) for row, label in enumerate(labels(points))]
+    rows = [(label, *(format_value(values[row]) for values in varying.values())) for row, label in enumerate(labels(points))]
     return [Table("Settings that differ", "All other options are the same in all points.", ("point", *varying), rows)]
 
 
 def tabulate_data(points: Sequence[Point]) -> list[Table]:
-    """What the runs of each point read of each source, and how often; no table if none has said so."""
+    """Tokens and epochs of each source, for each point; no table if no run has recorded them."""
     rows = []
     for label, point in zip(labels(points), points, strict=True):
         for source in next((run.reading for run in point.runs if run.reading), []):
@@ -221,11 +221,11 @@ def tabulate_data(points: Sequence[Point]) -> list[Table]:
                 (label, printable(source["name"]), f"{source['share']:.1%}", tokens, read, f"{source['epochs']:.2f}")
             )
     headings = ("point", "source", "share of the blend", "training tokens", "tokens read", "epochs")
-    return [Table("Data", "Epochs: how often a whole run reads a source.", headings, rows)] if rows else []
+    return [Table("Data", "Epochs: how often a complete run reads a source.", headings, rows)] if rows else []
 
 
 def tabulate_runs(points: Sequence[Point]) -> Table:
-    """One line a run."""
+    """One row for each run."""
     rows = []
     for point in points:
         for run in point.runs:
@@ -249,7 +249,7 @@ def tabulate_runs(points: Sequence[Point]) -> Table:
 def send_to_wandb(
     points: Sequence[Point], pictures: Sequence[Chart], tables: Sequence[Table], output: Path, mode: str
 ) -> None:
-    """The same charts and tables as a W&B run in the group of the sweep; a report made again continues its run."""
+    """Log charts and tables to a W&B run in the group of the sweep; a later report on the same sweeps resumes that run."""
     import wandb
 
     groups = list(dict.fromkeys(point.group or point.name for point in points))
@@ -276,7 +276,7 @@ def send_to_wandb(
         run.log({f"chart/{picture.path.stem}": wandb.Image(str(picture.path), caption=picture.text) for picture in pictures})
         run.finish()
         wandb.teardown()
-    except Exception as error:  # whatever W&B raises, the page is there
+    except Exception as error:  # the page is written already: an error of W&B must not fail the command
         print(f"no W&B run of the report ({error})", file=sys.stderr)
 
 
@@ -286,8 +286,8 @@ def _difference(comparison: Comparison) -> str:
 
 
 def _baseline(comparison: Comparison, name: str) -> str:
-    """Its name, and what else is not the same there."""
-    others = [f"{short_name(option)} {shown(theirs)}" for option, (_, theirs) in comparison.other_options.items()]
+    """Name of the baseline, and the other options that differ."""
+    others = [f"{short_name(option)} {format_value(theirs)}" for option, (_, theirs) in comparison.other_options.items()]
     return f"{name}, with {', '.join(others)}" if others else name
 
 

@@ -1,10 +1,10 @@
-"""What a Slurm job does about its end: nothing, if the run is complete; else it queues itself again, unless that is in vain.
+"""Decides at the end of a Slurm job whether to requeue it: only if the run is incomplete and a restart can help.
 
     python -m launch.restarts begin runs/mine/launch          # at the start of each attempt
     python -m launch.restarts end runs/mine/launch 1          # with the exit code of its training
 
-attempts.jsonl beside the frozen configuration has a line for each attempt's end. Imports no torch: before a pre-emption
-seconds count.
+attempts.jsonl, in the same folder as the frozen configuration, has one line for each ended attempt. This module does not
+import torch, because little time is left before a pre-emption.
 """
 
 import json
@@ -28,7 +28,7 @@ STOPPED = {
     "STEP": "run.stop_at_step",
     "LAUNCHER": "torchrun was killed",
 }
-"""In words, the reasons of train.signals.StopReason for which a run stops in good order."""
+"""Descriptions of the train.signals.StopReason values after which a run can continue."""
 
 
 @dataclass(frozen=True)
@@ -39,49 +39,49 @@ class Attempt:
     restart: int
     """0 for the first start."""
     time: float
-    """Of the end, in seconds since 1970."""
+    """End of the attempt, in seconds since 1970."""
     outcome: str
-    """complete, stopped (in good order, to be continued) or failed."""
+    """complete, stopped (saved, can continue) or failed."""
     step: int
-    """The last step on record."""
+    """The last recorded step."""
     reason: str
-    """Why, in words."""
+    """Reason of the outcome."""
     requeued: bool
-    """Whether the job was queued again."""
+    """Whether the job was requeued."""
 
 
 def main() -> None:
-    """Exit code 0 if the run is complete or goes on, else 1."""
+    """Record how the attempt ended and requeue the job if needed; exit code 0 if complete or requeued, else 1."""
     verb, folder = sys.argv[1], Path(sys.argv[2])
     if verb == "begin":
-        (folder / "began").write_text(str(_said(folder.parent).get("time", 0.0)))
+        (folder / "began").write_text(str(_status(folder.parent).get("time", 0.0)))
         return
     attempt = judge(
         folder,
         job=os.environ["SLURM_JOB_ID"],
         restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         code=int(sys.argv[3]),
-        runs=_runs(os.environ["SLURM_JOB_ID"]),
+        runs=_is_running(os.environ["SLURM_JOB_ID"]),
     )
     with open(folder / ATTEMPTS, "a") as file:
         file.write(json.dumps(asdict(attempt)) + "\n")
     print(f"== {attempt.outcome} at step {attempt.step}: {attempt.reason}", flush=True)
     if attempt.requeued:
-        print("== queued again", flush=True)
+        print("== requeued", flush=True)
         subprocess.run(["scontrol", "requeue", attempt.job], check=True)
     sys.exit(0 if attempt.requeued or attempt.outcome == "complete" else 1)
 
 
 def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Attempt:
-    """What this attempt came to; code: exit code of its training, runs: whether Slurm still lets the job run."""
+    """The outcome of this attempt; code: exit code of its training, runs: whether the job is still running in Slurm."""
     run = folder.parent
     options = OmegaConf.load(folder / "launch.yaml")
-    status, records = _said(run), list[dict[str, Any]]()
+    status, records = _status(run), list[dict[str, Any]]()
     try:
         records = read_metrics(run)
     except DamagedFile as error:
         print(f"== {error}", flush=True)
-    # The time that status.json had when this attempt began, not that of a clock, which may be set in between.
+    # `began` has the time in status.json at the start of this attempt; the clock may have been set since.
     if status.get("time", 0.0) == float((folder / "began").read_text()):
         status = {}  # of an earlier attempt
     state, step = status.get("state"), last_step(records)
@@ -102,12 +102,12 @@ def judge(folder: Path, *, job: str, restart: int, code: int, runs: bool) -> Att
     elif restart >= options.max_requeues:
         again, reason = False, f"{reason}; launch.max_requeues={options.max_requeues} is reached"
     elif outcome == "failed" and earlier and (earlier[-1].outcome, earlier[-1].step) == ("failed", step):
-        again, reason = False, f"{reason}; the attempt before failed at the same step: not tried again"
+        again, reason = False, f"{reason}; the previous attempt failed at the same step, so the job is not requeued"
     return Attempt(job, restart, time.time(), outcome, step, reason, again)
 
 
-def _said(run: Path) -> dict[str, Any]:
-    """`read_status`; of a damaged file nothing, so that the job is judged by its exit code."""
+def _status(run: Path) -> dict[str, Any]:
+    """`read_status`, or {} for a damaged file; then the exit code decides."""
     try:
         return read_status(run)
     except DamagedFile as error:
@@ -121,7 +121,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
 
 
 def examine_attempts(folder: Path) -> tuple[list[Attempt], str | None]:
-    """The same, and what is wrong with the lines left out; DamagedFile if the file cannot be read."""
+    """`read_attempts`, and a description of the damaged lines; DamagedFile if the file cannot be read."""
     return examine_lines(folder / ATTEMPTS, _attempt)
 
 
@@ -133,10 +133,10 @@ def _attempt(found: Any) -> Attempt | None:
     return Attempt(**found) if fits and isinstance(found["requeued"], bool) else None
 
 
-def _runs(job: str) -> bool:
-    """Whether Slurm has the job as running. Else it was cancelled, or Slurm itself queues it again.
+def _is_running(job: str) -> bool:
+    """Whether Slurm lists the job as running; if not, it was cancelled, or Slurm requeues it.
 
-    In the grace time of a pre-emption it still runs; if nothing is asked for then, it ends for good.
+    A job in the grace time of a pre-emption is still running, and ends for good unless it is requeued.
     """
     shown = subprocess.run(["scontrol", "show", "job", "--oneliner", job], capture_output=True, text=True)
     return "JobState=RUNNING" in shown.stdout

@@ -1,10 +1,10 @@
-"""What runs came to: read from their folders, put together over seeds.
+"""Reads runs from their folders and groups them into points over seeds.
 
     points = group_runs(read_runs(folders))
     points[0].validation.mean, points[0].validation.spread, points[0].parameters.active_experts
     varying_options([point.options for point in points])      # {"model.activation_ratio": [1, 0.5], ...}
 
-A point is what runs have in common that differ in their seed alone; its group is the sweep it belongs to.
+A point contains the runs that differ only in their seed. Its group is the sweep that it belongs to.
 """
 
 import json
@@ -26,11 +26,11 @@ BLEND = "data.blend"
 
 def read_runs(
     folders: Sequence[Path],
-    tell: Callable[[str], None] = partial(print, file=sys.stderr),  # noqa: B008
+    warn: Callable[[str], None] = partial(print, file=sys.stderr),  # noqa: B008
 ) -> list[Run]:
-    """The runs in these folders, or in their subfolders; ValueError if there are none.
+    """The runs in these folders or in their subfolders; ValueError if there are none.
 
-    tell: is told of each file that is damaged, and of each run that cannot be read and is left out.
+    warn: called with a message for each damaged file, and for each run that cannot be read and is left out.
     """
     runs = []
     for folder in find_runs(folders):
@@ -40,44 +40,44 @@ def read_runs(
             if not options:
                 raise DamagedFile(f"{printable(folder)}: no {CONFIG_FILE}")
             records, problem = examine_metrics(folder)
-            run = Run(folder, options, records, read_state(folder), _reading(folder, tell))
+            run = Run(folder, options, records, read_state(folder), _reading(folder, warn))
             _check(run)
         except DamagedFile as error:
-            tell(f"left out {error}")
+            warn(f"left out {error}")
             continue
         if problem:
-            tell(problem)
+            warn(problem)
         runs.append(run)
     if not runs:
-        raise ValueError(f"{', '.join(map(printable, folders))}: no run there can be read")
+        raise ValueError(f"{', '.join(map(printable, folders))}: no readable run in it")
     return runs
 
 
-def _reading(folder: Path, tell: Callable[[str], None]) -> list[dict[str, Any]]:
+def _reading(folder: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     try:
         return read_reading(folder)
     except DamagedFile as error:
-        tell(str(error))
+        warn(str(error))
         return []
 
 
 def _check(run: Run) -> None:
-    """DamagedFile unless the options are those of a run."""
+    """Raise DamagedFile unless the options are those of a run."""
     try:
         for name in (RATIO, SEEDS[0], "training.steps"):
             if not is_number(run.options.get(name)):
-                raise ValueError(f"{name}={run.options.get(name)}: no number")
+                raise ValueError(f"{name}={run.options.get(name)}: not a number")
         if not all(isinstance(seed, int) for seed in run.seeds):
-            raise ValueError(f"seeds {run.seed}: no whole numbers")
+            raise ValueError(f"seeds {run.seed}: not integers")
         if not isinstance(run.options.get("run.name"), str):
             raise ValueError("no run.name")
         count_parameters(model_of(run.options))
     except (ValueError, TypeError, ArithmeticError) as error:
-        raise DamagedFile(f"{printable(run.folder)}: its configuration is not of a run ({error})") from error
+        raise DamagedFile(f"{printable(run.folder)}: not the configuration of a run ({error})") from error
 
 
 def comparable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options with one spelling for what is the same: no nulls, which an earlier version may not have had; whole paths."""
+    """Options in a canonical form: without nulls, because older versions lack some options, and with absolute paths."""
     found = {name: value for name, value in options.items() if value is not None}
     if isinstance(blend := found.get(BLEND), list):
         found[BLEND] = [
@@ -88,9 +88,9 @@ def comparable(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Point]:
-    """Put the runs of one sweep together that differ in their seed alone, and those made one by one; in the order of groups.
+    """Group the runs of each sweep, and those outside of sweeps, that differ only in their seed.
 
-    Highest ratio first. ValueError if two do not even differ in that.
+    Points are in the order of the groups, the highest ratio first. ValueError if two runs of a point have the same seed.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
@@ -115,19 +115,19 @@ def group_runs(runs: Sequence[Run]) -> list[Point]:
 def _points_of_sweep(group: str, members: list[list[Run]]) -> list[Point]:
     options = [essential(found[0]) for found in members]
     varying = varying_options(options)
-    # The width of an expert may follow from its ratio, for instance.
+    # An option may follow from the ratio, e.g. the width of an expert.
     of_series = [name for name in varying if name != RATIO and not _follows(name, options)]
     named = [name for name in varying if name in of_series or name == RATIO]
     points = []
     for found, its in zip(members, options, strict=True):
-        name = ",".join(f"{short_name(key)}={shown(its.get(key))}" for key in named) or group
-        series = ",".join([group, *(f"{short_name(key)}={shown(its.get(key))}" for key in of_series)])
+        name = ",".join(f"{short_name(key)}={format_value(its.get(key))}" for key in named) or group
+        series = ",".join([group, *(f"{short_name(key)}={format_value(its.get(key))}" for key in of_series)])
         points.append(Point(group, name, series, _by_seed(found)))
     return points
 
 
 def _points_one_by_one(members: list[list[Run]]) -> list[Point]:
-    """Runs that nothing but their names tells apart, such as one repeated, stay apart."""
+    """Points of runs outside of sweeps. Runs with equal options and seeds but different names form separate points."""
     found = []
     for runs in members:
         named: dict[str, list[Run]] = {}
@@ -151,26 +151,26 @@ def _by_seed(runs: Sequence[Run]) -> tuple[Run, ...]:
     for run, other in zip(ordered, ordered[1:], strict=False):
         if run.seeds == other.seeds:
             raise ValueError(
-                f"{printable(run.folder)} and {printable(other.folder)} are the same run, seed {run.seed}: leave one out"
+                f"{printable(run.folder)} and {printable(other.folder)} are the same run, seed {run.seed}; leave one out"
             )
     return tuple(ordered)
 
 
 def _common_name(runs: Sequence[Run]) -> str:
-    """plain of plain-1 and plain-2; all names, where they begin differently."""
+    """The common prefix of the names (plain for plain-1 and plain-2), or all names if they have none."""
     names = list(dict.fromkeys(run.name for run in runs))
     return os.path.commonprefix(names).rstrip("-_.,= ") or ", ".join(names)
 
 
 def varying_options(options: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Options that are not the same in all, with their values."""
+    """The options that differ, each with its values in order."""
     names = dict.fromkeys(name for its in options for name in its)
     values = {name: [its.get(name) for its in options] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def labels(points: Sequence[Point]) -> list[str]:
-    """A name for each, unique among them."""
+    """A unique name for each point."""
     several = len({point.group for point in points}) > 1
     found = [
         f"{point.group}: {point.name}" if several and point.group and point.name != point.group else point.name
@@ -183,7 +183,7 @@ def labels(points: Sequence[Point]) -> list[str]:
 
 
 def _follows(name: str, options: Sequence[dict[str, Any]]) -> bool:
-    """Whether an option is of the model and follows from the ratio: the same wherever that is the same."""
+    """Whether an option of the model is a function of the ratio: equal ratios have equal values."""
     seen: dict[Any, Any] = {}
     return (
         name.startswith("model.")
@@ -192,11 +192,11 @@ def _follows(name: str, options: Sequence[dict[str, Any]]) -> bool:
     )
 
 
-def shown(value: Any) -> str:
-    """An option's value as people write it."""
+def format_value(value: Any) -> str:
+    """An option's value as users write it."""
     return f"{value:g}" if isinstance(value, float) else "null" if value is None else printable(value)
 
 
 def short_name(name: str) -> str:
-    """Of an option: its last part."""
+    """The last part of an option's name."""
     return name.rpartition(".")[2]

@@ -1,10 +1,10 @@
-"""Submit a run to Slurm: one that saves, queues itself again and resumes until it is complete.
+"""Submits a run to Slurm; the job saves, requeues itself and resumes until the run is complete.
 
     mone-slurm experiment=demo launch.nodes=2 launch.gpus_per_node=1 launch.time=24:00:00
     mone-slurm ... --dry-run          # only print the job script
 
-The configuration is composed and checked for that many processes before anything is queued; it and the code then lie in
-`launch/` of the run folder, and each start of the job runs just them.
+The command first composes the configuration and checks it for the job's number of processes. It then copies configuration
+and code to `launch/` of the run folder, and each start of the job runs these copies.
 """
 
 import os
@@ -33,7 +33,7 @@ from train.preparation import prepare_run
 
 @dataclass
 class SlurmConfig(RunConfig):
-    """A run, and what is asked of Slurm."""
+    """Options of a run and of its Slurm job."""
 
     launch: SlurmOptions = field(default_factory=SlurmOptions)
 
@@ -42,11 +42,11 @@ ConfigStore.instance().store(name="slurm_config", node=stored(SlurmConfig, "laun
 
 
 class NotSubmitted(ReportedError):
-    """Slurm did not take the job."""
+    """Slurm rejected the job."""
 
 
 class _JobScript(string.Template):
-    """The template's placeholders begin with @, since $ is bash's."""
+    """Placeholders begin with @, because bash uses $."""
 
     delimiter = "@"
 
@@ -57,9 +57,9 @@ def _submit(hydra_config: DictConfig) -> None:
         options = read_slurm_options(hydra_config.launch)
         folder = Path(load_config(hydra_config).run.dir) / "launch"
         check_free(folder.parent)
-        # Before the run is checked: a running job changes what its folder holds.
+        # This comes before check_run, because a running job changes the folder.
         if not options.dry_run and (active := active_job(folder)):
-            raise UserError(f"run.dir={folder.parent}: job {active} works there or waits to; `scancel {active}` ends it")
+            raise UserError(f"run.dir={folder.parent}: job {active} is queued or running there; `scancel {active}` ends it")
         config = check_run(hydra_config, options)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -68,18 +68,18 @@ def _submit(hydra_config: DictConfig) -> None:
         return
     job = submit(config, options)
     print(f"job {job}: {options.world_size} processes on {options.nodes} nodes")
-    print(f"  {folder}/log.txt    what it prints, all its starts one after another")
+    print(f"  {folder}/log.txt    its output")
     print(f"  mone-status {config.run.dir}")
 
 
 def main() -> None:
-    """Submit the composed configuration; exit code 2 for what is refused before, 1 for what Slurm refuses."""
+    """Submit the composed configuration; exit code 2 for a configuration error, 1 if Slurm rejects the job."""
     sys.argv = ["launch.dry_run=true" if argument == "--dry-run" else argument for argument in sys.argv]
     _submit()
 
 
 def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
-    """The typed configuration of a run, checked for the job's number of processes; ValueError for whatever is wrong."""
+    """The typed configuration of a run, checked for the job's number of processes; ValueError if it is invalid."""
     on_gpus = options.gpus_per_node > 0 and hydra_config.compute.transformer_impl != "local"
     per_node = "gpus_per_node" if options.processes_per_node is None else "processes_per_node"
     processes = f"{options.section}.nodes x {options.section}.{per_node}"
@@ -88,7 +88,7 @@ def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
         options.dry_run or shutil.which("sbatch") is not None,
         f"{options.section}.dry_run",
         options.dry_run,
-        "there is no sbatch on this machine; --dry-run or dry_run=true prints the job script",
+        "sbatch is not installed on this machine; --dry-run or dry_run=true prints the job script",
     )
     for name in options.pass_environment:
         check(
@@ -97,21 +97,21 @@ def check_run(hydra_config: DictConfig, options: SlurmOptions) -> RunConfig:
             name,
             "is not set in this environment; export it first",
         )
-    job_script(config, options)  # refuses what cannot stand in one
+    job_script(config, options)  # raises ValueError for values that a script cannot contain
     return config
 
 
 def submit(config: RunConfig, options: SlurmOptions) -> str:
-    """Freeze a checked run and submit its job; the job's number.
+    """Freeze a checked run and submit its job; return the job id.
 
-    UserError if the folder cannot be written, NotSubmitted if Slurm does not take the job.
+    Raises UserError if the folder cannot be written, NotSubmitted if Slurm rejects the job.
     """
     folder = Path(config.run.dir) / "launch"
-    asked = OmegaConf.to_yaml(OmegaConf.structured(options))
-    freeze(config, {"launch.yaml": asked, "job.sh": job_script(config, options)})
+    launch = OmegaConf.to_yaml(OmegaConf.structured(options))
+    freeze(config, {"launch.yaml": launch, "job.sh": job_script(config, options)})
     submitted = subprocess.run(["sbatch", "--parsable", str(folder / "job.sh")], capture_output=True, text=True)
     if submitted.returncode != 0:
-        raise NotSubmitted(f"sbatch: {submitted.stderr.strip()} ({folder / 'job.sh'} is what it was given)")
+        raise NotSubmitted(f"sbatch: {submitted.stderr.strip()} (job script: {folder / 'job.sh'})")
     job = submitted.stdout.strip().split(";")[0]
     with writing(folder / "job") as temporary:
         temporary.write_text(job + "\n")
@@ -119,10 +119,10 @@ def submit(config: RunConfig, options: SlurmOptions) -> str:
 
 
 def job_script(config: RunConfig, launch: SlurmOptions) -> str:
-    """The bash script of the job, every value quoted; ValueError for a value that does not stay on its line."""
+    """The bash script of the job, every value quoted; ValueError for a value with a control character."""
     folder = Path(config.run.dir).absolute() / "launch"
-    # All other texts are checked by the options they belong to.
-    check(str(folder).isprintable(), "run.dir", repr(str(folder)), "its path must have no control characters")
+    # SlurmOptions checks all other strings.
+    check(str(folder).isprintable(), "run.dir", repr(str(folder)), "its path must not contain control characters")
     spec = sys.modules["__main__"].__spec__
     command = [*(["python", "-m", spec.name] if spec is not None else sys.argv[:1]), *sys.argv[1:]]
     options = {
@@ -139,26 +139,26 @@ def job_script(config: RunConfig, launch: SlurmOptions) -> str:
         "time": launch.time,
         "signal": f"B:USR1@{launch.save_seconds}",
         "open-mode": "append",
-        # A percent sign stands for something else there.
+        # sbatch expands % in this option.
         "output": str(folder / "log.txt").replace("%", "%%"),
         "chdir": str(Path.cwd()),
     }
     lines = [f"--{name}={value}" for name, value in options.items() if value is not None] + ["--requeue", *launch.sbatch]
     environment = [f"module load {shlex.quote(module)}" for module in launch.modules]
     environment += [f"export {name}={shlex.quote(value)}" for name, value in launch.environment.items()]
-    passed = "not in the environment of this job: set it where sbatch is called, and let sbatch export it"
+    passed = "not in the environment of this job: set it where you call sbatch, and let sbatch export it"
     environment += [f': "${{{name}:?{passed}}}"' for name in launch.pass_environment]
     container = []
     if launch.container is not None:
-        runs = folder.parent.parent  # the name of a sweep's point has commas, which would be two mounts
+        runs = folder.parent.parent  # not the run folder: names of points have commas, which separate mounts
         mounts = [*launch.container_mounts, f"{runs}:{runs}"]
         container = [f"--container-image={launch.container}", f"--container-mounts={','.join(mounts)}"]
         container.append(f"--container-workdir={Path.cwd()}")
     for text in (*lines, *environment, *launch.setup, *container):
         if not text.isprintable():
             raise ValueError(
-                f"{text!r}: has a line break or another control character, which no job script may hold; "
-                "where it comes from the path of the current folder, start in another one"
+                f"{text!r}: contains a line break or another control character; remove it, or change to another folder "
+                "if it is in the path of the current folder"
             )
     template = _JobScript((Path(__file__).parent / "templates/job.sh").read_text())
     return template.substitute(
@@ -174,19 +174,19 @@ def job_script(config: RunConfig, launch: SlurmOptions) -> str:
 
 
 def _quoted(option: str) -> str:
-    """One option of an #SBATCH line, as sbatch reads it: a backslash protects what follows, also within quotes."""
+    """One option, quoted for an #SBATCH line; a backslash escapes the next character, also within quotes."""
     return '"' + option.replace("\\", "\\\\").replace('"', '\\"') + '"' if re.search(r"[\s'\"\\#]", option) else option
 
 
 def active_job(folder: Path) -> str | None:
-    """The job of this run that Slurm still knows of as waiting or running; NotSubmitted if Slurm does not say."""
+    """Id of this run's job if it is pending or running in Slurm, else None; NotSubmitted if squeue fails."""
     path = folder / "job"
     if not path.exists() or shutil.which("squeue") is None:
         return None
     job = path.read_text().strip()
     shown = subprocess.run(["squeue", "--noheader", "--jobs", job, "--format=%T"], capture_output=True, text=True)
     if shown.returncode != 0 and "Invalid job id" not in shown.stderr:
-        raise NotSubmitted(f"squeue does not say whether job {job} is active: {shown.stderr.strip()}")
+        raise NotSubmitted(f"squeue failed, so it is unknown whether job {job} is active: {shown.stderr.strip()}")
     return job if shown.stdout.strip() else None
 
 

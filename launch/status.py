@@ -1,8 +1,8 @@
-"""Say how runs are doing, in a table.
+"""Prints a table with the state of runs.
 
-    mone-status runs/*               # or a sweep's folder: all its points
+    mone-status runs/*               # or the folder of a sweep: all its points
 
-What is damaged in a run's folder is named on stderr; the rest of it, and the other runs, are told all the same.
+Damaged files are reported on stderr. The table contains what the other files of the run say.
 """
 
 import json
@@ -24,10 +24,10 @@ COLUMNS = ("run", "state", "step", "of", "loss", "validation", "tokens/s", "last
 
 
 def main() -> None:
-    """Print a line a run; exit code 2 if a folder holds none."""
-    parser = Parser(prog="mone-status", description="Say how runs are doing.")
+    """Print one line for each run; exit code 2 if a folder contains none."""
+    parser = Parser(prog="mone-status", description="Print a table with the state of runs.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run or of a sweep, e.g. runs")
-    parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line instead of a table")
     options = parser.parse_args()
     try:
         rows = [describe(run) for run in find_runs(options.runs)]
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """COLUMNS of these runs, aligned."""
+    """Print COLUMNS of these runs as an aligned table."""
     table = [COLUMNS, *(tuple(_cell(name, row[name]) for name in COLUMNS) for row in rows)]
     widths = [max(len(line[column]) for line in table) for column in range(len(COLUMNS))]
     for line in table:
@@ -52,13 +52,13 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def describe(run: Path) -> dict[str, Any]:
-    """What is known of a run: COLUMNS, with None for what it has not said yet; times in seconds since 1970.
+    """State of a run: a value for each of COLUMNS, None if it is not recorded yet; times in seconds since 1970.
 
-    reason: why it ended so; problems: what of its folder is damaged.
+    Further keys: reason (of a failure or stop) and problems (a message for each damaged file).
     """
     problems = list[str]()
 
-    def tried(read: Callable[[Path], Read]) -> Read | None:
+    def try_read(read: Callable[[Path], Read]) -> Read | None:
         try:
             return read(run)
         except DamagedFile as error:
@@ -66,11 +66,11 @@ def describe(run: Path) -> dict[str, Any]:
             return None
 
     latest = dict[str, Any]()
-    tried(check_readable)
+    try_read(check_readable)
     unreadable = list(problems)
-    options, status, saved = tried(read_config) or {}, tried(read_status) or {}, tried(saved_steps) or []
-    records, damaged_records = tried(examine_metrics) or ([], None)
-    attempts, damaged_attempts = tried(lambda run: examine_attempts(run / "launch")) or ([], None)
+    options, status, saved = try_read(read_config) or {}, try_read(read_status) or {}, try_read(saved_steps) or []
+    records, damaged_records = try_read(examine_metrics) or ([], None)
+    attempts, damaged_attempts = try_read(lambda run: examine_attempts(run / "launch")) or ([], None)
     for record in records:
         latest |= {name: value if is_number(value) else None for name, value in record.items()}
     problems += [problem for problem in (damaged_records, damaged_attempts) if problem]
@@ -78,7 +78,7 @@ def describe(run: Path) -> dict[str, Any]:
         problems.append(f"{printable(run)}: no {CONFIG_FILE}")
     return {
         "run": printable(run),
-        "state": printable(tried(read_state) or "damaged"),
+        "state": printable(try_read(read_state) or "damaged"),
         "reason": printable(status["reason"]) if status.get("reason") is not None else None,
         "step": latest.get("step", 0),
         "of": options.get("training.steps"),

@@ -1,11 +1,11 @@
-"""The points of a sweep: composed, checked before any of them starts, looked up, submitted.
+"""Plans the points of a sweep, checks all of them before the first one starts, and submits them to Slurm.
 
-points = plan_points(config, loader, {0: overrides}, check, 1)      # UserError names every point that cannot run
+points = plan_points(config, loader, {0: overrides}, check, 1)      # UserError lists every invalid point
 outcomes = run_points(points, options)                              # launch.local_queue: on this machine
 outcomes = submit_points(points, options)                           # as Slurm jobs
 
-A point is a run in a folder of its own, named after what was swept: runs/k_sweep/activation_ratio=0.5,seed=1. Started
-again, a sweep passes over its finished points and continues the others.
+A point is a run in its own folder, named after the swept options: runs/k_sweep/activation_ratio=0.5,seed=1. A sweep that is
+started again skips its finished points and resumes the others.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from train.config import RunConfig, describe
 from train.config_sections import check_name
 
 SUBDIR = "${hydra.job.num}"
-"""Hydra's own default of hydra.sweep.subdir, in whose place a point's name stands."""
+"""Hydra's default of hydra.sweep.subdir; the name of the point replaces it."""
 NAME_BYTES = 200
-"""Of a point's name, at most: file systems take 255, and some of them less."""
-LEARNED = (
+"""Longest name of a point; most file systems allow 255 bytes, some fewer."""
+AFFECT_RESULTS = (
     *("model.", "training.", "optimizer.", "deepspeed.", "guard.", "data.blend", "evaluation."),
     *("run.seed", "engine", "compute.precision"),
 )
-"""Options, by the beginning of their names, that what a run learns and reports depends on."""
+"""Prefixes of options that affect the results of a run."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +44,26 @@ class Point:
     """One run of a sweep."""
 
     name: str
-    """What was swept and its values here: activation_ratio=0.5,seed=1."""
+    """The swept options and their values: activation_ratio=0.5,seed=1."""
     overrides: tuple[str, ...]
     config: RunConfig
     finished: bool
-    """Whether its folder holds this run, complete."""
+    """Whether its folder contains this run, complete."""
 
     @property
     def folder(self) -> Path:
-        """The run's."""
+        """The run folder."""
         return Path(self.config.run.dir)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a point."""
+    """Result of a point."""
 
     state: str
-    """complete, stopped (in good order, to be continued), failed, submitted, or not submitted (a dry run)."""
+    """complete, stopped (saved, can continue), failed, submitted, or not submitted (a dry run)."""
     reason: str
-    """Of what failed, in words; else what there is to say."""
+    """Reason of a failure, else further details."""
     validation_loss: float | None = None
 
 
@@ -74,9 +74,10 @@ def plan_points(
     check: Callable[[DictConfig, int], RunConfig],
     processes: int,
 ) -> list[Point]:
-    """The points of these jobs, by number, each with its overrides; UserError if one cannot run, before any has begun.
+    """The points of these jobs; UserError if one cannot run.
 
-    check: a composed configuration's typed form, for that many processes; raises ValueError for what is wrong.
+    jobs: overrides by job number. check: converts a composed configuration to RunConfig and checks it for a number of
+    processes; raises ValueError.
     """
     swept, sweep = _swept_options(master), Path(master.hydra.sweep.dir)
     subdir = OmegaConf.to_container(master.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
@@ -102,19 +103,21 @@ def plan_points(
         raise UserError(
             "\n  ".join(
                 [
-                    f"{len(problems)} of {len(jobs)} points cannot run on {processes} processes each; none was started",
+                    f"{len(problems)} of {len(jobs)} points cannot run on {processes} processes each; no point was started",
                     *problems,
                 ]
             )
         )
     folders = [point.folder for point in points]
     if twice := sorted({str(folder) for folder in folders if folders.count(folder) > 1}):
-        raise UserError(f"hydra.sweep: several points would share {', '.join(twice)}; give each a hydra.sweep.subdir")
+        raise UserError(
+            f"hydra.sweep: several points have the folder {', '.join(twice)}; give each its own hydra.sweep.subdir"
+        )
     return points
 
 
 def submit_points(points: Sequence[Point], options: SlurmOptions) -> list[Outcome]:
-    """Submit a job for each point that is neither finished nor already with Slurm."""
+    """Submit a job for each point that is not finished and has no active job."""
     outcomes = []
     for point in points:
         outcomes.append(_submit(point, options))
@@ -136,39 +139,39 @@ def _submit(point: Point, options: SlurmOptions) -> Outcome:
 
 
 def finished(point: Point) -> Outcome:
-    """Of a point that was complete before."""
+    """Outcome of a point that an earlier start completed."""
     return Outcome("complete", "finished before", validation_loss(point.folder))
 
 
 def validation_loss(folder: Path) -> float | None:
-    """The last one on record."""
+    """The last recorded validation loss."""
     return last_value(read_metrics(folder), "validation/loss")
 
 
 def _finished(config: RunConfig) -> bool:
-    """Whether the run folder holds this run, complete; ValueError if it holds one of other options."""
+    """Whether the run folder contains this run, complete; ValueError if it contains a run with other options."""
     folder = Path(config.run.dir)
     ours, saved = flat(describe(config)), read_config(folder)
-    changed = [name for name in ours if name.startswith(LEARNED) and saved.get(name, ours[name]) != ours[name]]
+    changed = [name for name in ours if name.startswith(AFFECT_RESULTS) and saved.get(name, ours[name]) != ours[name]]
     if changed:
         raise ValueError(
-            f"{folder} holds a run of other options: "
+            f"{folder} contains a run with other options: "
             f"{', '.join(f'{name}={saved[name]} (now {ours[name]})' for name in changed)}; "
-            "restore them, give another run.name, or move it away"
+            "restore them, set another run.name, or move the folder away"
         )
     return read_status(folder).get("state") == "complete"
 
 
 def busy(point: Point) -> Outcome | None:
-    """That somebody trains in the point's folder now, or is about to: a job of its own, or a process that is not ours."""
-    # The job first: while it runs, its process is the one in the folder.
+    """The outcome of a point whose folder a job or another process is using, else None."""
+    # The job comes first: while it runs, the process in the folder is its own.
     if job := active_job(point.folder / "launch"):
-        return Outcome("submitted", f"job {job} works there or waits to")
-    return Outcome("failed", f"another process trains in {point.folder} now") if in_use(point.folder) else None
+        return Outcome("submitted", f"job {job} is queued or running there")
+    return Outcome("failed", f"another process is training in {point.folder}") if in_use(point.folder) else None
 
 
 def _swept_options(master: DictConfig) -> list[str]:
-    """The options that are varied: those of hydra.sweeper.params, and those with several values on the command line."""
+    """The swept options: those of hydra.sweeper.params, and those with several values on the command line."""
     params = master.hydra.sweeper.get("params") or {}
     given = OverridesParser.create().parse_overrides(list(master.hydra.overrides.task))
     return [*params, *(override.key_or_group for override in given if override.is_sweep_override())]
@@ -181,7 +184,7 @@ def _unquoted(value: str) -> str:
 def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
     values = {key.lstrip("+"): _unquoted(value) for key, _, value in (override.partition("=") for override in overrides)}
     keys = [key for key in dict.fromkeys(swept) if key in values] or list(values)
-    keys.sort(key=lambda key: key == "run.seed")  # behind what it repeats
+    keys.sort(key=lambda key: key == "run.seed")  # the seed comes last
     last = [key.rpartition(".")[2] for key in keys]
     short = [name if last.count(name) == 1 else key for name, key in zip(last, keys, strict=True)]
     pairs = [f"{name}={values[key]}" for name, key in zip(short, keys, strict=True)]
@@ -189,7 +192,7 @@ def _name(overrides: Sequence[str], swept: Sequence[str]) -> str:
 
 
 def shorten(name: str, sweep: Path) -> str:
-    """A name that a folder can have: beyond NAME_BYTES it is cut and ends in a hash, unless a run has it in full."""
+    """A valid folder name: a longer name than NAME_BYTES is truncated and gets a hash, unless its folder exists."""
     encoded = name.encode()
     if len(encoded) <= NAME_BYTES or os.path.exists(sweep / name):
         return name

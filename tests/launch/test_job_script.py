@@ -50,19 +50,23 @@ def test_no_text_holds_a_control_character(kind: type[SlurmOptions], character: 
         {name: bad for name in TEXTS} | {name: ["fine", bad] for name in LISTS} | {"sbatch": [f"--{bad}"]}
     )
     for name, value in texts.items():
-        with pytest.raises(ValueError, match=rf"^{kind.section}\.{name}: has a line break or another control character"):
+        with pytest.raises(
+            ValueError, match=rf"^{kind.section}\.{name}: contains a line break or another control character"
+        ):
             kind(**CPU, **{name: value})
-    with pytest.raises(ValueError, match=rf"^{kind.section}\.environment\.A: has a line break or another control character"):
+    with pytest.raises(
+        ValueError, match=rf"^{kind.section}\.environment\.A: contains a line break or another control character"
+    ):
         kind(**CPU, environment={"A": bad})
     names: dict[str, Any] = {"environment": {f"A{character}B": "1"}, "pass_environment": [f"A{character}B"]}
     for name, variables in names.items():
-        with pytest.raises(ValueError, match=rf"^{kind.section}\.{name}='A.+B': is no name of an environment variable"):
+        with pytest.raises(ValueError, match=rf"^{kind.section}\.{name}='A.+B': is not a name of an environment variable"):
             kind(**CPU, **{name: variables})
 
 
 @pytest.mark.parametrize("name", ["A-B", "1A", "A B", "é", "", "A;touch owned"])
 def test_variables_have_names_that_bash_takes(name: str) -> None:
-    with pytest.raises(ValueError, match=r"^launch\.environment=.*: is no name of an environment variable"):
+    with pytest.raises(ValueError, match=r"^launch\.environment=.*: is not a name of an environment variable"):
         SlurmOptions(**CPU, environment={name: "1"})
 
 
@@ -117,7 +121,7 @@ def test_what_only_sounds_like_a_secret_is_taken() -> None:
 def test_a_secret_on_the_command_line_ends_it_before_anything_is_written(slurm: Call, folder: Path, plus: str) -> None:
     code, out, error = slurm(f"{plus}launch.environment.WANDB_API_KEY={SECRET}")
     assert (code, out) == (2, "")
-    assert "error: launch.environment.WANDB_API_KEY: WANDB_API_KEY would stand in the job script" in error
+    assert "error: launch.environment.WANDB_API_KEY: WANDB_API_KEY would be written to the job script" in error
     assert SECRET not in error
     assert not (folder / "runs").exists()
 
@@ -164,7 +168,7 @@ def test_the_command_in_the_script_is_without_secrets(slurm: Call) -> None:
         ("launch.cpus_per_node=-5", "launch.cpus_per_node=-5: must be null or at least 1"),
         ("launch.cpus_per_node=0", "launch.cpus_per_node=0: must be null or at least 1"),
         ("launch.python=''", "launch.python='': must be the path of an interpreter"),
-        ("launch.time='\uff11\uff12:00:00'", "launch.time=\uff11\uff12:00:00: must be as Slurm writes it"),
+        ("launch.time='\uff11\uff12:00:00'", "launch.time=\uff11\uff12:00:00: must have Slurm's format"),
     ],
 )
 def test_what_slurm_would_not_take_is_refused(slurm: Call, option: str, message: str) -> None:
@@ -180,14 +184,14 @@ def test_a_secret_of_a_sweep_is_refused(call_main: Call, monkeypatch: pytest.Mon
     launch = [f"hydra.{option.replace('launch.', 'launcher.')}" for option in LAUNCH]
     code, out, error = call_main(pretrain, *sweep, *launch, f"{plus}hydra.launcher.environment.HF_TOKEN={SECRET}")
     assert (code, out) == (2, "")
-    assert "error: hydra.launcher.environment.HF_TOKEN: HF_TOKEN would stand in the job script" in error
+    assert "error: hydra.launcher.environment.HF_TOKEN: HF_TOKEN would be written to the job script" in error
     assert SECRET not in error
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["launch.account='mine\ntouch owned'"], "launch.account: has a line break"),
+        (["launch.account='mine\ntouch owned'"], "launch.account: contains a line break"),
         (["run.name='a\ntouch owned'", "run.dir=runs/a"], "run.name='a\\ntouch owned'"),
         (["run.dir='runs/a\ntouch owned'"], "run.dir='runs/a\\ntouch owned'"),
         (["run.name=../../x"], "run.name=../../x: names a folder below runs/"),
@@ -304,10 +308,10 @@ def test_torchrun_is_given_its_own_code_and_an_id_that_ps_does_not_show(tmp_path
     assert f"PYTHONPATH={ROOT}:." in environment
     assert "PYTHONSAFEPATH=1" in environment
     assert done.stderr == ""
-    told = subprocess.run(
+    unset = subprocess.run(
         ["bash", str(script)], env={**os.environ, **several, "JOB": ""}, cwd=tmp_path, capture_output=True, text=True
     )
-    assert "warning: JOB is not set: whoever reaches 10.0.0.1:29500" in told.stderr
+    assert "warning: JOB is not set: anyone who can reach 10.0.0.1:29500" in unset.stderr
 
 
 @pytest.mark.parametrize(

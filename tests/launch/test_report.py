@@ -159,7 +159,7 @@ def test_a_run_is_compared_with_its_plain_twin_in_another_folder(
     page = (tmp_path / "report/index.html").read_text()
     assert "<td>-0.0300</td>" in page
     said = "demo, which touches 50.0% of its experts' weights for each token, ends at a validation loss of 4.4700 nats per "
-    said += "token, 0.0300 below that of the plain MoE (plain, 4.5000): one seed each, so that the difference may be chance."
+    said += "token, 0.0300 below that of the plain MoE (plain, 4.5000): one seed each, so the difference may be chance."
     assert finding(tmp_path / "runs") == said
     # It is the first thing that the page says.
     assert re.findall(r"<p[^>]*>([^<]*)</p>", page)[0] == said.replace("'", "&#x27;")
@@ -283,7 +283,7 @@ def test_the_sentence_claims_no_more_than_the_runs_say(runs: Path, tmp_path: Pat
     # Beside it, a sweep of one seed.
     said = "Compared with the plain MoE, the validation loss is lower in every seed at none of 2 points, higher in every "
     said += (
-        "seed at 1, undecided at 1 (seeds that disagree, or a single one); the lowest is wide: activation_ratio=0.25, level "
+        "seed at 1, undecided at 1 (the seeds disagree, or there is one seed); the lowest is wide: activation_ratio=0.25, "
     )
     assert finding(runs).startswith(said)
     one = tmp_path / "one"
@@ -298,22 +298,22 @@ def test_the_sentence_claims_no_more_than_the_runs_say(runs: Path, tmp_path: Pat
     write_run(one / "plain", None, 1.0, 1, 4.25)
     assert finding(one) == (
         "The validation loss is lower than that of the plain MoE at 1 of 2 points; the lowest is more, 0.0500 nats per "
-        "token below the plain MoE; each is compared in one pair of runs, so that any of these differences may be chance."
+        "token below the plain MoE; each point has one pair of runs, so any of these differences may be chance."
     )
     (one / "plain/status.json").write_text('{"state": "stopped"}')
-    assert finding(one).endswith("but plain, the plain MoE to compare it with, has no result yet.")
+    assert finding(one).endswith("but its baseline plain (the plain MoE) has no result yet.")
     (one / "plain/status.json").write_text('{"state": "complete"}')
     shutil.rmtree(one / "more")
     write_run(one / "mone2", None, 0.5, 2, 4.2)
     write_run(one / "plain2", None, 1.0, 2, 4.3)
-    assert finding(one).endswith("the 2 seeds disagree, so that the two cannot be told apart.")
+    assert finding(one).endswith("the 2 seeds disagree, so the sign of the difference is open.")
     other = tmp_path / "other"
     write_run(other / "mone", None, 0.5, 1, 4.3)
     write_run(other / "plain", None, 1.0, 2, 4.2)
-    assert finding(other).endswith("their seeds differ, so that this may be chance or the order of the data.")
+    assert finding(other).endswith("their seeds differ, so chance or the order of the data may cause the difference.")
     none = tmp_path / "none"
     write_run(none / "mone", None, 0.5, 1, 4.3, state="stopped")
-    assert finding(none).startswith("No run is complete and has a validation loss")
+    assert finding(none).startswith("No complete run has a validation loss")
 
 
 @pytest.fixture
@@ -494,4 +494,4 @@ def test_the_same_run_twice_is_refused(runs: Path, call_main: Call, monkeypatch:
 def test_what_holds_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
     code, _, error = call_main(main, str(tmp_path))
     assert code == 2
-    assert f"{tmp_path}: no run there" in error
+    assert f"{tmp_path}: no run" in error

@@ -150,7 +150,7 @@ def call(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, *option
         ),
         (["run.seed=1,2", "data.blend=[{path: nowhere}]"], "seed=2: nowhere"),
         (["run.seed=1,2", "hydra.launcher.jobs=0"], "hydra.launcher.jobs=0: must be at least 1"),
-        (["run.seed=1,2", "hydra.sweep.subdir=same"], "several points would share runs/mone/same"),
+        (["run.seed=1,2", "hydra.sweep.subdir=same"], "several points have the folder runs/mone/same"),
         (["run.seed=1,2", "run.name=../../x"], "run.name=../../x: names a folder below runs/"),
         (["run.seed=1,2", "run.dir=."], "run.dir=.: is the current or the home folder"),
         (["run.seed=1,2", "parallel.expert=2"], "start 2 (hydra.launcher.processes)"),
@@ -171,7 +171,7 @@ def test_a_run_is_not_mistaken_for_one_of_other_options(
     options = ["run.name=swept", "model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.2"]
     code, _, error = call(call_main, monkeypatch, folder, *options)
     assert code == 2
-    assert "activation_ratio=1,lr=0.001 holds a run of other options: optimizer.weight_decay=0.1 (now 0.2)" in error
+    assert "activation_ratio=1,lr=0.001 contains a run with other options: optimizer.weight_decay=0.1 (now 0.2)" in error
     assert "activation_ratio=0.25,lr=0.01" not in error
 
 

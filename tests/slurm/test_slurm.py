@@ -173,7 +173,7 @@ def test_what_fails_at_the_same_step_again_is_given_up(slurm: Slurm, folder: Pat
     shutil.rmtree(folder / "c")
     assert slurm.wait(job, "COMPLETED", "FAILED") == "FAILED"
     assert outcomes(folder, "hopeless") == [("failed", True), ("failed", False)]
-    assert "failed at the same step: not tried again" in log_of(folder, "hopeless").read_text()
+    assert "failed at the same step, so the job is not requeued" in log_of(folder, "hopeless").read_text()
 
 
 def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folder: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folde
     assert [seed for seed, _ in jobs] == ["1", "2"]
     again = submit_sweep()
     for seed, job in jobs:
-        assert f"seed={seed}: submitted, job {job} works there or waits to" in again
+        assert f"seed={seed}: submitted, job {job} is queued or running there" in again
         assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(folder, f"swept/seed={seed}").read_text()
         assert outcomes(folder, f"swept/seed={seed}") == [("complete", False)]
     assert submit_sweep().count("complete, finished before") == 2
@@ -205,9 +205,9 @@ def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folde
     [
         (["parallel.expert=3"], "must divide the number of processes, 2"),
         (["data.blend=[{path: nowhere}]"], "nowhere"),
-        (["launch.processes_per_node=null"], "launch.gpus_per_node=0: without GPUs say how many processes"),
+        (["launch.processes_per_node=null"], "launch.gpus_per_node=0: without GPUs, set the number of processes"),
         (["launch.save_seconds=601"], "leaves no time for training within launch.time=10 (600 seconds)"),
-        (["launch.time=soon"], "launch.time=soon: must be as Slurm writes it"),
+        (["launch.time=soon"], "launch.time=soon: must have Slurm's format"),
     ],
 )
 def test_what_cannot_run_is_refused_before_it_is_queued(folder: Path, options: list[str], message: str) -> None:

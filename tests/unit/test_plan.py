@@ -65,8 +65,8 @@ def test_fp32_is_planned_without_tf32_which_training_does_not_use(gpu: str, bf16
 def test_messages_between_nodes_are_slower() -> None:
     inside = estimate_run(config(expert=8), ClusterConfig(nodes=2))
     across = estimate_run(config(expert=16), ClusterConfig(nodes=2))
-    assert inside.sent["expert"].span == 8
-    assert across.sent_seconds["expert"] > 5 * inside.sent_seconds["expert"]
+    assert inside.traffic["expert"].span == 8
+    assert across.traffic_seconds["expert"] > 5 * inside.traffic_seconds["expert"]
 
 
 def test_the_plan_in_docs_is_what_the_command_prints(call_main: Call) -> None:
@@ -81,7 +81,7 @@ def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
     options = ("model=mone_2p8b", "compute.precision=bf16", "cluster.gpu=a100_40gb", "training.global_batch_size=256")
     code, out, _ = call_main(main, *options)
     assert code == 1
-    assert re.search(r"WARNING: [\d.]+ GiB do not fit into 34 GiB", out)
+    assert re.search(r"WARNING: [\d.]+ GiB do not fit in 34 GiB", out)
     # What it proposes, typed as it stands, fits.
     (first, *_) = re.findall(r"^  \S+ s, \S+ GiB  (parallel.*)$", out, re.MULTILINE)
     code, out, _ = call_main(main, *options, *first.replace("'", "").split())
@@ -106,7 +106,7 @@ def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
         ),
         (["cluster.reserve_gib=90"], "cluster.reserve_gib=90.0: must be less than the device's 80 GiB"),
         (["model=mone_2p8b", "parallel.expert=7"], "must divide the number of processes, 8"),
-        (["model=mone_tiny", "data.blend=[]"], "model.vocab_size=null: give it"),
+        (["model=mone_tiny", "data.blend=[]"], "model.vocab_size=null: set it"),
     ],
 )
 def test_mistakes_are_told_by_name(call_main: Call, arguments: list[str], message: str) -> None:
