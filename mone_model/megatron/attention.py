@@ -1,4 +1,4 @@
-"""Attention that does not write the scores of a whole sequence out: by our kernel on CPUs, else by what torch chooses."""
+"""Attention that does not store the scores of a sequence: by a kernel of ours on CPUs, otherwise by torch."""
 
 import contextlib
 from typing import Any
@@ -14,9 +14,9 @@ from mone_model.kernels.cpu import attention as cpu_attention
 
 
 class CoreAttention(MegatronModule):
-    """Causal attention between the queries, keys and values of this tensor-parallel rank's heads.
+    """Causal attention of the heads of this tensor-parallel rank.
 
-    In place of Megatron-Core's DotProductAttention, which writes scores and probabilities out.
+    It replaces Megatron-Core's DotProductAttention, which stores scores and probabilities.
     """
 
     def __init__(
@@ -38,15 +38,15 @@ class CoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """[s, b, heads, c] queries, [s, b, groups, c] keys and values -> [s, b, heads * c].
 
-        attn_mask_type: no_mask for one query, the last token's, with the keys and values of all before it from a cache.
+        attn_mask_type: no_mask for the query of the last token, with a cache of the keys and values of all earlier tokens.
         """
-        assert attention_mask is None, "every token sees those before it"
+        assert attention_mask is None, "only causal attention is supported"
         causal = attn_mask_type == AttnMaskType.causal
-        assert len(query) == (len(key) if causal else 1), "and all of them are here"
+        assert len(query) == (len(key) if causal else 1), "a causal mask needs the keys of all queries"
         dropout = self.dropout if self.training else 0.0
         if causal and dropout == 0 and cpu_attention.usable(query, key, value):
             return cpu_attention.attend(query, key, value).flatten(2)
-        # As in DotProductAttention: ranks that hold other heads drop other scores.
+        # As in DotProductAttention: ranks with different heads need different dropout masks.
         forking = dropout > 0 and not self.config.sequence_parallel
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         with tensor_parallel.get_cuda_rng_tracker().fork() if forking else contextlib.nullcontext():

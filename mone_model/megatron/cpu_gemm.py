@@ -1,9 +1,9 @@
-"""Matrix products by oneDNN where torch's own choice, MKL, is slow: on AMD processors it does not use AVX-512.
+"""Matrix products by oneDNN on AMD processors, where torch uses MKL, which does not use AVX-512 there.
 
-    cpu_gemm.install()         # mone_model's __init__ does, where there is no GPU
-    x @ w.T                    # by oneDNN, forward and backward; nothing else changes
+    cpu_gemm.install()         # mone_model.megatron.prepare() calls it where there is no GPU
+    x @ w.T                    # by oneDNN, forward and backward
 
-Does nothing on other processors. `python -m benchmarks.step` shows the difference.
+It does nothing on other processors. `python -m benchmarks.step` measures the difference.
 """
 
 import warnings
@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 _replacing: list[torch.library.Library] = []
-# Below this oneDNN's preparations cost more than they bring.
+# For smaller products the setup of oneDNN costs more than it saves.
 _LEAST_WORK, _LEAST_ROWS = 2**21, 16
 
 
 def install() -> None:
-    """Let `aten::mm` of large fp32 matrices on the CPU be oneDNN's, if this is a processor on which that is faster."""
+    """Replace `aten::mm` of large fp32 matrices on the CPU by oneDNN, on processors where that is faster."""
     if not _replacing and _mkl_is_slow():
         _multiply_by_mkl = torch.library.get_kernel("aten::mm", "CPU")
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -27,20 +27,20 @@ def install() -> None:
             rows, inner = a.shape
             if a.dtype != torch.float32 or rows < _LEAST_ROWS or rows * inner * b.size(1) < _LEAST_WORK:
                 return _multiply_by_mkl.call_boxed(keys, a, b)
-            # Other strides send it to a path that is hundreds of times slower.
+            # With other strides oneDNN is hundreds of times slower.
             a = a if 1 in a.stride() and 0 not in a.stride() else a.contiguous()
             weight = b.t() if b.is_contiguous() or b.t().is_contiguous() else b.contiguous().t()
             return multiply_by_onednn(a, weight, None, "none", [], "")
 
         library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced is the purpose
+            warnings.simplefilter("ignore", UserWarning)  # that a kernel is replaced is intended
             library.impl("mm", mm, "CPU")
         _replacing.append(library)
 
 
 def remove() -> None:
-    """Give matrix products back to MKL."""
+    """Undo `install`."""
     while _replacing:
         _replacing.pop()._destroy()
 

@@ -1,9 +1,9 @@
-"""Causal attention on the CPU, faster than torch's where a processor trains (docs/benchmarks.md).
+"""Causal attention on CPUs, faster than torch's in training (docs/benchmarks.md).
 
     if cpu_attention.usable(q, k, v):
         context = cpu_attention.attend(q, k, v)
 
-The source is csrc/attention.cpp. fp32, differentiable once. It keeps for the backward pass what torch keeps.
+The source is csrc/attention.cpp. fp32, differentiable once. It saves the same tensors for the backward pass as torch.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from mone_model.kernels.cpu import library as cpu_library
 
 
 def usable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether these can be attended here, and threads, each with whole groups of sequences, share the work evenly enough."""
+    """Whether the kernel supports these tensors, and its threads, which compute whole groups, have nearly equal work."""
     tasks, threads = k.size(1) * k.size(2), torch.get_num_threads()
     return cpu_library.usable(q, k, v) and -(-tasks // threads) * threads <= 1.2 * tasks
 

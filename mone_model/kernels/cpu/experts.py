@@ -35,7 +35,7 @@ _decode = define(
 
 
 class Computed(NamedTuple):
-    """What the experts computed, and of which neurons."""
+    """Outputs of the experts and which neurons were kept."""
 
     out_ND: torch.Tensor
     """[N, D] weighted outputs."""
@@ -61,10 +61,10 @@ def experts(
     counting: bool,
     with_gates: bool = False,
 ) -> Computed:
-    """The experts of a layer: up, down and all products of the backward pass only where neurons are kept.
+    """The experts of a layer. Up, down and all products of the backward pass are computed for kept neurons only.
 
-    All inputs fp32, x sorted by expert. The backward pass keeps the k gates and ups of each row and which they are:
-    8 k + H/8 bytes. with_gates: for losses that see dropped neurons too.
+    All inputs are fp32, x is sorted by expert. For the backward pass it saves the k gates and ups of each row and a mask:
+    8 k + H/8 bytes. with_gates: also return the gates of all neurons, for losses that need them.
     """
     offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
     out_ND, masks_NW, _, _, counts_E2H, threshold_N, gate_NH = _experts(
@@ -133,9 +133,9 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> t
         return (None,) * 9
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dweights = [torch.empty_like(weight) for weight in weights]
-    # To Megatron-Core's buffer its hook would add the gradient, but takes an empty one for added if this attribute is true.
-    # It is false before the first of a step: then what the buffer holds is of no use, and written over.
-    buffered = [weight for weight in weights if hasattr(weight, "grad_added_to_main_grad")]  # not if it is frozen
+    # Megatron-Core's hook adds a gradient to its buffer unless this attribute says that this has been done. The attribute is
+    # false before the first gradient of a step, which overwrites the buffer.
+    buffered = [weight for weight in weights if hasattr(weight, "grad_added_to_main_grad")]  # a frozen weight has none
     sums = [getattr(weight, "main_grad", empty) for weight, empty in zip(weights, dweights, strict=True)]
     add = any(weight.grad_added_to_main_grad for weight in buffered)
     dx, dprobs = _experts_backward(*sums, add, dy, *ctx.saved_tensors, ctx.activation)
@@ -151,7 +151,7 @@ torch.library.register_autograd("mone::experts", _differentiate_experts, setup_c
 
 
 class Decoded(NamedTuple):
-    """What the experts computed for a few rows, and of which neurons."""
+    """Outputs of the experts for a few rows and which neurons were kept."""
 
     out_ND: torch.Tensor
     """[N, D] weighted outputs."""
@@ -170,10 +170,10 @@ def decode(
     *,
     threshold: float | None = None,
 ) -> Decoded:
-    """The experts for a few rows, without gradients: up and down of dropped neurons are not even read.
+    """The experts for a few rows, without gradients. Weights up and down of dropped neurons are not read.
 
-    x and weights in fp32 or bf16, all sums in fp32; D a multiple of 16. threshold: keep the neurons whose |act(gate)|
-    reaches it, as NaN does, in place of the k best.
+    x and weights are fp32 or bf16, sums are fp32, D is a multiple of 16. threshold: keep the neurons whose |act(gate)| is at
+    least this, instead of the k best. NaN counts as infinity.
     """
     return Decoded(
         *_decode(

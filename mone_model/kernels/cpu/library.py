@@ -1,4 +1,4 @@
-"""The CPU kernels' library: compiled at first use, for this machine, and cached.
+"""The library of CPU kernels: compiled at first use, for this machine, and cached.
 
     _scale = define("scale", "(Tensor x, float factor) -> Tensor")    # mone::scale, of csrc/operators.cpp
     if usable(x):
@@ -31,23 +31,23 @@ SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-w"]
 FLAGS.append("-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native")
 
-# Folders in which a library is compiled, and the file there that is locked meanwhile.
+# Prefix of the folders in which a library is compiled, and the file in them that is locked during a build.
 BUILDING, IN_USE = "build-", "in-use"
 
 WORD = 16
-"""Neurons in a word of a mask, and numbers that a kernel reads at a time."""
+"""Neurons in a word of a mask; kernels read this many numbers at a time."""
 _OPERATORS = torch.library.Library("mone", "FRAGMENT")
 
-# Of selection and decode; other kernels are for fp32 alone.
+# Types of selection and decode. The other kernels are for fp32 only.
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-# What `compute.cpu_kernels` of the latest model says (`mone_model.expert_backends.choose_backend`).
+# False after `compute.cpu_kernels=off` (`mone_model.expert_backends.choose_backend`).
 allowed = True
 
 
 def available() -> bool:
-    """Whether the kernels are switched on and can be used here; says once why they cannot."""
+    """Whether the kernels are enabled and work on this machine. Prints the reason once if they do not."""
     return allowed and _compiles()
 
 
@@ -55,10 +55,10 @@ def available() -> bool:
 def _compiles() -> bool:
     try:
         _library()
-    except Exception as error:  # whatever a compiler or a linker may have to say
+    except Exception as error:  # any error of the compiler or the linker
         reason = str(error).strip().splitlines()[0]
         print(
-            f"CPU kernels: not built ({reason}); torch's own operations serve, slower. A C++ compiler helps.",
+            f"CPU kernels: not built ({reason}); using slower operations of torch. Install a C++ compiler (g++).",
             file=sys.stderr,
         )
         return False
@@ -66,13 +66,13 @@ def _compiles() -> bool:
 
 
 def usable(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = (torch.float32,)) -> bool:
-    """Whether kernels for these types can be used for these tensors here."""
+    """Whether kernels for these data types can be used for these tensors on this machine."""
     return all(tensor.device.type == "cpu" and tensor.dtype in dtypes for tensor in tensors) and available()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """The compiled sources, from the cache if they were compiled for this very processor and torch before."""
+    """The compiled sources, from the cache if they were compiled for this processor and this torch before."""
     from torch.utils import cpp_extension
 
     sources = (source.read_text() for source in sorted(SOURCES.iterdir()))
@@ -81,13 +81,13 @@ def _library() -> ctypes.CDLL:
     folder = Path(cpp_extension.get_default_build_root()) / "mone"
     for path in sorted(folder.glob(f"{name}-*.so")):
         if _is_intact(path):
-            with contextlib.suppress(OSError):  # such as one that another system has linked
+            with contextlib.suppress(OSError):  # for example linked on another system
                 return ctypes.CDLL(str(path))
     return _build(folder, name)
 
 
 def _is_intact(path: Path) -> bool:
-    """Whether the file holds what its name says. To use one that was cut short ends the process."""
+    """Whether the content has the hash in the name. Loading a truncated library would kill the process."""
     try:
         return path.is_file() and path.stem.endswith(f"-{_digest(path.read_bytes())}")
     except OSError:
@@ -99,25 +99,25 @@ def _digest(content: bytes) -> str:
 
 
 def _build(folder: Path, name: str) -> ctypes.CDLL:
-    """Compile, and keep the library in `folder`; where that cannot be written, for this process alone."""
+    """Compile, and keep the library in `folder`; if that is not writable, use it for this process only."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(folder)
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING, ignore_cleanup_errors=True)
     except OSError as error:
-        print(f"CPU kernels: cannot be kept ({error}); compiled for this process alone", file=sys.stderr)
+        print(f"CPU kernels: cannot be cached ({error}); compiled for this process only", file=sys.stderr)
         temporary = tempfile.TemporaryDirectory(prefix=BUILDING, ignore_cleanup_errors=True)
-    # Not in place, nor by torch's own cache: its lock outlives a build that is killed, and then all wait for ever.
+    # Not in torch's own cache: its lock remains after a killed build, and all later builds wait for it.
     with temporary, _mark_in_use(Path(temporary.name)):
         built = _compile(Path(temporary.name))
         library = ctypes.CDLL(str(built))
-        with contextlib.suppress(OSError):  # it serves this process anyway
+        with contextlib.suppress(OSError):  # this process can use it anyway
             _publish(built, folder, name)
     return library
 
 
 def _compile(folder: Path) -> Path:
-    """The library, compiled in this folder; RuntimeError if that fails. Killed meanwhile, it leaves nothing behind."""
+    """Compile the library in this folder; RuntimeError if that fails. A build that is killed leaves no files."""
     command = [sys.executable, "-P", cpu_build.__file__, str(folder), str(SOURCES), *FLAGS]
     output, pipe = subprocess.STDOUT, subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=output, text=True, start_new_session=True) as build:
@@ -129,7 +129,7 @@ def _compile(folder: Path) -> Path:
 
 
 def _publish(library: Path, folder: Path, name: str) -> None:
-    """Give it a name that holds the hash of its content, whole or not at all, and remove what is damaged."""
+    """Rename it, atomically, to a name with the hash of its content, and remove damaged libraries."""
     path = folder / f"{name}-{_digest(library.read_bytes())}.so"
     with open(library, "rb") as file:
         os.fsync(file.fileno())
@@ -142,25 +142,25 @@ def _publish(library: Path, folder: Path, name: str) -> None:
 
 @contextlib.contextmanager
 def _mark_in_use(folder: Path) -> Iterator[None]:
-    """Hold a lock in the folder, which ends with this process, however that ends."""
+    """Hold a lock in the folder, which the system releases when this process ends."""
     with open(folder / "new", "w") as file:
-        with contextlib.suppress(OSError):  # where there are no locks, nobody removes the folder either
+        with contextlib.suppress(OSError):  # without locks, no process removes the folder
             fcntl.flock(file, fcntl.LOCK_EX)
         os.rename(folder / "new", folder / IN_USE)
         yield
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what builds left behind that were killed together with all they had started."""
+    """Remove the folders of builds that were killed together with their compilers."""
     for path in folder.glob(f"{BUILDING}*/{IN_USE}"):
-        # Locked by a build that goes on, or somebody else's.
+        # Skip folders that a running build has locked, or that belong to another user.
         with contextlib.suppress(OSError), open(path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _processor() -> str:
-    """What -native depends on: a home folder may be shared by several kinds of machines."""
+    """The processor, on which -native depends: machines of several kinds may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -191,6 +191,6 @@ def define(name: str, schema: str, *, differentiable: bool = False) -> Any:
 
 
 def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., H] -> [N, H]: rows may lie apart, the numbers of a row not; copied only if need be."""
+    """[..., H] -> [N, H] with contiguous rows; copied only if necessary."""
     rows = tensor.flatten(0, -2)
     return rows if rows.stride(1) == 1 else rows.contiguous()
