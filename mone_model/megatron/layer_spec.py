@@ -21,7 +21,7 @@ from mone_model.megatron.transformer_engine import uses_transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with sequence parallelism, which Megatron-Core's does not support; in fp32 on CPUs by a kernel of ours."""
+    """torch's RMSNorm with sequence parallelism, which Megatron-Core's lacks; in fp32 on CPUs by a kernel of ours."""
 
     eps: float
 
@@ -53,7 +53,7 @@ def block_spec(
         attention.core_attention = CoreAttention
         if model.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-        # Use the names in checkpoints of Transformer Engine's layers, where the norm before the experts is a module of its own.
+        # Use the names of Transformer Engine's layers in checkpoints, where the norm before the experts is a module.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
     moe: MoESubmodules = versions.submodules_of(layer.submodules.mlp)
     moe.router = Router

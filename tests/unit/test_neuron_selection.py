@@ -92,7 +92,7 @@ def assert_gated_as_the_reference(
     target_NH = torch.randn(gate_NH.shape, generator=torch.Generator().manual_seed(k)).to(gate_NH.dtype)
     gradients = torch.autograd.grad(gated.hidden_NH, [gate_NH, up_NH, probs_N], target_NH)
     right = torch.autograd.grad(expected.hidden_NH, [gate_leaf, up_leaf, probs_leaf], target_NH)
-    # bf16: rounded once more where torch's own operations serve.
+    # bf16: torch's operations round once more.
     relative = 2e-6 if gate_NH.dtype == torch.float32 else 2**-7
     for ours, theirs in zip((gated.hidden_NH, gated.threshold_N, *gradients), (*expected[::2], *right), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=relative, atol=2e-6 * gate_NH.size(1) ** 0.5)
@@ -271,5 +271,5 @@ def test_without_a_compiler_torch_serves_and_says_so_once(
     finally:
         cpu_library._compiles.cache_clear()
     assert capsys.readouterr().err.splitlines() == [
-        "CPU kernels: not built (no compiler); torch's own operations serve, slower. A C++ compiler helps."
+        "CPU kernels: not built (no compiler); using slower operations of torch. Install a C++ compiler (g++)."
     ]
