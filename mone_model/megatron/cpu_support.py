@@ -38,6 +38,8 @@ class Replacement(NamedTuple):
     """What would let us delete this row."""
     upstream: str = ""
     """Number of the issue, where there is one."""
+    before_import: bool = False
+    """Whether the target is a module, to be replaced before Megatron-Core is imported."""
 
 
 class _Stream:
@@ -55,6 +57,13 @@ class _Stream:
 
     def query(self) -> bool:
         return True
+
+
+def _jit_without_compiler(_: None) -> types.ModuleType:
+    module: Any = types.ModuleType("megatron.core.jit")
+    module.jit_fuser = module.noop_decorator = lambda function: function
+    module.enable_jit_fuser = module.disable_jit_fuser = lambda: None
+    return module
 
 
 def _value(value: Any) -> Callable[[Any], Any]:
@@ -131,6 +140,14 @@ _GLOO = "gloo returns at once in a group of one rank"
 _STREAM = _Stream()
 
 TABLE = (
+    Replacement(
+        "megatron.core.jit",
+        _jit_without_compiler,
+        "its decorator jit_fuser is torch.compile, which takes seconds to import and to compile dozens of small functions",
+        "disable_jit_fuser has an effect after Megatron-Core is imported",
+        "flagos-ai/Megatron-LM-FL#121",
+        before_import=True,
+    ),
     *(
         Replacement(f"torch.{name}", _factory_on_cpu, "called with device='cuda'", _CPU_DEVICE)
         for name in ("empty", "empty_like", "ones", "tensor", "zeros")
@@ -145,7 +162,6 @@ TABLE = (
             "default_stream": lambda device=None: _STREAM,
             "stream": lambda stream=None: contextlib.nullcontext(),
             "synchronize": lambda device=None: None,
-            "empty_cache": lambda: None,
             "manual_seed": lambda seed: torch.random.default_generator.manual_seed(int(seed)),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
@@ -265,11 +281,9 @@ def apply() -> None:
     """Make the replacements of the table; RuntimeError if Megatron-Core has been imported already."""
     if "megatron.core" in sys.modules:
         raise RuntimeError("call mone_model.megatron.prepare() before you import megatron.core")
-    # Its decorator jit_fuser is torch.compile, which takes seconds to import and to compile dozens of small functions.
-    jit: Any = types.ModuleType("megatron.core.jit")
-    jit.jit_fuser = jit.noop_decorator = lambda function: function
-    jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
-    sys.modules[jit.__name__] = jit
+    for row in TABLE:
+        if row.before_import:
+            sys.modules[row.target] = row.by(None)
     with warnings.catch_warnings():
         # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
         warnings.simplefilter("ignore", UserWarning)
@@ -280,7 +294,7 @@ def apply() -> None:
 
     substitutes: dict[int, Any] = {}
     originals = []
-    for row in TABLE:
+    for row in (row for row in TABLE if not row.before_import):
         path, _, name = row.target.rpartition(".")
         owner = pkgutil.resolve_name(path)
         original = inspect.getattr_static(owner, name)
