@@ -1,18 +1,22 @@
-"""Import Megatron-Core without what takes a quarter of the time of its import."""
+"""A module that replaces megatron.core.jit, so that importing Megatron-Core takes a quarter less time."""
 
 import sys
 import types
 from typing import Any
 
 
-def leave_out_jit() -> None:
-    """Replace Megatron-Core's decorator jit_fuser by one that does nothing, unless Megatron-Core has been imported.
+def jit_without_compiler() -> types.ModuleType:
+    """megatron.core.jit with decorators that do nothing.
 
-    It is torch.compile, which takes seconds to import and to compile dozens of small functions.
+    Its jit_fuser is torch.compile, which takes seconds to import and to compile dozens of small functions.
     """
-    if "megatron.core" in sys.modules:
-        return
     jit: Any = types.ModuleType("megatron.core.jit")
     jit.jit_fuser = jit.noop_decorator = lambda function: function
     jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
-    sys.modules[jit.__name__] = jit
+    return jit
+
+
+def leave_out_jit() -> None:
+    """Replace megatron.core.jit, unless Megatron-Core has been imported."""
+    if "megatron.core" not in sys.modules:
+        sys.modules["megatron.core.jit"] = jit_without_compiler()

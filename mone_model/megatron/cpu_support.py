@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mone_common.megatron_jit import leave_out_jit
+from mone_common.megatron_jit import jit_without_compiler
 from mone_model.megatron import cpu_overrides
 
 _CPU = torch.device("cpu")
@@ -39,6 +39,8 @@ class Replacement(NamedTuple):
     """What would let us delete this row."""
     upstream: str = ""
     """Number of the issue, where there is one."""
+    before_import: bool = False
+    """Whether the target is a module, to be replaced before Megatron-Core is imported."""
 
 
 class _Stream:
@@ -132,6 +134,14 @@ _GLOO = "gloo returns at once in a group of one rank"
 _STREAM = _Stream()
 
 TABLE = (
+    Replacement(
+        "megatron.core.jit",
+        lambda _: jit_without_compiler(),
+        "its decorator jit_fuser is torch.compile, which takes seconds to import and to compile dozens of small functions",
+        "disable_jit_fuser has an effect after Megatron-Core is imported",
+        "flagos-ai/Megatron-LM-FL#121",
+        before_import=True,
+    ),
     *(
         Replacement(f"torch.{name}", _factory_on_cpu, "called with device='cuda'", _CPU_DEVICE)
         for name in ("empty", "empty_like", "ones", "tensor", "zeros")
@@ -146,7 +156,6 @@ TABLE = (
             "default_stream": lambda device=None: _STREAM,
             "stream": lambda stream=None: contextlib.nullcontext(),
             "synchronize": lambda device=None: None,
-            "empty_cache": lambda: None,
             "manual_seed": lambda seed: torch.random.default_generator.manual_seed(int(seed)),
             "get_rng_state": lambda device=None: torch.get_rng_state(),
             "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
@@ -266,7 +275,9 @@ def apply() -> None:
     """Make the replacements of the table; RuntimeError if Megatron-Core has been imported already."""
     if "megatron.core" in sys.modules:
         raise RuntimeError("call mone_model.megatron.prepare() before you import megatron.core")
-    leave_out_jit()
+    for row in TABLE:
+        if row.before_import:
+            sys.modules[row.target] = row.by(None)
     with warnings.catch_warnings():
         # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
         warnings.simplefilter("ignore", UserWarning)
@@ -277,7 +288,7 @@ def apply() -> None:
 
     substitutes: dict[int, Any] = {}
     originals = []
-    for row in TABLE:
+    for row in (row for row in TABLE if not row.before_import):
         path, _, name = row.target.rpartition(".")
         owner = pkgutil.resolve_name(path)
         original = inspect.getattr_static(owner, name)
