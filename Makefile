@@ -5,7 +5,7 @@ DATA := data/demo
 RUN := runs/demo
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/mone-pretrain experiment=demo
 
-.PHONY: install demo data train test lint clean
+.PHONY: install demo data train test gpu lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
 	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/mone-sample run=$(RUN)
@@ -40,6 +40,9 @@ install: .venv/installed  ## the package and what its tests need, into .venv, wi
 
 test: .venv/installed  ## all tests, under 25 minutes on two cores
 	$(BIN)/python -m pytest
+
+gpu:  ## check and measure the kernels on an NVIDIA GPU; torch and triton are enough, nothing is installed
+	$(PYTHON) -m benchmarks.gpu
 
 lint: .venv/installed
 	$(BIN)/ruff check .
