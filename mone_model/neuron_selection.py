@@ -141,7 +141,7 @@ def _activate(gate: torch.Tensor, activation: str) -> torch.Tensor:
 def pack(mask_NH: torch.Tensor) -> torch.Tensor:
     """[N, H] bool -> [N, W] int16 words, neuron 0 in the lowest bit of the first."""
     rows, neurons = mask_NH.shape
-    bits_NW = torch.nn.functional.pad(mask_NH, (0, -neurons % 16)).view(rows, -1, 16).int()
+    bits_NW = torch.nn.functional.pad(mask_NH, (0, -neurons % 16)).view(rows, -(-neurons // 16), 16).int()
     return (bits_NW << torch.arange(16, dtype=torch.int32, device=mask_NH.device)).sum(-1).to(torch.int16)
 
 

@@ -121,16 +121,18 @@ def contenders(what: str, layer: Layer, device: str, compiler: str) -> list[Cont
     if what == "select_and_gate":
         # Halves of one tensor, as the grouped GEMM gives them.
         gate_NH, up_NH = (half.detach().requires_grad_() for half in random(rows, 2 * neurons).chunk(2, dim=1))
-        inputs, more = [gate_NH, up_NH, probs_N], ()
+        inputs = [gate_NH, up_NH, probs_N]
         gradient = random(rows, neurons).detach()
-        ours, theirs = our_select_and_gate, torch_select_and_gate
+        fixed: list[torch.Tensor] = []
+        ours: Callable[..., torch.Tensor] = our_select_and_gate
+        theirs: Callable[..., torch.Tensor] = torch_select_and_gate
     else:
         # From half to one and a half times the mean.
         tokens_E = (torch.linspace(0.5, 1.5, experts) * rows / experts).long()
         tokens_E[-1] += rows - tokens_E.sum()
         gate_up_E2HD = random(experts, 2, neurons, width, scale=width**-0.5)
         down_EHD = random(experts, neurons, width, scale=neurons**-0.5)
-        inputs, more = [random(rows, width), gate_up_E2HD, down_EHD, probs_N], (tokens_E.to(device),)
+        inputs, fixed = [random(rows, width), gate_up_E2HD, down_EHD, probs_N], [tokens_E.to(device)]
         gradient = random(rows, width).detach()
         ours, theirs = our_experts, torch_experts
 
@@ -139,7 +141,7 @@ def contenders(what: str, layer: Layer, device: str, compiler: str) -> list[Cont
     if what == "experts":
         functions.append(("ours compiled", torch.compile(ours, backend=compiler, dynamic=False)))
     return [
-        Contender(name, ratio, inputs, functools.partial(function, *inputs, *more, round(ratio * neurons)), gradient)
+        Contender(name, ratio, inputs, functools.partial(function, *inputs, *fixed, round(ratio * neurons)), gradient)
         for name, function in functions
         for ratio in RATIOS
         if not (what == "select_and_gate" and name == "ours" and ratio == 1)  # it is not called then

@@ -1,5 +1,6 @@
 """The operators and backends that stand on the kernels: dispatch, autograd, torch.compile, many elements, experts."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,8 +102,8 @@ def check_experts(device: str, dtypes: tuple[str, ...], width: int, neurons: int
     for dtype in dtypes:
         for share, some in ((1.0, rows), (0.25, rows), (0.25, 0)):
             name = f"experts grouped {dtype} ratio {share:g}, {some} rows"
-            sizes = (width, neurons, round(share * neurons), some)
-            yield recorded(name, lambda dtype=dtype, sizes=sizes: compare_experts(device, DTYPES[dtype], *sizes))
+            kept = round(share * neurons)
+            yield recorded(name, functools.partial(compare_experts, device, DTYPES[dtype], width, neurons, kept, some))
 
 
 def compare_experts(device: str, dtype: torch.dtype, width: int, neurons: int, kept: int, rows: int) -> Errors:

@@ -5,6 +5,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.gpu.checks import EXTREMES
 from mone_model.activations import ACTIVATIONS
 from mone_model.kernels.cpu import library as cpu_library
 from mone_model.kernels.cpu import selection as cpu
@@ -16,7 +17,6 @@ from mone_model.neuron_selection import (
     select_neurons_reference,
     unpack,
 )
-from tests.tiny import EXTREMES
 
 # Few distinct values, so that ties are the rule.
 TIED_ROWS = st.integers(1, 40).flatmap(

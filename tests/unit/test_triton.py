@@ -14,11 +14,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.gpu.checks import EXTREMES, Guarded
 from mone_model.activations import ACTIVATIONS
 from mone_model.neuron_selection import select_and_gate_reference, unpack
-from tests.tiny import EXTREMES
 
 # The interpreters before it fail with numpy 2.4; their compilers do not.
 pytest.importorskip("triton", minversion="3.7")
@@ -26,28 +25,8 @@ pytest.importorskip("triton", minversion="3.7")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter cuts fp32 to bf16 where a GPU rounds: a last bit of difference.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-GUARD, GUARD_CELLS = 85, 64
 
 Interpreter = Callable[..., Any]
-
-
-class Guarded(TorchDispatchMode):
-    """Surrounds every new tensor with cells in which nothing may be written."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells: list[torch.Tensor] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **kwargs or {})
-        if func not in (torch.ops.aten.new_empty.default, torch.ops.aten.empty_like.default):
-            return result
-        self.cells.append(torch.full((result.numel() + 2 * GUARD_CELLS,), GUARD, dtype=result.dtype))
-        return self.cells[-1][GUARD_CELLS:-GUARD_CELLS].view(result.shape)
-
-    def intact(self) -> bool:
-        edges = [edge for cells in self.cells for edge in (cells[:GUARD_CELLS], cells[-GUARD_CELLS:])]
-        return all(bool((edge == GUARD).all()) for edge in edges)
 
 
 def call_guarded(pickled: bytes) -> bytes:
@@ -227,13 +206,13 @@ def test_says_what_it_can_serve(interpreter: Interpreter) -> None:
     assert not interpreter("selects", torch.empty(1, 8, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_compiles_for_gpus_without_spilling_rows(kernel: str, capability: int) -> None:
     from benchmarks.triton_resources import NEURONS, resources
 
     for dtype in (torch.float32, torch.bfloat16):
-        for neurons in NEURONS:
+        for neurons in NEURONS if capability < 100 else NEURONS[-1:]:  # the longest need most registers
             launches = list(resources(kernel, dtype, neurons, capability))
             assert launches
             # With some versions ptxas saves two registers, 8 bytes, to have room for one program more.
