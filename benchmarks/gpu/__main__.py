@@ -12,6 +12,7 @@ well, 1 if a check or a measurement failed, 2 if it cannot run here.
 # Not Hydra, as elsewhere: a machine with a GPU may have torch and triton alone.
 import argparse
 import importlib.util
+import multiprocessing
 import os
 import signal
 import sys
@@ -36,7 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     if obstacle:
         print(f"benchmarks.gpu: {obstacle}", file=sys.stderr)
         return 2
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes of the tasks are ended, too
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
 
     report = Report(options.output, describe_machine(), interpreted=options.interpret)
     report.say(f"{report.content['machine']['gpu'] or 'no GPU'}, torch {report.content['machine']['versions']['torch']}")
@@ -46,7 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         check_tasks(interpret=options.interpret), report, workers=1 if options.interpret else min(12, os.cpu_count() or 1)
     )
     for task in measurement_tasks(deadline, interpret=options.interpret):
-        follow([task], report)
+        # Its results come at the end.
+        follow([task], report, timeout=WAIT + 60 * options.minutes)
     missing = [name for name in ("megatron", "hydra", "omegaconf") if importlib.util.find_spec(name) is None]
     reason = f"{', '.join(missing)} not installed" if missing else "not in the interpreter" if options.interpret else None
     if reason or time.time() > deadline:
@@ -65,6 +68,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if report.failures else 0
 
 
+def _end(number: int, _: Any) -> None:
+    """End the processes of the tasks and this one; the file has what was found until now."""
+    for process in multiprocessing.active_children():
+        process.kill()
+    os._exit(128 + number)
+
+
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("report/gpu.json"), help="JSON file (default: %(default)s)")
@@ -78,13 +88,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _obstacle(*, interpret: bool) -> str | None:
     """Why it cannot run here, in one line."""
     needs = "it needs an NVIDIA GPU, torch built for CUDA, and triton"
-    for package in ("torch", "triton"):
+    for package in ("torch", "triton", *(["numpy"] if interpret else [])):
         if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed; {needs}"
+            return f"{package} is not installed; {needs}; --interpret needs torch, triton and numpy"
     import torch
 
     if not interpret and not torch.cuda.is_available():
-        return f"torch {torch.__version__} finds no GPU; {needs}. --interpret runs the checks in Triton's interpreter"
+        return f"torch {torch.__version__} finds no GPU; {needs}; --interpret runs in Triton's interpreter"
     return None
 
 
@@ -136,14 +146,14 @@ def measurement_tasks(deadline: float, *, interpret: bool) -> Iterator[Task]:
         yield Task(f"{what}, {layer}", "measurement", measure, (what, layer, until, *how))
 
 
-def follow(tasks: list[Task], report: Report, workers: int = 1) -> None:
+def follow(tasks: list[Task], report: Report, workers: int = 1, timeout: float = WAIT) -> None:
     """Run tasks, so many at a time, and report as they go on."""
     done = 0
 
     def follow_one(task: Task) -> None:
         nonlocal done
         records = 0
-        for record in run(task, WAIT):
+        for record in run(task, timeout):
             records += 1
             report.add(record)
         done += 1

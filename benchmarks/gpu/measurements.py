@@ -153,8 +153,7 @@ def measure(what: str, layer: Layer, deadline: float, device: str = "cuda", comp
 
     deadline: in seconds of `time.time()`; contenders that did not run by then are left out, with a record.
     """
-    if device == "cpu":
-        use_interpreted_kernels()
+    use_interpreted_kernels()
     ready: list[tuple[Contender, Record]] = []
     for contender in contenders(what, layer, device, compiler):
         record: Record = {"what": what, "shape": str(layer), "contender": contender.name, "ratio": contender.ratio}

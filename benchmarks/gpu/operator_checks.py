@@ -15,18 +15,18 @@ from mone_model.neuron_selection import TopK, select_and_gate, unpack
 
 
 def use_interpreted_kernels() -> None:
-    """For the life of this process, let the Triton kernels serve tensors on the CPU."""
+    """Where Triton interprets, let its kernels serve tensors on the CPU, for the life of this process."""
     from mone_model.kernels.triton import selection
 
-    neuron_selection._kernels_for = lambda tensor: selection
+    if selection.INTERPRETED:
+        neuron_selection._kernels_for = lambda tensor: selection
 
 
 def check_operators(device: str, compiler: str) -> Iterator[Record]:
     """compiler: backend of torch.compile."""
     from mone_model.kernels.triton import selection
 
-    if device == "cpu":
-        use_interpreted_kernels()
+    use_interpreted_kernels()
     k = 24
     names, gate_NH, up_NH, probs_N, dhidden_NH = make_inputs(Shape(96, (k,), halves=True), torch.float32, 1, device)
     plain = slice(len(names) - 4, None)  # rows without NaN
@@ -97,8 +97,7 @@ def compare_many_elements(kernels: Any, rows: int, neurons: int = 16384, k: int 
 
 def check_experts(device: str, dtypes: tuple[str, ...], width: int, neurons: int, rows: int) -> Iterator[Record]:
     """The backend `grouped`, values and gradients, with all neurons and a quarter of them."""
-    if device == "cpu":
-        use_interpreted_kernels()
+    use_interpreted_kernels()
     for dtype in dtypes:
         for share, some in ((1.0, rows), (0.25, rows), (0.25, 0)):
             name = f"experts grouped {dtype} ratio {share:g}, {some} rows"

@@ -145,8 +145,8 @@ def describe_machine() -> dict[str, Any]:
     fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"
     smi = _output("nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0")
     found = dict(zip(fields.split(","), (value.strip() for value in smi.split(",")), strict=False)) if smi else None
-    versions: dict[str, str | None] = {}
-    for package in ("torch", "triton", "megatron-core", "transformer-engine"):
+    versions: dict[str, str | None] = {"torch": torch.__version__}
+    for package in ("triton", "megatron-core", "transformer-engine"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
