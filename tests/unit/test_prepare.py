@@ -74,7 +74,9 @@ wandb.init
 def test_all_modules_that_training_imports_are_reached() -> None:
     program = """
 import sys, torch
-import train.pretrain, train.engines.megatron, train.engines.deepspeed
+from mone_model import megatron
+megatron.prepare()
+import train.training_run, train.engines.megatron, train.engines.deepspeed
 
 modules = {name: module for name, module in sys.modules.items() if name.startswith("megatron.core.")}
 print([name for name, module in modules.items() if any(value in (torch, torch.cuda, torch.distributed)
