@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
 from tests.tiny import facts_of
 from train import checkpoint, checkpoint_private
@@ -30,7 +31,7 @@ class Dangerous:
         self.marker = marker
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.marker),)
+        return os.makedirs, (str(self.marker), 0o777, True)  # Megatron-Core 0.19 reads an index twice
 
 
 def state_of(value: float, **objects: Any) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def replace_pickle(path: Path, name: str, marker: Path) -> None:
         metadata.planner_data = Dangerous(marker)
         (path / METADATA).write_bytes(pickle.dumps(metadata))
     else:
-        common = torch.load(path / name, weights_only=False)
+        common = load_common_state_dict(str(path))
         torch.save(common | {"brought": Dangerous(marker)}, path / name)
     files = json.loads((path / MANIFEST).read_text())["files"]
     edit_manifest(path, files=files | {name: digest(path / name)})
