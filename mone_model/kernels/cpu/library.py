@@ -36,11 +36,10 @@ BUILDING, IN_USE = "build-", "in-use"
 
 WORD = 16
 """Neurons in a word of a mask, and numbers that a kernel reads at a time."""
-_OPERATORS = torch.library.Library("mone", "FRAGMENT")
-
 # Of selection and decode; other kernels are for fp32 alone.
 DTYPES = (torch.float32, torch.bfloat16)
 
+_OPERATORS = torch.library.Library("mone", "FRAGMENT")
 
 # What `compute.cpu_kernels` of the latest model says (`mone_model.expert_backends.choose_backend`).
 allowed = True
@@ -82,7 +81,7 @@ def _library() -> ctypes.CDLL:
     for path in sorted(folder.glob(f"{name}-*.so")):
         if _is_intact(path):
             with contextlib.suppress(OSError):  # such as one that another system has linked
-                return ctypes.CDLL(str(path))
+                return ctypes.CDLL(str(path))  # as torch.ops.load_library, but its names stay its own
     return _build(folder, name)
 
 
