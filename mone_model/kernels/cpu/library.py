@@ -36,11 +36,10 @@ BUILDING, IN_USE = "build-", "in-use"
 
 WORD = 16
 """Neurons in a word of a mask; kernels read this many numbers at a time."""
-_OPERATORS = torch.library.Library("mone", "FRAGMENT")
-
 # Types of selection and decode. The other kernels are for fp32 only.
 DTYPES = (torch.float32, torch.bfloat16)
 
+_OPERATORS = torch.library.Library("mone", "FRAGMENT")
 
 # False after `compute.cpu_kernels=off` (`mone_model.expert_backends.choose_backend`).
 allowed = True
@@ -82,7 +81,7 @@ def _library() -> ctypes.CDLL:
     for path in sorted(folder.glob(f"{name}-*.so")):
         if _is_intact(path):
             with contextlib.suppress(OSError):  # for example linked on another system
-                return ctypes.CDLL(str(path))
+                return ctypes.CDLL(str(path))  # unlike torch.ops.load_library, it keeps the symbols local
     return _build(folder, name)
 
 
