@@ -4,8 +4,8 @@
         value        # str, None, or any other JSON value; INVALID for bytes that are not UTF-8
 
 Files are read with pyarrow and Python's json and csv modules. Only datasets of the hub are read with the `datasets` library:
-for local files it connects to the hub, requires one schema for all records, and returns cells of wrong columns if the rows of
-a table are shorter or longer than its header.
+for local files it connects to the hub, requires one schema for all records, and returns cells of wrong columns if the rows
+of a table are shorter or longer than its header.
 """
 
 import json

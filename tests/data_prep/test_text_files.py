@@ -57,10 +57,10 @@ def test_a_compressed_file_is_read_whole_or_refused(tmp_path: Path, format: str,
     assert read(path, b"".join(several)) == TEXTS
     assert read(path, compress(b"")) == []
     for truncated in (b"", one[:-1], one[: len(one) // 2], one[:5], b"".join(several)[:-3], one + one[:3]):
-        with pytest.raises(DataError, match=rf"a\.{format}\.{codec}, behind record \d+: .*truncated"):
+        with pytest.raises(DataError, match=rf"a\.{format}\.{codec}, after record \d+: .*truncated"):
             read(path, truncated)
     for damaged in (b"no such compression " * 9, one + b"garbage " * 9, b"\0" * 99):
-        with pytest.raises(DataError, match=rf"a\.{format}\.{codec}, behind record \d+: cannot be read as"):
+        with pytest.raises(DataError, match=rf"a\.{format}\.{codec}, after record \d+: cannot be read as"):
             read(path, damaged)
 
 
@@ -77,7 +77,7 @@ def test_what_compressors_put_around_frames_is_passed_over(tmp_path: Path) -> No
 @pytest.mark.parametrize("format", ["parquet", "arrow"])
 def test_compressed_tables_are_refused_by_name(tmp_path: Path, format: str) -> None:
     (tmp_path / f"a.{format}.zst").write_bytes(b"")
-    with pytest.raises(DataError, match=rf"a\.{format}\.zst: {format} files compress their content themselves"):
+    with pytest.raises(DataError, match=rf"a\.{format}\.zst: {format} files have internal compression"):
         Corpus(CorpusConfig(path=str(tmp_path)))
 
 
@@ -130,13 +130,13 @@ def test_an_arrow_stream_that_is_cut_between_batches_is_refused(tmp_path: Path) 
     whole = (tmp_path / "a.arrow").read_bytes()
     assert read(tmp_path / "a.arrow", whole) == TEXTS
     for content in (b"", whole[:-8], whole[:-300]):
-        with pytest.raises(DataError, match=r"a\.arrow, behind record \d+: cannot be read as arrow"):
+        with pytest.raises(DataError, match=r"a\.arrow, after record \d+: cannot be read as arrow"):
             read(tmp_path / "a.arrow", content)
 
 
 @pytest.mark.parametrize("format", ["parquet", "arrow"])
 def test_a_table_of_no_bytes_is_refused(tmp_path: Path, format: str) -> None:
-    with pytest.raises(DataError, match=rf"a\.{format}, behind record 0: cannot be read as {format} \(.*\)$"):
+    with pytest.raises(DataError, match=rf"a\.{format}, after record 0: cannot be read as {format} \(.*\)$"):
         read(tmp_path / f"a.{format}", b"")
     with pytest.raises(DataError, match=rf"a\.{format}, .*cannot be read as {format} \(.*\)\. .* set corpus\.format$"):
         read(tmp_path / f"a.{format}", b"something else of some length")

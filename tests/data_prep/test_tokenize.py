@@ -160,7 +160,7 @@ def test_a_folder_of_another_corpus_is_refused(
         (tmp_path / "other.model").write_bytes(model + b"\x0a\x05\x0a\x03abc")  # one more piece
         changes = {"tokenizer": str(tmp_path / "other.model")}
     before = contents(Path(options().output))
-    with pytest.raises(DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"):
+    with pytest.raises(DataError, match=f"shards: contains shards of another corpus, tokenizer or setting.*{named}"):
         tokenize(options(corpus, **changes))
     assert contents(Path(options().output)) == before
 
@@ -425,7 +425,7 @@ def test_a_tokenizer_that_is_not_of_an_earlier_attempt_is_left_alone(
     hugging_face_folder.rename(tmp_path / "shards/tokenizer")
     before = contents(tmp_path / "shards/tokenizer")
     for _ in range(2):
-        with pytest.raises(DataError, match="shards/tokenizer: holds something else than tokenizer="):
+        with pytest.raises(DataError, match="shards/tokenizer: does not contain tokenizer="):
             tokenize(options())
     assert contents(tmp_path / "shards/tokenizer") == before
 
@@ -462,7 +462,7 @@ def test_shards_of_unknown_origin_are_left_alone(options: Options) -> None:
     folder = Path(options().output)
     folder.mkdir()
     (folder / "other.bin").write_bytes(b"precious")
-    with pytest.raises(DataError, match="holds 1 shard files but neither progress.json nor a manifest"):
+    with pytest.raises(DataError, match="contains 1 shard files but neither progress.json nor a manifest"):
         tokenize(options())
     assert contents(folder) == {"other.bin": b"precious"}
 
@@ -473,7 +473,7 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
     folder.mkdir()
     with open(folder / LOCK_FILE, "w") as file:
         assert lock(file)
-        with pytest.raises(DataError, match="another mone-tokenize is writing there"):
+        with pytest.raises(DataError, match="another mone-tokenize is writing to it"):
             tokenize(options())
     tokenize(options())
 
@@ -545,9 +545,9 @@ def test_options_that_cannot_be(options: Options, changes: dict[str, Any], messa
 
 
 def test_folders_that_are_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"):
+    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Create it with: mone-tokenize"):
         load_manifest("nowhere")
-    with pytest.raises(DataError, match="no manifest.json, so tokenization never finished here"):
+    with pytest.raises(DataError, match="no manifest.json, so the tokenization has not finished"):
         load_manifest(tmp_path)
     for content in ("{", "[]", '{"format": "other", "shards": []}', '{"shards": [{"a": 1}]}'):
         (tmp_path / "manifest.json").write_text(content)

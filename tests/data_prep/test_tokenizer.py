@@ -88,7 +88,10 @@ def test_a_sample_is_spread_over_the_corpus() -> None:
 
 
 def test_a_vocabulary_too_large_for_the_corpus(corpus_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"vocab_size=50000: too large for this corpus, \d+ is the most"):
+    with pytest.raises(
+        DataError,
+        match=r"vocab_size=50000: too large for this corpus; the maximum .* is \d+\.",
+    ):
         train(corpus_file, tmp_path, vocab_size=50_000)
     assert not list(tmp_path.iterdir())
 
@@ -96,7 +99,7 @@ def test_a_vocabulary_too_large_for_the_corpus(corpus_file: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 100}, "vocab_size=100, model_type=bpe: sentencepiece says: .*smaller than required"),
+        ({"vocab_size": 100}, "vocab_size=100, model_type=bpe: sentencepiece failed: .*smaller than required"),
         ({"model_type": "words"}, "model_type=words: must be bpe or unigram"),
         ({"sample_bytes": 5}, "no document to train on.*sample_bytes=5"),
     ],
@@ -221,7 +224,7 @@ def test_an_id_of_the_hub_that_cannot_be_reached_and_a_mistyped_folder(given: st
         load_tokenizer(given)
     message = str(caught.value)
     assert message.startswith(
-        f"tokenizer={given}: no such file or folder, and the Hugging Face hub gives no tokenizer of this id"
+        f"tokenizer={given}: no such file or folder, and the Hugging Face hub returned no tokenizer for this id"
     )
     assert "give a folder with tokenizer.json" in message
     assert "\n" not in message
@@ -260,7 +263,7 @@ def test_a_tokenizer_without_an_end_is_told_its_candidates(hugging_face_folder: 
         rename(name)
         with pytest.raises(DataError) as caught:
             load_tokenizer(tmp_path)
-        assert f"has no eos_token to end documents with; its vocabulary has {name}." in str(caught.value)
+        assert f"has no eos_token, which must end documents; its vocabulary has {name}." in str(caught.value)
         config = re.search(r"{.*}", str(caught.value))
         assert config is not None
         (tmp_path / "tokenizer_config.json").write_text(config[0])
@@ -270,14 +273,14 @@ def test_a_tokenizer_without_an_end_is_told_its_candidates(hugging_face_folder: 
     with pytest.raises(DataError, match="its vocabulary has none of the usual names"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "other.json")
-    with pytest.raises(DataError, match=r"other\.json: put it into a folder of its own under the name tokenizer\.json"):
+    with pytest.raises(DataError, match=r"other\.json: move it to a folder of its own and rename it to tokenizer\.json"):
         load_tokenizer(tmp_path / "other.json")
 
 
 def test_what_is_no_tokenizer(tmp_path: Path, hugging_face_folder: Path) -> None:
     with pytest.raises(DataError, match="tokenizer=nowhere: no such file or folder"):
         load_tokenizer("nowhere")
-    with pytest.raises(DataError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(DataError, match=r"contains neither tokenizer\.model nor tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "bad.model").write_text("not a model")
     with pytest.raises(DataError, match=r"bad\.model: not a sentencepiece model"):

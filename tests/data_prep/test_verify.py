@@ -119,11 +119,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "tokenizer altered": (
         lambda f: (f / "tokenizer" / "tokenizer.model").open("ab").write(b"\x0a\x05\x0a\x03abc"),
-        "tokenizer: another tokenizer than the manifest's",
+        "tokenizer: not the tokenizer of the manifest",
     ),
     "tokenizer missing": (
         lambda f: (f / "tokenizer" / "tokenizer.model").unlink(),
-        r"tokenizer: holds neither tokenizer\.model",
+        r"tokenizer: contains neither tokenizer\.model",
     ),
 }
 
@@ -146,7 +146,7 @@ def truncate_index(folder: Path, size: int) -> None:
 
 
 INDEX_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "magic": (lambda f: forge_index(f, 0, np.uint8(0)), "no index of Megatron-Core"),
+    "magic": (lambda f: forge_index(f, 0, np.uint8(0)), "not an index of Megatron-Core"),
     "version": (lambda f: forge_index(f, 9, np.uint64(2)), "index of version 2"),
     "type": (lambda f: forge_index(f, 17, np.uint8(4)), "token type has code 4"),
     "unknown type": (lambda f: forge_index(f, 17, np.uint8(99)), "token type has code 99"),
@@ -179,39 +179,39 @@ def test_each_damage_of_an_index_is_named_even_if_its_checksum_agrees(
 
 
 MANIFEST_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
-    "text for a number": ({"vocab_size": "600"}, "vocab_size is '600', must be a whole number"),
-    "fraction": ({"vocab_size": 600.5}, "vocab_size is 600.5, must be a whole number"),
-    "true": ({"eod_id": True}, "eod_id is True, must be a whole number"),
+    "text for a number": ({"vocab_size": "600"}, "vocab_size is '600', must be an integer"),
+    "fraction": ({"vocab_size": 600.5}, "vocab_size is 600.5, must be an integer"),
+    "true": ({"eod_id": True}, "eod_id is True, must be an integer"),
     "end": ({"eod_id": 600}, "eod_id is 600, must be below vocab_size 600"),
     "huge vocabulary": ({"vocab_size": 10**12, "dtype": "int32"}, "vocab_size is 1000000000000, must be"),
     "no vocabulary": ({"vocab_size": -1}, "vocab_size is -1, must be"),
     "type": ({"dtype": "int32"}, "dtype is 'int32', that of vocab_size 600 is 'uint16'"),
-    "unknown type": ({"dtype": ["float"]}, r"dtype is \['float'\], must be a text"),
+    "unknown type": ({"dtype": ["float"]}, r"dtype is \['float'\], must be a string"),
     "entropy": ({"unigram_entropy": None}, "unigram_entropy is None, must be a number"),
     "no number of an entropy": ({"unigram_entropy": float("nan")}, "unigram_entropy is nan"),
     "infinite entropy": ({"unigram_entropy": float("inf")}, "unigram_entropy is inf"),
     "huge entropy": ({"unigram_entropy": 10**400}, "unigram_entropy is 1000"),
     "negative entropy": ({"unigram_entropy": -1}, "unigram_entropy is -1"),
-    "name": ({"name": 3}, "name is 3, must be a text"),
+    "name": ({"name": 3}, "name is 3, must be a string"),
     "round trip": ({"round_trip": "yes"}, "round_trip is 'yes', must be true or false"),
     "records": ({"records": {"kept": "all"}}, "records.kept is 'all', must be a count"),
     "settings": ({"settings": []}, r"settings is \[\], must be an object"),
     "shards": ({"shards": {}}, "shards is {}, must be a list"),
     "format": ({"format": 1}, "format 1, this version reads"),
-    "unknown": ({"more": 1}, "'more' is no field of it"),
-    "tokenizer": ({"tokenizer_sha256": None}, "tokenizer_sha256 is None, must be a text"),
+    "unknown": ({"more": 1}, "'more' is not a known field"),
+    "tokenizer": ({"tokenizer_sha256": None}, "tokenizer_sha256 is None, must be a string"),
 }
 SHARD_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
-    "documents": ({"documents": "3"}, "shards.0.documents is '3', must be a whole number"),
+    "documents": ({"documents": "3"}, "shards.0.documents is '3', must be an integer"),
     "negative": ({"tokens": -3}, "shards.0.tokens is -3, must be positive"),
     "absolute name": ({"name": "/etc/passwd"}, "shards.0.name is '/etc/passwd', not the name of a file in the folder"),
     "parent": ({"name": "../a"}, "shards.0.name is '../a', not the name"),
     "long name": ({"name": "a" * 5000}, "shards.0.name is 'aaaaaaa.*, not the name"),
-    "null name": ({"name": None}, "shards.0.name is None, must be a text"),
-    "twice": ({"name": "train-00001"}, "shards.0.name is that of another shard, too"),
+    "null name": ({"name": None}, "shards.0.name is None, must be a string"),
+    "twice": ({"name": "train-00001"}, "shards.0.name is also the name of another shard"),
     "split": ({"split": "test"}, "shards.0.split is 'test', must be train or validation"),
-    "checksum": ({"bin_sha256": 5}, "shards.0.bin_sha256 is 5, must be a text"),
-    "size": ({"idx_bytes": [1]}, r"shards.0.idx_bytes is \[1\], must be a whole number"),
+    "checksum": ({"bin_sha256": 5}, "shards.0.bin_sha256 is 5, must be a string"),
+    "size": ({"idx_bytes": [1]}, r"shards.0.idx_bytes is \[1\], must be an integer"),
 }
 
 
