@@ -139,7 +139,7 @@ def _check(file: Path, format: str | None) -> None:
         raise DataError(f"{file}: its suffix is not that of a format; set corpus.format to one of {', '.join(FORMATS)}")
     if (format or format_of(file)) in BINARY_FORMATS and compression_of(file):
         raise DataError(
-            f"{file}: {format or format_of(file)} files have internal compression and are not read from {file.suffix} files. "
+            f"{file}: {format or format_of(file)} files have internal compression and are not read from {file.suffix}. "
             "Decompress it first"
         )
 
