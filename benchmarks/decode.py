@@ -179,7 +179,7 @@ def build_read_kept(options: BenchmarkConfig, share: float) -> Run:
 
 
 def _rows_of_all(options: BenchmarkConfig) -> torch.Tensor:
-    """A row for each neuron's gate, up and down in all layers, with the same number of bytes; all readers are fast at fp32."""
+    """One row of equal size in bytes for each neuron's gate, up and down in all layers; fp32 is fast for all readers."""
     rows = 3 * options.layers * options.experts * options.neurons
     return torch.ones(rows, options.width * DTYPES[options.dtype].itemsize // 4)
 

@@ -1,4 +1,4 @@
-"""What `corpora` reads, in which order, and what it says about input that it cannot read."""
+"""Texts and order of `corpora`, and its errors for unreadable input."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(("sample_by", "count"), [("line", 4), ("paragraph", 2), ("document", 1)])
-def test_plain_text_is_cut_as_asked(tmp_path: Path, sample_by: str, count: int) -> None:
+def test_plain_text_is_split_by_sample_by(tmp_path: Path, sample_by: str, count: int) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\nfour\n")
     assert len(kept(str(tmp_path), sample_by=sample_by)) == count
 
@@ -129,7 +129,7 @@ def test_a_dataset_that_load_dataset_finds_by_itself(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=30), st.data())
 @settings(max_examples=25, deadline=None)
-def test_reading_can_start_behind_any_record(
+def test_reading_can_start_after_any_record(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], data: SearchStrategy[Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -203,7 +203,7 @@ def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
         ({"path": __file__, "separator": "::"}, r"corpus\.separator='::': must be one character"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Corpus(CorpusConfig(**options))
 

@@ -1,4 +1,4 @@
-"""Which files a corpus has: each once whatever links lead to it, no cards, nothing but files, none that changes."""
+"""Files of a corpus: links, dataset cards, special files, and changes while it is read."""
 
 import glob
 import json
@@ -54,7 +54,7 @@ def test_hidden_files_are_read_by_their_names_only(tmp_path: Path) -> None:
     assert texts(str(tmp_path / ".cache")) == texts(str(tmp_path / ".c*/*")) == [".cache/b"]
 
 
-def test_dataset_cards_are_no_documents(tmp_path: Path) -> None:
+def test_dataset_cards_are_left_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data.jsonl", ["text"])
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Card")
     (tmp_path / "dataset_infos.json").write_text("{}")
@@ -91,12 +91,12 @@ def test_a_folder_that_save_to_disk_wrote(tmp_path: Path) -> None:
         texts(str(tmp_path))
 
 
-def test_a_state_of_something_else_is_a_file_like_others(tmp_path: Path) -> None:
+def test_another_state_json_is_read_as_text(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"text": "Ohio"}')
     assert texts(str(tmp_path)) == ["Ohio"]
 
 
-def test_what_is_read_is_said(tmp_path: Path) -> None:
+def test_describe_lists_the_files(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "README.md", "c.txt.gz", "x.png", "y.png"):
         (tmp_path / name).write_bytes(b"x" * 500)
     assert Corpus(CorpusConfig(path=str(tmp_path), name="web")).describe() == (
@@ -106,7 +106,7 @@ def test_what_is_read_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["{0}/odd.jsonl", "{0}", "{0}/*.jsonl", "{0}/**"])
-def test_what_is_no_file_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_special_files_are_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
     path, odd = where.format("."), Path("odd.jsonl")
     os.mkfifo(odd)
@@ -136,7 +136,7 @@ def test_the_output_of_a_command_is_refused() -> None:
     os.close(writer)
 
 
-def test_a_name_that_no_manifest_can_hold(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     write_jsonl(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), ["text"])
     with pytest.raises(DataError, match=r"caf\\udce9\.jsonl': the name is not UTF-8"):
         Corpus(CorpusConfig(path=str(tmp_path)))
@@ -223,7 +223,7 @@ def test_shards_within_the_corpus_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("path", "output"), [("{0}/*.jsonl", "shards"), ("{0}", ".shards"), ("{0}/**/*.txt", "shards"), ("{0}/a.jsonl", "a")]
 )
-def test_shards_beside_the_files_of_the_corpus_are_none_of_them(
+def test_shards_next_to_the_corpus_are_not_read(
     options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path, path: str, output: str
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", documents)

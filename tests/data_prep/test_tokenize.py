@@ -1,4 +1,4 @@
-"""Shards hold what the corpus holds, always the same bytes, and nothing is continued that should not be."""
+"""Shards contain the corpus, are reproducible, and continue only an unfinished run with the same settings."""
 
 import errno
 import fcntl
@@ -170,7 +170,7 @@ class Stop(Exception):
 
 
 def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
-    """Run until so many groups are on record, then stop without cleaning up."""
+    """Run until so many groups are recorded, then stop without cleanup."""
     with pytest.MonkeyPatch.context() as patch:
         save = journal.Journal._save
 
@@ -185,7 +185,7 @@ def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
 
 
 def stop_before_rename(config: TokenizeConfig, number: int) -> None:
-    """Run until the number-th rename, before it: shards and the records of them become final by renames."""
+    """Run until the number-th rename, then stop before it; shards and the journal become final by renames."""
     renames = 0
     replace = os.replace
 
@@ -204,7 +204,7 @@ def stop_before_rename(config: TokenizeConfig, number: int) -> None:
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("rename", range(1, 13))
-def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Options, tmp_path: Path, rename: int) -> None:
+def test_a_run_stopped_at_any_rename_continues_to_the_same_bytes(options: Options, tmp_path: Path, rename: int) -> None:
     tokenize(options(output=str(tmp_path / "undisturbed")))
     stop_before_rename(options(), rename)
     assert not (tmp_path / "shards" / "manifest.json").exists()
@@ -213,7 +213,7 @@ def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Opti
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_nothing_of_a_group_that_is_not_on_record_stays(options: Options, tmp_path: Path) -> None:
+def test_files_of_an_unrecorded_group_are_removed(options: Options, tmp_path: Path) -> None:
     stop_before_rename(options(), 7)  # both shards have their final names, but the journal knows none
     assert (tmp_path / "shards" / "validation-00000.idx").exists()
     other = {"validation_fraction": 0.0}
@@ -272,7 +272,7 @@ def test_a_finished_folder_needs_no_permission_to_write(options: Options, monkey
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize(("fraction", "warns"), [(0.1, True), (0.0, False)])
-def test_a_split_without_validation_is_warned_of(
+def test_a_split_without_validation_gives_a_warning(
     options: Options, tmp_path: Path, call_main: Callable[..., Any], fraction: float, warns: bool
 ) -> None:
     (tmp_path / "one.txt").write_text("A text.\n\nAll of it is one document.\n")
@@ -334,7 +334,7 @@ def test_a_damaged_journal_is_named(options: Options, damage: Callable[[dict[str
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
-def test_a_journal_that_is_none_is_named(options: Options, content: str) -> None:
+def test_an_invalid_journal_is_an_error(options: Options, content: str) -> None:
     path = Path(options().output) / "progress.json"
     path.parent.mkdir()
     path.write_text(content)
@@ -343,7 +343,7 @@ def test_a_journal_that_is_none_is_named(options: Options, content: str) -> None
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_a_place_behind_the_end_of_a_file_is_named(options: Options, corpus_file: Path) -> None:
+def test_a_position_after_the_end_of_a_file_is_an_error(options: Options, corpus_file: Path) -> None:
     stop_after_groups(options(), 2)
     path = Path(options().output) / "progress.json"
     content = json.loads(path.read_text())
@@ -451,7 +451,7 @@ def test_characters_that_are_lost_late_in_the_corpus_are_noticed(
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("name", ["manifest.json", ".lock", "progress.json"])
-def test_a_folder_in_the_place_of_a_file_is_named(options: Options, name: str) -> None:
+def test_a_folder_with_the_name_of_a_file_is_an_error(options: Options, name: str) -> None:
     (Path(options().output) / name).mkdir(parents=True)
     with pytest.raises(DataError, match=rf"output=.*{name}"):
         tokenize(options())
@@ -480,7 +480,7 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
-def test_a_file_system_without_locks_is_told_of_once(
+def test_a_file_system_without_locks_gives_one_warning(
     options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def flock(file: Any, operation: int) -> None:
@@ -495,8 +495,8 @@ def test_a_file_system_without_locks_is_told_of_once(
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_what_is_locked_is_a_file_open_for_writing(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NFS wants it, where flock is a lock of fcntl."""
+def test_the_lock_file_is_open_for_writing(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS implements flock by fcntl locks, which need write access."""
     flock, modes = fcntl.flock, []
 
     def flock_as_nfs(file: Any, operation: int) -> None:
@@ -521,7 +521,7 @@ def test_an_empty_corpus(options: Options, tmp_path: Path, documents: list[str],
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_records_are_counted_by_what_became_of_them(options: Options, tmp_path: Path) -> None:
+def test_records_are_counted_by_fate(options: Options, tmp_path: Path) -> None:
     lines = [b"Good.", b"", b"Bad \xff.", b" ", b"Worse \xfe\xff."]
     (tmp_path / "mixed.jsonl").write_bytes(b"".join(b'{"text": "%s"}\n' % line for line in lines))
     for policy, fate in (("replace", "invalid_utf8_replaced"), ("skip", "invalid_utf8_skipped")):
@@ -539,12 +539,12 @@ def test_records_are_counted_by_what_became_of_them(options: Options, tmp_path: 
         ({"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
     ],
 )
-def test_options_that_cannot_be(options: Options, changes: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: Options, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         options(**changes)
 
 
-def test_folders_that_are_no_shards(tmp_path: Path) -> None:
+def test_folders_without_shards(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere: no such folder of token shards. Create it with: mone-tokenize"):
         load_manifest("nowhere")
     with pytest.raises(DataError, match="no manifest.json, so the tokenization has not finished"):

@@ -1,4 +1,4 @@
-"""mone-verify finds every kind of damage, and none in a folder as it was written."""
+"""mone-verify finds every kind of damage, and none in an intact folder."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("inline_pool")
 
 @pytest.fixture(scope="module")
 def intact(corpus_file: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of token shards as it was written."""
+    """An intact folder of token shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize_module, "EncoderPool", InlinePool)
         config = TokenizeConfig(
@@ -230,7 +230,7 @@ def test_a_manifest_with_impossible_fields_is_named_and_never_trained_on(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000, '{"shards": [5]}', "\x00"])
-def test_a_manifest_that_is_none_is_named(folder: Path, call_main: Callable[..., Any], content: str) -> None:
+def test_an_invalid_manifest_is_an_error(folder: Path, call_main: Callable[..., Any], content: str) -> None:
     (folder / "manifest.json").write_text(content)
     code, out, err = call_main(verify.main, f"path={folder}")
     assert (code, err) == (1, "")
@@ -251,9 +251,7 @@ class LowerCase(SentencePieceTokenizer):
         return super().encode([text.lower() for text in texts])
 
 
-def test_without_an_exact_tokenizer_texts_are_compared_in_place_of_tokens(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_lossy_tokenizer_texts_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_manifest(folder, lambda m: m.update(round_trip=False))
     assert list(verify.damages(load_manifest(folder))) == []
     monkeypatch.setattr(verify, "load_tokenizer", lambda path: LowerCase(path / "tokenizer.model"))
@@ -291,7 +289,7 @@ def test_one_damaged_folder_of_two_is_enough(folder: Path, call_main: Callable[.
     assert len(out.splitlines()) == 2
 
 
-def test_no_folder_is_no_damage_but_an_error(tmp_path: Path, call_main: Callable[..., Any]) -> None:
+def test_a_missing_folder_is_an_error_and_not_damage(tmp_path: Path, call_main: Callable[..., Any]) -> None:
     code, _, err = call_main(verify.main, f"path={tmp_path / 'none'}")
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'none'}: no such folder of token shards")
@@ -312,7 +310,7 @@ def test_a_folder_without_a_manifest_does_not_hide_the_others(
     assert f"{folder}: train-00000.bin: altered" in out
 
 
-def test_a_negative_number_of_documents_is_no_option(folder: Path, call_main: Callable[..., Any]) -> None:
+def test_a_negative_number_of_documents_is_refused(folder: Path, call_main: Callable[..., Any]) -> None:
     code, _, err = call_main(verify.main, f"path={folder}", "decode_documents=-1")
     assert (code, err) == (2, "error: decode_documents=-1: must be at least 0\n")
     code, _, err = call_main(verify.main, f"path={folder}", "decode_documents=0")
@@ -330,7 +328,7 @@ def test_sizes_alone_are_checked_before_training(folder: Path) -> None:
         manifest.check_sizes()
 
 
-def test_a_tokenizer_that_normalises_is_no_damage(folder: Path) -> None:
+def test_a_tokenizer_that_normalises_is_not_damage(folder: Path) -> None:
     manifest = load_manifest(folder)
     forge(folder, spell_start_in_bytes)
     lossy: Manifest = dataclasses.replace(load_manifest(folder), round_trip=False)
