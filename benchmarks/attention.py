@@ -1,4 +1,4 @@
-"""Attention on CPUs, forward and backward, by our kernel against torch's scaled_dot_product_attention.
+"""Benchmarks the CPU attention kernel against torch's scaled_dot_product_attention, forward and backward.
 
 python -m benchmarks.attention
 """
@@ -28,19 +28,19 @@ class BenchmarkConfig:
     """Options of the benchmark."""
 
     tokens: int = 4096
-    """Tokens, in sequences of these lengths; one if it is longer."""
+    """Tokens in total; at least one sequence."""
     lengths: list[int] = field(default_factory=lambda: [256, 1024, 4096, 16384])
-    """Tokens of a sequence."""
+    """Tokens per sequence."""
     heads: int = 8
     """Query heads."""
     groups: int = 4
     """Key/value heads."""
     channels: int = 64
-    """Of a head."""
+    """Channels per head."""
     rounds: int = 7
-    """Turns of each."""
+    """Turns of each contender."""
     repeats: int = 2
-    """Passes of a turn."""
+    """Passes per turn."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -50,7 +50,7 @@ ConfigStore.instance().store(
 
 
 def build(options: BenchmarkConfig, length: int, *, ours: bool) -> Run:
-    """Forward and backward of one layer's attention, on tensors that lie as Megatron-Core's."""
+    """Forward and backward of one attention layer, on tensors with Megatron-Core's memory layout."""
     keep_freed_memory()
     sequences = max(1, options.tokens // length)
     heads = options.heads, options.groups, options.groups
@@ -70,7 +70,7 @@ def build(options: BenchmarkConfig, length: int, *, ours: bool) -> Run:
 
 @command("benchmark_attention", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Print the time over that of torch's."""
+    """Print the time of torch and the ratio of ours to it."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
     print(f"{options.heads} heads of {options.channels}, {options.groups} groups, fp32, {torch.get_num_threads()} threads")
     print("  sequences x tokens   torch's ms   ours / it")

@@ -1,13 +1,13 @@
-"""The routed experts of one token, forward: skipping dropped neurons against dense experts and against reading the weights.
+"""Benchmarks the routed experts of one token, forward only: our sparse experts, dense experts, and memory reads as a bound.
 
     python -m benchmarks.decode
     python -m benchmarks.decode width=1024 neurons=480 experts=32 topk=4 dtype=bf16
 
-A token passes through the experts of all layers, other ones in each: together they are far larger than the caches, as in a
-model that writes text. Time is reading weights. Against: torch, its matrix products for each chosen expert, in the better of
-two layouts; transformers, the experts of its Qwen3-MoE by each of its methods. The bound is the time of reading what must be
-read and no more: gates at the speed at which `read` passes over memory, and of up and down the rows of the neurons kept,
-scattered as they are, at that of torch's embedding_bag, which adds up rows.
+A token passes through different experts in each layer. Together they are far larger than the caches, as in text generation,
+so reading weights dominates the time. The contenders: torch, with matrix products for each selected expert in two layouts;
+transformers, with each implementation of the Qwen3-MoE experts. The bound is the time to read only the required weights: the
+gate weights at the speed of `read`, a sequential pass over memory, and the rows of the kept neurons in up and down at the
+speed of torch's embedding_bag, which sums scattered rows.
 """
 
 import functools
@@ -34,19 +34,19 @@ class BenchmarkConfig:
     neurons: int = 512
     """Neurons H of an expert."""
     experts: int = 16
-    """Experts of a layer."""
+    """Experts per layer."""
     topk: int = 2
-    """Experts of the token."""
+    """Experts per token."""
     layers: int = 8
-    """Layers."""
+    """Number of layers."""
     ratios: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.1])
     """Shares of neurons kept."""
     dtype: str = "fp32"
     """fp32 or bf16: weights and activations."""
     rounds: int = 9
-    """Turns of each."""
+    """Turns of each contender."""
     repeats: int = 300
-    """Tokens of a turn."""
+    """Tokens per turn."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -71,14 +71,14 @@ def weights_of(options: BenchmarkConfig) -> list[Layer]:
 
 
 def choices(options: BenchmarkConfig) -> list[list[int]]:
-    """Experts of a token in one layer after another."""
+    """Random experts of a token, one list for each layer it passes."""
     generator = torch.Generator().manual_seed(1)
     return [sorted(torch.randperm(options.experts, generator=generator)[: options.topk].tolist()) for _ in range(997)]
 
 
 @torch.no_grad()
 def build_ours(options: BenchmarkConfig, share: float, by_threshold: bool) -> Run:
-    """Our experts; by_threshold: with the threshold that keeps this share of them on average."""
+    """Our experts; by_threshold: with a threshold that keeps this share of neurons on average."""
     layers, kept = weights_of(options), round(share * options.neurons)
     chosen = [torch.bincount(torch.tensor(experts), minlength=options.experts) for experts in choices(options)]
     tokens_E = itertools.cycle(chosen)
@@ -97,7 +97,7 @@ def build_ours(options: BenchmarkConfig, share: float, by_threshold: bool) -> Ru
 
 @torch.no_grad()
 def build_torch(options: BenchmarkConfig, *, transposed: bool) -> Run:
-    """Dense experts by torch's products; transposed: weights [in, out] instead of [out, in]."""
+    """Dense experts with torch's matrix products; transposed: weights [in, out] instead of [out, in]."""
     x = torch.randn(1, options.width).to(DTYPES[options.dtype])
     chosen = itertools.cycle(choices(options))
     layers: list[list[Layer]] = []
@@ -118,7 +118,7 @@ def build_torch(options: BenchmarkConfig, *, transposed: bool) -> Run:
 
 @torch.no_grad()
 def build_transformers(options: BenchmarkConfig, implementation: str) -> Run:
-    """Qwen3-MoE's experts."""
+    """The experts of Qwen3-MoE in transformers."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
@@ -143,7 +143,7 @@ def build_transformers(options: BenchmarkConfig, implementation: str) -> Run:
 
 
 def build_read(options: BenchmarkConfig) -> Run:
-    """Pass over as many bytes as the chosen experts have, dense, of a memory as large as all of them."""
+    """Read as many bytes as the selected experts have, from a buffer of the size of all experts."""
     memory = _rows_of_all(options).flatten()
     part = len(memory) * options.topk // options.experts
     starts = itertools.cycle(range(0, len(memory) - part + 1, part))
@@ -156,7 +156,7 @@ def build_read(options: BenchmarkConfig) -> Run:
 
 
 def build_read_kept(options: BenchmarkConfig, share: float) -> Run:
-    """Add up the rows of up and down that are kept in the chosen experts of all layers."""
+    """Sum the rows of the kept neurons in up and down of the selected experts of all layers."""
     memory, neurons = _rows_of_all(options), options.neurons
     generator = torch.Generator().manual_seed(2)
 
@@ -179,14 +179,14 @@ def build_read_kept(options: BenchmarkConfig, share: float) -> Run:
 
 
 def _rows_of_all(options: BenchmarkConfig) -> torch.Tensor:
-    """A row for each neuron's gate, up and down in all layers, as long in bytes; fp32, which every reader is fast at."""
+    """One row of equal size in bytes for each neuron's gate, up and down in all layers; fp32 is fast for all readers."""
     rows = 3 * options.layers * options.experts * options.neurons
     return torch.ones(rows, options.width * DTYPES[options.dtype].itemsize // 4)
 
 
 @command("benchmark_decode", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Print the time of each, over the best dense experts and over the bound."""
+    """Print the time of each contender, and the ratios of the best dense experts and of the bound to it."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
     of = functools.partial
     contenders: dict[str, functools.partial[Run]] = {

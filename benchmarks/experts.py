@@ -1,10 +1,10 @@
-"""Experts at ratios of neurons kept against the same experts at ratio 1: time and memory of forward and backward.
+"""Benchmarks time and memory of experts, forward and backward, at several activation ratios relative to ratio 1.
 
     python -m benchmarks.experts
     python -m benchmarks.experts width=1024 neurons=512 experts=8 threads=1
 
-fp32. The one to beat is ratio 1 by the fastest backend here (`mone_model.expert_backends`). Memory is what autograd keeps
-for the backward pass, without inputs and weights.
+fp32. The baseline is ratio 1 with the backend that is fastest on this machine (`mone_model.expert_backends`). Memory is that
+which autograd saves for the backward pass, without inputs and weights.
 """
 
 import functools
@@ -36,15 +36,15 @@ class BenchmarkConfig:
     neurons: int = 512
     """Neurons H of an expert."""
     experts: int = 16
-    """Experts."""
+    """Number of experts."""
     rows: int = 4096
-    """Tokens of all experts together; they are spread unevenly, from half to one and a half times the mean."""
+    """Tokens of all experts together; each expert gets 0.5 to 1.5 times the mean."""
     ratios: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
     """Shares of neurons kept."""
     threads: int = 0
-    """Threads; 0: one for each core."""
+    """Threads; 0: one per core."""
     rounds: int = 7
-    """Turns of each."""
+    """Turns of each contender."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -57,7 +57,7 @@ Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def inputs_of(options: BenchmarkConfig) -> tuple[Inputs, torch.Tensor]:
-    """x, gate and up, down, routing weights; rows of each expert."""
+    """The tensors x, gate and up, down, routing weights; and the number of rows of each expert."""
     torch.set_num_threads(options.threads or torch.get_num_threads())
     keep_freed_memory()
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def inputs_of(options: BenchmarkConfig) -> tuple[Inputs, torch.Tensor]:
 
 
 def compute(name: str, inputs: Inputs, tokens_E: torch.Tensor, kept: int) -> torch.Tensor:
-    """The outputs of a backend that keeps so many neurons of each row."""
+    """The output of a backend that keeps `kept` neurons of each row."""
     x_ND, gate_up, down, probs_N = inputs
     backend = BACKENDS[name]
     return backend.compute(backend.prepare(gate_up, down), x_ND, tokens_E, probs_N, Request(TopK(kept), "silu")).out_ND
@@ -92,7 +92,7 @@ def build(options: BenchmarkConfig, backend: str, share: float) -> Run:
 
 
 def kept_bytes(options: BenchmarkConfig, backend: str, share: float) -> int:
-    """Bytes that the forward pass keeps for the backward pass, inputs and weights aside."""
+    """Bytes that the forward pass saves for the backward pass, without inputs and weights."""
     inputs, tokens_E = inputs_of(options)
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     storages: dict[int, torch.UntypedStorage] = {}
@@ -103,14 +103,14 @@ def kept_bytes(options: BenchmarkConfig, backend: str, share: float) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = compute(backend, inputs, tokens_E, round(share * options.neurons))
-    size = sum(storage.nbytes() for place, storage in storages.items() if place not in given)
+    size = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in given)
     assert out.requires_grad
     return size
 
 
 @command("benchmark_experts", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Print time and memory of each ratio and backend, over those of ratio 1."""
+    """Print time and memory of each ratio and backend, relative to ratio 1."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
     cases = [(backend, share) for share in options.ratios for backend in ("grouped", "loop", "sparse")]
     contenders = {f"{backend} {share:g}": functools.partial(build, options, backend, share) for backend, share in cases}

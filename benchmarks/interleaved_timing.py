@@ -1,4 +1,4 @@
-"""Contenders take turns, each in processes of its own, so that a slow minute of the machine hits all of them.
+"""Times contenders in turns, each in its own processes, so that other load on the machine affects all of them.
 
 seconds = time_interleaved({"ours": functools.partial(build_ours), "theirs": functools.partial(build_theirs)}, rounds=5)
 print(ratio(seconds["ours"], seconds["theirs"]))       # 0.61 [0.58, 0.64]
@@ -20,9 +20,9 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from mone_common.console import ReportedError
 
 Run = Callable[[], Any]
-# Runs that are not counted: in the first few, memory is taken from the system for good.
+# Untimed runs at the start, which allocate memory from the system.
 WARM_UP = 4
-# For the configuration of a benchmark: nothing is written.
+# Hydra settings of a benchmark: write no files.
 HYDRA = {"run": {"dir": "."}, "output_subdir": None}
 LOGGING = [{"override hydra/job_logging": "none"}, {"override hydra/hydra_logging": "none"}]
 
@@ -34,14 +34,14 @@ def time_interleaved(
     processes: dict[str, int] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each contender in each round: the mean of `repeats` runs, after a few that are not counted.
+    """Seconds of each contender in each round: the mean of `repeats` runs, after WARM_UP untimed runs.
 
-    contenders: by name, what builds it; called in the contender's process and returns what is timed.
-    processes: of each contender, one where nothing is said. Several find each other as torchrun's do, and the time is
-    that of the slowest.
-    clock: `time.process_time` counts the CPU time of the contender's process in place of the time that passes.
+    contenders: by name, a function that is called in the contender's process and returns the function to time.
+    processes: number of processes of each contender, 1 by default. Several processes get the environment of torchrun; the
+    time is that of the slowest process.
+    clock: `time.process_time` measures CPU time instead of wall time.
     """
-    # Else those that are stopped outlive this process.
+    # Without this handler, stopped processes would outlive this one.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     spawn = multiprocessing.get_context("spawn")
     workers: dict[str, list[tuple[Any, Connection]]] = {}
@@ -54,21 +54,21 @@ def time_interleaved(
                 process = spawn.Process(target=_work, args=(build, there, repeats, environment, clock), daemon=True)
                 workers[name].append((process, here))
                 process.start()
-                there.close()  # only the contender has it now: its death ends what is read here
-            _ask(name, workers[name])  # built: one after another, since building uses all cores too
+                there.close()  # so that recv raises EOFError if the contender dies
+            _ask(name, workers[name])  # build one after another, because building uses all cores
         for _ in range(rounds):
             for name, members in workers.items():
                 seconds[name].append(_ask(name, members))
     finally:
         for process, _ in (member for members in workers.values() for member in members):
             process.kill()
-            process.join()  # its memory is needed by those who come next
+            process.join()  # frees its memory
         signal.signal(signal.SIGTERM, before)
     return seconds
 
 
 def torchrun_environments(count: int) -> list[dict[str, str]]:
-    """What torchrun would tell each of so many processes; nothing to a single one."""
+    """The environment variables that torchrun sets for each of `count` processes; none for a single process."""
     if count == 1:
         return [{}]
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": get_free_port()}
@@ -76,21 +76,21 @@ def torchrun_environments(count: int) -> list[dict[str, str]]:
 
 
 def _ask(name: str, members: list[tuple[Any, Connection]]) -> float:
-    """Let a contender take its turn: its seconds; ReportedError if it died."""
+    """Run a contender's turn and return its seconds; ReportedError if a process died."""
     try:
         for process, connection in members:
             os.kill(process.pid, signal.SIGCONT)
             connection.send("run")
         seconds = max([connection.recv() for _, connection in members])
         for process, _ in members:
-            os.kill(process.pid, signal.SIGSTOP)  # else threads of gloo's wake in all of them, 100 times a second each
+            os.kill(process.pid, signal.SIGSTOP)  # otherwise gloo's threads wake up 100 times per second in each process
         return seconds
     except (EOFError, OSError) as error:
         ended = wait([process.sentinel for process, _ in members])
         dead = next(process for process, _ in members if process.sentinel in ended)
         dead.join()
         died = f"its process died with exit code {dead.exitcode}"
-        raise ReportedError(f"{name}: {died}; -9 means memory: make it smaller") from error
+        raise ReportedError(f"{name}: {died}; -9 may mean out of memory: use a smaller size") from error
 
 
 def _work(
@@ -114,6 +114,6 @@ def _work(
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
-    """Median over rounds of ours / theirs, and the smallest and largest."""
+    """Median, smallest and largest of ours / theirs over the rounds."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"

@@ -1,4 +1,4 @@
-"""A training step with each CPU kernel of the project, and with torch in its place.
+"""Benchmarks a training step with each CPU kernel of the project against torch's implementation of the same function.
 
     OMP_NUM_THREADS=1 python -m benchmarks.kernels
     OMP_NUM_THREADS=1 python -m benchmarks.kernels model=mone_small micro_batch_size=2 rounds=6 repeats=1 apart=true
@@ -40,21 +40,21 @@ class BenchmarkConfig:
     model: str = "mone_tiny"
     """A model of configs/model."""
     vocab_size: int = 4096
-    """Rows of the embedding."""
+    """Vocabulary size."""
     micro_batch_size: int = 8
-    """Sequences of a step."""
+    """Sequences per step."""
     kernels: list[str] = field(default_factory=lambda: list(REPLACEMENTS))
     """The kernels to measure."""
     alternatives: list[str] = field(default_factory=lambda: ["eager", "compiled"])
-    """What takes the place of a kernel."""
+    """Replacements of the kernel: eager, compiled."""
     apart: bool = False
     """Measure the alternatives one after the other, so that only two models are in memory."""
     clock: str = "cpu"
-    """cpu: CPU time of the process, which other processes disturb least. wall: time that passes."""
+    """cpu: CPU time of the process, least affected by other processes. wall: elapsed time."""
     rounds: int = 10
     """Turns of each contender."""
     repeats: int = 2
-    """Steps of a turn."""
+    """Steps per turn."""
 
 
 def _attention(wrap: Wrap) -> None:
@@ -71,7 +71,7 @@ def _rms_norm(wrap: Wrap) -> None:
     RMSNorm.forward = lambda self, x: norm(x, self.normalized_shape, self.weight, self.eps)  # type: ignore[method-assign]
 
 
-# By kernel: what puts torch's function in its place for the life of a process, after it went through a wrapper.
+# By kernel: a function that replaces the kernel in this process by wrap(torch's function).
 REPLACEMENTS: dict[str, Callable[[Wrap], None]] = {
     "attention": _attention,
     "rms_norm": _rms_norm,
@@ -107,7 +107,7 @@ def build(options: BenchmarkConfig, kernel: str, alternative: str | None) -> Run
 
 @command("benchmark_kernels", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Measure one kernel after the other."""
+    """Measure the kernels one after the other."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
     turns = f"{options.rounds} rounds of {options.repeats} steps"
     print(f"{options.model}, {torch.get_num_threads()} threads, {turns}, {options.clock} time", flush=True)

@@ -1,13 +1,13 @@
-"""A training step against its own cost model as tokens, experts, neurons, layers and expert parallelism grow.
+"""Benchmarks a training step against a cost model for growing tokens, experts, neurons, layers and expert parallelism.
 
     python -m benchmarks.scaling figure=scaling.png
 
-The cost of a step is what its floating-point operations, the bytes that it moves and those that its processes send would
-take at this machine's own speed, measured in the same turns: of a plain matrix product, of adding two long vectors, of an
-all-to-all between two processes. A step that grows as it should stays at the same multiple of its cost.
+The cost of a step is the time of its floating-point operations, memory traffic and communication at the speed of this
+machine. The speeds are measured in the same turns with a plain matrix product, an addition of two long vectors, and an
+all-to-all between two processes. If the step scales as expected, its time is a constant multiple of the cost.
 
-Forward, backward, clipping and AdamW on random tokens, fp32. One option at a time leaves its place in the base (a list of
-one leaves its series out); expert parallelism spreads the same experts and tokens over as many processes on these cores.
+Forward, backward, clipping and AdamW on random tokens, fp32. Each series changes one option of the base; a list with one
+value leaves its series out. Expert parallelism distributes the same experts and tokens over processes on the same cores.
 """
 
 import functools
@@ -37,25 +37,25 @@ class BenchmarkConfig:
     activation_ratio: float = 0.25
     """Share of neurons kept."""
     vocab_size: int = 4096
-    """Rows of the embedding."""
+    """Vocabulary size."""
     experts: str = "sparse"
-    """compute.experts of all; the operations counted are those of this method."""
+    """compute.experts; the cost counts the operations of this backend."""
     sequences: list[int] = field(default_factory=lambda: [4, 8, 16, 32])
-    """Sequences of a step: tokens over the model's length. The middle one is the base's."""
+    """Sequences per step; the base has the middle value."""
     num_experts: list[int] = field(default_factory=lambda: [4, 8, 16, 32, 64])
-    """Experts of a layer."""
+    """Experts per layer."""
     neurons: list[int] = field(default_factory=lambda: [128, 256, 512, 1024, 2048])
-    """Neurons H of an expert."""
+    """Neurons H per expert."""
     layers: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
-    """Layers."""
+    """Number of layers."""
     expert_parallel: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    """Processes over which the experts are spread."""
+    """Expert-parallel processes."""
     rounds: int = 4
-    """Turns of each."""
+    """Turns of each contender."""
     repeats: int = 2
-    """Steps of a turn."""
+    """Steps per turn."""
     figure: Path | None = None
-    """Where to draw it, a PNG."""
+    """Path of a PNG file for the figure."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -65,9 +65,9 @@ ConfigStore.instance().store(
 
 
 def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
-    """Runs by what grows and how far."""
+    """Configurations by series and size."""
     if not options.sequences:
-        raise UserError("sequences=[]: give at least the base's, like sequences=[16]")
+        raise UserError("sequences=[]: give at least the value of the base, e.g. sequences=[16]")
     sequences = options.sequences[len(options.sequences) // 2]
     base = {
         "model": options.model,
@@ -93,31 +93,31 @@ def series_of(options: BenchmarkConfig) -> dict[str, dict[int, RunConfig]]:
     }
     series = {name: runs for name, runs in series.items() if len(runs) > 1}
     if not series:
-        raise UserError(f"sequences={options.sequences}: nothing grows; give this or another option more than one size")
+        raise UserError(f"sequences={options.sequences}: no series; give this or another option more than one value")
     return series
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a step owes, of all its processes together."""
+    """Operations and bytes of a step, summed over its processes."""
 
     flops: float
     moved: float
     """Bytes read from or written to memory."""
     sent: float
-    """Bytes that go to another process."""
+    """Bytes sent to other processes."""
 
     def seconds(self, product: float, add: float, send: float) -> float:
-        """On a machine that takes so long for the three yardsticks."""
+        """Time on a machine on which the three reference operations take so many seconds."""
         return self.flops / PRODUCT_FLOPS * product + self.moved / ADDED_BYTES * add + self.sent / EXCHANGED_BYTES * send
 
 
 def cost_of(config: RunConfig) -> Cost:
-    """The operations of `training_flops`, and bytes: of weights, and of activations that wait for the backward pass.
+    """The cost of a step: operations of `training_flops`, and bytes of weights and saved activations.
 
-    Weights are read by both passes; the gradients that are accumulated are cleared, and others written and added to them
-    (four more), save those of experts that skip, which are written at once; the optimizer reads gradients for the norm,
-    then four numbers for each weight, and writes these, the gradients clipped. Activations are written and read once.
+    Both passes read the weights. Accumulated gradients are cleared; new gradients are written and added to them (four more
+    passes), except those of sparse experts, which are written directly. The optimizer reads the gradients for the norm, then
+    reads and writes four numbers per weight. Activations are written and read once.
     """
     processes, size = config.parallel.expert, config.training.micro_batch_size
     tokens = processes * size * config.model.seq_length
@@ -126,7 +126,7 @@ def cost_of(config: RunConfig) -> Cost:
     sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
     skips = config.compute.experts == "sparse"
     saved = 4 * 4 * count_parameters(config.model).experts / processes if skips else 0
-    # Of the optimizer's bytes half are a number for each of its weights.
+    # Half of the optimizer's bytes are one number per weight.
     moved = 7 * memory.weights - saved + 9 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
     return Cost(
         flops=training_flops(config.model)[SKIPPED if skips else DENSE] * tokens,
@@ -143,7 +143,7 @@ def build_step(config: RunConfig) -> Run:
 
 ADDED, EXCHANGED = 2**25, 2**22
 ADDED_BYTES = 3 * 4 * ADDED
-# Of what two processes have, each keeps half.
+# Each of the two processes sends half of its data.
 EXCHANGED_BYTES = 2 * 4 * EXCHANGED // 2
 
 
@@ -163,22 +163,22 @@ def build_exchange() -> Run:
 
 @dataclass(frozen=True)
 class Point:
-    """A step of one size."""
+    """Measurement of one size."""
 
     size: int
     cost: Cost
     expected: list[float]
-    """Seconds by the cost model, of each round."""
+    """Seconds according to the cost model, by round."""
     seconds: list[float]
 
     @property
     def multiples(self) -> list[float]:
-        """How many times the cost it takes, in each round."""
+        """Measured time divided by the cost, by round."""
         return [measured / expected for measured, expected in zip(self.seconds, self.expected, strict=True)]
 
 
 def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]:
-    """Let the sizes of a series take turns with the yardsticks."""
+    """Time the sizes of a series in turns with the reference operations."""
     steps = {str(size): functools.partial(build_step, config) for size, config in runs.items()}
     yardsticks = {
         "product": functools.partial(build_product, with_ours=True),
@@ -194,7 +194,7 @@ def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]
 
 @command("benchmark_scaling", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Print, and draw, each step beside its cost."""
+    """Print each step time with its cost, and draw the figure."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
     print(f"{options.model}, activation_ratio={options.activation_ratio}, experts={options.experts}, ", end="")
     print(f"{torch.get_num_threads()} cores, {options.rounds} rounds of {options.repeats} steps", flush=True)
@@ -210,7 +210,7 @@ def main(hydra_config: DictConfig) -> None:
 
 
 def report(name: str, points: list[Point]) -> None:
-    """Print a series, and the line through its points."""
+    """Print a series and its linear fit."""
     x = [statistics.median(point.expected) for point in points]
     y = [statistics.median(point.seconds) for point in points]
     slope, begin = np.polyfit(x, y, 1)
@@ -223,7 +223,7 @@ def report(name: str, points: list[Point]) -> None:
 
 
 def draw(path: Path, found: dict[str, list[Point]], multiple: float) -> None:
-    """A panel a series: measured steps over what grows, with their spread, and one multiple of the cost for all."""
+    """Draw one panel per series: measured times with their spread, and one multiple of the cost for all."""
     from mone_common.figures import plt, save
 
     figure, panels = plt.subplots(
@@ -232,7 +232,7 @@ def draw(path: Path, found: dict[str, list[Point]], multiple: float) -> None:
     for axes, (name, points) in zip(panels[0], found.items(), strict=True):
         x = [point.size for point in points]
         cost = np.array([statistics.median(point.expected) for point in points])
-        # In the machine's speed of the median round.
+        # Relative to the speed of the machine in the median round.
         low, middle, high = (cost * [of(point.multiples) for point in points] for of in (min, statistics.median, max))
         axes.plot(x, multiple * cost, color="grey", label=f"{multiple:.2f} x cost")
         axes.errorbar(x, middle, [middle - low, high - middle], color="black", fmt="o", markersize=4, label="measured")

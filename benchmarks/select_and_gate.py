@@ -1,9 +1,9 @@
-"""Selection fused with activation, product and weight, forward and backward, against a product without any selection.
+"""Benchmarks `select_and_gate`, forward and backward, against silu(gate) * up without selection.
 
     python -m benchmarks.select_and_gate
     python -m benchmarks.select_and_gate dtype=bf16
 
-The one to beat is torch's silu(gate) * up. topk: the same selection in torch's operations.
+The baseline is silu(gate) * up in torch. topk: the same selection with torch operations.
 """
 
 import functools
@@ -31,17 +31,17 @@ class BenchmarkConfig:
     """Options of the benchmark."""
 
     elements: int = 4_194_304
-    """Gates: rows times neurons."""
+    """Number of gates: rows times neurons."""
     neurons: list[int] = field(default_factory=lambda: [512, 1024, 2048, 4096])
-    """Neurons H of a row."""
+    """Neurons H per row."""
     ratios: list[float] = field(default_factory=lambda: [0.125, 0.25, 0.5])
     """Shares of neurons kept."""
     dtype: str = "fp32"
     """fp32 or bf16."""
     rounds: int = 31
-    """Turns of each."""
+    """Turns of each contender."""
     repeats: int = 12
-    """Passes of a turn."""
+    """Passes per turn."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -75,7 +75,7 @@ def build(options: BenchmarkConfig, how: str, neurons: int, share: float) -> Run
 
 @command("benchmark_select_and_gate", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Print the time over that of silu(gate) * up."""
+    """Print the time relative to silu(gate) * up."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
     print(f"{options.dtype}, {options.elements} gates, {torch.get_num_threads()} threads")
     print("     H    K/H  silu * up ms   ours / it            topk / it")

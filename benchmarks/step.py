@@ -1,21 +1,23 @@
-"""A training step against the same model made by others, and against a plain matrix product.
+"""Benchmarks a training step against the same model in other frameworks, and against a plain matrix product.
 
     python -m benchmarks.step model=mone_tiny
     python -m benchmarks.step model=mone_small micro_batch_size=2 leave_out=[dropless]     # for 24 GiB
-    python -m benchmarks.step profile=true                          # where a step of ours spends its time
+    python -m benchmarks.step profile=true                          # profile of our step
 
-Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. The others, with fused AdamW
-everywhere: Megatron-Core's stock layers, experts (SequentialMLP) and optimizer, though with our dispatcher, norm and
-clipping of gradients; Hugging Face's Qwen3-MoE with its default experts (grouped GEMMs); Hugging Face's Qwen3 with
-DeepSpeed's own MoE layer, and its load-balancing loss, in place of each MLP: by its defaults (capacity factor 1: it drops
-tokens), and told to drop none, as all others do. Those after Megatron-Core have no shared expert, and beside them ours has
-none.
+Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. All contenders use fused AdamW:
 
-Then theirs with our matrix products (`mone_model.megatron.cpu_gemm`) and use of memory: the ratio that remains is the
-model's.
+- Megatron-Core: its own layers, experts (SequentialMLP) and optimizer, with our dispatcher, gradient norm and clipping.
+- transformers: Qwen3-MoE with its default experts (grouped GEMMs).
+- DeepSpeed MoE: Qwen3 of transformers with DeepSpeed's MoE layer and its load-balancing loss instead of each MLP. By default
+  it drops tokens (capacity factor 1); "dropless" drops none, like the other contenders.
 
-"bound" is the least that any experts could reach: ours without its MoE layers, as measured, and no more of those than the
-operations left when dropped neurons are skipped, at the speed of the plain product.
+The last two have no shared expert, and are compared with our model without one.
+
+In a second pass the others run with our matrix products (`mone_model.megatron.cpu_gemm`) and memory settings, so that the
+ratio shows the difference of the models only.
+
+"bound" is a lower bound for any experts: the measured time of our model without MoE layers, plus the operations that remain
+when dropped neurons are skipped, at the speed of the plain product.
 """
 
 import contextlib
@@ -54,19 +56,19 @@ class BenchmarkConfig:
     model: str = "mone_tiny"
     """A model of configs/model."""
     activation_ratio: float = 0.25
-    """Of ours; the others have no such thing."""
+    """activation_ratio of our model; the others compute all neurons."""
     vocab_size: int = 4096
-    """Rows of the embedding."""
+    """Vocabulary size."""
     micro_batch_size: int = 8
-    """Sequences of a step."""
+    """Sequences per step."""
     rounds: int = 7
-    """Turns of each."""
+    """Turns of each contender."""
     repeats: int = 8
-    """Steps of a turn."""
+    """Steps per turn."""
     leave_out: list[str] = field(default_factory=list)
-    """Of the others, those with one of these words in their name take no turn: all are in memory at once."""
+    """Leave out contenders whose name contains one of these words; all contenders are in memory at once."""
     profile: bool = False
-    """Instead, torch's profile of `rounds` steps of ours."""
+    """Print a torch profile of `rounds` steps of our model instead."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -76,7 +78,7 @@ ConfigStore.instance().store(
 
 
 def run_config(options: BenchmarkConfig, *, shared: bool) -> RunConfig:
-    """The run to be timed; shared: with the shared expert."""
+    """The configuration to time; shared: with the shared expert."""
     return compose(
         f"model={options.model}",
         f"model.vocab_size={options.vocab_size}",
@@ -95,7 +97,7 @@ def compose(*overrides: str) -> RunConfig:
 
 
 def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
-    """[B, s + 1] without end."""
+    """Yield random tokens [B, s + 1] endlessly."""
     generator = torch.Generator().manual_seed(0)
     vocab_size, shape = config.model.vocab_size, (config.training.micro_batch_size, config.model.seq_length + 1)
     assert vocab_size is not None
@@ -104,7 +106,7 @@ def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
 
 
 def prepare(*, with_ours: bool) -> None:
-    """Leave this process as torch would have it, or give it our matrix products and use of memory."""
+    """Set up this process with our matrix products and memory settings, or with torch's defaults."""
     torch.set_num_threads(torch.get_num_threads())
     if with_ours:
         runtime.keep_freed_memory()
@@ -114,7 +116,7 @@ def prepare(*, with_ours: bool) -> None:
 
 
 def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_ours: bool, moe: bool = True) -> Run:
-    """A step of our engine; stock: on Megatron-Core's own layers and experts; moe=False: MoE layers do nothing."""
+    """A step of our engine; stock: with Megatron-Core's own layers and experts; moe=False: MoE layers return their input."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     from train.engines import megatron
@@ -160,7 +162,7 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
 
     cpu_library.allowed = False  # for the life of this process
     config = transformer_config(model, parallel, compute)
-    config.bias_activation_fusion = False  # its default; the fused form is slower where torch does not compile it
+    config.bias_activation_fusion = False  # its default; the fused form is slower without torch.compile
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(
@@ -199,7 +201,7 @@ def build_deepspeed(options: BenchmarkConfig, *, drop_tokens: bool, with_ours: b
     prepare(with_ours=with_ours)
     config = run_config(options, shared=False)
     model = config.model
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for minutes, for nothing with one process
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; unused with one process
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed("gloo")
     settings = Qwen3Config(**_attention_of(model), intermediate_size=model.moe_ffn_hidden_size)
@@ -218,7 +220,7 @@ def build_deepspeed(options: BenchmarkConfig, *, drop_tokens: bool, with_ours: b
 
     for layer in qwen.model.layers:
         layer.mlp = Experts()
-    # Without it most tokens soon go to few experts, to whose share all others are filled up if none is dropped.
+    # Without the balance loss most tokens soon go to few experts, and a dropless layer pads all experts to the largest load.
     return _step_of(qwen, config, lambda: model.aux_loss_coeff * sum(layer.mlp.balance_loss for layer in qwen.model.layers))
 
 
@@ -262,7 +264,7 @@ PRODUCT_FLOPS = 2 * 2048**3
 
 @command("benchmark_step", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Let all take turns, twice."""
+    """Run all contenders in turns, first with the others as they are, then with our matrix products."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
 
     def of(build: Callable[..., Run], *arguments: Any, **more: Any) -> functools.partial[Run]:
@@ -275,7 +277,7 @@ def main(hydra_config: DictConfig) -> None:
     tokens = config.training.micro_batch_size * config.model.seq_length
     print(f"{options.model}, activation_ratio={options.activation_ratio}, {tokens} tokens a step, ", end="")
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds of {options.repeats} steps")
-    # Not all at once: each has weights, gradients and moments of its own.
+    # Two passes, because all contenders of a pass are in memory at once.
     for with_ours in (False, True):
         ours = functools.partial(build_megatron, options, stock=False, with_ours=True)
         others = {
@@ -297,7 +299,7 @@ def main(hydra_config: DictConfig) -> None:
 
 
 def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], tokens: int) -> None:
-    """Print the time of each, ours over theirs, and our FLOP/s over those of a plain product."""
+    """Print the time of each contender, the ratio of ours to theirs, and our FLOP/s relative to a plain product."""
     without_moe, product = seconds["ours, no MoE layers"], seconds["matrix product"]
     for name, times in seconds.items():
         print(f"  {name:24} {1000 * statistics.median(times):8.0f} ms", end="")
@@ -318,9 +320,9 @@ def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], toke
 
 
 def print_profile(options: BenchmarkConfig) -> None:
-    """Milliseconds of a step, without the shared expert, in each kind of operation that takes a hundredth of it."""
+    """Print the milliseconds per step of each operation that takes over 1 % of a step, without the shared expert."""
     step = build_megatron(options, shared=False, stock=False, with_ours=True)
-    for _ in range(5):  # until the profiler and the step have their memory: products that take new pages are half as fast
+    for _ in range(5):  # the first profiles are slower, because matrix products allocate new pages
         for _ in range(options.rounds):
             step()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -335,13 +337,13 @@ def print_profile(options: BenchmarkConfig) -> None:
 
 
 def training_flops(model: ModelConfig) -> dict[str, int]:
-    """Per token: of the dense model, and without products of dropped neurons."""
+    """Training FLOPs per token: of the dense model, and without products of dropped neurons."""
     dense = 3 * count_flops(model).dense
     return {DENSE: dense, SKIPPED: dense - moe_flops(model, skipping=False) + moe_flops(model)}
 
 
 def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
-    """Per token, of the neurons of all MoE layers; skipping: of those dropped only the product that finds them, of nine."""
+    """Training FLOPs per token of all experts; skipping: count one of nine products (the gate) for dropped neurons."""
     kept = model.active_neurons if skipping else model.moe_ffn_hidden_size
     routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * kept)
     return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)

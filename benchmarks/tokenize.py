@@ -1,11 +1,10 @@
-"""Tokens per second of the whole pipeline against sentencepiece alone, and memory against the corpus's size.
+"""Benchmarks the tokenization pipeline against sentencepiece alone, and its memory against the size of the corpus.
 
     python -m benchmarks.tokenize corpus='data/demo/text/*.jsonl' tokenizer=data/demo/tokenizer workers=2
 
-Both sides use the same number of processes, are warm when the clock starts, and take turns in one run. The
-pipeline reads files, encodes, splits, writes and checksums shards; sentencepiece alone encodes texts that its
-processes hold in memory, and gives nothing back. Run it with -m: as a script it would hide Python's own
-`tokenize`.
+Both sides use the same number of processes, are warmed up, and take turns in one run. The pipeline reads files, encodes,
+splits, writes and checksums shards. The sentencepiece side encodes texts that are in the memory of its processes and returns
+only counts. Run it with -m: as a script it would shadow Python's `tokenize` module.
 """
 
 import contextlib
@@ -41,15 +40,15 @@ class BenchmarkConfig:
     tokenizer: str = MISSING
     """A sentencepiece model, or the folder of one."""
     workers: int = 2
-    """Encoding processes on either side."""
+    """Encoding processes on each side."""
     rounds: int = 3
-    """Turns of either side; the median counts."""
+    """Turns of each side; the result is the median."""
     copies: int = 4
-    """How often a turn tokenizes the corpus."""
+    """Copies of the corpus per turn."""
     shard_tokens: int = 5_000_000
-    """As for mone-tokenize."""
+    """shard_tokens of mone-tokenize."""
     memory_copies: int = 8
-    """Memory is measured on the corpus and on so many copies of it."""
+    """Memory is measured for one copy and for this many copies of the corpus."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -59,7 +58,7 @@ ConfigStore.instance().store(
 
 
 def texts_of(path: str) -> list[str]:
-    """Every document of the corpus."""
+    """All documents of the corpus."""
     return [record.text for record in Corpus(CorpusConfig(path=path)).records() if record.text]
 
 
@@ -69,14 +68,14 @@ def hold(tokenizer: str, texts: list[str]) -> None:
 
 
 def encode_held(first: int, step: int) -> int:
-    """Encode every `step`-th held text from `first` on, some hundred at a time; the number of tokens."""
+    """Encode every `step`-th held text from `first` on, in batches of 256; return the number of tokens."""
     texts = globals()["held_texts"][first::step]
     encode = globals()["held_tokenizer"].encode
     return sum(len(ids) for start in range(0, len(texts), 256) for ids in encode(texts[start : start + 256]))
 
 
 def pipeline_rate(config: BenchmarkConfig, corpus: Corpus, pool: EncoderPool) -> float:
-    """Tokens per second of one pass through the pipeline with a warm pool, shards and checksums included."""
+    """Tokens per second of one pass through the pipeline with a warm pool, including shards and checksums."""
     tokenizer = load_tokenizer(config.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         options = TokenizeConfig(

@@ -1,9 +1,9 @@
-"""What the GPU kernels need of a GPU: registers, stack and shared memory, for every launch that the autotuner may choose.
+"""Prints the registers, stack and shared memory of the GPU kernels, for every launch configuration of the autotuner.
 
     python -m benchmarks.triton_resources
 
-The compiler needs no GPU. A stack holds registers that were spilled; there should be none, or a few bytes where ptxas
-prefers room for one program more. This says nothing of speed.
+The compiler needs no GPU. The stack contains spilled registers; it should be empty, or a few bytes if ptxas spills to fit
+another program. The table does not predict speed.
 """
 
 import re
@@ -29,7 +29,7 @@ NEURONS = (512, 4096, 16384)
 
 @dataclass(frozen=True)
 class Resources:
-    """One compiled kernel and what it needs."""
+    """One compiled kernel and its resources."""
 
     kernel: str
     dtype: str
@@ -37,17 +37,17 @@ class Resources:
     capability: str
     warps: int
     registers: int
-    """Of a thread."""
+    """Per thread."""
     stack: int
-    """Bytes of a thread: what was spilled."""
+    """Bytes of spilled registers per thread."""
     shared: int
-    """Bytes of shared memory of a program."""
+    """Bytes of shared memory per program."""
 
 
 def compile_kernel(
     kernel: Any, dtype: torch.dtype, neurons: int, options: dict[str, int], capability: int, activation: str
 ) -> Any:
-    """Compile a kernel as its launch for rows of so many neurons would; `options` are one of its `launch_options`."""
+    """Compile a kernel for rows of `neurons` neurons; options: one of its `launch_options`."""
     constants = {"ACTIVATION": activation, "GRAIN": GRAIN[dtype], "BLOCK": block_size(neurons), "CHUNK": options["CHUNK"]}
     pointers = {"masks_ptr": "*i16", "probs_ptr": "*fp32", "dprobs_ptr": "*fp32", "threshold_ptr": "*fp32"}
     signature, attributes = {}, {}
@@ -58,7 +58,7 @@ def compile_kernel(
             signature[name] = pointers.get(name, f"*{DTYPES[dtype]}") if name.endswith("_ptr") else "i32"
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, {name: constants[name] for name in signature if name in constants}, attributes)
-    # Fused multiply-add is the default of all versions of Triton, but it warns where nobody asked for it.
+    # Fused multiply-add is the default, but Triton warns unless the option is set explicitly.
     return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
@@ -67,7 +67,7 @@ def compile_kernel(
 
 
 def resources(name: str, dtype: torch.dtype, neurons: int, capability: int, activation: str = "silu") -> Iterator[Resources]:
-    """Compile the kernel of this name in every launch for rows of so many neurons."""
+    """Compile a kernel with each launch configuration for rows of `neurons` neurons."""
     for options in launch_options(neurons):
         compiled = compile_kernel(KERNELS[name], dtype, neurons, options, capability, activation)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -88,7 +88,7 @@ def resources(name: str, dtype: torch.dtype, neurons: int, capability: int, acti
 
 
 def main() -> None:
-    """Print a table."""
+    """Print the table of resources."""
     print(" ".join(f"{field.name:>10}" for field in fields(Resources)))
     for name in KERNELS:
         for dtype in (torch.float32, torch.bfloat16):

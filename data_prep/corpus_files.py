@@ -139,7 +139,8 @@ def _check(file: Path, format: str | None) -> None:
         raise DataError(f"{file}: its suffix is not that of a format; set corpus.format to one of {', '.join(FORMATS)}")
     if (format or format_of(file)) in BINARY_FORMATS and compression_of(file):
         raise DataError(
-            f"{file}: {format or format_of(file)} files must not be compressed with {file.suffix}. Decompress it first"
+            f"{file}: {format or format_of(file)} files have internal compression and are not read from {file.suffix}. "
+            "Decompress it first"
         )
 
 

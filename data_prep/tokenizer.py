@@ -197,7 +197,7 @@ def _from_hub(given: str | Path) -> Path:
         return Path(snapshot_download(given, allow_patterns=[*sorted(TOKENIZER_FILES), "*.model", "*.spm", "*.bpe"]))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{missing}, and no tokenizer with this id on the Hugging Face hub ({_first_line(error)}). {how}"
+            f"{missing}, and the Hugging Face hub returned no tokenizer for this id ({_first_line(error)}). {how}"
         ) from error
 
 

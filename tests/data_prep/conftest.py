@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class InlinePool:
-    """Stands in for `EncoderPool` and encodes in this process."""
+    """Replacement of `EncoderPool` that encodes in this process."""
 
     def __init__(self, tokenizer: str, validation_fraction: float, workers: int) -> None:
         self._tokenizer, self._fraction = load_tokenizer(tokenizer), validation_fraction
@@ -53,20 +53,20 @@ class InlinePool:
         pass
 
     def encode(self, records: Iterable[Record]) -> Iterator[tuple[list[Record], Encoded]]:
-        """As `EncoderPool.encode`."""
+        """See `EncoderPool.encode`."""
         for batch in batches(records):
             yield batch, encode_batch(self._tokenizer, [record.text for record in batch], self._fraction)
 
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many batches out of a small corpus."""
+    """Split a small corpus into many batches."""
     monkeypatch.setattr(encoding, "BATCH_CHARACTERS", 3000)
 
 
 @pytest.fixture
 def inline_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tokenize in this process: most tests are not about the worker processes, slow to start."""
+    """Encode in this process, because worker processes are slow to start."""
     monkeypatch.setattr(tokenize_module, "EncoderPool", InlinePool)
 
 

@@ -1,4 +1,4 @@
-"""The command lines: help, mistakes in options, and a run that is killed."""
+"""Commands: help, errors in options, and a run that is killed."""
 
 import json
 import os
@@ -75,7 +75,7 @@ def test_help_explains_every_option(call_main: Callable[..., Any], main: Callabl
         ),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(
+def test_errors_are_printed_without_a_traceback(
     call_main: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -97,10 +97,10 @@ def test_an_unknown_option_is_named(call_main: Callable[..., Any]) -> None:
     assert err == "error: corpus.text_fild=z: no such option; did you mean corpus.text_field?\n"
 
 
-def test_killed_and_run_again_it_ends_with_the_same_bytes(
+def test_a_killed_run_continues_to_the_same_bytes(
     tmp_path: Path, tokenizer_folder: Path, call_main: Callable[..., Any]
 ) -> None:
-    """kill -9 of the real command once a few groups are on record; its workers end too."""
+    """kill -9 of the real command after a few recorded groups; its workers exit as well."""
     corpus = write_jsonl(tmp_path / "corpus.jsonl", made_up_documents(20_000))
     arguments = [f"corpus.path={corpus}", f"tokenizer={tokenizer_folder}", "shard_tokens=10000", "workers=2"]
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
@@ -124,7 +124,7 @@ def test_killed_and_run_again_it_ends_with_the_same_bytes(
 
 
 def groups_on_record(folder: Path) -> int:
-    """Finished groups of a run under way."""
+    """Finished groups of a running tokenization."""
     try:
         return json.loads((folder / "progress.json").read_text())["groups"]
     except FileNotFoundError:

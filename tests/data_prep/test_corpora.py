@@ -1,4 +1,4 @@
-"""What `corpora` reads, in which order, and what it says about input that it cannot read."""
+"""Texts and order of `corpora`, and its errors for unreadable input."""
 
 import gzip
 import json
@@ -61,7 +61,7 @@ def test_every_format_gives_the_same_texts(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize(("sample_by", "count"), [("line", 4), ("paragraph", 2), ("document", 1)])
-def test_plain_text_is_cut_as_asked(tmp_path: Path, sample_by: str, count: int) -> None:
+def test_plain_text_is_split_by_sample_by(tmp_path: Path, sample_by: str, count: int) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\nfour\n")
     assert len(kept(str(tmp_path), sample_by=sample_by)) == count
 
@@ -129,7 +129,7 @@ def test_a_dataset_that_load_dataset_finds_by_itself(tmp_path: Path) -> None:
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=30), st.data())
 @settings(max_examples=25, deadline=None)
-def test_reading_can_start_behind_any_record(
+def test_reading_can_start_after_any_record(
     tmp_path_factory: pytest.TempPathFactory, texts: list[str], data: SearchStrategy[Any]
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
@@ -168,7 +168,7 @@ def test_an_error_of_the_hub_gives_no_advice_about_files(monkeypatch: pytest.Mon
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    message = r"^some/set, behind record 0: cannot be read as a dataset \(ConnectionError: no network\)$"
+    message = r"^some/set, after record 0: cannot be read as a dataset \(ConnectionError: no network\)$"
     with pytest.raises(DataError, match=message):
         list(Corpus(CorpusConfig(hub="some/set")).records())
 
@@ -189,7 +189,7 @@ def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
         ({"path": "a", "hub": "b"}, "not both"),
         ({"path": "does/not/exist.jsonl"}, r"corpus\.path=does/not/exist\.jsonl: no such file"),
         ({"path": "nothing/*.jsonl"}, r"corpus\.path=nothing/\*\.jsonl: no such file, folder or glob match"),
-        ({"path": __file__}, r"test_corpora\.py: its suffix tells no format; set corpus\.format"),
+        ({"path": __file__}, r"test_corpora\.py: its suffix is not that of a format; set corpus\.format"),
         ({"path": __file__, "format": "pdf"}, r"corpus\.format=pdf: must be one of text, jsonl"),
         (
             {"path": __file__, "format": "text", "sample_by": "word"},
@@ -203,7 +203,7 @@ def test_the_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
         ({"path": __file__, "separator": "::"}, r"corpus\.separator='::': must be one character"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Corpus(CorpusConfig(**options))
 
@@ -218,7 +218,7 @@ def test_a_folder_without_text(tmp_path: Path) -> None:
 def test_a_missing_text_field_lists_those_that_exist(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path, suffix)
     exist = "text" if suffix == ".txt" else "id, text"
-    message = rf"corpus{suffix}, record 1: no field 'body' \(corpus.text_field\); fields that exist: {exist}$"
+    message = rf"corpus{suffix}, record 1: no field 'body' \(corpus.text_field\); existing fields: {exist}$"
     with pytest.raises(DataError, match=message):
         kept(str(path), text_field="body")
 
@@ -226,10 +226,10 @@ def test_a_missing_text_field_lists_those_that_exist(tmp_path: Path, suffix: str
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"text": "a"', "a.jsonl, record 2: not a line of JSON"),
+        ('{"text": "a"', "a.jsonl, record 2: not valid JSON"),
         ('["a"]', "a.jsonl, record 2: a JSON list, not an object"),
         ('{"text": 7}', "a.jsonl, record 2: field 'text' is a int, not text"),
-        ('{"txt": "a"}', "a.jsonl, record 2: no field 'text' .* fields that exist: txt"),
+        ('{"txt": "a"}', "a.jsonl, record 2: no field 'text' .* existing fields: txt"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -242,14 +242,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
 def test_a_file_of_another_format_is_named(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"bad{suffix}"
     path.write_bytes(b'{"text": "neither this format nor this compression')
-    with pytest.raises(DataError, match=rf"bad{suffix}, behind record 0: cannot be read as"):
+    with pytest.raises(DataError, match=rf"bad{suffix}, after record 0: cannot be read as"):
         kept(str(path))
 
 
 def test_a_truncated_archive_is_named(tmp_path: Path) -> None:
     whole = gzip.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(9999)))
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match=r"cut\.jsonl\.gz, behind record [1-9]\d*: cannot be read"):
+    with pytest.raises(DataError, match=r"cut\.jsonl\.gz, after record [1-9]\d*: cannot be read"):
         kept(str(tmp_path))
 
 

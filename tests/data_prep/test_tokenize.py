@@ -1,4 +1,4 @@
-"""Shards hold what the corpus holds, always the same bytes, and nothing is continued that should not be."""
+"""Shards contain the corpus, are reproducible, and continue only an unfinished run with the same settings."""
 
 import errno
 import fcntl
@@ -160,7 +160,7 @@ def test_a_folder_of_another_corpus_is_refused(
         (tmp_path / "other.model").write_bytes(model + b"\x0a\x05\x0a\x03abc")  # one more piece
         changes = {"tokenizer": str(tmp_path / "other.model")}
     before = contents(Path(options().output))
-    with pytest.raises(DataError, match=f"shards: holds shards of another corpus, tokenizer or setting.*{named}"):
+    with pytest.raises(DataError, match=f"shards: contains shards of another corpus, tokenizer or setting.*{named}"):
         tokenize(options(corpus, **changes))
     assert contents(Path(options().output)) == before
 
@@ -170,7 +170,7 @@ class Stop(Exception):
 
 
 def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
-    """Run until so many groups are on record, then stop without cleaning up."""
+    """Run until so many groups are recorded, then stop without cleanup."""
     with pytest.MonkeyPatch.context() as patch:
         save = journal.Journal._save
 
@@ -185,7 +185,7 @@ def stop_after_groups(config: TokenizeConfig, groups: int) -> None:
 
 
 def stop_before_rename(config: TokenizeConfig, number: int) -> None:
-    """Run until the number-th rename, before it: shards and the records of them become final by renames."""
+    """Run until the number-th rename, then stop before it; shards and the journal become final by renames."""
     renames = 0
     replace = os.replace
 
@@ -204,7 +204,7 @@ def stop_before_rename(config: TokenizeConfig, number: int) -> None:
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("rename", range(1, 13))
-def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Options, tmp_path: Path, rename: int) -> None:
+def test_a_run_stopped_at_any_rename_continues_to_the_same_bytes(options: Options, tmp_path: Path, rename: int) -> None:
     tokenize(options(output=str(tmp_path / "undisturbed")))
     stop_before_rename(options(), rename)
     assert not (tmp_path / "shards" / "manifest.json").exists()
@@ -213,7 +213,7 @@ def test_stopped_between_any_two_steps_it_ends_with_the_same_bytes(options: Opti
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_nothing_of_a_group_that_is_not_on_record_stays(options: Options, tmp_path: Path) -> None:
+def test_files_of_an_unrecorded_group_are_removed(options: Options, tmp_path: Path) -> None:
     stop_before_rename(options(), 7)  # both shards have their final names, but the journal knows none
     assert (tmp_path / "shards" / "validation-00000.idx").exists()
     other = {"validation_fraction": 0.0}
@@ -272,7 +272,7 @@ def test_a_finished_folder_needs_no_permission_to_write(options: Options, monkey
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize(("fraction", "warns"), [(0.1, True), (0.0, False)])
-def test_a_split_without_validation_is_warned_of(
+def test_a_split_without_validation_gives_a_warning(
     options: Options, tmp_path: Path, call_main: Callable[..., Any], fraction: float, warns: bool
 ) -> None:
     (tmp_path / "one.txt").write_text("A text.\n\nAll of it is one document.\n")
@@ -334,7 +334,7 @@ def test_a_damaged_journal_is_named(options: Options, damage: Callable[[dict[str
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
-def test_a_journal_that_is_none_is_named(options: Options, content: str) -> None:
+def test_an_invalid_journal_is_an_error(options: Options, content: str) -> None:
     path = Path(options().output) / "progress.json"
     path.parent.mkdir()
     path.write_text(content)
@@ -343,7 +343,7 @@ def test_a_journal_that_is_none_is_named(options: Options, content: str) -> None
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_a_place_behind_the_end_of_a_file_is_named(options: Options, corpus_file: Path) -> None:
+def test_a_position_after_the_end_of_a_file_is_an_error(options: Options, corpus_file: Path) -> None:
     stop_after_groups(options(), 2)
     path = Path(options().output) / "progress.json"
     content = json.loads(path.read_text())
@@ -425,7 +425,7 @@ def test_a_tokenizer_that_is_not_of_an_earlier_attempt_is_left_alone(
     hugging_face_folder.rename(tmp_path / "shards/tokenizer")
     before = contents(tmp_path / "shards/tokenizer")
     for _ in range(2):
-        with pytest.raises(DataError, match="shards/tokenizer: holds something else than tokenizer="):
+        with pytest.raises(DataError, match="shards/tokenizer: does not contain tokenizer="):
             tokenize(options())
     assert contents(tmp_path / "shards/tokenizer") == before
 
@@ -451,7 +451,7 @@ def test_characters_that_are_lost_late_in_the_corpus_are_noticed(
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("name", ["manifest.json", ".lock", "progress.json"])
-def test_a_folder_in_the_place_of_a_file_is_named(options: Options, name: str) -> None:
+def test_a_folder_with_the_name_of_a_file_is_an_error(options: Options, name: str) -> None:
     (Path(options().output) / name).mkdir(parents=True)
     with pytest.raises(DataError, match=rf"output=.*{name}"):
         tokenize(options())
@@ -462,7 +462,7 @@ def test_shards_of_unknown_origin_are_left_alone(options: Options) -> None:
     folder = Path(options().output)
     folder.mkdir()
     (folder / "other.bin").write_bytes(b"precious")
-    with pytest.raises(DataError, match="holds 1 shard files but neither progress.json nor a manifest"):
+    with pytest.raises(DataError, match="contains 1 shard files but neither progress.json nor a manifest"):
         tokenize(options())
     assert contents(folder) == {"other.bin": b"precious"}
 
@@ -473,14 +473,14 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
     folder.mkdir()
     with open(folder / LOCK_FILE, "w") as file:
         assert lock(file)
-        with pytest.raises(DataError, match="another mone-tokenize is writing there"):
+        with pytest.raises(DataError, match="another mone-tokenize is writing to it"):
             tokenize(options())
     tokenize(options())
 
 
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
-def test_a_file_system_without_locks_is_told_of_once(
+def test_a_file_system_without_locks_gives_one_warning(
     options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def flock(file: Any, operation: int) -> None:
@@ -495,8 +495,8 @@ def test_a_file_system_without_locks_is_told_of_once(
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_what_is_locked_is_a_file_open_for_writing(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NFS wants it, where flock is a lock of fcntl."""
+def test_the_lock_file_is_open_for_writing(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS implements flock by fcntl locks, which need write access."""
     flock, modes = fcntl.flock, []
 
     def flock_as_nfs(file: Any, operation: int) -> None:
@@ -521,7 +521,7 @@ def test_an_empty_corpus(options: Options, tmp_path: Path, documents: list[str],
 
 
 @pytest.mark.usefixtures("inline_pool")
-def test_records_are_counted_by_what_became_of_them(options: Options, tmp_path: Path) -> None:
+def test_records_are_counted_by_fate(options: Options, tmp_path: Path) -> None:
     lines = [b"Good.", b"", b"Bad \xff.", b" ", b"Worse \xfe\xff."]
     (tmp_path / "mixed.jsonl").write_bytes(b"".join(b'{"text": "%s"}\n' % line for line in lines))
     for policy, fate in (("replace", "invalid_utf8_replaced"), ("skip", "invalid_utf8_skipped")):
@@ -539,15 +539,15 @@ def test_records_are_counted_by_what_became_of_them(options: Options, tmp_path: 
         ({"shard_tokens": 0}, "shard_tokens=0: must be at least 1"),
     ],
 )
-def test_options_that_cannot_be(options: Options, changes: dict[str, Any], message: str) -> None:
+def test_invalid_options(options: Options, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         options(**changes)
 
 
-def test_folders_that_are_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Make it with: mone-tokenize"):
+def test_folders_without_shards(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no such folder of token shards. Create it with: mone-tokenize"):
         load_manifest("nowhere")
-    with pytest.raises(DataError, match="no manifest.json, so tokenization never finished here"):
+    with pytest.raises(DataError, match="no manifest.json, so the tokenization has not finished"):
         load_manifest(tmp_path)
     for content in ("{", "[]", '{"format": "other", "shards": []}', '{"shards": [{"a": 1}]}'):
         (tmp_path / "manifest.json").write_text(content)

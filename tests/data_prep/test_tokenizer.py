@@ -1,4 +1,4 @@
-"""Training gives the same bytes, encoding loses nothing, other people's tokenizers are accepted."""
+"""Reproducible training, lossless encoding, and tokenizers of Hugging Face."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def test_training_twice_gives_the_same_bytes(corpus_file: Path, tmp_path: Path, 
     assert train(corpus_file, tmp_path / "c", **options, seed=1)["sha256"] != reports[0]["sha256"]
 
 
-def test_the_settings_stand_beside_the_model(corpus_file: Path, tmp_path: Path) -> None:
+def test_the_settings_are_saved_with_the_model(corpus_file: Path, tmp_path: Path) -> None:
     report = train(corpus_file, tmp_path, vocab_size=400, sample_bytes=10_000)
     assert json.loads((tmp_path / "tokenizer_training.json").read_text()) == report
     assert report["settings"]["vocab_size"] == report["vocab_size"] == 400
@@ -43,7 +43,7 @@ def test_the_settings_stand_beside_the_model(corpus_file: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "reserved", ["\0", "\u2585", "\t", "\x1f", "\u2581", "\ufffd", "<unk>", "<s>", "<0x0A>", "x" * 20_000]
 )
-def test_lines_of_every_content_are_learnt_from(
+def test_lines_of_any_content_are_used(
     documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, reserved: str
 ) -> None:
     texts = [*documents, *(f"{number}ж{reserved}" for number in range(9))]
@@ -88,7 +88,10 @@ def test_a_sample_is_spread_over_the_corpus() -> None:
 
 
 def test_a_vocabulary_too_large_for_the_corpus(corpus_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"vocab_size=50000: too large for this corpus, \d+ is the most"):
+    with pytest.raises(
+        DataError,
+        match=r"vocab_size=50000: too large for this corpus; the maximum .* is \d+\.",
+    ):
         train(corpus_file, tmp_path, vocab_size=50_000)
     assert not list(tmp_path.iterdir())
 
@@ -96,12 +99,12 @@ def test_a_vocabulary_too_large_for_the_corpus(corpus_file: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"vocab_size": 100}, "vocab_size=100, model_type=bpe: sentencepiece says: .*smaller than required"),
+        ({"vocab_size": 100}, "vocab_size=100, model_type=bpe: sentencepiece failed: .*smaller than required"),
         ({"model_type": "words"}, "model_type=words: must be bpe or unigram"),
         ({"sample_bytes": 5}, "no document to train on.*sample_bytes=5"),
     ],
 )
-def test_training_options_that_cannot_be(corpus_file: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
+def test_invalid_training_options(corpus_file: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         train(corpus_file, tmp_path, **options)
 
@@ -169,7 +172,7 @@ def test_a_model_file_by_itself(tokenizer_folder: Path) -> None:
     assert load_tokenizer(tokenizer_folder / "tokenizer.model").sha256 == load_tokenizer(tokenizer_folder).sha256
 
 
-def test_weights_beside_a_tokenizer_are_no_part_of_it(hugging_face_folder: Path, tmp_path: Path) -> None:
+def test_weights_next_to_a_tokenizer_are_ignored(hugging_face_folder: Path, tmp_path: Path) -> None:
     for path in hugging_face_folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"weights")
@@ -202,9 +205,7 @@ def test_ids_with_gaps_are_kept(
     assert [tokenizer.decode(tokens[:-1].tolist()) for tokens in encoded.documents()] == documents
 
 
-def test_ids_that_are_impossible_are_refused(
-    hugging_face_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_ids_are_refused(hugging_face_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="highest token id is 20000499, must be 0 to 16777215"):
         load_tokenizer(with_a_gap(hugging_face_folder, tmp_path / "gap", 300, 20_000_000))
     tokenizer = load_tokenizer(hugging_face_folder)
@@ -221,14 +222,14 @@ def test_an_id_of_the_hub_that_cannot_be_reached_and_a_mistyped_folder(given: st
         load_tokenizer(given)
     message = str(caught.value)
     assert message.startswith(
-        f"tokenizer={given}: no such file or folder, and the Hugging Face hub gives no tokenizer of this id"
+        f"tokenizer={given}: no such file or folder, and the Hugging Face hub returned no tokenizer for this id"
     )
     assert "give a folder with tokenizer.json" in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize("given", ["a/b/c", "/a/b", "./a", "a.model", "a/tokenizer.json", "~/a", "org/name with space"])
-def test_what_is_no_id_of_the_hub_is_not_looked_for_there(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_strings_are_not_searched_on_the_hub(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     with pytest.raises(DataError, match="no such file or folder. Train one"):
         load_tokenizer(given)
@@ -251,7 +252,7 @@ def test_an_id_of_the_hub(hugging_face_folder: Path, tmp_path: Path, monkeypatch
     assert load_tokenizer(tmp_path).sha256 == load_tokenizer(hugging_face_folder).sha256 == tokenizer.sha256
 
 
-def test_a_tokenizer_without_an_end_is_told_its_candidates(hugging_face_folder: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_an_end_lists_candidates(hugging_face_folder: Path, tmp_path: Path) -> None:
     def rename(name: str) -> None:
         text = (hugging_face_folder / "tokenizer.json").read_text()
         (tmp_path / "tokenizer.json").write_text(text.replace("<|end|>", name))
@@ -260,7 +261,7 @@ def test_a_tokenizer_without_an_end_is_told_its_candidates(hugging_face_folder: 
         rename(name)
         with pytest.raises(DataError) as caught:
             load_tokenizer(tmp_path)
-        assert f"has no eos_token to end documents with; its vocabulary has {name}." in str(caught.value)
+        assert f"has no eos_token, which must end documents; its vocabulary has {name}." in str(caught.value)
         config = re.search(r"{.*}", str(caught.value))
         assert config is not None
         (tmp_path / "tokenizer_config.json").write_text(config[0])
@@ -270,14 +271,14 @@ def test_a_tokenizer_without_an_end_is_told_its_candidates(hugging_face_folder: 
     with pytest.raises(DataError, match="its vocabulary has none of the usual names"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").rename(tmp_path / "other.json")
-    with pytest.raises(DataError, match=r"other\.json: put it into a folder of its own under the name tokenizer\.json"):
+    with pytest.raises(DataError, match=r"other\.json: move it to a folder of its own and rename it to tokenizer\.json"):
         load_tokenizer(tmp_path / "other.json")
 
 
-def test_what_is_no_tokenizer(tmp_path: Path, hugging_face_folder: Path) -> None:
+def test_other_files_are_not_tokenizers(tmp_path: Path, hugging_face_folder: Path) -> None:
     with pytest.raises(DataError, match="tokenizer=nowhere: no such file or folder"):
         load_tokenizer("nowhere")
-    with pytest.raises(DataError, match=r"holds neither tokenizer\.model nor tokenizer\.json"):
+    with pytest.raises(DataError, match=r"contains neither tokenizer\.model nor tokenizer\.json"):
         load_tokenizer(tmp_path)
     (tmp_path / "bad.model").write_text("not a model")
     with pytest.raises(DataError, match=r"bad\.model: not a sentencepiece model"):

@@ -1,4 +1,4 @@
-"""mone-verify finds every kind of damage, and none in a folder as it was written."""
+"""mone-verify finds every kind of damage, and none in an intact folder."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("inline_pool")
 
 @pytest.fixture(scope="module")
 def intact(corpus_file: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of token shards as it was written."""
+    """An intact folder of token shards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenize_module, "EncoderPool", InlinePool)
         config = TokenizeConfig(
@@ -119,11 +119,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "tokenizer altered": (
         lambda f: (f / "tokenizer" / "tokenizer.model").open("ab").write(b"\x0a\x05\x0a\x03abc"),
-        "tokenizer: another tokenizer than the manifest's",
+        "tokenizer: not the tokenizer of the manifest",
     ),
     "tokenizer missing": (
         lambda f: (f / "tokenizer" / "tokenizer.model").unlink(),
-        r"tokenizer: holds neither tokenizer\.model",
+        r"tokenizer: contains neither tokenizer\.model",
     ),
 }
 
@@ -146,7 +146,7 @@ def truncate_index(folder: Path, size: int) -> None:
 
 
 INDEX_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "magic": (lambda f: forge_index(f, 0, np.uint8(0)), "no index of Megatron-Core"),
+    "magic": (lambda f: forge_index(f, 0, np.uint8(0)), "not an index of Megatron-Core"),
     "version": (lambda f: forge_index(f, 9, np.uint64(2)), "index of version 2"),
     "type": (lambda f: forge_index(f, 17, np.uint8(4)), "token type has code 4"),
     "unknown type": (lambda f: forge_index(f, 17, np.uint8(99)), "token type has code 99"),
@@ -179,39 +179,39 @@ def test_each_damage_of_an_index_is_named_even_if_its_checksum_agrees(
 
 
 MANIFEST_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
-    "text for a number": ({"vocab_size": "600"}, "vocab_size is '600', must be a whole number"),
-    "fraction": ({"vocab_size": 600.5}, "vocab_size is 600.5, must be a whole number"),
-    "true": ({"eod_id": True}, "eod_id is True, must be a whole number"),
+    "text for a number": ({"vocab_size": "600"}, "vocab_size is '600', must be an integer"),
+    "fraction": ({"vocab_size": 600.5}, "vocab_size is 600.5, must be an integer"),
+    "true": ({"eod_id": True}, "eod_id is True, must be an integer"),
     "end": ({"eod_id": 600}, "eod_id is 600, must be below vocab_size 600"),
     "huge vocabulary": ({"vocab_size": 10**12, "dtype": "int32"}, "vocab_size is 1000000000000, must be"),
     "no vocabulary": ({"vocab_size": -1}, "vocab_size is -1, must be"),
     "type": ({"dtype": "int32"}, "dtype is 'int32', that of vocab_size 600 is 'uint16'"),
-    "unknown type": ({"dtype": ["float"]}, r"dtype is \['float'\], must be a text"),
+    "unknown type": ({"dtype": ["float"]}, r"dtype is \['float'\], must be a string"),
     "entropy": ({"unigram_entropy": None}, "unigram_entropy is None, must be a number"),
     "no number of an entropy": ({"unigram_entropy": float("nan")}, "unigram_entropy is nan"),
     "infinite entropy": ({"unigram_entropy": float("inf")}, "unigram_entropy is inf"),
     "huge entropy": ({"unigram_entropy": 10**400}, "unigram_entropy is 1000"),
     "negative entropy": ({"unigram_entropy": -1}, "unigram_entropy is -1"),
-    "name": ({"name": 3}, "name is 3, must be a text"),
+    "name": ({"name": 3}, "name is 3, must be a string"),
     "round trip": ({"round_trip": "yes"}, "round_trip is 'yes', must be true or false"),
     "records": ({"records": {"kept": "all"}}, "records.kept is 'all', must be a count"),
     "settings": ({"settings": []}, r"settings is \[\], must be an object"),
     "shards": ({"shards": {}}, "shards is {}, must be a list"),
     "format": ({"format": 1}, "format 1, this version reads"),
-    "unknown": ({"more": 1}, "'more' is no field of it"),
-    "tokenizer": ({"tokenizer_sha256": None}, "tokenizer_sha256 is None, must be a text"),
+    "unknown": ({"more": 1}, "'more' is not a known field"),
+    "tokenizer": ({"tokenizer_sha256": None}, "tokenizer_sha256 is None, must be a string"),
 }
 SHARD_DAMAGES: dict[str, tuple[dict[str, Any], str]] = {
-    "documents": ({"documents": "3"}, "shards.0.documents is '3', must be a whole number"),
+    "documents": ({"documents": "3"}, "shards.0.documents is '3', must be an integer"),
     "negative": ({"tokens": -3}, "shards.0.tokens is -3, must be positive"),
     "absolute name": ({"name": "/etc/passwd"}, "shards.0.name is '/etc/passwd', not the name of a file in the folder"),
     "parent": ({"name": "../a"}, "shards.0.name is '../a', not the name"),
     "long name": ({"name": "a" * 5000}, "shards.0.name is 'aaaaaaa.*, not the name"),
-    "null name": ({"name": None}, "shards.0.name is None, must be a text"),
-    "twice": ({"name": "train-00001"}, "shards.0.name is that of another shard, too"),
+    "null name": ({"name": None}, "shards.0.name is None, must be a string"),
+    "twice": ({"name": "train-00001"}, "shards.0.name is also the name of another shard"),
     "split": ({"split": "test"}, "shards.0.split is 'test', must be train or validation"),
-    "checksum": ({"bin_sha256": 5}, "shards.0.bin_sha256 is 5, must be a text"),
-    "size": ({"idx_bytes": [1]}, r"shards.0.idx_bytes is \[1\], must be a whole number"),
+    "checksum": ({"bin_sha256": 5}, "shards.0.bin_sha256 is 5, must be a string"),
+    "size": ({"idx_bytes": [1]}, r"shards.0.idx_bytes is \[1\], must be an integer"),
 }
 
 
@@ -230,7 +230,7 @@ def test_a_manifest_with_impossible_fields_is_named_and_never_trained_on(
 
 
 @pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000, '{"shards": [5]}', "\x00"])
-def test_a_manifest_that_is_none_is_named(folder: Path, call_main: Callable[..., Any], content: str) -> None:
+def test_an_invalid_manifest_is_an_error(folder: Path, call_main: Callable[..., Any], content: str) -> None:
     (folder / "manifest.json").write_text(content)
     code, out, err = call_main(verify.main, f"path={folder}")
     assert (code, err) == (1, "")
@@ -251,9 +251,7 @@ class LowerCase(SentencePieceTokenizer):
         return super().encode([text.lower() for text in texts])
 
 
-def test_without_an_exact_tokenizer_texts_are_compared_in_place_of_tokens(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_lossy_tokenizer_texts_are_compared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     edit_manifest(folder, lambda m: m.update(round_trip=False))
     assert list(verify.damages(load_manifest(folder))) == []
     monkeypatch.setattr(verify, "load_tokenizer", lambda path: LowerCase(path / "tokenizer.model"))
@@ -291,7 +289,7 @@ def test_one_damaged_folder_of_two_is_enough(folder: Path, call_main: Callable[.
     assert len(out.splitlines()) == 2
 
 
-def test_no_folder_is_no_damage_but_an_error(tmp_path: Path, call_main: Callable[..., Any]) -> None:
+def test_a_missing_folder_is_an_error_and_not_damage(tmp_path: Path, call_main: Callable[..., Any]) -> None:
     code, _, err = call_main(verify.main, f"path={tmp_path / 'none'}")
     assert code == 2
     assert err.startswith(f"error: {tmp_path / 'none'}: no such folder of token shards")
@@ -312,7 +310,7 @@ def test_a_folder_without_a_manifest_does_not_hide_the_others(
     assert f"{folder}: train-00000.bin: altered" in out
 
 
-def test_a_negative_number_of_documents_is_no_option(folder: Path, call_main: Callable[..., Any]) -> None:
+def test_a_negative_number_of_documents_is_refused(folder: Path, call_main: Callable[..., Any]) -> None:
     code, _, err = call_main(verify.main, f"path={folder}", "decode_documents=-1")
     assert (code, err) == (2, "error: decode_documents=-1: must be at least 0\n")
     code, _, err = call_main(verify.main, f"path={folder}", "decode_documents=0")
@@ -330,7 +328,7 @@ def test_sizes_alone_are_checked_before_training(folder: Path) -> None:
         manifest.check_sizes()
 
 
-def test_a_tokenizer_that_normalises_is_no_damage(folder: Path) -> None:
+def test_a_tokenizer_that_normalises_is_not_damage(folder: Path) -> None:
     manifest = load_manifest(folder)
     forge(folder, spell_start_in_bytes)
     lossy: Manifest = dataclasses.replace(load_manifest(folder), round_trip=False)

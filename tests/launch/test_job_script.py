@@ -1,4 +1,4 @@
-"""The job script that launch.slurm makes: no value becomes a line of its own, no secret stands in it, and what it starts."""
+"""The job script of launch.slurm: quoting of values, absence of secrets, and the commands that it starts."""
 
 import importlib
 import os
@@ -44,7 +44,7 @@ def slurm(call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path) -> Cal
 
 @pytest.mark.parametrize("kind", [SlurmOptions, SlurmLauncherConfig])
 @pytest.mark.parametrize("character", ["\n", "\r", "\0", "\x1b", "\x85", "\u2028", "\udc80"])
-def test_no_text_holds_a_control_character(kind: type[SlurmOptions], character: str) -> None:
+def test_control_characters_are_refused(kind: type[SlurmOptions], character: str) -> None:
     bad = f"a{character}touch owned"
     texts: dict[str, Any] = (
         {name: bad for name in TEXTS} | {name: ["fine", bad] for name in LISTS} | {"sbatch": [f"--{bad}"]}
@@ -65,7 +65,7 @@ def test_no_text_holds_a_control_character(kind: type[SlurmOptions], character: 
 
 
 @pytest.mark.parametrize("name", ["A-B", "1A", "A B", "é", "", "A;touch owned"])
-def test_variables_have_names_that_bash_takes(name: str) -> None:
+def test_invalid_names_of_variables_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^launch\.environment=.*: is not a name of an environment variable"):
         SlurmOptions(**CPU, environment={name: "1"})
 
@@ -101,7 +101,7 @@ def test_secrets_are_refused_by_name_and_not_printed(kind: type[SlurmOptions], o
     assert SECRET not in str(error.value)
 
 
-def test_what_only_sounds_like_a_secret_is_taken() -> None:
+def test_names_that_resemble_secrets_are_accepted() -> None:
     environment = {
         "TOKENIZERS_PARALLELISM": "false",
         "NCCL_IB_PKEY": "1",
@@ -171,7 +171,7 @@ def test_the_command_in_the_script_is_without_secrets(slurm: Call) -> None:
         ("launch.time='\uff11\uff12:00:00'", "launch.time=\uff11\uff12:00:00: must have Slurm's format"),
     ],
 )
-def test_what_slurm_would_not_take_is_refused(slurm: Call, option: str, message: str) -> None:
+def test_values_that_slurm_rejects_are_refused(slurm: Call, option: str, message: str) -> None:
     code, out, error = slurm(option)
     assert (code, out) == (2, "")
     assert error.startswith(f"error: {message}")
@@ -199,7 +199,7 @@ def test_a_secret_of_a_sweep_is_refused(call_main: Call, monkeypatch: pytest.Mon
         (["run.dir=runs"], "run.dir=runs: is where all runs lie"),
     ],
 )
-def test_nothing_of_these_reaches_a_job_script(slurm: Call, options: list[str], message: str) -> None:
+def test_invalid_names_and_folders_are_refused(slurm: Call, options: list[str], message: str) -> None:
     code, out, error = slurm(*options)
     assert (code, out) == (2, "")
     assert f"error: {message}" in error
@@ -207,7 +207,7 @@ def test_nothing_of_these_reaches_a_job_script(slurm: Call, options: list[str], 
 
 @pytest.mark.parametrize("name", ["a\ntouch owned", "a\udcff"])
 @pytest.mark.parametrize("absolute", [False, True])
-def test_a_current_folder_that_no_line_can_hold_is_refused(
+def test_a_current_folder_with_control_characters_is_refused(
     slurm: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, name: str, absolute: bool
 ) -> None:
     (tmp_path / name).mkdir()
@@ -220,14 +220,14 @@ def test_a_current_folder_that_no_line_can_hold_is_refused(
 FAKES = {
     "scontrol": 'case $* in *hostnames*) echo n1;; *) echo "Node NodeAddr=10.0.0.1 ";; esac',
     "getent": "true",
-    # What a node gets: nobody but the job's owner can read an environment.
+    # The environment of a process can be read by its owner only.
     "srun": 'echo "SRUN $*" > "$SEEN/arguments"; echo "$JOB" > "$SEEN/job"; echo "$PYTHONPATH" > "$SEEN/path"',
     "python": "exit 0",
 }
 
 
 def run_script(script: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a job script as Slurm would, with programs that note what they are given in `tmp_path`."""
+    """Run a job script with fake programs that record their arguments in `tmp_path`."""
     for name, body in FAKES.items():
         program = tmp_path / "bin" / name
         program.parent.mkdir(exist_ok=True)
@@ -240,7 +240,7 @@ def run_script(script: str, tmp_path: Path, **environment: str) -> subprocess.Co
     )
 
 
-def test_each_start_meets_under_an_id_that_nobody_can_guess_or_read(slurm: Call, tmp_path: Path) -> None:
+def test_each_start_has_a_new_secret_rendezvous_id(slurm: Call, tmp_path: Path) -> None:
     code, script, _ = slurm("launch.python=python", "launch.environment.PYTHONPATH=elsewhere")
     assert code == 0
     found = []
@@ -253,7 +253,7 @@ def test_each_start_meets_under_an_id_that_nobody_can_guess_or_read(slurm: Call,
         assert job not in script + done.stdout + done.stderr + (tmp_path / "arguments").read_text()
         found.append(job)
     assert found[0] != found[1]
-    # The frozen code comes before whatever else is put on the path.
+    # The frozen code comes first on the path.
     assert (tmp_path / "path").read_text().strip().endswith("/launch/code:elsewhere")
 
 
@@ -288,7 +288,7 @@ def test_a_variable_to_pass_must_be_set_where_the_job_is_submitted(
 
 
 @pytest.mark.parametrize("start", ["launch/torchrun", "elsewhere"])
-def test_torchrun_is_given_its_own_code_and_an_id_that_ps_does_not_show(tmp_path: Path, start: str) -> None:
+def test_torchrun_uses_its_own_code_and_hides_the_id(tmp_path: Path, start: str) -> None:
     program = tmp_path / "python"
     program.write_text('#!/bin/bash\necho "$*"; env\n')
     program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The report's numbers against their own arithmetic, and its page in a real browser."""
+"""The numbers of the report, its summary sentence, and its page in a browser."""
 
 import html
 import json
@@ -38,7 +38,7 @@ def write_run(
     options: Sequence[str] = (),
     **model: Any,
 ) -> None:
-    """A run folder as a run leaves it, without running; group: of a sweep, None for a run made by itself."""
+    """Write a run folder without training; group: name of the sweep, None for a run outside of sweeps."""
     folder.mkdir(parents=True)
     config = RunConfig(
         run=ExecutionConfig(name=f"{group}/{folder.name}" if group else folder.name, dir=str(folder), seed=seed),
@@ -71,7 +71,7 @@ def write_run(
 
 @pytest.fixture
 def runs(tmp_path: Path) -> Path:
-    """Two sweeps: three seeds each at two ratios, one of whose runs failed, and a wider one."""
+    """Two sweeps: one with three seeds at two ratios and a failed run, and one with wider experts."""
     for ratio, losses in LOSSES.items():
         for seed, loss in enumerate(losses, start=1):
             write_run(tmp_path / f"runs/sweep/activation_ratio={ratio:g},seed={seed}", "sweep", ratio, seed, loss)
@@ -100,13 +100,13 @@ def test_seeds_make_a_point_and_failed_runs_do_not_count(runs: Path) -> None:
         assert point.validation.mean == pytest.approx(statistics.mean(LOSSES[point.ratio]))
         assert point.validation.spread == pytest.approx(statistics.stdev(LOSSES[point.ratio]))
     assert len(sparse.runs) == 4
-    # Seed by seed: 0.06, 0.04, 0.02. Their spread is far below that of either point.
+    # Differences by seed: 0.06, 0.04, 0.02. Their spread is far below that of either point.
     assert sparse.difference(plain).mean == pytest.approx(0.04)
     assert sparse.difference(plain).spread == pytest.approx(0.02)
     assert sparse.mean("train/loss") == pytest.approx(4.54 + 1)
 
 
-def test_the_page_has_every_number_and_needs_nothing_beside_itself(
+def test_the_page_has_every_number_and_no_external_files(
     runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(runs.parent)
@@ -138,7 +138,7 @@ def test_the_page_has_every_number_and_needs_nothing_beside_itself(
 
 
 def compared(folder: Path, **baseline: Any) -> dict[str, Comparison | None]:
-    """What each point is compared with, by its label."""
+    """The comparison of each point, by label."""
     points = group_runs(read_runs([folder]))
     return dict(zip(labels(points), compare(points, **baseline), strict=True))
 
@@ -161,7 +161,7 @@ def test_a_run_is_compared_with_its_plain_twin_in_another_folder(
     said = "demo, which touches 50.0% of its experts' weights for each token, ends at a validation loss of 4.4700 nats per "
     said += "token, 0.0300 below that of the plain MoE (plain, 4.5000): one seed each, so the difference may be chance."
     assert finding(tmp_path / "runs") == said
-    # It is the first thing that the page says.
+    # It is the first paragraph of the page.
     assert re.findall(r"<p[^>]*>([^<]*)</p>", page)[0] == said.replace("'", "&#x27;")
 
 
@@ -183,7 +183,7 @@ def test_a_run_is_compared_with_its_plain_twin_in_another_folder(
         (["evaluation.sequences=8"], False),
     ],
 )
-def test_what_keeps_a_plain_run_from_being_the_baseline(tmp_path: Path, options: list[str], comparable: bool) -> None:
+def test_options_that_exclude_a_plain_run_as_baseline(tmp_path: Path, options: list[str], comparable: bool) -> None:
     write_run(tmp_path / "mone", None, 0.25, 1, 4.47)
     write_run(tmp_path / "plain", None, 1.0, 1, 4.5, options=options)
     found = compared(tmp_path)
@@ -265,9 +265,7 @@ def test_a_user_names_the_baseline(
 @pytest.mark.parametrize(
     "baseline", ["runs/nothing", "runs/sweep", "runs", "model.nothing=1", "model.activation_ratio=0.7", "{", "a=[", "=", "x"]
 )
-def test_a_baseline_that_is_none_is_refused(
-    runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch, baseline: str
-) -> None:
+def test_an_invalid_baseline_is_refused(runs: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch, baseline: str) -> None:
     monkeypatch.chdir(runs.parent)
     code, _, error = call_main(main, "runs", "--wandb", "disabled", "--baseline", baseline)
     assert code == 2
@@ -276,11 +274,11 @@ def test_a_baseline_that_is_none_is_refused(
     assert len(error.splitlines()) == 1
 
 
-def test_the_sentence_claims_no_more_than_the_runs_say(runs: Path, tmp_path: Path) -> None:
+def test_the_sentence_for_each_kind_of_comparison(runs: Path, tmp_path: Path) -> None:
     assert finding(runs / "sweep").endswith(
         "0.0400 ± 0.0200 above that of the plain MoE (activation_ratio=1, 4.5000): higher in each of 3 seeds."
     )
-    # Beside it, a sweep of one seed.
+    # With a second sweep of one seed.
     said = "Compared with the plain MoE, the validation loss is lower in every seed at none of 2 points, higher in every "
     said += (
         "seed at 1, undecided at 1 (the seeds disagree, or there is one seed); the lowest is wide: activation_ratio=0.25, "
@@ -318,7 +316,7 @@ def test_the_sentence_claims_no_more_than_the_runs_say(runs: Path, tmp_path: Pat
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """What charts draw, by the name of the file, in place of the file."""
+    """The figures that charts draw, by file name; no files are written."""
     drawn: dict[str, Any] = {}
     monkeypatch.setattr(charts, "save", lambda figure, path, dots: drawn.setdefault(path.stem, figure))
     yield drawn
@@ -335,13 +333,13 @@ def test_maps_show_differences_where_there_are_any(runs: Path, figures: dict[str
     assert axes.images[0].get_clim() == pytest.approx((0.25, 0.27))
     assert [text.get_text() for text in axes.texts] == ["1", "1", "0.25", "0.27"]
     assert len(bar.get_yticks()) > 1
-    assert len(figures["dead"].axes) == 1, "a bar of colours has nothing to say of a single value"
+    assert len(figures["dead"].axes) == 1, "no colour bar for a single value"
     assert "0 everywhere" in figures["dead"].get_suptitle()
     assert len(figures["load_max"].axes) == 2
     assert "usage_entropy" not in figures, "which was not recorded"
 
 
-def test_charts_hold_what_has_a_value_and_whole_markers(runs: Path, figures: dict[str, Any]) -> None:
+def test_charts_show_points_with_values_and_whole_markers(runs: Path, figures: dict[str, Any]) -> None:
     write_run(runs / "queued", "queued", 0.5, 1, 4.4, "stopped")
     (runs / "queued/metrics.jsonl").unlink()
     name = r"_a $\x$ name"
@@ -360,7 +358,7 @@ def test_charts_hold_what_has_a_value_and_whole_markers(runs: Path, figures: dic
     bottom, top = figures["point"].axes[0].get_ylim()
     assert (bottom, top) == (4.6, -0.6), "half a row above the first and below the last"
     for figure in figures.values():
-        figure.canvas.draw()  # a formula that is none would fail here
+        figure.canvas.draw()  # an invalid formula would fail here
         assert figure.get_size_inches()[0] * 96 <= 400, "as wide as a phone, so that letters keep their size"
 
 
@@ -416,15 +414,15 @@ def test_it_opens_in_a_browser_on_a_phone_and_on_a_desk(
     assert found["shown"] >= 6
     assert found["letters"] >= 14
     assert found["widest"] <= 480
-    assert found["sharpness"] >= 1.9, "two dots for each point of light"
-    assert found["signs"] == found["cut"] >= 1, "where a table goes on, the page says so"
+    assert found["sharpness"] >= 1.9, "two image pixels for each CSS pixel"
+    assert found["signs"] == found["cut"] >= 1, "each table that can be scrolled has a hint"
     assert found["titles"] == [
         *("Validation loss", "Training loss", "Experts and neurons"),
         *("Points", "Settings that differ", "Data", "Runs"),
     ]
 
 
-def test_what_is_damaged_is_named_and_the_others_are_reported(
+def test_damaged_files_are_named_and_other_runs_are_reported(
     tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -459,7 +457,7 @@ def test_what_is_damaged_is_named_and_the_others_are_reported(
     write_run(Path("runs/<script>alert(1)<"), None, 0.5, 1, 4.4, options=["optimizer.lr=0.5"])
     with open("runs/mone/metrics.jsonl") as file:
         lines = file.read().splitlines()
-    # Undefined at the end: what was measured before does not stand for it.
+    # The last validation loss is nan: an earlier one must not replace it.
     lines = [*lines[:3], "garbage", *lines[3:]]
     Path("runs/mone/metrics.jsonl").write_text("\n".join(lines) + "\n")
     write_run(Path("runs/diverged"), None, 0.125, 1, math.nan)
@@ -491,7 +489,7 @@ def test_the_same_run_twice_is_refused(runs: Path, call_main: Call, monkeypatch:
     assert "copy are the same run, seed 2" in error
 
 
-def test_what_holds_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
+def test_a_folder_without_runs_is_named(tmp_path: Path, call_main: Call) -> None:
     code, _, error = call_main(main, str(tmp_path))
     assert code == 2
     assert f"{tmp_path}: no run" in error

@@ -29,7 +29,7 @@ SWEEP = (*OPTIONS, BLEND, "parallel.expert=1", "evaluation.interval=0", "checkpo
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweeps")
     make_data(folder)
-    # As if somebody edited the checkout, where the command is typed, while the sweep goes on.
+    # Simulates an edit of the checkout while the sweep runs.
     (folder / "train").mkdir()
     (folder / "train/__init__.py").write_text("raise SystemExit('the code of the checkout')")
     return folder
@@ -56,7 +56,7 @@ def finish(process: subprocess.Popen[str], code: int) -> str:
 
 
 def end(process: subprocess.Popen[str]) -> None:
-    """With all it has started."""
+    """Kill the process and its children."""
     if process.poll() is None:
         for each in [*psutil.Process(process.pid).children(recursive=True), process]:
             each.kill()
@@ -67,7 +67,7 @@ DIVERGING = ("model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e30", "optimiz
 
 @pytest.fixture(scope="module")
 def swept(folder: Path) -> str:
-    """Two ratios at two learning rates, of which one cannot end well."""
+    """Two ratios at two learning rates, one of which diverges."""
     return finish(start(folder, "swept", *DIVERGING, "logging.wandb_mode=offline"), code=1)
 
 
@@ -88,7 +88,7 @@ def test_every_point_is_a_run_of_its_own_and_a_failed_one_stops_no_other(folder:
     assert "Traceback" not in swept
 
 
-def test_started_again_it_passes_over_what_is_finished_and_tries_the_rest(folder: Path, swept: str) -> None:
+def test_a_restarted_sweep_skips_finished_points(folder: Path, swept: str) -> None:
     metrics = folder / "runs/swept/activation_ratio=1,lr=0.001/metrics.jsonl"
     before = metrics.stat()
     output = finish(start(folder, "swept", *DIVERGING), code=1)
@@ -107,8 +107,8 @@ def test_wandb_sync_groups_the_runs_of_an_offline_sweep(folder: Path, swept: str
     finally:
         server.close()
     assert done.returncode == 0, done.stderr
-    told = {run["displayName"]: run["groupName"] for run in server.runs if run["displayName"]}
-    assert told == {f"swept/activation_ratio={ratio},lr=0.001": "swept" for ratio in ("0.25", "1")}
+    groups = {run["displayName"]: run["groupName"] for run in server.runs if run["displayName"]}
+    assert groups == {f"swept/activation_ratio={ratio},lr=0.001": "swept" for ratio in ("0.25", "1")}
 
 
 def test_a_signal_lets_its_runs_save_and_the_same_command_continues(folder: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_signal_lets_its_runs_save_and_the_same_command_continues(folder: Path
             assert time.monotonic() - began < 120
             assert process.poll() is None
             time.sleep(0.2)
-        process.send_signal(signal.SIGTERM)  # SIGINT is ignored by what a shell starts in the background
+        process.send_signal(signal.SIGTERM)  # background processes of a shell ignore SIGINT
     except BaseException:
         end(process)
         raise
@@ -165,7 +165,7 @@ def test_a_point_that_cannot_run_is_named_before_any_is_started(
     assert not list((folder / "runs").glob("mone/*/"))
 
 
-def test_a_run_is_not_mistaken_for_one_of_other_options(
+def test_a_folder_with_other_options_is_refused(
     call_main: Call, monkeypatch: pytest.MonkeyPatch, folder: Path, swept: str
 ) -> None:
     options = ["run.name=swept", "model.activation_ratio=1,0.25", "optimizer.lr=1e-3,1e-2", "optimizer.weight_decay=0.2"]
@@ -196,7 +196,7 @@ def test_long_names_of_points_are_cut_and_stay_apart(call_main: Call, monkeypatc
         assert len(name.removeprefix("mixtures/").encode()) == 200
 
 
-def test_names_that_a_folder_can_have_stay(tmp_path: Path) -> None:
+def test_valid_folder_names_are_not_shortened(tmp_path: Path) -> None:
     from launch.sweep import shorten
 
     assert shorten("activation_ratio=0.5,seed=1", tmp_path) == "activation_ratio=0.5,seed=1"

@@ -1,4 +1,4 @@
-"""launch/torchrun by hand on two machines: network namespaces with addresses of their own."""
+"""launch/torchrun on two machines, simulated by network namespaces."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture(scope="module")
 def machines() -> Iterator[None]:
-    """Two network namespaces with a cable between them."""
+    """Two network namespaces connected by a veth pair."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("needs root and iproute2")
     first, second = ADDRESSES
@@ -79,7 +79,7 @@ def test_two_machines_train_one_model_and_survive_a_crash_on_one(machines: None,
             assert time.monotonic() - began < 120, logs()
             time.sleep(0.05)
         workers = [child for child in agents["mone-b"].children(recursive=True) if "RANK" in child.environ()]
-        # The training process, and the helpers of its saves, which end with it.
+        # The oldest is the training process; the others help with its saves and exit with it.
         min(workers, key=lambda worker: worker.create_time()).kill()
         for agent in agents.values():
             assert agent.wait(timeout=180) == 0, logs()

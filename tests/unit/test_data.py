@@ -274,7 +274,7 @@ def test_bad_sources_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
 
     for number, (at, value, message) in enumerate(
         [
-            (0, b"JUNK", "no index of Megatron-Core"),
+            (0, b"JUNK", "not an index of Megatron-Core"),
             (9, b"\x07", "index of version 7"),
             (17, b"\x04", "token type has code 4, that of the manifest's uint16 is 8"),
             (18, b"\xc7", "199 documents, the manifest says 200"),
