@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from mone_common.console import ReportedError, UserError, command
 from mone_common.output import unblock_output
 from mone_model import megatron
+from mone_model.megatron import versions
 from train.launcher import check_launcher, ending_with_launcher, rank_and_world_size, remove_empty_logs
 from train.meeting import Meeting
 from train.preparation import naming_errors, prepare_run
@@ -27,6 +28,7 @@ from train.run_tokenizer import keep_tokenizer
 def main(hydra_config: DictConfig) -> None:
     """Run the composed configuration. Exit codes: docs/faults.md."""
     unblock_output()
+    versions.check_version()
     check_launcher()
     atexit.register(remove_empty_logs)
     rank, world_size = rank_and_world_size()

@@ -2,12 +2,13 @@
 
 import functools
 import importlib.metadata
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mone_common.commands import refuse
 from mone_model.megatron.transformer_engine import has_transformer_engine
+
+if TYPE_CHECKING:
+    import torch
 
 SUPPORTED = ((0, 16), (0, 19))
 """Series of Megatron-Core with which the tests pass: 0.16.1 and 0.19.2."""
@@ -39,7 +40,7 @@ def repair_without_transformer_engine() -> None:
 
     set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
-    def set_states_except_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+    def set_states_except_step(self: Any, model_param: "torch.Tensor", tensors: "dict[str, torch.Tensor]") -> None:
         # torch's AdamW keeps a step per parameter, which the sharded state does not hold.
         group, order = self.model_param_group_index_map[model_param]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
