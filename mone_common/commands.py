@@ -22,10 +22,6 @@ PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "m
 """All our packages, as pyproject.toml finds them."""
 
 
-class UnusablePackage(ImportError):
-    """A package that is installed, or found first, is not the one needed; the message is one line."""
-
-
 def _command(module: str) -> Callable[[], None]:
     """The `main` of a module, with our packages before others of their names."""
 
@@ -35,11 +31,7 @@ def _command(module: str) -> Callable[[], None]:
             sys.path.insert(0, str(ROOT))
         if shadow := find_shadow(*PACKAGES):
             _end(shadow)
-        try:
-            main = importlib.import_module(module).main
-        except UnusablePackage as error:
-            _end(str(error))
-        main()
+        importlib.import_module(module).main()
 
     return run
 
@@ -79,16 +71,11 @@ def find_shadow(*packages: str) -> str | None:
 
 
 def check_packages(*packages: str) -> None:
-    """Refuse packages that are not ours, as `refuse` does."""
+    """End a command started by `python -m` with exit code 2 if one of these packages is not ours; else ImportError."""
     if shadow := find_shadow(*packages):
-        refuse(shadow)
-
-
-def refuse(problem: str) -> NoReturn:
-    """End a command that is being started by `python -m` with exit code 2; raise UnusablePackage elsewhere."""
-    if sys.argv[:1] == ["-m"]:
-        _end(problem)
-    raise UnusablePackage(problem)
+        if sys.argv[:1] == ["-m"]:
+            _end(shadow)
+        raise ImportError(shadow)
 
 
 def _end(problem: str) -> NoReturn:

@@ -16,7 +16,7 @@ def prepare() -> None:
 
     Entry points call it before they import Megatron-Core. Where CUDA is not available it replaces functions of Megatron-Core
     (`cpu_support`), and torch's matrix products on processors for which torch chooses a slow library (`cpu_gemm`).
-    UnusablePackage for a version of Megatron-Core that is not supported.
+    UserError if the version of Megatron-Core is not supported.
     """
     # Read when torch's allocator is first used: large tensors on the CPU lie in large pages, if the system lets them.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from mone_common.commands import refuse
+from mone_common.console import UserError
 from mone_model.megatron.transformer_engine import has_transformer_engine
 
 if TYPE_CHECKING:
@@ -20,9 +20,9 @@ def _series() -> tuple[int, int]:
 
 
 def check_version() -> None:
-    """Refuse (`mone_common.commands.refuse`) a version of Megatron-Core that is not supported."""
+    """UserError if the installed version of Megatron-Core is not supported."""
     if _series() not in SUPPORTED:
-        refuse(
+        raise UserError(
             f"megatron-core {importlib.metadata.version('megatron-core')} is not supported; "
             "pip install megatron-core==0.16.1, or on Python 3.12 and later megatron-core==0.19.2"
         )

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from mone_common.commands import UnusablePackage
+from mone_common.console import UserError
 from mone_model.megatron import versions
 from tests.conftest import ROOT
 
@@ -101,7 +101,7 @@ def test_versions_that_were_not_run_are_refused(version: str, supported: bool, m
     if supported:
         versions.check_version()
     else:
-        with pytest.raises(UnusablePackage, match=f"^megatron-core {version} is not supported; pip install megatron-core=="):
+        with pytest.raises(UserError, match=f"^megatron-core {version} is not supported; pip install megatron-core=="):
             versions.check_version()
 
 
