@@ -91,7 +91,7 @@ def load_model(config: RunConfig, *, step: int | None = None, trust: bool = Fals
     if checkpoint is None:
         raise UserError("; ".join(problems))
     for problem in problems:
-        print(f"passed over {problem}", file=sys.stderr, flush=True)
+        print(f"skipped {problem}", file=sys.stderr, flush=True)
     model.load_state_dict(loaded["model0"])
     return model.eval()
 

@@ -17,7 +17,7 @@ from mone_model.expert_backends import choose_backend
 from train.checkpoint_folder import Checkpoint
 from train.checkpoint_integrity import load_newest
 from train.config import RunConfig, describe
-from train.continuation import check_continues, describe_schedule, tell_of_problems
+from train.continuation import check_continues, describe_schedule, report_problems
 from train.data import load_data
 from train.description import describe_end, describe_run
 from train.engines import build_engine
@@ -95,11 +95,11 @@ def fill_engine(config: RunConfig, engine: Engine, checkpoints: list[Checkpoint]
         trust=config.checkpoint.trust,
         same_layout=lambda checkpoint: checkpoint.facts.parallel == parallel,
     )
-    tell_of_problems(problems)
+    report_problems(problems)
     if checkpoint is not None:
         engine.load_state(loaded)
     elif checkpoints:
-        raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
+        raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to start again")
     return checkpoint
 
 

@@ -135,7 +135,7 @@ def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(fold
     os.truncate(next(newest.glob("*.distcp")), 10)
     options = ("run.time_limit=00:00:30", "checkpoint.keep_last=1")
     output = run_to_end(folder, "stopped", *options, faults=[fault("slow", seconds=8)])
-    assert re.search(rf"passed over runs/stopped/checkpoints/{newest.name}: damaged: .* has 10 bytes", output)
+    assert re.search(rf"skipped runs/stopped/checkpoints/{newest.name}: damaged: .* has 10 bytes", output)
     assert f"resumed from runs/stopped/checkpoints/{before.name} " in output
     assert before.exists()
     assert status(folder, "stopped")["reason"] == "TIME"

@@ -121,11 +121,11 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a file of the folder above": (lambda path: name_a_file(path, f"../{name_of(4)}/{COMMON}"), "no file of its folder"),
     "a file that is a folder": (
         both(lambda path: (path / "more").mkdir(), lambda path: name_a_file(path, "more")),
-        "more is no regular file",
+        "more is not a regular file",
     ),
     "a file that is a pipe": (
         both(lambda path: os.mkfifo(path / "more"), lambda path: name_a_file(path, "more")),
-        "more is no regular file",
+        "more is not a regular file",
     ),
     "a file that is a link to a device": (
         both(lambda path: (path / "more").symlink_to("/dev/zero"), lambda path: name_a_file(path, "more")),
@@ -213,7 +213,7 @@ def test_checkpoints_of_another_run_are_not_listed_where_the_run_is_known_and_ne
     found, problems = list_checkpoints(folder, run=RUN)
     assert [checkpoint.step for checkpoint in found] == [2, 4, 5]
     assert len(problems) == 1
-    assert f"{folder / name_of(3)}: foreign: of the run with the id another" in problems[0]
+    assert f"{folder / name_of(3)}: foreign: it belongs to the run with id another" in problems[0]
     for step in (6, 8):
         save(folder, step, keep_last=1)
     assert names_in(folder) == [name_of(step) for step in (3, 5, 8)]

@@ -83,11 +83,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a truncated file": (lambda path: os.truncate(tensors_of(path), 100), r"damaged: __0_\d.distcp has 100 bytes, not \d+"),
     "a flipped byte": (
         lambda path: flip_a_byte(tensors_of(path)),
-        r"damaged: the content of __0_\d.distcp is not what was written",
+        r"damaged: the content of __0_\d.distcp does not match its sha256",
     ),
     "a flipped byte in the metadata": (
         lambda path: flip_a_byte(path / METADATA),
-        r"damaged: the content of .metadata is not what was written",
+        r"damaged: the content of .metadata does not match its sha256",
     ),
     "no manifest": (lambda path: (path / MANIFEST).unlink(), "foreign: no mone.json"),
     "a garbled manifest": (lambda path: (path / MANIFEST).write_text('{"step": 2, '), "mone.json cannot be read"),

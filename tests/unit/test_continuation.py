@@ -238,8 +238,8 @@ NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
     "a model that is text": ({"model": "mone_tiny"}, "model"),
     "a world without processes": ({"world_size": 0}, "world_size: 0"),
     "an optimizer of nonsense": ({"optimizer": {"lr": "high"}}, "optimizer"),
-    "the id of another run": ({"run": "another"}, "foreign: of the run with the id another"),
-    "another model": ({"model": {"num_layers": 7}}, "is of another run: model.num_layers=2 (saved: 7)"),
+    "the id of another run": ({"run": "another"}, "foreign: it belongs to the run with id another"),
+    "another model": ({"model": {"num_layers": 7}}, "belongs to another run: model.num_layers=2 (saved: 7)"),
 }
 MISFITS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a backend of nonsense": (lambda path, shards: edit_backend(path, "[" * 10**5), "does not fit"),
@@ -405,7 +405,7 @@ def test_what_was_tried_leaves_nothing_in_the_model(
 def assert_named(capsys: pytest.CaptureFixture[str], run_folder: Path, message: str) -> None:
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1, told
-    assert told.startswith(f"passed over {run_folder / 'checkpoints' / name_of(4)}: ")
+    assert told.startswith(f"skipped {run_folder / 'checkpoints' / name_of(4)}: ")
     assert message in told
 
 
@@ -428,13 +428,13 @@ def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_other(run_folder: Pa
     # Its first save is at a lower step than the damaged one, and would keep no other.
     keep = {"checkpoint": {"interval": 1, "keep_last": 1}}
     output = train(config_of(run_folder, shards, run={"stop_at_step": 3}, **keep))
-    assert f"passed over {saves / name_of(4)}: damaged" in output
+    assert f"skipped {saves / name_of(4)}: damaged" in output
     assert names_in(saves) == [name_of(step) for step in (2, 3, 4)]
     assert "records of steps after 2 are kept in" in output
     assert records(run_folder, "metrics.later-1.jsonl") == [3, 4]
     output = train(config_of(run_folder, shards, **keep))
     assert f"resumed from {saves / name_of(3)} at step 3" in output
-    assert f"{saves / name_of(4)} was no whole checkpoint of this run; it is kept as" in output
+    assert f"{saves / name_of(4)} was not a complete checkpoint of this run; it is kept as" in output
     assert names_in(saves) == [f"replaced-{name_of(4)}", name_of(3), name_of(6)]
     assert records(run_folder) == list(range(1, STEPS + 1))
     output = train(config_of(run_folder, shards, **keep))
