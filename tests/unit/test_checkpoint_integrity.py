@@ -267,7 +267,7 @@ def test_a_save_in_which_the_collecting_process_is_killed_fails_in_good_order(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_and_digest", write_and_lose)
-        with pytest.raises(SaveFailed, match="the process that collects results is gone"):
+        with pytest.raises(SaveFailed, match="the process that collects results has ended"):
             save(folder, 3, async_save=async_save)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     save(folder, 4, async_save=async_save)

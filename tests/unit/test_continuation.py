@@ -258,8 +258,8 @@ MISFITS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda path, shards: replace_common(path),
         "does not fit",
     ),
-    "an index without a piece": (lambda path, shards: edit_index(path, forget_a_piece), "has no place for a part of"),
-    "an index without a chunk": (lambda path, shards: edit_index(path, forget_a_chunk), "has no place for a part of"),
+    "an index without a piece": (lambda path, shards: edit_index(path, forget_a_piece), "does not locate a part of"),
+    "an index without a chunk": (lambda path, shards: edit_index(path, forget_a_chunk), "does not locate a part of"),
     "an index to a device": (
         lambda path, shards: edit_index(path, lambda index: point_to(index, "/dev/zero")),
         "none of its",
