@@ -9,7 +9,8 @@ after_step  after each step, including dropped ones, and before the checkpoint o
 after_save  after each published checkpoint: record_save, note_published
 on_end      once, after the last checkpoint, when the run is complete or stops on request: close_records
 
-A hook that calls a collective must call it on every rank. An exception in a hook ends the run on all ranks. Before a long operation, call `trainer.watchdog.enter(trainer.step, "NAME")`.
+A hook that calls a collective must call it on every rank. An exception in a hook ends the run on all ranks. Call
+`trainer.watchdog.enter(trainer.step, "NAME")` before a long operation.
 """
 
 import contextlib

@@ -63,4 +63,4 @@ def test_raw_text_becomes_a_model_that_writes(
     (tmp_path / "words").rename(tmp_path / "runs/words")
     refused = command("train.sample", "run=runs/words", "thresholds=runs/words/config.yaml")
     assert refused.returncode == 2
-    assert "error: thresholds=runs/words/config.yaml: no such file of mone-calibrate" in refused.stderr
+    assert "error: thresholds=runs/words/config.yaml: is not an output file of mone-calibrate" in refused.stderr

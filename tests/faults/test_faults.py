@@ -213,7 +213,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_its_phase_and_the_run_ends(hu
 def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
     output = hung["frozen"].finish(code=1)
     assert "rank 0 holds up the others" in output
-    assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not answered for \d+ s|has never answered)", output)
+    assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not responded for \d+ s|has never responded)", output)
     assert 4 in codes(output)
     # The first rank, which writes it else, cannot.
     assert read_status(hung["frozen"].run)["exit_code"] == 4
@@ -230,8 +230,8 @@ def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder:
     with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)
     assert output.count("W&B's offline record") == 1
-    assert re.search(r"step 4: cannot prepare .*; training goes on", output)
-    assert "records wait in memory" in output
+    assert re.search(r"step 4: cannot prepare .*; training continues", output)
+    assert "records stay in memory" in output
     assert re.search(r"error: cannot prepare .*checkpoints: .* are free and about", output)
     assert status(folder, disk.name)["state"] == "failed"
     assert checkpoints(folder, disk.name) == [2]
@@ -257,7 +257,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
     options = (f"checkpoint.async_save={async_save}", "checkpoint.keep_last=1")
     with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)
-    assert re.search(r"step [4-6]: no checkpoint in .*: rank \d: .*; training goes on", output)
+    assert re.search(r"step [4-6]: no checkpoint in .*: rank \d: .*; training continues", output)
     assert re.search(r"error: no checkpoint in .*: rank \d: ", output)
     assert checkpoints(folder, disk.name) == [6]
     assert not list((disk / "checkpoints").glob(".unfinished-step-*"))
@@ -269,7 +269,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
 def test_a_file_that_only_the_first_rank_writes_and_cannot_costs_that_checkpoint(folder: Path) -> None:
     names = {"common.pt": 2, ".metadata.tmp": 4, "metadata.json": 6}
     output = run_to_end(folder, "obstructed", faults=[fault("obstruct", names=names)])
-    assert len(re.findall(r"step [246]: cannot (?:begin|publish) .*; training goes on", output)) == 3
+    assert len(re.findall(r"step [246]: cannot (?:begin|publish) .*; training continues", output)) == 3
     assert checkpoints(folder, "obstructed") == [8]
     assert differences(folder, "obstructed") == []
 
@@ -287,7 +287,7 @@ def test_a_run_folder_that_becomes_read_only_costs_no_checkpoint(folder: Path, d
         output = job.finish(code=1)
     assert "Read-only file system" in output
     assert "step 6: cannot prepare" in output
-    assert "training goes on" in output
+    assert "training continues" in output
     subprocess.run(["umount", str(disk)], check=True)
     assert checkpoints(folder, disk.name) == [2, 4]
     run_to_end(folder, disk.name)

@@ -43,10 +43,10 @@ def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str])
         ({"MASTER_ADDR": "localhost"}, ["RANK and WORLD_SIZE and MASTER_PORT missing"]),
         ({"LOCAL_RANK": "0"}, ["LOCAL_RANK='0'", "unset LOCAL_RANK"]),
         (WHOLE | {"MASTER_PORT": ""}, ["MASTER_PORT missing"]),
-        (WHOLE | {"RANK": "one"}, ["RANK is no number"]),
-        (WHOLE | {"RANK": "-1"}, ["RANK is no number"]),
-        (WHOLE | {"RANK": "1.0"}, ["RANK is no number"]),
-        (WHOLE | {"LOCAL_RANK": ""}, ["LOCAL_RANK is no number"]),
+        (WHOLE | {"RANK": "one"}, ["RANK is not a number"]),
+        (WHOLE | {"RANK": "-1"}, ["RANK is not a number"]),
+        (WHOLE | {"RANK": "1.0"}, ["RANK is not a number"]),
+        (WHOLE | {"LOCAL_RANK": ""}, ["LOCAL_RANK is not a number"]),
         (WHOLE | {"RANK": "4"}, ["RANK must be below WORLD_SIZE"]),
         (WHOLE | {"WORLD_SIZE": "0"}, ["RANK must be below WORLD_SIZE"]),
         (WHOLE | {"MASTER_PORT": "0"}, ["MASTER_PORT must be from 1 to 65535"]),
@@ -129,4 +129,4 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
     # Returns when every process that holds the pipe of stderr has ended.
     done = subprocess.run([sys.executable, "-c", agent], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.stdout, done.stderr) == ("starts\n", "error: torchrun has gone while the run started\n")
+    assert (done.stdout, done.stderr) == ("starts\n", "error: torchrun ended while the run started\n")

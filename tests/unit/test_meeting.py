@@ -95,7 +95,7 @@ def test_a_rank_that_never_comes_keeps_nobody(capsys: pytest.CaptureFixture[str]
     assert play(checking({}), "ab", world_size=4) == [1, 1]
     printed = capsys.readouterr().err
     assert "waiting for ranks 2, 3 of 4 processes" in printed
-    assert "error: rank 0 on a: ranks 2, 3 did not come within 2 s" in printed
+    assert "error: rank 0 on a: ranks 2, 3 did not connect within 2 s" in printed
 
 
 def test_a_failure_is_told_also_where_the_first_rank_cannot_be_met(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +126,7 @@ def test_a_folder_that_is_not_shared_is_named_with_the_machine_that_lacks_it(
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["index_cache"]
     monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
     assert play(act(shared=False), "ab") == [2, 2]
-    told = f"error: rank 1 on b: run.dir={tmp_path}/runs-of-b: what rank 0 on a writes there cannot be seen here"
+    told = f"error: rank 1 on b: run.dir={tmp_path}/runs-of-b: a file that rank 0 on a wrote there is not visible here"
     assert told in capsys.readouterr().err
 
 
@@ -140,7 +140,7 @@ def test_of_those_that_end_for_one_reason_one_prints_it(
             with meeting.together("start"):
                 pass
             if meeting.rank in wrong:
-                told[meeting.rank] = meeting.tell(kind(wrong[meeting.rank]))
+                told[meeting.rank] = meeting.report(kind(wrong[meeting.rank]))
 
         return end
 

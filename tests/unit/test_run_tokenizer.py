@@ -69,7 +69,7 @@ def test_a_run_of_an_earlier_version_takes_the_tokenizer_of_its_data(data: Manif
     config = run_on(data, tmp_path / "run")
     assert find_tokenizer(tmp_path / "run", config).sha256 == data.tokenizer_sha256
     shutil.rmtree(data.folder)
-    with pytest.raises(UserError, match=r"there is no .*run/tokenizer, and the run's data has no tokenizer either \(.*data"):
+    with pytest.raises(UserError, match=r"neither .*run/tokenizer nor a tokenizer of the run's data exists \(.*data"):
         find_tokenizer(tmp_path / "run", config)
 
 
@@ -94,7 +94,7 @@ def test_a_tokenizer_that_is_not_the_manifests_is_refused(data: Manifest, tmp_pa
 def test_data_without_a_tokenizer_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = load_manifest(make_shards(tmp_path / "data"))
     keep_tokenizer(tmp_path / "run", manifest, begun=False)
-    assert "data/tokenizer is missing, so train.sample will have no tokenizer" in capsys.readouterr().err
+    assert "data/tokenizer is missing, so mone-sample will have no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [b"", b"a: [", b"\xff\xfe\x00", b"model: {num_layers: two}", b"foo: 1", None])

@@ -171,7 +171,7 @@ def test_many_shards_raise_the_limit_of_open_files(tmp_path: Path, num_workers: 
 
 def test_more_shards_than_the_system_allows_open_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.resource, "getrlimit", lambda kind: (64, 64))
-    message = r"data.blend: its 3 shards take \d+ open files, and a process may have 64 here.*ulimit -Hn.*shard_tokens"
+    message = r"data.blend: its 3 shards need \d+ open files, but the hard limit is 64.*ulimit -Hn.*shard_tokens"
     with pytest.raises(DataError, match=message):
         reserve_descriptors([source(folder)])
 

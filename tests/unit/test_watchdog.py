@@ -64,4 +64,4 @@ def test_a_rank_that_waits_for_one_that_has_failed_ends(
     store.add(FAILED, 1)
     assert ended.wait(10)
     assert codes == [1]
-    assert "rank 0 ends in saving of step 3: another rank has ended" in capsys.readouterr().err
+    assert "rank 0 ends in saving of step 3: another rank has failed" in capsys.readouterr().err
