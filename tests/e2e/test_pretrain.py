@@ -173,7 +173,7 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
     assert "run.seed=7 (saved: 1234)" in finish(start(folder, "undisturbed", "run.seed=7"), code=2)
     with lock_run_folder(folder / "runs/undisturbed"):
         output = finish(start(folder, "undisturbed", f"training.steps={STEPS + 1}"), code=2)
-    assert "another run works there" in output
+    assert "another run uses it" in output
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_python_m_says_which_file_stands_before_ours(site: Path, hostile: Path, 
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         package = file.partition("/")[0].removesuffix(".py")
-        assert line.startswith(f"error: {folder / file} stands before this project's package `{package}`, in {site}; ")
+        assert line.startswith(f"error: {folder / file} shadows this project's package `{package}` in {site}; ")
 
 
 # What each script's --help has to mention.

@@ -130,7 +130,7 @@ def test_a_damaged_record_costs_no_other(tmp_path: Path, call_main: Call) -> Non
     (made(tmp_path / "damaged", "complete") / "metrics.jsonl").write_bytes(b"".join(lines))
     row, error = told(call_main, tmp_path)
     assert (row["step"], row["loss"], row["validation"], row["tokens/s"]) == (9, None, 4.25, None)
-    assert error == f"{tmp_path}/damaged/metrics.jsonl: 5 lines are damaged and left out, first line 2\n"
+    assert error == f"{tmp_path}/damaged/metrics.jsonl: 5 lines are damaged and skipped, first line 2\n"
     assert [record["step"] for record in read_metrics(tmp_path / "damaged")] == [5, 8, 9]
 
 
