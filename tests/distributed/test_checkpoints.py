@@ -106,7 +106,7 @@ def test_everything_saved_is_loaded_bit_by_bit_and_nothing_else(results: dict[st
 
 
 @pytest.mark.parametrize("saved", SAVED)
-def test_a_checkpoint_holds_every_weight_and_both_its_moments_and_its_master(results: dict[str, Any], saved: str) -> None:
+def test_a_checkpoint_has_every_weight_its_moments_and_its_master(results: dict[str, Any], saved: str) -> None:
     state = results[saved]["state"]
     kinds = {"exp_avg", "exp_avg_sq", *(["param"] if "bf16" in saved else [])}
     weights = {name for name, tensor in state.items() if tensor.dim() > 0 and not name.startswith("optimizer.")}
@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_every_weight_and_both_its_moments_and_its_master(res
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "bf16" not in name])
-def test_training_goes_on_as_if_it_had_not_been_interrupted(results: dict[str, Any], name: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(results: dict[str, Any], name: str) -> None:
     expected = results["uninterrupted fp32"]
     for part in ("losses", "norms"):
         assert results[name][part] == pytest.approx(expected[part][STEPS:], rel=1e-5)
@@ -135,7 +135,7 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(results: dict[str, A
 @pytest.mark.parametrize(
     ("saved", "name"), [(saved, name) for (_, saved, _, _), name in zip(LOADED, NAMES, strict=True) if "bf16" in saved]
 )
-def test_training_in_bf16_goes_on_as_if_it_had_not_been_interrupted(results: dict[str, Any], saved: str, name: str) -> None:
+def test_a_resumed_bf16_run_equals_an_uninterrupted_one(results: dict[str, Any], saved: str, name: str) -> None:
     actual, expected = results[name], results[f"uninterrupted {saved}"]
     for part in ("losses", "norms"):
         if name == f"{saved} -> {saved.removesuffix(' bf16')}":
@@ -149,7 +149,7 @@ def test_training_in_bf16_goes_on_as_if_it_had_not_been_interrupted(results: dic
 
 
 @pytest.mark.parametrize("case", ["later", "later ZeRO 3"])
-def test_training_goes_on_while_the_state_of_the_step_of_the_save_is_written(results: dict[str, Any], case: str) -> None:
+def test_an_async_save_writes_the_state_of_its_step(results: dict[str, Any], case: str) -> None:
     result = results[case]
     assert result["unpublished"] == [True, True], "a folder had its final name before everything was written"
     assert result["published"] == "step-00000001"
@@ -159,7 +159,7 @@ def test_training_goes_on_while_the_state_of_the_step_of_the_save_is_written(res
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_last_checkpoints_stay_and_some_for_ever(tmp_path: Path) -> None:
+def test_keep_last_and_keep_every(tmp_path: Path) -> None:
     saver = Saver(tmp_path, CheckpointConfig(keep_last=2, keep_every=20))
     for step in (10, 20, 30, 40, 50, 60, 70):
         saver.save(step=step, state={}, facts=facts_of(step))

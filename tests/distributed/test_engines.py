@@ -186,7 +186,7 @@ def test_a_step_that_is_not_applied_changes_nothing_but_the_schedule(results: di
 
 
 @pytest.mark.parametrize("name", DISTURBED)
-def test_training_goes_on_as_if_the_step_had_never_been(results: dict[str, Any], name: str) -> None:
+def test_training_continues_as_without_the_dropped_step(results: dict[str, Any], name: str) -> None:
     disturbed = results[f"disturbed/{name}"]
     omitted = results[f"omitted/{name}" if has_twin(name) else "omitted/megatron distributed"]
     remaining = [step for step in range(LAST) if step not in (REFUSED, POISONED)]

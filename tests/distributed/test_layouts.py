@@ -159,7 +159,7 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(results: dict[str, Any
 
 @pytest.mark.parametrize("layout", ["one", *NAMES])
 @pytest.mark.parametrize("case", ["smooth/unmasked", "sparse/normalised"])
-def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_gradient(results: dict[str, Any], layout: str, case: str) -> None:
+def test_padding_rows_of_the_vocabulary_have_no_gradient(results: dict[str, Any], layout: str, case: str) -> None:
     gradient_VD = results[f"{layout}/{case}"]["gradients"]["output_layer.weight"]
     assert len(gradient_VD) > TOKENS
     assert gradient_VD[:TOKENS].any(dim=1).all()

@@ -17,9 +17,7 @@ def write_corpus(path: Path) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def test_raw_text_becomes_a_model_that_writes(
-    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_from_raw_text_to_generated_text(command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl")
 
     def run(module: str, *args: str, processes: int = 1) -> str:

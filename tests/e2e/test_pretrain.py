@@ -101,7 +101,7 @@ def test_every_recorded_name_is_documented(folder: Path, undisturbed: str) -> No
     assert [name for name in sorted(general) if f"`{name}`" not in text] == []
 
 
-def test_the_same_command_gives_the_same_losses_and_a_signal_costs_nothing(folder: Path, undisturbed: str) -> None:
+def test_the_same_command_gives_the_same_losses_also_after_a_signal(folder: Path, undisturbed: str) -> None:
     process = start(folder, "interrupted")
     assert process.stdout is not None
     for line in process.stdout:
@@ -165,7 +165,7 @@ def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undi
             assert two[step] == pytest.approx(one[step], rel=1e-5), (metric, step)
 
 
-def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, undisturbed: str) -> None:
+def test_resume_never_overwrites_a_run_or_changes_its_model(folder: Path, undisturbed: str) -> None:
     assert "resume=never" in finish(start(folder, "undisturbed", "resume=never"), code=2)
     output = finish(start(folder, "undisturbed", "model.activation_ratio=0.5", f"training.steps={STEPS + 1}"), code=2)
     assert "model.activation_ratio=0.5" in output
@@ -185,7 +185,7 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
         (["data.blend=[{weight: 1}]"], "path"),
     ],
 )
-def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, options: list[str], expected: str) -> None:
+def test_invalid_options_are_reported_before_anything_is_written(folder: Path, options: list[str], expected: str) -> None:
     process = start(folder, "refused", *options)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -194,7 +194,7 @@ def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, optio
     assert not (folder / "runs/refused").exists()
 
 
-def test_wandb_without_a_server_goes_on_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_server_continues_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HOME", str(folder))
     options = ("logging.wandb_mode=online", "training.steps=3", "logging.figure_interval=0")

@@ -53,7 +53,7 @@ def run(site: Path, *command: str, folder: Path | None = None) -> str:
     return done.stdout
 
 
-def test_packages_come_from_the_wheel(site: Path) -> None:
+def test_packages_are_imported_from_the_wheel(site: Path) -> None:
     code = "import configs, data_prep, launch, train, mone_model; print(train.__file__, mone_model.__file__)"
     assert run(site, sys.executable, "-c", code).count(str(site)) == 2
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"bin", *PACKAGES}
@@ -98,7 +98,7 @@ def test_a_sweep_trains_in_a_folder_with_files_of_our_packages_names(site: Path,
     assert "2 steps of warm-up" in (hostile / "runs/mone/seed=1/log.txt").read_text()
 
 
-def test_python_m_says_which_file_stands_before_ours(site: Path, hostile: Path, tmp_path: Path) -> None:
+def test_python_m_reports_a_shadowing_file(site: Path, hostile: Path, tmp_path: Path) -> None:
     for file, module in {
         "configs/__init__.py": "train.pretrain",
         "launch.py": "data_prep.tokenize",

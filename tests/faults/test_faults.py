@@ -70,7 +70,7 @@ def fault(name: str, **arguments: Any) -> dict[str, Any]:
     ],
     ids=str,
 )
-def test_a_killed_run_ends_like_one_that_was_left_alone(folder: Path, hurt: Round) -> None:
+def test_a_killed_run_ends_like_an_uninterrupted_one(folder: Path, hurt: Round) -> None:
     outcome = play(folder, f"killed-{hurt.victims.replace(' ', '-')}", hurt)
     assert outcome.problem == ""
     assert outcome.torn == (hurt.moment == "save")
@@ -101,11 +101,11 @@ StopRequest(time_limit=60)
 """
 
 
-def test_a_process_that_leaves_is_not_killed_by_being_asked_again() -> None:
+def test_a_second_signal_does_not_kill_an_exiting_process() -> None:
     assert subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT).returncode == 0
 
 
-def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(folder: Path) -> None:
+def test_a_signal_to_one_rank_or_the_time_limit_saves_and_stops_all(folder: Path) -> None:
     # SIGTERM after a save and to all that a rank has started, as launchers do; there is a reader among them.
     for number, rank, step in ((signal.SIGUSR1, 0, 1), (signal.SIGTERM, 1, 3)):
         with Job(folder, "stopped", "data.num_workers=1", faults=[fault("slow", seconds=0.5)]) as job:
@@ -199,7 +199,7 @@ def hung(folder: Path) -> Iterator[dict[str, Job]]:
                     victim.send_signal(signal.SIGCONT)
 
 
-def test_a_rank_that_sleeps_for_ever_is_named_with_its_phase_and_the_run_ends(hung: dict[str, Job]) -> None:
+def test_a_hanging_rank_is_reported_with_its_phase_and_the_run_ends(hung: dict[str, Job]) -> None:
     output = hung["asleep"].finish(code=1)
     assert "rank 1 holds up the others" in output
     assert re.search(r"rank 1 on \S+: step 3, reading data, for \d+ s\n", output)
@@ -210,7 +210,7 @@ def test_a_rank_that_sleeps_for_ever_is_named_with_its_phase_and_the_run_ends(hu
     assert "rank 1 holds up the others" in ended["reason"]
 
 
-def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
+def test_a_stopped_rank_is_reported_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
     output = hung["frozen"].finish(code=1)
     assert "rank 0 holds up the others" in output
     assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not responded for \d+ s|has never responded)", output)
@@ -219,7 +219,7 @@ def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung:
     assert read_status(hung["frozen"].run)["exit_code"] == 4
 
 
-def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder: Path, disk: Path) -> None:
+def test_a_full_disk_loses_checkpoints_but_no_records(folder: Path, disk: Path) -> None:
     # Nothing at all can be written from step 3 to 6; the last checkpoint finds too little room.
     faults = [
         fault("fill_disk", path=str(disk), step=3, until=7, leave=0),
@@ -243,9 +243,7 @@ def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder:
 
 
 @pytest.mark.parametrize("async_save", ["false", "true"])
-def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
-    folder: Path, disk: Path, async_save: str
-) -> None:
+def test_a_disk_that_fills_during_a_save_loses_only_that_checkpoint(folder: Path, disk: Path, async_save: str) -> None:
     # Half of one fits at step 4, and of the last one at step 8.
     faults = [
         fault("believe_in_space"),
@@ -266,7 +264,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
     assert differences(folder, disk.name) == []
 
 
-def test_a_file_that_only_the_first_rank_writes_and_cannot_costs_that_checkpoint(folder: Path) -> None:
+def test_a_failed_write_on_rank_0_loses_only_that_checkpoint(folder: Path) -> None:
     names = {"common.pt": 2, ".metadata.tmp": 4, "metadata.json": 6}
     output = run_to_end(folder, "obstructed", faults=[fault("obstruct", names=names)])
     assert len(re.findall(r"step [246]: cannot (?:begin|publish) .*; training continues", output)) == 3
@@ -274,7 +272,7 @@ def test_a_file_that_only_the_first_rank_writes_and_cannot_costs_that_checkpoint
     assert differences(folder, "obstructed") == []
 
 
-def test_a_run_folder_that_cannot_be_written_is_refused_by_name(folder: Path, disk: Path) -> None:
+def test_an_unwritable_run_folder_is_refused(folder: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with Job(folder, disk.name, "parallel.expert=1", processes=1) as job:
         output = job.finish(code=2)
@@ -282,7 +280,7 @@ def test_a_run_folder_that_cannot_be_written_is_refused_by_name(folder: Path, di
     assert "Traceback" not in output
 
 
-def test_a_run_folder_that_becomes_read_only_costs_no_checkpoint(folder: Path, disk: Path) -> None:
+def test_a_read_only_run_folder_loses_no_checkpoint(folder: Path, disk: Path) -> None:
     with Job(folder, disk.name, faults=[fault("become_read_only", path=str(disk), step=5)]) as job:
         output = job.finish(code=1)
     assert "Read-only file system" in output
@@ -294,7 +292,7 @@ def test_a_run_folder_that_becomes_read_only_costs_no_checkpoint(folder: Path, d
     assert differences(folder, disk.name) == []
 
 
-def test_a_shard_that_changes_ends_the_run_by_name_and_nothing_of_it_is_saved(folder: Path) -> None:
+def test_a_changed_shard_ends_the_run_without_a_save(folder: Path) -> None:
     shard = make_shards(folder / "mutable", name="mutable") / "train-00000.bin"
     blend = "data.blend=[{path: mutable}]"
     with Job(folder, "altered", blend, faults=[fault("alter", path=str(shard), step=3, rank=1)]) as job:
@@ -305,7 +303,7 @@ def test_a_shard_that_changes_ends_the_run_by_name_and_nothing_of_it_is_saved(fo
     assert checkpoints(folder, "altered") == [2]
 
 
-def test_a_wandb_server_that_goes_away_costs_no_record_and_no_waiting(folder: Path) -> None:
+def test_a_lost_wandb_server_loses_no_record_and_does_not_block(folder: Path) -> None:
     server = Server()
     environment = {
         "WANDB_BASE_URL": server.url,

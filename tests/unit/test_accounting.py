@@ -54,7 +54,7 @@ def test_parameters_equal_those_of_the_built_model(variant: dict[str, Any]) -> N
     assert counted.experts == sum(weight.numel() for name, weight in built.named_parameters() if ".experts." in name)
 
 
-def test_a_shared_expert_that_selects_counts_what_it_keeps() -> None:
+def test_a_selecting_shared_expert_counts_kept_neurons() -> None:
     model = ModelConfig(**SMALL | {"shared_expert_neuron_ratio": 0.25, "activation_ratio": 0.5})
     # Of 4 experts 2 with 24 + 2 * 12 of 72 rows each, 40 + 2 * 10 of 120 of the shared expert, 4 of the router.
     assert count_parameters(model).active_moe_params == (4 + 2 * 48 + 60) / (4 + 2 * 72 + 120)
@@ -148,7 +148,7 @@ def test_model_configs_build_at_their_size(name: str, total: float | None, ratio
         assert model.shared_expert_ffn_hidden_size > 0
 
 
-def test_the_readme_tells_the_sizes() -> None:
+def test_the_readme_has_the_sizes() -> None:
     rows = re.findall(r"\| `(mone_\w+)` \| (\d+) \| (.*) \|", (ROOT / "README.md").read_text())
     assert len(rows) == 4
     for name, vocabulary, cells in rows:

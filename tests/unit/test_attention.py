@@ -63,7 +63,7 @@ def test_equals_the_formula(groups: int, length: int, of_gradients: float) -> No
 
 
 @pytest.mark.parametrize("important", [slice(0, 450), slice(450, 900)])
-def test_some_keys_may_count_for_nothing(important: slice) -> None:
+def test_keys_can_be_masked(important: slice) -> None:
     q, k, v = queries_keys_values(length=900)
     with torch.no_grad():
         q[..., 0] = 30.0
@@ -77,7 +77,7 @@ def test_some_keys_may_count_for_nothing(important: slice) -> None:
 
 
 @pytest.mark.parametrize("length", [64, 900])
-def test_scores_that_are_all_large_change_nothing(length: int) -> None:
+def test_large_scores_do_not_overflow(length: int) -> None:
     q, k, v = queries_keys_values(length=length)
     with torch.no_grad():
         q[..., 0], k[..., 0] = 38.0, 38.0  # scores of 500
@@ -89,7 +89,7 @@ def test_scores_that_are_all_large_change_nothing(length: int) -> None:
         assert gradient.abs().max() < 2e-3
 
 
-def test_nan_stays() -> None:
+def test_nan_propagates() -> None:
     q, k, v = queries_keys_values(length=900)
     with torch.no_grad():
         k[100, 1, 0, 3] = torch.nan

@@ -42,7 +42,7 @@ def test_the_earlier_name_of_a_backend_is_read() -> None:
         ({"order": [], "seed": None}, "has an invalid value of order"),
     ],
 )
-def test_a_fact_that_cannot_be_right_is_named(changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_fact_is_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CheckpointFacts.from_dict(facts_of(4).to_dict() | changes, step=4)
 

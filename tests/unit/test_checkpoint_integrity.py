@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_chosen(folder: Path, kind: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_chosen(folder: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     damage(folder / "step-00000002")
     newest, problems = choose(folder)
@@ -125,7 +125,7 @@ def test_the_newest_of_intact_checkpoints_is_chosen(folder: Path) -> None:
     assert problems == []
 
 
-def test_a_foreign_folder_is_named_and_others_are_no_concern(folder: Path) -> None:
+def test_a_shadowing_folder_is_reported_and_others_are_ignored(folder: Path) -> None:
     (folder / "step-00000003").mkdir()
     (folder / "step-00000003" / "weights.pt").write_bytes(b"0")
     (folder / "notes").mkdir()
@@ -135,7 +135,7 @@ def test_a_foreign_folder_is_named_and_others_are_no_concern(folder: Path) -> No
     assert problems == [f"{folder / 'step-00000003'}: foreign: no mone.json"]
 
 
-def test_without_an_intact_checkpoint_there_is_none(folder: Path) -> None:
+def test_no_intact_checkpoint(folder: Path) -> None:
     for path in folder.iterdir():
         flip_a_byte(tensors_of(path))
     newest, problems = choose(folder)
@@ -172,7 +172,7 @@ BRINGING = [bring_code_in_an_object, bring_code_in_the_metadata, bring_code_in_c
 
 
 @pytest.mark.parametrize("bring", BRINGING)
-def test_a_checkpoint_that_would_execute_code_is_refused_unexecuted(
+def test_a_checkpoint_with_code_is_refused_without_executing_it(
     folder: Path, tmp_path: Path, bring: Callable[[Path, Path], None]
 ) -> None:
     marker = tmp_path / "executed"
@@ -204,12 +204,12 @@ def test_a_trusted_checkpoint_is_loaded_with_its_code(
     assert torch.equal(loaded["weight"], torch.full((64, 8), 3.0))
 
 
-def test_what_a_run_saves_executes_no_code(folder: Path) -> None:
+def test_saved_checkpoints_execute_no_code(folder: Path) -> None:
     check_executes_no_code(folder / "step-00000002")
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints_only(
+def test_a_save_without_disk_space_fails_and_keeps_older_checkpoints(
     folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
 ) -> None:
     def nearly_full(path: Any) -> Any:
@@ -218,7 +218,7 @@ def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints
     saver = Saver(folder, CheckpointConfig(keep_last=1, async_save=async_save))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", nearly_full)
-        with pytest.raises(SaveFailed, match="are free and about"):
+        with pytest.raises(SaveFailed, match="are free, about"):
             saver.save(step=3, state=state_of(3.0), facts=facts_of(3))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert saver.finish(wait=True) is None
@@ -232,7 +232,7 @@ def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype: torch.dtype, value: float) -> None:
+def test_non_finite_state_is_reported_and_not_saved(folder: Path, dtype: torch.dtype, value: float) -> None:
     state = {"count": torch.ones(3, dtype=torch.int64), "none": torch.ones(0), "fine": torch.full((4, 4), 3e4, dtype=dtype)}
     assert find_not_finite(state) is None
     state["fine"][2, 3] = value
@@ -244,7 +244,7 @@ def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype
     assert saver.finish(wait=True) is None
 
 
-def test_a_save_whose_collecting_process_was_killed_fails_and_the_next_one_does_not(folder: Path) -> None:
+def test_a_save_after_a_killed_collecting_process_succeeds(folder: Path) -> None:
     for async_save in (False, True):
         saver = Saver(folder, CheckpointConfig(async_save=async_save))
         saver.save(step=3, state=state_of(3.0), facts=facts_of(3))
@@ -256,9 +256,7 @@ def test_a_save_whose_collecting_process_was_killed_fails_and_the_next_one_does_
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_save_in_which_the_collecting_process_is_killed_fails_in_good_order(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
-) -> None:
+def test_a_killed_collecting_process_fails_the_save(folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool) -> None:
     write = checkpoint._write_and_digest
 
     def write_and_lose(*args: Any, **kwargs: Any) -> None:

@@ -262,7 +262,7 @@ MISFITS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "an index without a chunk": (lambda path, shards: edit_index(path, forget_a_chunk), "does not locate a part of"),
     "an index to a device": (
         lambda path, shards: edit_index(path, lambda index: point_to(index, "/dev/zero")),
-        "none of its",
+        "not one of its",
     ),
     "an index beyond a file": (
         lambda path, shards: edit_index(path, lambda index: point_to(index, "__0_0.distcp", 10**9)),
@@ -362,7 +362,7 @@ def weights(engine: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
-def test_facts_of_nonsense_are_named_and_the_checkpoint_before_is_taken(
+def test_a_checkpoint_with_invalid_facts_is_skipped(
     run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     changes, message = NONSENSE[kind]
@@ -373,7 +373,7 @@ def test_facts_of_nonsense_are_named_and_the_checkpoint_before_is_taken(
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_a_signed_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_taken(
+def test_an_intact_checkpoint_that_does_not_fit_is_skipped(
     run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     spoil, message = MISFITS[kind]
@@ -387,7 +387,7 @@ def test_a_signed_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_ta
 
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 @pytest.mark.parametrize("kind", ["one moment missing", "weights that are no numbers"])
-def test_what_was_tried_leaves_nothing_in_the_model(
+def test_a_failed_load_leaves_the_model_unchanged(
     run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], engine: str, kind: str
 ) -> None:
     spoil, message = MISFITS[kind]
@@ -422,7 +422,7 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[int]:
     return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_other(run_folder: Path, shards: Path, train: Train) -> None:
+def test_a_damaged_newest_checkpoint_loses_only_its_steps(run_folder: Path, shards: Path, train: Train) -> None:
     saves = run_folder / "checkpoints"
     next((saves / name_of(4)).glob("*.distcp")).write_bytes(b"")
     # Its first save is at a lower step than the damaged one, and would keep no other.
@@ -464,7 +464,7 @@ def hide(saves: Path) -> None:
 
 @pytest.mark.parametrize("lose", [remove, leave_a_link, empty, hide])
 @pytest.mark.parametrize("version", ["this", "an earlier one", "one that was killed", "without records"])
-def test_a_run_whose_checkpoints_vanished_does_not_begin_anew(
+def test_a_run_with_missing_checkpoints_does_not_start_again(
     run_folder: Path, shards: Path, lose: Callable[[Path], None], version: str
 ) -> None:
     lose(run_folder / "checkpoints")
@@ -480,7 +480,7 @@ def test_a_run_whose_checkpoints_vanished_does_not_begin_anew(
     assert before == {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
 
 
-def test_a_run_killed_before_its_first_save_begins_anew_and_its_records_stay(
+def test_a_run_killed_before_its_first_save_starts_again_and_keeps_its_records(
     tmp_path: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Trainer, *, must: bool) -> None:
@@ -497,7 +497,7 @@ def test_a_run_killed_before_its_first_save_begins_anew_and_its_records_stay(
     assert records(tmp_path / "run") == records(tmp_path / "run", "metrics.later-1.jsonl") == [1, 2]
 
 
-def test_a_jump_of_the_learning_rate_is_told_and_what_keeps_it(run_folder: Path, shards: Path, train: Train) -> None:
+def test_a_higher_learning_rate_after_a_resume_is_reported(run_folder: Path, shards: Path, train: Train) -> None:
     output = train(config_of(run_folder, shards))
     assert "schedule  cosine, 1 steps of warm-up to 0.001, 0.0001 at step 6; 0.000186 at step 5\n" in output
     longer = {"steps": 20}
@@ -509,7 +509,7 @@ def test_a_jump_of_the_learning_rate_is_told_and_what_keeps_it(run_folder: Path,
     assert re.search(
         r"warning: the learning rate jumps from 0.0001 to 0.0007\d+; optimizer.decay_steps=6 would keep", output
     )
-    assert re.search(r"validation loss \d.* at step 7; knowing", output), "the run stopped at step 8"
+    assert re.search(r"validation loss \d.* at step 7; token frequencies", output), "the run stopped at step 8"
     kept = {"training": longer, "optimizer": {"warmup_steps": 1, "decay_steps": 20}}
     output = train(config_of(run_folder, shards, **kept, run={"stop_at_step": 9}))
     assert "before the resume" not in output
@@ -523,11 +523,11 @@ def test_checkpoints_of_earlier_versions_load_and_are_not_deleted(run_folder: Pa
         facts = json.loads(path.read_text())
         path.write_text(json.dumps({name: facts[name] for name in facts.keys() - {"run", "optimizer", "steps"}}))
     output = train(config_of(run_folder, shards, checkpoint={"interval": 1, "keep_last": 1}))
-    assert "does not say what it was before" in output
+    assert "does not record the schedule" in output
     assert names_in(run_folder / "checkpoints") == [name_of(step) for step in (2, 4, 6)]
 
 
-def test_weights_that_are_no_numbers_are_never_saved(
+def test_non_finite_weights_are_never_saved(
     tmp_path: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = Trainer.train_step

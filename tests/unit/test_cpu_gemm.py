@@ -42,7 +42,7 @@ MATRICES = {
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("name", MATRICES)
-def test_products_and_gradients_are_right(name: str) -> None:
+def test_products_and_gradients_equal_the_reference(name: str) -> None:
     a, b = (matrix.detach().requires_grad_() for matrix in MATRICES[name])
     precise = [matrix.detach().double().requires_grad_() for matrix in (a, b)]
     product, expected = a @ b, precise[0] @ precise[1]

@@ -114,7 +114,7 @@ def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, b
         ([64, 128], 48, 1000, 1),
     ],
 )
-def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: int, neurons: int, kept: int) -> None:
+def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, neurons: int, kept: int) -> None:
     generator = torch.Generator().manual_seed(sum(tokens))
 
     def random(*shape: int) -> torch.Tensor:
@@ -138,9 +138,7 @@ def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: i
 @pytest.mark.parametrize("frozen", [None, "gate_up_weight", "down_weight"])
 @pytest.mark.parametrize("balance", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["loop", "sparse"])
-def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone(
-    backend: str, balance: float, frozen: str | None
-) -> None:
+def test_gradients_accumulate_over_micro_batches_and_are_reset(backend: str, balance: float, frozen: str | None) -> None:
     experts = make_experts(kept=6, backend=backend, balance=balance)
     twin = make_experts(kept=6, balance=balance)
     names, of_twin = zip(*twin.named_parameters(), strict=True)

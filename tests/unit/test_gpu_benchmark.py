@@ -159,7 +159,7 @@ def test_a_kernel_that_raises_fails_its_check_only() -> None:
     assert "an illegal memory access" in first["error"]
 
 
-def test_an_operator_that_is_not_its_kernels_fails() -> None:
+def test_an_operator_that_differs_from_its_kernel_fails() -> None:
     names, *tensors = checks.make_inputs(SHAPE, torch.float32, 1, "cpu")
     inputs = checks.Inputs(names[-4:], *(tensor[-4:] for tensor in tensors))
 
@@ -187,7 +187,7 @@ def test_wrong_experts_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [record["passed"] for record in records] == [False] * 4
 
 
-def test_a_task_that_raises_dies_or_hangs_is_a_failure() -> None:
+def test_a_task_that_raises_crashes_or_hangs_fails() -> None:
     (raised,) = run(Task("it", "check", int, ("x",)), timeout=60)  # type: ignore[arg-type]
     (died,) = run(Task("it", "check", os._exit, (3,)), timeout=60)
     (hung,) = run(Task("it", "check", time.sleep, (1000,)), timeout=0.1)  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def test_a_task_that_raises_dies_or_hangs_is_a_failure() -> None:
     assert hung["error"] == "no result for 0.1 s: killed"
 
 
-def test_the_file_is_whole_after_each_part_and_says_whether_it_is_complete(tmp_path: Path) -> None:
+def test_the_file_is_valid_after_each_part_and_marks_completion(tmp_path: Path) -> None:
     path = tmp_path / "report" / "gpu.json"
     report = Report(path, {"gpu": None}, interpreted=True)
     wrong = {"name": "one", "passed": False, "worst": "infinite", "quantity": "ties", "row": "equal", "shares": {}}

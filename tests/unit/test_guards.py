@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_what_is_not_finite_is_dropped(loss: float, norm: float) -> None:
+def test_a_non_finite_step_is_dropped(loss: float, norm: float) -> None:
     guard = StepGuard(GuardConfig(), CPU)
     assert guard.accepts(1, 2.0, 1.0)
     assert not guard.accepts(2, loss, norm)
@@ -37,7 +37,7 @@ def test_the_budget_counts_the_last_steps_only() -> None:
         guard.check_budget(13, since=10)
 
 
-def test_a_run_has_come_to_nothing_if_its_whole_last_window_was_dropped() -> None:
+def test_a_run_fails_if_its_last_window_was_dropped() -> None:
     guard = StepGuard(GuardConfig(max_dropped=9, window=3), CPU)
     guard.accepts(1, 2.0, 1.0)
     for step in (2, 3):
@@ -52,7 +52,7 @@ def test_a_run_has_come_to_nothing_if_its_whole_last_window_was_dropped() -> Non
     guard.check_progress(5, since=3)
 
 
-def test_a_spike_is_dropped_and_does_not_widen_what_is_usual() -> None:
+def test_a_spike_is_dropped_and_not_counted_in_the_deviation() -> None:
     config = GuardConfig(spike_sigma=6.0, spike_window=20)
     guard = StepGuard(config, CPU)
     assert guard.accepts(0, 99.0, 99.0), "nothing is unusual at first"
@@ -67,7 +67,7 @@ def test_a_spike_is_dropped_and_does_not_widen_what_is_usual() -> None:
     assert again.state() == guard.state(), "a checkpoint carries it over exactly"
 
 
-def test_without_a_threshold_spikes_pass_and_nothing_is_kept() -> None:
+def test_without_spike_sigma_no_step_is_recorded() -> None:
     guard = StepGuard(GuardConfig(), CPU)
     for step in range(300):
         assert guard.accepts(step, 3.0, 1.0)
@@ -75,7 +75,7 @@ def test_without_a_threshold_spikes_pass_and_nothing_is_kept() -> None:
     assert guard.state() == {"dropped": [], "recent": []}
 
 
-def test_steps_that_are_dropped_after_a_save_began_are_not_in_what_it_keeps() -> None:
+def test_steps_dropped_during_a_save_are_not_in_the_checkpoint() -> None:
     guard = StepGuard(GuardConfig(), CPU)
     kept = guard.state()
     guard.accepts(1, math.nan, 1.0)

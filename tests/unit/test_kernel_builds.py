@@ -119,7 +119,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "another bit", "a folder", "a dangling link"])
-def test_a_damaged_library_is_compiled_anew(cache: Path, how: str) -> None:
+def test_a_damaged_library_is_compiled_again(cache: Path, how: str) -> None:
     assert answer() == 42
     assert times_compiled(cache) == 0
     damage(cache, how)
@@ -131,7 +131,7 @@ def test_a_damaged_library_is_compiled_anew(cache: Path, how: str) -> None:
         assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_a_cache_that_cannot_be_written_costs_compiling_at_every_start(
+def test_an_unwritable_cache_compiles_at_every_start(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(cache.parent.parent))
@@ -151,7 +151,7 @@ def test_processes_that_compile_at_once_all_get_whole_libraries(cache: Path) -> 
     assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_what_killed_builds_left_is_removed_but_not_what_is_in_use(cache: Path) -> None:
+def test_leftovers_of_killed_builds_are_removed(cache: Path) -> None:
     damage(cache, "empty")
     left, used = cache.parent / "build-left", cache.parent / "build-used"
     for folder in (left, used):
@@ -202,7 +202,7 @@ def test_another_version_of_torch_compiles_its_own_library(cache: Path, monkeypa
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
-def test_processors_without_wide_registers_compute_the_same(processor: str, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_register_width(processor: str, tmp_path: Path) -> None:
     code = f"""
 import torch
 from torch.utils import cpp_extension

@@ -29,7 +29,7 @@ def give(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("variables", [{}, WHOLE, WHOLE | LOCAL, WHOLE | {"LOCAL_RANK": "1"}])
-def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+def test_launcher_variables_are_all_set_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     give(monkeypatch, variables)
     check_launcher()
 
@@ -55,7 +55,7 @@ def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str])
         (WHOLE | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, ["at most WORLD_SIZE"]),
     ],
 )
-def test_anything_else_is_refused_by_name(
+def test_inconsistent_launcher_variables_are_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: list[str]
 ) -> None:
     give(monkeypatch, variables)
@@ -65,7 +65,7 @@ def test_anything_else_is_refused_by_name(
         assert word in str(error.value)
 
 
-def test_a_command_of_one_process_refuses_to_be_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_command_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     check_alone("train.sample")
     give(monkeypatch, WHOLE)
     with pytest.raises(UserError, match="WORLD_SIZE=4: train.sample is one process"):
@@ -73,7 +73,7 @@ def test_a_command_of_one_process_refuses_to_be_several(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("main", [pretrain.main, sample.main, calibrate.main])
-def test_the_commands_check_before_anything_else(
+def test_commands_check_versions_first(
     main: Callable[[], None], call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # A run that is not there, and nobody to meet.
@@ -84,7 +84,7 @@ def test_the_commands_check_before_anything_else(
     assert printed.count("\n") == 1
 
 
-def test_a_mistake_in_the_command_line_is_told_once_on_a_machine(
+def test_a_command_line_error_is_printed_once_per_machine(
     call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give(monkeypatch, WHOLE | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"})
@@ -94,7 +94,7 @@ def test_a_mistake_in_the_command_line_is_told_once_on_a_machine(
         assert (code, printed.count("error: ")) == (2, lines)
 
 
-def test_the_empty_log_folders_of_torchrun_go_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_log_folders_of_torchrun_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, others, filled = tmp_path / "torchelastic_1", tmp_path / "logs", tmp_path / "torchelastic_2"
     for folder in (ours, others, filled):
         for rank in "01":
@@ -119,7 +119,7 @@ print("left behind", flush=True)
 """
 
 
-def test_a_rank_whose_launcher_goes_while_it_starts_ends() -> None:
+def test_a_starting_rank_ends_with_its_launcher() -> None:
     agent = f"""
 import os, subprocess, sys, signal
 environment = {{**os.environ, "RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "a"}}

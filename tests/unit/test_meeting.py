@@ -72,14 +72,14 @@ def checking(wrong: dict[int, str]) -> Callable[[Meeting], None]:
         ({0: "locked", 3: "no data"}, ["rank 0 on a: locked", "rank 3 on b: no data", "rank 3 on b: no data"]),
     ],
 )
-def test_a_check_that_fails_on_any_rank_ends_all_by_rank_host_and_reason(
+def test_a_failed_check_ends_all_ranks_with_rank_host_and_reason(
     capsys: pytest.CaptureFixture[str], wrong: dict[int, str], lines: list[str]
 ) -> None:
     assert play(checking(wrong), "aabb") == (["went on"] * 4 if not wrong else [2] * 4)
     assert sorted(capsys.readouterr().err.splitlines()) == sorted(f"error: {line}" for line in lines)
 
 
-def test_a_rank_that_never_comes_keeps_nobody(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_rank_ends_the_others(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     # Ranks 2 and 3 of the job are not there; what rank 1 found is told all the same.
     monkeypatch.setattr(module, "MEETING_SECONDS", 2.0)
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 1.0)
@@ -98,7 +98,7 @@ def test_a_rank_that_never_comes_keeps_nobody(capsys: pytest.CaptureFixture[str]
     assert "error: rank 0 on a: ranks 2, 3 did not connect within 2 s" in printed
 
 
-def test_a_failure_is_told_also_where_the_first_rank_cannot_be_met(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_if_rank_0_is_unreachable(capsys: pytest.CaptureFixture[str]) -> None:
     meeting = Meeting(1, 2)
     with pytest.raises(SystemExit) as exit, meeting.together("checks"):
         raise UserError("no data")
@@ -106,12 +106,12 @@ def test_a_failure_is_told_also_where_the_first_rank_cannot_be_met(capsys: pytes
     assert f"error: rank 1 on {meeting.host}: no data\n" in capsys.readouterr().err
 
 
-def test_one_process_fails_at_once_with_its_own_exception() -> None:
+def test_a_single_process_raises_its_own_exception() -> None:
     with pytest.raises(UserError, match="no data"), Meeting(0, 1).together("checks"):
         raise UserError("no data")
 
 
-def test_a_folder_that_is_not_shared_is_named_with_the_machine_that_lacks_it(
+def test_a_folder_that_is_not_shared_is_reported_with_the_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def act(shared: bool) -> Callable[[Meeting], None]:
@@ -130,9 +130,7 @@ def test_a_folder_that_is_not_shared_is_named_with_the_machine_that_lacks_it(
     assert told in capsys.readouterr().err
 
 
-def test_of_those_that_end_for_one_reason_one_prints_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_rank_prints_a_common_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[int, bool] = {}
 
     def act(wrong: dict[int, str], kind: type[ReportedError] = UserError) -> Callable[[Meeting], None]:

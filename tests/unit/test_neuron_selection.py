@@ -57,7 +57,7 @@ def test_the_score_is_taken_after_the_activation() -> None:
     assert select_neurons(torch.nn.functional.silu(before), 1).mask_NH.tolist() == [[False, True]]
 
 
-def test_no_rows_is_no_trouble() -> None:
+def test_no_rows() -> None:
     kept = select_neurons(torch.empty(0, 8), 3)
     assert kept.mask_NH.shape == (0, 8)
     assert kept.threshold_N.shape == (0,)
@@ -162,9 +162,7 @@ def best_of(scores: list[float], k: int) -> set[int]:
 
 @settings(deadline=None, max_examples=60)
 @given(rows=BROKEN_ROWS, data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_selection_keeps_exactly_k_whatever_a_row_holds(
-    rows: list[list[float]], data: st.DataObject, dtype: torch.dtype
-) -> None:
+def test_selection_keeps_exactly_k_for_any_row(rows: list[list[float]], data: st.DataObject, dtype: torch.dtype) -> None:
     gate_NH = torch.tensor(rows).to(dtype)
     k = data.draw(st.integers(1, gate_NH.size(1)))
     for select in (select_neurons, select_neurons_reference):
@@ -181,7 +179,7 @@ def test_selection_keeps_exactly_k_whatever_a_row_holds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     activation=st.sampled_from(list(ACTIVATIONS)),
 )
-def test_gating_keeps_exactly_k_whatever_a_row_holds(
+def test_gating_keeps_exactly_k_for_any_row(
     kernels: bool, rows: list[list[float]], data: st.DataObject, dtype: torch.dtype, activation: str
 ) -> None:
     gate_NH = torch.tensor(rows).to(dtype).requires_grad_()
@@ -257,7 +255,7 @@ def test_masks_are_packed_and_unpacked(rows: list[list[bool]]) -> None:
     assert torch.equal(unpack(pack(mask_NH), 37), mask_NH)
 
 
-def test_without_a_compiler_torch_serves_and_says_so_once(
+def test_without_a_compiler_torch_is_used_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:

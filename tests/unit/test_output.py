@@ -69,7 +69,7 @@ def test_a_full_disk_or_a_closed_descriptor_stops_nothing(tmp_path: Path) -> Non
     assert (tmp_path / "closed").read_text() == "complete"
 
 
-def test_what_can_be_written_is_written_in_order_in_any_encoding(tmp_path: Path) -> None:
+def test_output_is_written_in_order_in_any_encoding(tmp_path: Path) -> None:
     with open(tmp_path / "log", "wb") as log:
         train(tmp_path, stdout=log, stderr=log, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     text = (tmp_path / "log").read_text()
@@ -79,7 +79,7 @@ def test_what_can_be_written_is_written_in_order_in_any_encoding(tmp_path: Path)
     assert text.count("no end of line") == 2  # the fork had it, too
 
 
-def test_text_that_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_dropped_text_is_counted(tmp_path: Path) -> None:
     script = """
 import os, sys, time
 from mone_common.output import unblock_output, drain_output
@@ -136,7 +136,7 @@ def test_a_command_ends_quietly_with_its_reader() -> None:
     assert (done.stdout, done.stderr) == ("line 0\n141\n", "")
 
 
-def test_an_error_of_a_process_of_any_rank_is_told() -> None:
+def test_an_error_of_any_rank_is_printed() -> None:
     script = """
 from mone_common.console import UserError, reporting_errors
 

@@ -77,7 +77,7 @@ def test_the_plan_in_docs_is_what_the_command_prints(call_main: Call) -> None:
     assert (code, out) == (0, printed)
 
 
-def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
+def test_a_plan_that_does_not_fit_proposes_alternatives(call_main: Call) -> None:
     options = ("model=mone_2p8b", "compute.precision=bf16", "cluster.gpu=a100_40gb", "training.global_batch_size=256")
     code, out, _ = call_main(main, *options)
     assert code == 1
@@ -109,7 +109,7 @@ def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
         (["model=mone_tiny", "data.blend=[]"], "model.vocab_size=null: set it"),
     ],
 )
-def test_mistakes_are_told_by_name(call_main: Call, arguments: list[str], message: str) -> None:
+def test_errors_name_the_option(call_main: Call, arguments: list[str], message: str) -> None:
     code, _, error = call_main(main, *arguments)
     assert code == 2
     assert message in error

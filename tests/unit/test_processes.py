@@ -81,7 +81,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
-def test_helpers_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) -> None:
+def test_children_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "helpers.py").write_text(HELPERS)
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}

@@ -46,7 +46,7 @@ def failed(step: int) -> Attempt:
         ({"state": "stopped", "reason": "SIGNAL"}, {"earlier": [failed(20)]}, "stopped", True),
     ],
 )
-def test_a_job_goes_on_unless_that_is_in_vain(
+def test_a_job_restarts_unless_it_makes_no_progress(
     tmp_path: Path, status: dict[str, Any] | None, how: dict[str, Any], outcome: str, requeued: bool
 ) -> None:
     options: dict[str, Any] = {"restart": 1, "runs": True, "earlier": []} | how
@@ -55,7 +55,7 @@ def test_a_job_goes_on_unless_that_is_in_vain(
     assert (attempt.outcome, attempt.requeued, attempt.step) == (outcome, requeued, 20)
 
 
-def test_damaged_files_do_not_keep_a_job_from_going_on(tmp_path: Path) -> None:
+def test_damaged_files_do_not_prevent_a_restart(tmp_path: Path) -> None:
     folder = folder_of_a_run(tmp_path / "run", step=20, status=None, earlier=[failed(10)])
     (folder.parent / "status.json").write_text('{"state": "stop')
     with open(folder / ATTEMPTS, "a") as file:

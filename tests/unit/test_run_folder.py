@@ -55,7 +55,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("runs/" + "x" * 300, "cannot be a folder (File name too long)"),
     ],
 )
-def test_folders_that_a_run_cannot_have_alone(folder: str, problem: str) -> None:
+def test_folders_that_a_run_cannot_use(folder: str, problem: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.dir=.*; give a folder of its own, e\.g\. run\.dir=runs/mine$") as error:
         check_free(Path(folder))
     assert problem in str(error.value)
@@ -68,14 +68,14 @@ def test_new_folders_and_those_of_runs_are_free(folder: str) -> None:
     check_free(Path(folder))
 
 
-def test_a_folder_with_files_of_its_user_is_free(here: Path) -> None:
+def test_a_folder_with_other_files_is_free(here: Path) -> None:
     (here / "notes").mkdir()
     (here / "notes/config.yaml").touch()
     check_free(Path("notes"))
     check_free(Path("notes/run"))
 
 
-def test_a_run_that_was_begun_in_the_current_folder_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_the_current_folder_can_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here / "runs/one")
     check_free(Path())
 
@@ -86,6 +86,6 @@ def test_a_sweep_joins_its_earlier_runs(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [".", "/", "runs/one/points", "file"])
-def test_folders_that_a_sweep_cannot_have(folder: str) -> None:
+def test_folders_that_a_sweep_cannot_use(folder: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.dir="):
         check_free(Path(folder), sweep=True)

@@ -138,7 +138,7 @@ def no_locks(file: Any, operation: int) -> None:
     raise OSError(38, "Function not implemented")
 
 
-def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"data.index_cache=.*cache: cannot write there"):
@@ -185,7 +185,7 @@ def forged(folder: Path, file: str, at: int, value: Any) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_token_beyond_the_vocabulary_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
+def test_a_token_beyond_the_vocabulary_is_reported_on_one_line(tmp_path: Path, num_workers: int) -> None:
     folder = make_shards(tmp_path / "a", name="a")
     forged(folder, "train-00000.bin", 200, np.uint16(900))
     with pytest.raises(ReadError) as caught:
@@ -200,7 +200,7 @@ def test_a_token_beyond_the_vocabulary_is_named_in_one_line(tmp_path: Path, num_
     )
 
 
-def test_an_index_that_is_damaged_behind_its_header_is_named(tmp_path: Path) -> None:
+def test_an_index_damaged_after_its_header_is_reported(tmp_path: Path) -> None:
     for number, (at, value) in enumerate({34: np.int32(5), 38: np.int32(-7), 34 + 4 * 200: np.int64(8)}.items()):
         folder = make_shards(tmp_path / str(number))
         forged(folder, "train-00000.idx", at, value)
@@ -220,7 +220,7 @@ def no_last_bound(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [pointing_nowhere, no_last_bound])
-def test_an_index_that_is_damaged_behind_a_known_order_is_named(
+def test_a_damaged_index_with_a_stored_order_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)
@@ -233,7 +233,7 @@ def test_an_index_that_is_damaged_behind_a_known_order_is_named(
 
 @pytest.mark.parametrize("kind", ["order", "turns"])
 @pytest.mark.parametrize("value", [2**31 - 1, -(2**31), -1, 7])
-def test_an_order_file_of_other_content_is_named(
+def test_a_damaged_order_file_is_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, value: int
 ) -> None:
     monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)

@@ -34,10 +34,10 @@ def heavy_modules(program: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_modules_of_planning_and_launching_import_neither(module: str) -> None:
+def test_planning_and_launching_import_neither_torch_nor_megatron_core(module: str) -> None:
     assert heavy_modules(f"import {module}") == ""
 
 
-def test_a_plan_imports_neither() -> None:
+def test_a_plan_imports_neither_torch_nor_megatron_core() -> None:
     options = ("model=mone_925m", "model.vocab_size=32000", "cluster.gpu=h100", "compute.precision=bf16")
     assert heavy_modules("from launch.plan import main; main()", *options) == ""

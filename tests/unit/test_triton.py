@@ -123,7 +123,7 @@ def test_equals_its_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scales_that_no_first_guess_expects(interpreter: Interpreter, dtype: torch.dtype) -> None:
+def test_extreme_scales(interpreter: Interpreter, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     scales_N1 = torch.tensor([1e-30, 1e-4, 1.0, 300.0, 1.0, 1.0])[:, None]
     gate_NH = scales_N1 * torch.randn(6, 200, generator=generator)
@@ -150,7 +150,7 @@ def test_the_longest_rows(interpreter: Interpreter) -> None:
     check(interpreter, gate_NH, up_NH, torch.rand(2, generator=generator), 5000, "silu")
 
 
-def test_no_rows_is_no_trouble(interpreter: Interpreter) -> None:
+def test_no_rows(interpreter: Interpreter) -> None:
     none_NH, none_N = torch.empty(0, 40), torch.empty(0)
     hidden_NH, masks_NW, gates_NK, ups_NK, threshold_N = interpreter("select_and_gate", none_NH, none_NH, none_N, 7, "silu")
     assert [tuple(tensor.shape) for tensor in (hidden_NH, masks_NW, gates_NK, ups_NK, threshold_N)] == [
@@ -161,7 +161,7 @@ def test_no_rows_is_no_trouble(interpreter: Interpreter) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keeps_exactly_k_and_stays_in_bounds_whatever_a_row_holds(interpreter: Interpreter, dtype: torch.dtype) -> None:
+def test_keeps_exactly_k_and_stays_in_bounds_for_any_row(interpreter: Interpreter, dtype: torch.dtype) -> None:
     nan, infinity = float("nan"), float("inf")
     rows = [[nan], [nan, 1.0, -nan, 2.0, 0.5], [infinity, -infinity, 1.0], [0.0], [-nan, infinity], [3.0, 2.0, 1.0]]
     gate_NH = torch.tensor([(row * 37)[:37] for row in rows], dtype=dtype)
@@ -197,7 +197,7 @@ def test_activations_and_their_gradients_reach_their_limits(interpreter: Interpr
         assert slope_1H[0, -2:].tolist() == [0.0, 0.0 if activation == "sigmoid" else 1.0]
 
 
-def test_says_what_it_can_serve(interpreter: Interpreter) -> None:
+def test_availability_of_the_kernel(interpreter: Interpreter) -> None:
     from mone_model.kernels.triton import selection as triton
 
     assert not triton.selects(torch.empty(1, 8))  # neither a GPU nor the interpreter

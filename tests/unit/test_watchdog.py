@@ -45,7 +45,7 @@ def test_a_run_that_hangs_ends_with_code_4_and_neither_a_clock_that_jumps_nor_a_
     assert "in <module>" in done.stderr  # the stack says where
 
 
-def test_a_rank_that_waits_for_one_that_has_failed_ends(
+def test_a_rank_that_waits_for_a_failed_rank_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes, ended = list[int](), threading.Event()
