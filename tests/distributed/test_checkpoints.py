@@ -1,4 +1,4 @@
-"""One form of checkpoint for both engines and every layout: what is saved on one is there on another, bit by bit."""
+"""Checkpoints of both engines and all layouts are interchangeable, bit by bit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def deepspeed(stage: int, **more: Any) -> dict[str, Any]:
     return {"engine": "deepspeed", "deepspeed": {"zero_stage": stage, **more}}
 
 
-# What is saved after three steps, by two processes.
+# Cases that two processes save after three steps.
 SAVED: dict[str, dict[str, Any]] = {
     "megatron ep2": {"parallel": EP2},
     "megatron plain ep2": {"parallel": PLAIN_EP2},
@@ -33,7 +33,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "megatron ep2 bf16": {"parallel": EP2, **BF16},
     "ZeRO 3 ep2 bf16": {"parallel": EP2, **BF16, **deepspeed(3)},
 }
-# By whom each is loaded: the number of processes, what was saved, and how it goes on.
+# Cases that load them: number of processes, saved case, and options of the new run.
 LOADED: list[tuple[int, str, str, dict[str, Any]]] = [
     (1, "megatron ep2", "megatron on one process", {}),
     (2, "megatron ep2", "megatron dp2", {}),
@@ -59,7 +59,7 @@ LOADED: list[tuple[int, str, str, dict[str, Any]]] = [
     (1, "ZeRO 3 ep2 bf16", "megatron on one process", BF16),
 ]
 NAMES = [f"{saved} -> {by}" for _, saved, by, _ in LOADED]
-# bf16 is compared on the layout that saved: elsewhere rounding in fp32 soon moves a weight to the next bf16 number.
+# bf16 is compared on the same layout only: on others, fp32 rounding soon changes a weight to the next bf16 number.
 UNINTERRUPTED: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32": (1, {}),
     "megatron ep2 bf16": (2, SAVED["megatron ep2 bf16"]),
@@ -77,13 +77,13 @@ def case_of(processes: int, options: dict[str, Any], **more: Any) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the checkpoints are."""
+    """The folder of the checkpoints."""
     return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
-    """What every case computed."""
+    """The results of all cases."""
     cases: dict[int, dict[str, dict[str, Any]]] = {2: {}, 1: {}, 4: {}}
     for name, options in SAVED.items():
         cases[2][name] = case_of(2, options, save=str(folder / name))
@@ -140,7 +140,7 @@ def test_a_resumed_bf16_run_equals_an_uninterrupted_one(results: dict[str, Any],
     for part in ("losses", "norms"):
         if name == f"{saved} -> {saved.removesuffix(' bf16')}":
             assert actual[part] == expected[part][STEPS:]
-        # Gradients of other layouts are rounded to bf16 in other places.
+        # On other layouts, gradients are rounded to bf16 at other points.
         if part == "losses" or name.endswith("ep2"):
             assert actual[part][0] == pytest.approx(expected[part][STEPS], rel=1e-5)
     assert actual["losses"] == pytest.approx(expected["losses"][STEPS:], rel=2**-8)

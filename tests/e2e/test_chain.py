@@ -1,4 +1,4 @@
-"""From raw text to samples, by the commands of the README."""
+"""From raw text to samples with the commands of the README."""
 
 import json
 import random
@@ -35,7 +35,7 @@ def test_from_raw_text_to_generated_text(command: Callable[..., subprocess.Compl
     trained = run("train.pretrain", *options, "training.steps=80", processes=2)
     assert "complete" in trained
 
-    # The layout is no part of the checkpoint: one process continues what two began.
+    # A checkpoint does not depend on the layout: one process continues a run of two.
     continued = run("train.pretrain", *options, "training.steps=90", "parallel.expert=1")
     assert "resumed from runs/words/checkpoints/step-00000080" in continued
     records = [json.loads(line) for line in (tmp_path / "runs/words/metrics.jsonl").read_text().splitlines()]
@@ -52,7 +52,7 @@ def test_from_raw_text_to_generated_text(command: Callable[..., subprocess.Compl
     assert len(thresholds["thresholds"]) == 2
     assert abs(thresholds["loss"] - thresholds["loss_of_k_best"]) < 0.1
     assert "kept" in calibrated
-    # A run that was moved away from its data still writes.
+    # A moved run still generates text.
     (tmp_path / "runs/words").rename(tmp_path / "words")
     (tmp_path / "shards").rename(tmp_path / "gone")
     again = run("train.sample", "run=words", 'prompts=["the river"]', "thresholds=words/thresholds.json")

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: real processes, real files, real signals."""
+"""mone-pretrain with real processes, files and signals."""
 
 import json
 import os
@@ -27,7 +27,7 @@ OPTIONS = [
     "model.hidden_dropout=0.1",
     "model.neuron_balance_coeff=0.01",
     "model.z_loss_coeff=0.001",
-    "compute.experts=grouped",  # two runs may find another method fastest, and would then differ in their rounding
+    "compute.experts=grouped",  # with auto, two runs may choose different backends, which round differently
     f"training.steps={STEPS}",
     "training.micro_batch_size=2",
     "training.global_batch_size=8",
@@ -148,13 +148,13 @@ def test_a_run_continues_with_another_engine_world_size_batch_size_blend_and_len
     assert list(losses) == list(range(1, 11))
     assert tokens[4] == 4 * 8 * 32
     assert tokens[10] == tokens[4] + 6 * 4 * 32
-    # Not one of its moments or steps is lost on the way: the loss does not jump.
+    # No moment or step is lost: the loss does not jump.
     assert abs(losses[5] - losses[4]) < 0.2
     assert losses[10] < losses[1]
 
 
 def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undisturbed: str) -> None:
-    # Without dropout, whose random numbers belong to a rank; the blend, the order and the initial weights are the same.
+    # Without dropout, whose random numbers depend on the rank; blend, order and initial weights are equal.
     options = ["model.hidden_dropout=0", "model.router_topk=4", "model.activation_ratio=1"]
     finish(start(folder, "one", *options))
     finish(start(folder, "two", *options, "training.micro_batch_size=1", "parallel.expert=2", processes=2))

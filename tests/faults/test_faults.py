@@ -1,4 +1,4 @@
-"""What happens to a run that is hurt, with real processes. docs/faults.md has the table; the rounds are in rounds.py."""
+"""Faults of a run, with real processes. docs/faults.md has the table; the rounds are in rounds.py."""
 
 import os
 import re
@@ -32,12 +32,12 @@ from tests.tiny import make_shards
 
 FEW_SAVES = "checkpoint.interval=4"
 HUNG = ("run.timeout_minutes=0.3", "checkpoint.interval=0")
-"""18 seconds are several times the longest phase; the first save would be it, and is left out for busy machines."""
+"""18 seconds are several times the longest phase, apart from the first save, which can be slow on busy machines."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and a run that nobody hurt."""
+    """Data and an undisturbed run."""
     folder = tmp_path_factory.mktemp("faults")
     make_data(folder)
     run_to_end(folder, UNDISTURBED)
@@ -46,9 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """The run folder called like the test, as a disk of 8 MB of its own: about six checkpoints."""
+    """A run folder named after the test, on a separate disk of 8 MB, which holds about six checkpoints."""
     try:
-        # Brackets mean something in an option.
+        # Brackets are syntax in an option.
         with mounted(folder / "runs" / re.sub(r"\W+", "-", request.node.name).strip("-"), megabytes=8) as path:
             yield path
     except subprocess.CalledProcessError as error:
@@ -65,7 +65,7 @@ def fault(name: str, **arguments: Any) -> dict[str, Any]:
     [
         Round("rank 1", "save", step=0, delay=0.05, async_save=False),
         Round("rank 0", "save", step=2, delay=0.05, async_save=True),
-        # A step away from any save, which only those that training waits for are.
+        # A step without a save. Only synchronous saves take place within a step.
         Round("all", "step", step=3, delay=0.0, async_save=False),
     ],
     ids=str,
@@ -92,7 +92,7 @@ LEAVES = """
 import os, signal
 from train.signals import StopRequest
 
-class Asked:  # when Python has taken the handlers of signals away
+class Asked:  # after Python has removed the signal handlers
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGUSR1):
         kill(process, number)
 
@@ -106,7 +106,7 @@ def test_a_second_signal_does_not_kill_an_exiting_process() -> None:
 
 
 def test_a_signal_to_one_rank_or_the_time_limit_saves_and_stops_all(folder: Path) -> None:
-    # SIGTERM after a save and to all that a rank has started, as launchers do; there is a reader among them.
+    # SIGTERM after a save to a rank and its children, as from a launcher; they include a data loader worker.
     for number, rank, step in ((signal.SIGUSR1, 0, 1), (signal.SIGTERM, 1, 3)):
         with Job(folder, "stopped", "data.num_workers=1", faults=[fault("slow", seconds=0.5)]) as job:
             assert job.wait_for_step(step)
@@ -121,7 +121,7 @@ def test_a_signal_to_one_rank_or_the_time_limit_saves_and_stops_all(folder: Path
         assert step <= stopped["step"] < STEPS
         assert checkpoints(folder, "stopped")[-1] == stopped["step"]
         assert "the same command continues" in output
-    # torchrun is killed: nobody would end its processes. Its store goes with it, also for the save.
+    # torchrun is killed: no launcher ends its processes. Its store ends with it, also for the save.
     with Job(folder, "stopped", faults=[fault("slow", seconds=0.5)]) as job:
         assert job.wait_for(lambda: "resumed from" in job.output())
         job.process.send_signal(signal.SIGKILL)
@@ -130,7 +130,7 @@ def test_a_signal_to_one_rank_or_the_time_limit_saves_and_stops_all(folder: Path
     assert (stopped["state"], stopped["reason"]) == ("stopped", "LAUNCHER")
     assert checkpoints(folder, "stopped")[-1] == stopped["step"] < STEPS
     # The limit counts from the start of the process and spares ten seconds for a save: two steps at most.
-    # The newest checkpoint is damaged: the run saves steps not later than its, and keeps what it has continued from.
+    # The newest checkpoint is damaged: the run saves earlier steps and keeps the checkpoint resumed from.
     *_, before, newest = sorted((folder / "runs/stopped/checkpoints").glob("step-*"))
     os.truncate(next(newest.glob("*.distcp")), 10)
     options = ("run.time_limit=00:00:30", "checkpoint.keep_last=1")
@@ -140,7 +140,7 @@ def test_a_signal_to_one_rank_or_the_time_limit_saves_and_stops_all(folder: Path
     assert before.exists()
     assert status(folder, "stopped")["reason"] == "TIME"
     assert status(folder, "stopped")["step"] in checkpoints(folder, "stopped")
-    # Nobody reads what it prints any more.
+    # The reader of the output has ended.
     reader, writer = os.pipe()
     os.close(reader)
     run_to_end(folder, "stopped", stdout=writer)
@@ -164,7 +164,7 @@ def test_steps_that_are_not_finite_or_spike_on_one_rank_are_dropped_and_counted(
     assert "a spike" in output
     losses, undisturbed = (recorded(folder / "runs" / name, "train/loss") for name in ("poisoned", UNDISTURBED))
     assert losses[2] == undisturbed[2]
-    # The weights did not take any of it.
+    # The weights did not change.
     assert abs(losses[STEPS] - undisturbed[STEPS]) < 0.1
 
 
@@ -175,7 +175,7 @@ def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_conti
     assert 3 in codes(output)
     assert "guard.max_dropped=2" in output
     assert status(folder, "diverged")["state"] == "failed"
-    # That of step 4 has the weights of step 3, and knows that step 4 was dropped.
+    # The checkpoint of step 4 has the weights of step 3 and records that step 4 was dropped.
     latest = checkpoints(folder, "diverged")[-1]
     run_to_end(folder, "diverged", "guard.max_dropped=2")
     assert status(folder, "diverged")["state"] == "complete"
@@ -184,8 +184,8 @@ def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_conti
 
 @pytest.fixture(scope="module")
 def hung(folder: Path) -> Iterator[dict[str, Job]]:
-    """Two runs that hang, at the same time: most of it is waiting."""
-    # One of them waits for the other's processors; it hangs all the later.
+    """Two runs that hang, at the same time, since they mostly wait."""
+    # The runs compete for processors, so that one hangs later.
     with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3)]) as asleep:
         asleep.wait_for_step(2)
         with Job(folder, "frozen", *HUNG) as frozen:
@@ -203,7 +203,7 @@ def test_a_hanging_rank_is_reported_with_its_phase_and_the_run_ends(hung: dict[s
     output = hung["asleep"].finish(code=1)
     assert "rank 1 holds up the others" in output
     assert re.search(r"rank 1 on \S+: step 3, reading data, for \d+ s\n", output)
-    assert "in getitem" in output  # the stack says where
+    assert "in getitem" in output  # from the stack
     assert 4 in codes(output)
     ended = read_status(hung["asleep"].run)
     assert (ended["state"], ended["exit_code"]) == ("failed", 4)
@@ -215,17 +215,17 @@ def test_a_stopped_rank_is_reported_and_the_run_ends_without_leftovers(hung: dic
     assert "rank 0 holds up the others" in output
     assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not responded for \d+ s|has never responded)", output)
     assert 4 in codes(output)
-    # The first rank, which writes it else, cannot.
+    # Rank 0, which normally writes it, is stopped.
     assert read_status(hung["frozen"].run)["exit_code"] == 4
 
 
 def test_a_full_disk_loses_checkpoints_but_no_records(folder: Path, disk: Path) -> None:
-    # Nothing at all can be written from step 3 to 6; the last checkpoint finds too little room.
+    # The disk is full from step 3 to 6; the last checkpoint has too little space.
     faults = [
         fault("fill_disk", path=str(disk), step=3, until=7, leave=0),
         fault("fill_disk", path=str(disk), step=8, until=9, leave=300_000),
     ]
-    # Records of all layers and neurons, which do not fit into the last page of metrics.jsonl.
+    # Records of all layers and neurons do not fit into the last page of metrics.jsonl.
     options = ("checkpoint.keep_last=1", "logging.neuron_interval=1", "logging.wandb_mode=offline")
     with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)
@@ -244,14 +244,14 @@ def test_a_full_disk_loses_checkpoints_but_no_records(folder: Path, disk: Path) 
 
 @pytest.mark.parametrize("async_save", ["false", "true"])
 def test_a_disk_that_fills_during_a_save_loses_only_that_checkpoint(folder: Path, disk: Path, async_save: str) -> None:
-    # Half of one fits at step 4, and of the last one at step 8.
+    # Half of a checkpoint fits at step 4, and half of the last one at step 8.
     faults = [
         fault("believe_in_space"),
         fault("fill_disk", path=str(disk), step=3, until=5, leave=400_000),
         fault("fill_disk", path=str(disk), step=8, until=9, leave=400_000),
     ]
     if async_save == "true":
-        faults.append(fault("slow", seconds=1.5))  # so that a save is finished before the disk is filled for the next
+        faults.append(fault("slow", seconds=1.5))  # so that a save ends before the disk is filled for the next one
     options = (f"checkpoint.async_save={async_save}", "checkpoint.keep_last=1")
     with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)

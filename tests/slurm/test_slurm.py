@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: submitted, stopped, pre-empted, cancelled, hurt; each ends as the undisturbed one."""
+"""Jobs on a real Slurm of two nodes that are stopped, preempted, cancelled or killed end like an undisturbed job."""
 
 import os
 import re
@@ -127,7 +127,7 @@ def test_a_job_saves_before_preemption_and_continues_afterwards(slurm: Slurm, fo
 
 
 def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(slurm: Slurm, folder: Path) -> None:
-    # Slurm's limits are whole minutes; told so early, the first start has 75 seconds: a busy machine needs many to begin.
+    # Slurm's limits are whole minutes. With early notice, the first start has 75 seconds, which busy machines need to start.
     job = submitted(
         folder, "endless", "training.steps=100000", "launch.time=2", "launch.save_seconds=45", "logging.wandb_mode=offline"
     )

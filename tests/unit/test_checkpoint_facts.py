@@ -1,4 +1,4 @@
-"""What a manifest says of its run is read from every version, and nonsense is named."""
+"""Facts in manifests of all versions are read, and invalid facts are reported."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: whatever lies there, one that loads stays, and what is not the run's is kept."""
+"""The checkpoint folder: a loadable checkpoint always remains, and entries of others are kept."""
 
 import json
 import os
@@ -30,7 +30,7 @@ RUN, OTHER = "ours", "another"
 
 
 def save(folder: Path, step: int, *, run: str | None = RUN, **how: Any) -> list[str]:
-    """As a run publishes a checkpoint, of files of a few bytes."""
+    """Publish a checkpoint with files of a few bytes, like a run."""
     notes = remove_leftovers(folder)
     unfinished = free_name(folder / f".unfinished-{name_of(step)}")
     unfinished.mkdir(parents=True)
@@ -42,7 +42,7 @@ def save(folder: Path, step: int, *, run: str | None = RUN, **how: Any) -> list[
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about what a disk forgets."""
+    """Skip fsync, which these tests do not need."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -57,7 +57,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's checkpoints of steps 2 and 4."""
+    """A folder with a run's checkpoints of steps 2 and 4."""
     folder = tmp_path / "checkpoints"
     for step in (2, 4):
         save(folder, step)
@@ -80,7 +80,7 @@ def replace_manifest(path: Path, make: Callable[[Path], Any]) -> None:
 
 
 def both(first: Callable[[Path], Any], second: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """One after the other."""
+    """Run several changes in sequence."""
     return lambda path: [act(path) for act in (first, second)]
 
 
@@ -209,7 +209,7 @@ def test_a_linked_checkpoint_loads_and_is_not_deleted(folder: Path, tmp_path: Pa
 
 def test_checkpoints_of_another_run_are_neither_listed_nor_deleted(folder: Path) -> None:
     save(folder, 3, run=OTHER, keep_last=9)
-    save(folder, 5, run=None, keep_last=9)  # of a version that gave runs no id
+    save(folder, 5, run=None, keep_last=9)  # of a version without run ids
     found, problems = list_checkpoints(folder, run=RUN)
     assert [checkpoint.step for checkpoint in found] == [2, 4, 5]
     assert len(problems) == 1
@@ -223,7 +223,7 @@ def test_the_new_checkpoint_and_the_one_resumed_from_are_never_deleted(folder: P
     for step in (6, 8, 10):
         save(folder, step, keep_last=9)
     (folder / name_of(10) / COMMON).unlink()
-    # 10 is damaged, 6 and 8 could not be used: the run has continued from 4.
+    # 10 is damaged, 6 and 8 cannot be used: the run continued from 4.
     save(folder, 5, keep_last=1, spared=[4], uncounted=[6, 8])
     assert steps_in(folder) == [4, 5, 6, 8]
     assert (folder / name_of(10)).exists()
@@ -245,7 +245,7 @@ def test_an_entry_with_the_name_of_a_checkpoint_is_renamed(folder: Path) -> None
     save(folder, 8)
     (folder / name_of(8) / COMMON).write_text("")
     assert "is kept as" in save(folder, 8)[0]  # damaged, but ours
-    assert save(folder, 8) == []  # whole and ours
+    assert save(folder, 8) == []  # complete and ours
     assert steps_in(folder) == [4, 8]
 
 
@@ -295,7 +295,7 @@ def test_after_any_fault_a_checkpoint_loads_and_the_run_continues(
     folder = tmp_path_factory.mktemp("property")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     good: set[int] = set()
-    """Steps of checkpoints whose content is as this run wrote it."""
+    """Steps of checkpoints with the content that this run wrote."""
     precious: dict[Path, str] = {}
     for number, (action, first, second) in enumerate(actions):
         path = folder / name_of(first)
@@ -315,9 +315,9 @@ def test_after_any_fault_a_checkpoint_loads_and_the_run_continues(
                     uncounted=passed - {at},
                 )
                 good = {step for step in {*good, at} if intact(folder / name_of(step))}
-                assert at in good, "what was just published"
+                assert at in good, "the checkpoint just published"
                 if usable:
-                    assert intact(usable[-1].path), "what was resumed from"
+                    assert intact(usable[-1].path), "the checkpoint resumed from"
         elif action == "damage" and intact(path) and len(good) > 1 and not path.is_symlink():
             spoil(path, second)
             good.discard(first)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, foreign or dangerous are named and passed over; a save that fails leaves no trace."""
+"""Damaged, foreign and unsafe checkpoints are reported and skipped; a failed save leaves nothing behind."""
 
 import json
 import os
@@ -49,14 +49,14 @@ def save(folder: Path, step: int, state: dict[str, Any] | None = None, *, async_
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's checkpoints of steps 1 and 2."""
+    """A folder with a run's checkpoints of steps 1 and 2."""
     for step in (1, 2):
         save(tmp_path / "checkpoints", step)
     return tmp_path / "checkpoints"
 
 
 def choose(folder: Path, *, trust: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from, and everything that is wrong with others."""
+    """The checkpoint to continue from, and the problems of the others."""
     found, problems = list_checkpoints(folder)
     newest, more = newest_intact(found, trust=trust)
     return newest, problems + more
@@ -156,7 +156,7 @@ def bring_code_in_common_pt(folder: Path, marker: Path) -> None:
 
 
 def replace_pickle(path: Path, name: str, marker: Path) -> None:
-    """Put code into one file of a checkpoint, and what it is now into the manifest."""
+    """Put code into one file of a checkpoint, and update the manifest."""
     if name == METADATA:
         metadata = pickle.loads((path / METADATA).read_bytes())
         metadata.planner_data = Dangerous(marker)
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_code_is_refused_without_executing_it(
     assert "checkpoint.trust=true" in problems[0]
 
 
-# Code in common.pt is never executed: Megatron-Core itself reads that with weights_only.
+# Code in common.pt is never executed, since Megatron-Core loads it with weights_only.
 @pytest.mark.parametrize("bring", [bring_code_in_an_object, bring_code_in_the_metadata])
 def test_a_trusted_checkpoint_is_loaded_with_its_code(
     folder: Path, tmp_path: Path, bring: Callable[[Path, Path], None]
@@ -224,7 +224,7 @@ def test_a_save_without_disk_space_fails_and_keeps_older_checkpoints(
     assert saver.finish(wait=True) is None
     assert choose(folder)[0] is not None
 
-    # The next one has its room again.
+    # The next save has space again.
     saver.save(step=4, state=state_of(4.0), facts=facts_of(4))
     assert saver.finish(wait=True) is not None
     assert [path.name for path in folder.iterdir()] == ["step-00000004"]
@@ -251,7 +251,7 @@ def test_a_save_after_a_killed_collecting_process_succeeds(folder: Path) -> None
         assert saver.finish(wait=True) is not None
         kill_collector()
         saver.save(step=4, state=state_of(4.0), facts=facts_of(4))
-        assert saver.finish(wait=True) is not None, "it was started again"
+        assert saver.finish(wait=True) is not None, "the process was started again"
         assert choose(folder)[0] is not None
 
 
@@ -272,7 +272,7 @@ def test_a_killed_collecting_process_fails_the_save(folder: Path, monkeypatch: p
 
 
 def kill_collector() -> None:
-    """Kill -9 the process through which writers report."""
+    """Kill -9 the process that collects results of writers."""
     manager = checkpoint_private._manager
     assert manager is not None
     process = manager._process  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Command lines: mistakes on one line with exit code 2, text as it was typed, help by section."""
+"""Command lines: one-line errors with exit code 2, text that is not read as numbers, help by section."""
 
 import re
 import shlex
@@ -307,7 +307,7 @@ def test_sweep_syntax(
     call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: str, points: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call_main(pretrain.main, "--multirun", sweep)  # refused, and told by name, for want of data
+    code, out, err = call_main(pretrain.main, "--multirun", sweep)  # refused, since data is missing
     assert (code, out) == (2, "")
     assert [line.strip().partition(": ")[0] for line in err.splitlines()[1:]] == points
 

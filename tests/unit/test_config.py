@@ -1,4 +1,4 @@
-"""Bad options are refused by name, with their value and a way out."""
+"""Invalid options are refused; the error names the option, its value and a way out."""
 
 import re
 from collections.abc import Callable
@@ -135,7 +135,7 @@ def run_config(**sections: Any) -> RunConfig:
         ({"parallel": ParallelConfig(expert_tensor=128)}, 128, ["parallel.expert_tensor=128", "4 neurons a rank"]),
         ({"parallel": ParallelConfig(tensor=8)}, 8, ["parallel.tensor=8", "num_attention_heads=4"]),
         ({"parallel": ParallelConfig(pipeline=3)}, 3, ["parallel.pipeline=3", "num_layers=4"]),
-        # What is proposed obeys all other rules: 6 divides the heads, but not the length; 12 processes leave no whole batch.
+        # Proposals satisfy all other rules: 6 divides the heads, but not the length; 12 processes do not divide the batch.
         (
             {"parallel": ParallelConfig(tensor=5), "model": ModelConfig(hidden_size=240, num_attention_heads=12)},
             5,

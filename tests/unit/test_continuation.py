@@ -1,4 +1,4 @@
-"""From which checkpoint a run continues, and whether it may; runs of a second, in this process."""
+"""The checkpoint that a run continues from, tested with short runs in this process."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
-    """Of a tiny run that saves every second step; sections: dicts of options that differ."""
+    """The config of a tiny run that saves every second step; sections: options to change."""
     options: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "dir": str(folder)},
         "model": TINY_MODEL,
@@ -88,7 +88,7 @@ def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
-    """Train as train.pretrain does, in the group of this process; what was printed."""
+    """Train like train.pretrain in the process group of this process; returns the output."""
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     }
@@ -119,7 +119,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that were made once, by engine and precision."""
+    """Cached runs, by engine and precision."""
     return {}
 
 
@@ -143,7 +143,7 @@ def edit_facts(path: Path, **changes: Any) -> None:
 
 
 def sign(path: Path, *names: str) -> None:
-    """Put what files are now into the manifest."""
+    """Update the manifest to the current files."""
     files = json.loads((path / MANIFEST).read_text())["files"]
     edit_facts(path, files=files | {name: digest(path / name) for name in names})
 
@@ -175,7 +175,7 @@ def edit_backend(path: Path, text: str) -> None:
 
 
 def save_again(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any], **sections: Any) -> None:
-    """Write a checkpoint anew, as a run of other options or with another state would have; its facts stay."""
+    """Rewrite a checkpoint with other options or another state; its facts do not change."""
     manifest = json.loads((path / MANIFEST).read_text())
     config = config_of(path, shards, **sections)
     engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
@@ -190,7 +190,7 @@ def save_again(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any]
 
 
 def drop(tree: dict[str, Any], ending: str) -> None:
-    """One weight's optimizer state of a kind."""
+    """The optimizer state of one kind of one weight."""
     optimizer = tree["optimizer"]
     del optimizer[next(key for key in optimizer if key.endswith(ending))]
 
@@ -211,7 +211,7 @@ def point_to(index: Any, name: str, offset: int = 0) -> None:
 
 
 def swap_pieces(index: Any) -> None:
-    """Two weights of other shapes have each other's content."""
+    """Swap the content of two weights of different shapes."""
     one, other = (
         next(place for place in index.storage_data if place.fqn == name)
         for name in ("decoder.layers.mlp.router.weight", "output_layer.weight")
@@ -314,20 +314,20 @@ if importlib.metadata.version("megatron-core").startswith("0.16."):  # 0.19 igno
 
 
 def spoil(entries: dict[str, Any], value: float) -> None:
-    """One number of the last tensor."""
+    """Change one number of the last tensor."""
     [*_, entry] = (entry for entry in entries.values() if torch.is_tensor(getattr(entry, "data", None)))
     entry.data.detach().view(-1)[-1] = value
 
 
 def save_without_check(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """As an earlier version did, which published whatever the weights were."""
+    """Publish without the check of the weights, like an earlier version."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.checkpoint.find_not_finite", lambda state: None)
         save_again(path, shards, change)
 
 
 def edit_random(path: Path) -> None:
-    """Write other objects in the place of the generators, of the same length."""
+    """Replace the state of the generators by other objects of the same length."""
     index = pickle.loads((path / METADATA).read_bytes())
     place = next(place for place in index.storage_data if place.fqn.startswith("random/"))
     where = index.storage_data[place]
@@ -349,14 +349,14 @@ ENGINES: dict[str, Any] = {}
 
 
 def fill(config: RunConfig, checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """Fill an engine of this process, one for all tests that ask for its kind."""
+    """Load into an engine that all tests of this kind share."""
     if config.engine not in ENGINES:
         ENGINES[config.engine] = build_engine(config, Runtime(0, 1, torch.device("cpu")))
     return training_run.fill_engine(config, ENGINES[config.engine], checkpoints, Quiet())  # type: ignore[arg-type]
 
 
 def weights(engine: str) -> dict[str, torch.Tensor]:
-    """Of the engine that was filled."""
+    """The state of the loaded engine."""
     state = ENGINES[engine].modules[0].state_dict()
     return {name: tensor.clone() for name, tensor in state.items() if torch.is_tensor(tensor)}
 
@@ -410,14 +410,14 @@ def assert_named(capsys: pytest.CaptureFixture[str], run_folder: Path, message: 
 
 
 class Quiet:
-    """A watchdog that does not watch."""
+    """A watchdog that does nothing."""
 
     def enter(self, step: int, phase: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[int]:
-    """The steps on record."""
+    """The steps in the metrics."""
     lines = (folder / name).read_text().splitlines()
     return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
 
@@ -425,7 +425,7 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[int]:
 def test_a_damaged_newest_checkpoint_loses_only_its_steps(run_folder: Path, shards: Path, train: Train) -> None:
     saves = run_folder / "checkpoints"
     next((saves / name_of(4)).glob("*.distcp")).write_bytes(b"")
-    # Its first save is at a lower step than the damaged one, and would keep no other.
+    # The first save is of an earlier step than the damaged checkpoint, which must not count for keep_last.
     keep = {"checkpoint": {"interval": 1, "keep_last": 1}}
     output = train(config_of(run_folder, shards, run={"stop_at_step": 3}, **keep))
     assert f"skipped {saves / name_of(4)}: damaged" in output
@@ -555,7 +555,7 @@ def test_a_run_whose_last_steps_were_all_dropped_fails(
         for _ in range(2):
             with pytest.raises(Diverged, match=r"all of the last 2 steps were dropped .*not finite"):
                 train(config_of(run_folder, shards))
-        # Checkpoints after which no step was applied do not push older ones out.
+        # If no step was applied since the last checkpoint, no new one replaces older ones.
         many = {"training": {"steps": 20}, "guard": {"max_dropped": 5}, "checkpoint": {"interval": 2, "keep_last": 1}}
         with pytest.raises(Diverged, match="No step was applied since the checkpoint of step 4, .* move it away"):
             train(config_of(run_folder, shards, **many))

@@ -1,4 +1,4 @@
-"""The order of samples is a function of the seed and the sample's number alone."""
+"""The order of samples depends only on the seed and the number of the sample."""
 
 import json
 import re
@@ -205,7 +205,7 @@ def test_a_resumed_run_keeps_both_seeds(folder: Path) -> None:
     config.run.seed, config.data.seed = 5, None
     with pytest.raises(ValueError, match=r"run.seed=5 \(saved: 6\): it decides the order of samples"):
         check_continues(config, manifests, checkpoint)
-    # A checkpoint of an earlier version, whose one seed was both.
+    # A checkpoint of an earlier version, which had one seed for both.
     del facts["seed"]
     checkpoint = Checkpoint(folder / "step-1", 1, facts, {})
     config.run.seed, config.data.seed = 6, None

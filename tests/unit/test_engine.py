@@ -38,7 +38,7 @@ def make_engine(
 
 
 def counting_batches() -> Iterator[Batch]:
-    """Sequences that count upwards: easy to learn."""
+    """Sequences that count upwards, which are easy to learn."""
     generator = torch.Generator().manual_seed(0)
     while True:
         first = torch.randint(0, 64, (4, 1), generator=generator)
@@ -105,7 +105,7 @@ def test_attention_is_causal() -> None:
     positions_BS = torch.arange(16)[None]
     with torch.no_grad():
         before, after = (gpt(tokens, positions_BS, None)[0] for tokens in (tokens_BS, changed_BS))
-    # Not bit-equal: the changed token goes to other experts, whose GEMMs then have another number of rows.
+    # Not bit-equal: the changed token is routed to other experts, which changes the number of rows of their GEMMs.
     torch.testing.assert_close(before[:10], after[:10], rtol=0, atol=1e-6)
     assert ((before[10:] - after[10:]).abs().amax(-1) > 1e-4).all()
 
@@ -134,7 +134,7 @@ def test_clipping_bounds_the_update_but_not_the_reported_norm() -> None:
         first_moment = torch.cat([state["exp_avg"].flatten() for state in states]).norm().item()
         updates[clip] = first_moment / (1 - OptimizerConfig().beta1)
     assert norms[0.1] > 0.5
-    # Without clipping the optimizer does not compute a norm on the way: it must be reported all the same.
+    # Without clipping the optimizer does not compute the norm, but it must be reported.
     assert list(norms.values()) == pytest.approx([norms[0.1]] * 3)
     assert updates == pytest.approx({0.0: norms[0.0], 0.1: 0.1, 100.0: norms[0.0]}, rel=1e-5)
 

@@ -62,7 +62,7 @@ def assert_relative(actual: torch.Tensor, expected: torch.Tensor, relative: floa
 
 
 def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
-    """Token by token and neuron by neuron, in float64: the definition."""
+    """The definition: a loop over tokens and neurons in float64."""
     gate_up = experts.gate_up_weight.detach().double().requires_grad_()
     down = experts.down_weight.detach().double().requires_grad_()
     x_ND, probs_N = (tensor.double().requires_grad_() for tensor in rows())
@@ -102,7 +102,7 @@ def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, b
     for fast, loop in zip(*results, strict=True):
         assert_relative(fast, loop, 1e-6)
     for fast, loop in zip(*counted, strict=True):
-        torch.testing.assert_close(fast, loop, rtol=1e-6, atol=1e-6)  # the smallest gates are differences of larger
+        torch.testing.assert_close(fast, loop, rtol=1e-6, atol=1e-6)  # the smallest gates are differences of larger numbers
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which steps are dropped, and when that is too much."""
+"""Dropped steps, and the limit of their number."""
 
 import json
 import math
@@ -55,16 +55,16 @@ def test_a_run_fails_if_its_last_window_was_dropped() -> None:
 def test_a_spike_is_dropped_and_not_counted_in_the_deviation() -> None:
     config = GuardConfig(spike_sigma=6.0, spike_window=20)
     guard = StepGuard(config, CPU)
-    assert guard.accepts(0, 99.0, 99.0), "nothing is unusual at first"
+    assert guard.accepts(0, 99.0, 99.0), "there are no spikes before there is a history"
     for step in range(1, 31):
         assert guard.accepts(step, 3.0 + 0.01 * (step % 5), 1.0 + 0.01 * (step % 3))
     for step in range(31, 40):
         assert not guard.accepts(step, 3.02, 2.0)
         assert "gradient norm 2 " in guard.reason
         assert not guard.accepts(step, 5.0, 1.0)
-    assert guard.accepts(41, 2.0, 0.5), "a fall is no spike"
+    assert guard.accepts(41, 2.0, 0.5), "a decrease is not a spike"
     again = StepGuard(config, CPU, json.loads(json.dumps(guard.state())))
-    assert again.state() == guard.state(), "a checkpoint carries it over exactly"
+    assert again.state() == guard.state(), "the state survives a checkpoint exactly"
 
 
 def test_without_spike_sigma_no_step_is_recorded() -> None:

@@ -1,4 +1,4 @@
-"""The CPU kernels: compiled for other processors they compute the same; what is damaged or killed is compiled anew."""
+"""Builds of the CPU kernels: equal results on other processors; damaged and interrupted builds are repeated."""
 
 import fcntl
 import math
@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 
 
 def everything() -> list[torch.Tensor]:
-    """Outputs, masks and gradients of all kernels on numbers that are always the same."""
+    """Outputs, masks and gradients of all kernels for fixed inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def everything() -> list[torch.Tensor]:
         gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
-        # Infinite, not a number, and where exponentials leave the range of fp32.
+        # Infinity, NaN, and values whose exponentials exceed the range of fp32.
         scales = [0.0, 1.0, 40.0, 88.5, 88.8, 1e4, 1e38, math.inf]
         gate = torch.tensor([[math.nan, *scales, *(-scale for scale in scales)]]).to(dtype).requires_grad_()
         up = torch.ones_like(gate)
@@ -68,7 +68,7 @@ def everything() -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library compiled as the kernels are, of one line."""
+    """Compile a one-line library like the kernels."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "sources").mkdir()
     (folder / "sources/answer.cpp").write_text('extern "C" int answer() { return 42; }')
@@ -82,7 +82,7 @@ def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tiny_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cached library in a folder of its own; whoever compiles it anew gets a copy, and notes that."""
+    """The cached library in a temporary folder; a new compilation copies it and is counted."""
 
     def compile_quickly(folder: Path) -> Path:
         (tmp_path / "compiled").open("a").write("once\n")
@@ -136,7 +136,7 @@ def test_an_unwritable_cache_compiles_at_every_start(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(cache.parent.parent))
     shutil.rmtree(cache.parent)
-    cache.parent.write_text("")  # to the superuser every folder is writable, but not a file
+    cache.parent.write_text("")  # root can write to every folder, but a file is not a folder
     for _ in range(2):
         assert answer() == 42
         assert "cannot be kept" in capsys.readouterr().err
@@ -212,7 +212,7 @@ cpu_library.FLAGS[-1] = "-march={processor}"
 cpp_extension.get_default_build_root = lambda: {str(tmp_path)!r}
 torch.save(everything(), {str(tmp_path / "results.pt")!r})
 """
-    # In a process of its own: operators are registered once.
+    # In a separate process, since operators can be registered only once.
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert list(tmp_path.glob("mone/cpu-*.so"))
     for ours, theirs in zip(torch.load(tmp_path / "results.pt"), everything(), strict=True):

@@ -1,4 +1,4 @@
-"""Variables of a launcher that are left over or damaged are refused at once, and what torchrun leaves behind is removed."""
+"""Incomplete or inconsistent launcher variables are refused, and leftovers of torchrun are removed."""
 
 import subprocess
 import sys
@@ -76,7 +76,7 @@ def test_a_single_process_command_refuses_several_processes(monkeypatch: pytest.
 def test_commands_check_versions_first(
     main: Callable[[], None], call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A run that is not there, and nobody to meet.
+    # The run does not exist, and there are no other processes.
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, printed = call_main(main, *([] if main is pretrain.main else ["run=nowhere"]))
     assert code == 2
@@ -127,6 +127,6 @@ rank = subprocess.Popen([sys.executable, "-c", {ORPHAN!r}], env=environment, std
 print(rank.stdout.readline().decode(), end="", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    # Returns when every process that holds the pipe of stderr has ended.
+    # Returns when all processes with the pipe of stderr have ended.
     done = subprocess.run([sys.executable, "-c", agent], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.stdout, done.stderr) == ("starts\n", "error: torchrun ended while the run started\n")

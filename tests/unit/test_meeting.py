@@ -1,4 +1,4 @@
-"""The processes of a job go on together or end together; here each is a thread with a connection of its own."""
+"""All processes of a job continue, or all end. In these tests a process is a thread with its own connection."""
 
 import threading
 from collections.abc import Callable
@@ -24,9 +24,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play(act: Callable[[Meeting], Any], hosts: str, world_size: int | None = None) -> list[Any]:
-    """Let a rank on each of these hosts act: "went on", or its exit code."""
+    """Run `act` as one rank on each of these hosts; returns "went on" or the exit code of each."""
     outcomes: list[Any] = ["hangs"] * len(hosts)
-    # The store ends with the first of them.
+    # Keep all meetings: the store ends with that of rank 0.
     meetings = [Meeting(rank, world_size or len(hosts)) for rank in range(len(hosts))]
 
     def run(rank: int) -> None:
@@ -47,7 +47,7 @@ def play(act: Callable[[Meeting], Any], hosts: str, world_size: int | None = Non
 
 
 def checking(wrong: dict[int, str]) -> Callable[[Meeting], None]:
-    """A check that fails on some ranks, after one that does not."""
+    """A check that passes, then one that fails on some ranks."""
 
     def act(meeting: Meeting) -> None:
         with meeting.together("nothing"):
@@ -63,7 +63,7 @@ def checking(wrong: dict[int, str]) -> Callable[[Meeting], None]:
     ("wrong", "lines"),
     [
         ({}, []),
-        # One line for all, and otherwise each reason with its ranks, on the first machine and where it was found.
+        # One line if all ranks fail; otherwise each reason with its ranks, on the first machine and on that of the failure.
         (dict.fromkeys(range(4), "no data"), ["no data", "no data"]),
         ({3: "no data"}, ["rank 3 on b: no data"] * 2),
         ({2: "no data", 3: "no data"}, ["ranks 2, 3 on b: no data"] * 2),
@@ -80,7 +80,7 @@ def test_a_failed_check_ends_all_ranks_with_rank_host_and_reason(
 
 
 def test_a_missing_rank_ends_the_others(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ranks 2 and 3 of the job are not there; what rank 1 found is told all the same.
+    # Ranks 2 and 3 are missing; the failure of rank 1 is printed nevertheless.
     monkeypatch.setattr(module, "MEETING_SECONDS", 2.0)
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 1.0)
 
@@ -150,7 +150,7 @@ def test_one_rank_prints_a_common_reason(capsys: pytest.CaptureFixture[str], mon
     play(act({2: "out of memory"}), "aab")
     assert told == {2: True}
     assert capsys.readouterr().err == "error: rank 2 on b: out of memory\n"
-    # All raise it, each with the free space that it found.
+    # All ranks raise it, each with its own number of free bytes.
     monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
     play(act({rank: f"{rank} GiB are free" for rank in range(3)}, SaveFailed), "aab")
     assert told == {0: True, 1: False, 2: False}

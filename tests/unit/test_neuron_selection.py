@@ -18,7 +18,7 @@ from mone_model.neuron_selection import (
     unpack,
 )
 
-# Few distinct values, so that ties are the rule.
+# Few distinct values, so that there are many ties.
 TIED_ROWS = st.integers(1, 40).flatmap(
     lambda neurons: st.lists(
         st.lists(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0, 3.0]), min_size=neurons, max_size=neurons),
@@ -70,7 +70,7 @@ def test_refuses_impossible_k(k: int) -> None:
 
 
 EXACT = ("relu", "relu_squared")
-"""Activations that all round alike. Others differ in the last bit, torch's own even between places of a row."""
+"""Activations with identical rounding in all implementations. Others can differ in the last bit."""
 
 
 def unambiguous(gate_NH: torch.Tensor, k: int, activation: str) -> bool:
@@ -114,9 +114,9 @@ def test_gating_equals_its_reference(
     generator = torch.Generator().manual_seed(seed)
     k = max(1, round(kept * neurons))
     gates_and_ups = torch.randn(5, 2 * neurons, generator=generator)
-    if activation in EXACT:  # few distinct values: ties are the rule
+    if activation in EXACT:  # few distinct values: many ties
         gates_and_ups = (gates_and_ups * values).round() / values
-    # The halves of one tensor have rows that lie apart.
+    # Halves of a tensor have rows with gaps in memory.
     gate_NH, up_NH = gates_and_ups.to(dtype).chunk(2, dim=1)
     assume(unambiguous(gate_NH, k, activation))
     with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +140,7 @@ def test_gating_finds_thresholds_of_any_scale(scale: float) -> None:
 
 
 NAN, INFINITY = float("nan"), float("inf")
-LAST_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()  # of all NaN the one with the largest bits
+LAST_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()  # the NaN with the largest bit pattern
 # All NaN, some, fewer or more than are kept, and infinities among them.
 BROKEN_ROWS = st.tuples(
     st.integers(1, 40),

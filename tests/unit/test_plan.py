@@ -1,4 +1,4 @@
-"""The plan as a user gets it."""
+"""The output of mone-plan."""
 
 import re
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_proposals_fit_run_and_come_fastest_first() -> None:
 
 def test_time_follows_from_flops_and_the_stated_mfu() -> None:
     cluster = ClusterConfig(nodes=2, mfu=0.5, peak_tflops=100)
-    # As many nodes again: half the time; half the utilisation: twice.
+    # Twice the nodes: half the time. Half the utilization: twice the time.
     seconds = estimate_run(config(expert=8), cluster).compute_seconds
     assert estimate_run(config(expert=8), ClusterConfig(nodes=4, mfu=0.5, peak_tflops=100)).compute_seconds == seconds / 2
     assert estimate_run(config(expert=8), ClusterConfig(nodes=2, mfu=0.25, peak_tflops=100)).compute_seconds == 2 * seconds
@@ -82,7 +82,7 @@ def test_a_plan_that_does_not_fit_proposes_alternatives(call_main: Call) -> None
     code, out, _ = call_main(main, *options)
     assert code == 1
     assert re.search(r"WARNING: [\d.]+ GiB do not fit in 34 GiB", out)
-    # What it proposes, typed as it stands, fits.
+    # The proposed options fit.
     (first, *_) = re.findall(r"^  \S+ s, \S+ GiB  (parallel.*)$", out, re.MULTILINE)
     code, out, _ = call_main(main, *options, *first.replace("'", "").split())
     assert code == 0, out

@@ -1,4 +1,4 @@
-"""`mone_model.megatron.prepare`: Megatron-Core runs on CPUs, and nothing changes for others in the process."""
+"""`mone_model.megatron.prepare`: Megatron-Core runs on CPUs, and other modules are not changed."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 
 def run(*arguments: str, before: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, with packages of the folder `before` before all others."""
+    """Run code in a new interpreter, with the folder `before` first on the path."""
     environment = {**os.environ, "PYTHONPATH": f"{before}{os.pathsep}{ROOT}"}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
@@ -118,7 +118,7 @@ def test_a_command_with_an_unsupported_version_prints_one_line(arguments: tuple[
 
 
 def exchange(rank: int, store: str) -> None:
-    """Two ranks with 1 and 2 rows, by the functions of Megatron-Core that its token dispatchers call."""
+    """Two ranks with 1 and 2 rows, with the functions that Megatron-Core's token dispatchers call."""
     from megatron.core.tensor_parallel import mappings
 
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)

@@ -1,4 +1,4 @@
-"""What is recorded and drawn may fail; the run may not."""
+"""Errors in recording and drawing do not end the run."""
 
 from pathlib import Path
 from typing import Any

@@ -36,9 +36,9 @@ def failed(step: int) -> Attempt:
         ({"state": "failed", "reason": "RuntimeError", "exit_code": 1}, {}, "failed", True),
         ({"state": "failed", "reason": "Diverged", "exit_code": 3}, {}, "failed", False),
         ({"state": "running"}, {}, "failed", True),  # killed
-        (None, {}, "failed", True),  # did not come so far
+        (None, {}, "failed", True),  # ended before it wrote a status
         ({"state": "stopped", "reason": "LAUNCHER"}, {}, "stopped", True),
-        # What an earlier attempt said is not this one's; a clock that was set back in between matters to neither.
+        # The status of an earlier attempt does not count, even if the clock was set back in between.
         ({"state": "stopped", "reason": "SIGNAL", "time": 100.0}, {}, "failed", True),
         ({"state": "stopped", "reason": "STEP", "time": 60.0}, {}, "stopped", False),
         ({"state": "running"}, {"earlier": [failed(20)]}, "failed", False),

@@ -1,4 +1,4 @@
-"""Which folders a run can have."""
+"""Folders that a run can use."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def make_run(folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: one run, a sweep of one point, and a job that is queued; home lies elsewhere."""
+    """A current folder with a run, a sweep of one point and a queued job; the home folder is elsewhere."""
     here = tmp_path / "work"
     make_run(here / "runs/one")
     make_run(here / "runs/sweep/seed=1")

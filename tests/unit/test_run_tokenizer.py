@@ -1,4 +1,4 @@
-"""A run keeps its tokenizer, and finds it wherever it is moved to."""
+"""A run folder has its own copy of the tokenizer, which works after a move."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ from train.trained_model import load_run_config, load_thresholds
 
 
 def with_tokenizer(folder: Path, vocab_size: int) -> Manifest:
-    """Shards that have a tokenizer, which never saw their tokens."""
+    """Shards with a tokenizer that did not create their tokens."""
     make_shards(folder, name=folder.name, vocab_size=vocab_size)
     (folder.parent / "text.txt").write_text("\n\n".join(f"The number {n} and the number {n * n}." for n in range(300)))
     corpus = CorpusConfig(path=str(folder.parent / "text.txt"))
@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Manifest:
 
 
 def run_on(data: Manifest, folder: Path) -> RunConfig:
-    """A run's configuration, noted in its folder."""
+    """The configuration of a run, written to its folder."""
     config = RunConfig(run=ExecutionConfig(dir=str(folder)))
     config.data.blend, config.data.index_cache = [SourceConfig(path=str(data.folder))], str(folder / "index_cache")
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""A run saves and stops when its terminal is closed, and goes on under nohup."""
+"""A run saves and stops when its terminal is closed, and continues under nohup."""
 
 import math
 import os

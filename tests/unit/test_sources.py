@@ -1,4 +1,4 @@
-"""The order of a source is Megatron-Core's, takes few files and descriptors, and what is damaged is named."""
+"""The order of a source equals Megatron-Core's and needs few files and descriptors; damage is reported."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ def texts(of: Source, start: int, stop: int) -> list[list[int]]:
 
 
 class Vocabulary:
-    """What GPTDataset asks of a tokenizer."""
+    """The tokenizer attributes that GPTDataset needs."""
 
     vocab_size, eod = 64, 0
     unique_identifiers = {"name": "tiny"}
@@ -96,7 +96,7 @@ def test_the_orders_of_a_large_source_are_files_made_when_they_are_read(
     large = source(folder, cache=tmp_path)
     epochs = -(-700 // large.size)
     large[0]
-    assert len(list(tmp_path.glob("*.npy"))) == 2  # the turns of the shards, and the first epoch
+    assert len(list(tmp_path.glob("*.npy"))) == 2  # the interleaving of the shards, and the order of the first epoch
     assert texts(large, 0, 700) == expected
     assert len(list(tmp_path.glob("*.npy"))) == 1 + epochs
     descriptors = len(os.listdir("/dev/fd"))
@@ -149,7 +149,7 @@ def test_an_unwritable_cache_is_reported(folder: Path, tmp_path: Path, monkeypat
 
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
-    """Room for 20 more open files, until the limit is raised."""
+    """Limit the process to 20 more open files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
     yield
@@ -177,7 +177,7 @@ def test_more_shards_than_the_system_allows_open_files_are_refused(folder: Path,
 
 
 def forged(folder: Path, file: str, at: int, value: Any) -> None:
-    """Overwrite some bytes, which keeps the file's size."""
+    """Overwrite some bytes without changing the size."""
     content = bytearray((folder / file).read_bytes())
     written = value.tobytes()
     content[at : at + len(written)] = written
@@ -210,7 +210,7 @@ def test_an_index_damaged_after_its_header_is_reported(tmp_path: Path) -> None:
 
 
 def pointing_nowhere(folder: Path) -> None:
-    """Damage that comes when the order is known already."""
+    """Damage after the order was stored."""
     for document in range(200):
         forged(folder, "train-00000.idx", 34 + 4 * 200 + 8 * document, np.int64(10**9))
 

@@ -56,7 +56,7 @@ def test_a_folder_without_a_run_is_reported(tmp_path: Path, call_main: Call) -> 
     assert "nothing: no run there" in error
     (tmp_path / "refused").mkdir()
     assert call_main(main, str(tmp_path / "refused"))[0] == 2
-    # Beside others it is nothing to speak of.
+    # Beside other runs it is not reported.
     assert call_main(main, str(tmp_path / "refused"), str(made(tmp_path / "run", "complete")))[0] == 0
 
 
@@ -77,7 +77,7 @@ DAMAGE = {
 
 
 def told(call_main: Call, folder: Path) -> tuple[dict[str, Any], str]:
-    """What is said of the run called `damaged` beside a good one, as an object and in words."""
+    """The status of the run `damaged` beside a valid run, as JSON and as text."""
     code, out, error = call_main(main, "--json", str(folder))
     rows = {Path(row["run"]).name: row for row in map(json.loads, out.splitlines())}
     assert code == 0
@@ -178,7 +178,7 @@ def test_an_unreadable_folder_is_reported(tmp_path: Path, call_main: Call, monke
     made(tmp_path / "good", "complete")
     (tmp_path / "damaged").mkdir()
 
-    def refuse(call: Callable[[Any], Any]) -> Callable[[Any], Any]:  # root may read everything
+    def refuse(call: Callable[[Any], Any]) -> Callable[[Any], Any]:  # root can read everything
         def instead(path: Any) -> Any:
             if Path(path).name == "damaged":
                 raise PermissionError(13, "Permission denied")
