@@ -109,7 +109,7 @@ def check_free(folder: Path, *, sweep: bool = False) -> None:
     except OSError as error:  # a name that is too long, a file where a folder should be, no permission
         problem = f"cannot be a folder ({error.strerror})"
     if problem is not None:
-        raise ValueError(f"run.dir={folder}: {problem}; give a folder of its own, e.g. run.dir=runs/mine")
+        raise ValueError(f"run.dir={folder}: {problem}; give another folder, e.g. run.dir=runs/mine")
 
 
 def _why_not_free(place: Path, sweep: bool) -> str | None:
@@ -122,7 +122,7 @@ def _why_not_free(place: Path, sweep: bool) -> str | None:
     if place in (here, home, *here.parents, *home.parents):
         return "is the current or the home folder, or one above them"
     if outer := next((parent for parent in place.parents if _is_run(parent)), None):
-        return f"lies within the run {outer}"
+        return f"is within the run {outer}"
     if sweep:
         return None
     if place == here / "runs":

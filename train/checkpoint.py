@@ -75,15 +75,15 @@ class Saver:
         self.queue = AsyncCallsQueue(persistent=False)  # a persistent writer hangs on CPUs
         self.pending: _Pending | None = None
         self.resumed_from: int | None = None
-        self.passed_over: Set[int] = frozenset()
-        self.told: set[str] = set()
+        self.skipped_steps: Set[int] = frozenset()
+        self.reported: set[str] = set()
         # After a kill -9 of their training process, writers would wait for one another forever.
         forks_end_with_this_process()
         noted_errors()
 
-    def resumed(self, step: int, *, passed_over: Set[int]) -> None:
+    def resumed(self, step: int, *, skipped_steps: Set[int]) -> None:
         """Set the checkpoint resumed from, which is never deleted, and the skipped ones, which keep_last ignores."""
-        self.resumed_from, self.passed_over = step, passed_over
+        self.resumed_from, self.skipped_steps = step, skipped_steps
 
     def save(self, *, step: int, state: dict[str, Any], facts: CheckpointFacts) -> None:
         """Start to write a checkpoint; without async_save, wait until it is written.
@@ -137,12 +137,12 @@ class Saver:
                 return None
         pending, self.pending = self.pending, None
         final, notes = _agree(functools.partial(self._publish, pending), "publish", self.folder / name_of(pending.step))
-        self.passed_over -= {pending.step}
+        self.skipped_steps -= {pending.step}
         now = time.monotonic()
         stall, write = pending.stall + now - began, now - pending.began
-        untold = [note for note in pending.notes + notes if note not in self.told]
-        self.told.update(untold)
-        return Saved(final, stall, write, pending.step, untold)
+        new_notes = [note for note in pending.notes + notes if note not in self.reported]
+        self.reported.update(new_notes)
+        return Saved(final, stall, write, pending.step, new_notes)
 
     def _clear(self, step: int) -> tuple[list[str], Path]:
         """Remove leftovers; return notes and the name of the folder to write to."""
@@ -166,7 +166,7 @@ class Saver:
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
             spared=() if self.resumed_from is None else (self.resumed_from,),
-            uncounted=self.passed_over - {pending.step},
+            uncounted=self.skipped_steps - {pending.step},
         )
         return final, notes
 

@@ -33,9 +33,9 @@ def check_launcher() -> None:
     missing = [name for name in ALWAYS if not found.get(name)]
     problem = f"{' and '.join(missing)} missing" if missing else _why_not(found)
     if problem:
-        told = " ".join(f"{name}={value!r}" for name, value in found.items())
+        values = " ".join(f"{name}={value!r}" for name, value in found.items())
         raise UserError(
-            f"environment variables {told}: {problem}; start several processes with torchrun, which sets them all; "
+            f"environment variables {values}: {problem}; start several processes with torchrun, which sets them all; "
             f"for a single process unset {' '.join(found)}"
         )
 

@@ -67,16 +67,16 @@ class Trainer:
         self.steps_while_saving: list[float] = []
         """Seconds of each step during the current save."""
 
-    def resume(self, checkpoint: Checkpoint | None, *, passed_over: Set[int] = frozenset()) -> None:
+    def resume(self, checkpoint: Checkpoint | None, *, skipped_steps: Set[int] = frozenset()) -> None:
         """Set the step and open the records.
 
-        checkpoint: the one that the engine was loaded from; None for a new run. passed_over: steps of newer checkpoints that
-        were skipped.
+        checkpoint: the one that the engine was loaded from; None for a new run. skipped_steps: steps of newer checkpoints
+        that were skipped.
         """
         facts = checkpoint.facts if checkpoint is not None else None
         if checkpoint is not None and facts is not None:
             self.step, self.samples = checkpoint.step, facts.samples
-            self.saver.resumed(checkpoint.step, passed_over=passed_over)
+            self.saver.resumed(checkpoint.step, skipped_steps=skipped_steps)
         self.began_at = self.step
         self.run_id = self._agree_on_id(facts.run if facts else None)
         self.guard = StepGuard(self.config.guard, self.runtime.device, facts.guard if facts else None)

@@ -178,7 +178,7 @@ class Meeting:
         raw = self._connect(GRACE_SECONDS if failure else MEETING_SECONDS)
         store = self._store = _within(self.start, raw)
         failures = [] if failure is None else [failure]
-        missing, began, failed, told = set(range(1, self.world_size)), time.monotonic(), 0.0, False
+        missing, began, failed, printed = set(range(1, self.world_size)), time.monotonic(), 0.0, False
         while missing:
             for rank in sorted(missing):
                 self._welcome(rank, raw)
@@ -190,8 +190,8 @@ class Meeting:
             failed = failed or (waited if failures else 0.0)
             if (failures and waited - failed > GRACE_SECONDS) or waited > MEETING_SECONDS:
                 break
-            if waited > PATIENCE_SECONDS and not told:
-                told = True
+            if waited > PATIENCE_SECONDS and not printed:
+                printed = True
                 print(f"waiting for {describe_ranks(missing)} of {self.world_size} processes", file=sys.stderr, flush=True)
             time.sleep(0.01)
         if missing and not failures:

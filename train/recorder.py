@@ -62,7 +62,7 @@ class Recorder:
         return found[0]
 
     def begin_step(self) -> None:
-        """Reset the auxiliary losses: a record has those of its own step."""
+        """Reset the auxiliary losses, so that a record has those of one step."""
         for records in self._records_by_layer().values():
             for record in records:
                 record.reset()
@@ -92,7 +92,7 @@ class Recorder:
             "speed/flops_per_second": 3 * count_flops(self.config.model).dense * tokens_a_second,
             "memory/peak_gib": memory,
         }
-        with self._going_on("record"):
+        with self._printing_errors("record"):
             self.writer.write(step, values)
             eta = (self.config.training.steps - step) * seconds_a_step
             self.say(format_line(step, self.config.training.steps, values, eta))
@@ -113,7 +113,7 @@ class Recorder:
         self.counted_from = samples
         if self.writer is None:
             return
-        with self._going_on("record"):
+        with self._printing_errors("record"):
             summary = {f"expert/{name}": values for name, values in summarise_experts(usage).items()}
             summary["expert/dropped"] = 1 - usage.tokens_LE.sum(-1) / routed
             summary |= {f"neuron/{name}": values for name, values in summarise_neurons(usage, model.active_neurons).items()}
@@ -140,7 +140,7 @@ class Recorder:
     def record(self, step: int, values: dict[str, float]) -> None:
         """Write a record."""
         if self.writer is not None:
-            with self._going_on("record"):
+            with self._printing_errors("record"):
                 self.writer.write(step, values)
 
     def close(self, step: int, unigram_entropy: float) -> None:
@@ -148,16 +148,16 @@ class Recorder:
         if self.writer is None:
             return
         path = self.folder / "figures/loss.png"
-        with self._going_on("figure"):
+        with self._printing_errors("figure"):
             from train import figures  # takes half a second, and only the main rank needs it
 
             figures.draw_losses(path, read_metrics(self.folder), unigram_entropy)
             self.writer.write_figure(step, "loss", path)
-        with self._going_on("last record"):
+        with self._printing_errors("last record"):
             self.writer.close()
 
     @contextlib.contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
+    def _printing_errors(self, what: str) -> Iterator[None]:
         """Print an exception of the block and continue.
 
         A failure to write or draw must not end training. Only the main rank writes, and the others would wait for it.
@@ -191,14 +191,14 @@ class Recorder:
     def _draw_usage(self, step: int, usage: NeuronUsage) -> None:
         assert self.writer is not None
         load, use = self.folder / "figures/expert_load.png", self.folder / "figures/neuron_use.png"
-        with self._going_on("figure"):
+        with self._printing_errors("figure"):
             from train import figures
 
             figures.draw_expert_load(load, usage, step)
             figures.draw_neuron_use(use, usage, self.config.model.active_neurons, step)
             self.writer.write_figure(step, "expert_load", load)
             self.writer.write_figure(step, "neuron_use", use)
-        with self._going_on("histogram"):
+        with self._printing_errors("histogram"):
             self.writer.write_histograms(
                 step,
                 {f"neuron/selected/layer_{layer:02d}": selected for layer, selected in enumerate(usage.selected_LEH)}

@@ -68,7 +68,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
         trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
         newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
-        trainer.resume(checkpoint, passed_over=newer)
+        trainer.resume(checkpoint, skipped_steps=newer)
         started()
         reason = trainer.train()
         complete = trainer.step >= config.training.steps

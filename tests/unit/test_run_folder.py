@@ -46,9 +46,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("link", "is where all runs lie"),
         ("runs/sweep", "holds other runs, such as"),
         ("others", "holds other runs, such as"),
-        ("runs/one/checkpoints", "lies within the run"),
-        ("runs/queued/launch", "lies within the run"),
-        ("link/one/x/y", "lies within the run"),
+        ("runs/one/checkpoints", "is within the run"),
+        ("runs/queued/launch", "is within the run"),
+        ("link/one/x/y", "is within the run"),
         ("file", "file is not a folder"),
         ("file/run", "file is not a folder"),
         ("loop", "loop is not a folder"),
@@ -56,7 +56,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_folders_that_a_run_cannot_use(folder: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=r"^run\.dir=.*; give a folder of its own, e\.g\. run\.dir=runs/mine$") as error:
+    with pytest.raises(ValueError, match=r"^run\.dir=.*; give another folder, e\.g\. run\.dir=runs/mine$") as error:
         check_free(Path(folder))
     assert problem in str(error.value)
 
