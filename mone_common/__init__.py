@@ -1,1 +1,1 @@
-"""Ground below all other packages. No file of a user's own has its name, as one may have that of `train` or `configs`."""
+"""Helpers that all other packages use. The name is unlikely to collide with a user's file, unlike `train` or `configs`."""

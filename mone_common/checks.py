@@ -1,4 +1,4 @@
-"""Checks of options, and warnings about names that change."""
+"""Checks of options, and deprecation warnings."""
 
 import functools
 import os
@@ -7,14 +7,17 @@ from typing import Any
 
 
 def check(condition: bool, option: str, value: Any, right: str) -> None:
-    """Raise a ValueError that names the option as the user typed it, its value, and what would be right."""
+    """Raise a ValueError unless `condition`.
+
+    option: as the user types it. right: what would be valid, for the message.
+    """
     if not condition:
         raise ValueError(f"{option}={value}: {right}")
 
 
 @functools.cache
 def deprecated(old: str, new: str) -> None:
-    """Warn on stderr, once and on the first process of a job, that a command or an option's value has a new name."""
+    """Warn on stderr, once and on rank 0, that a command or an option's value has a new name."""
     if os.environ.get("RANK", "0") == "0":
         print(
             f"warning: {old} is deprecated and will be removed in the next version; use {new}", file=sys.stderr, flush=True

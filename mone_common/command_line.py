@@ -1,8 +1,8 @@
-"""Hydra's command line, with every mistake told on one line.
+"""Hydra's command line with one-line errors.
 
-run(task, "pretrain", "pkg://configs")     # what sys.argv asks for: the task, a sweep, the configuration, help
+run(task, "pretrain", "pkg://configs")     # as sys.argv requests: run the task or a sweep, or show the configuration or help
 
-Hydra's own `main` prints its errors in several lines, ends with exit code 1, and takes the types of values from their text.
+`hydra.main`, in contrast, prints errors in several lines, ends with exit code 1, and infers the types of values from text.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from mone_common.text import printable
 
 
 def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
-    """Do what the command line asks for, with the configuration file `name` in `path`; UserError for its mistakes."""
+    """Run the command line with the configuration file `name` in `path`; UserError for errors in it."""
     flags = _read_flags()
     name = flags.config_name or name
     version.setbase("1.3")
@@ -60,12 +60,12 @@ def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
                 raise UserError(f"--package {flags.package}: no such section of the configuration")
             sweep = flags.multirun or config.hydra.mode == RunMode.MULTIRUN
             if flags.help or flags.hydra_help or flags.cfg is not None or flags.info is not None:
-                with redirect_stdout(io.StringIO()) as shown:  # at once, since logging would complain of each line
+                with redirect_stdout(io.StringIO()) as shown:  # print once: with a closed pipe, logging reports every line
                     _show(hydra, flags, name, overrides, sections)
                 try:
                     print(shown.getvalue(), end="", flush=True)
                 except BrokenPipeError:
-                    leave_quietly(0)  # what was read is all that was wanted
+                    leave_quietly(0)  # the reader has read as much as it needs
                 return
             if sweep:
                 _check_sweep(config, hydra.compose_config(name, [], RunMode.MULTIRUN))
@@ -78,7 +78,7 @@ def run(task: Callable[[DictConfig], Any], name: str, path: str | None) -> None:
 
 
 def _read_flags() -> argparse.Namespace:
-    """Hydra's flags, and the overrides before, between and behind them."""
+    """Hydra's flags and the overrides, in any order."""
     for argument in sys.argv:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             raise UserError(f"{ascii(masked(argument))}: is not UTF-8")
@@ -104,14 +104,14 @@ def _search_path(flags: argparse.Namespace, path: str | None) -> Any:
     if flags.config_dir is not None:
         if not os.path.isdir(flags.config_dir):
             raise UserError(f"--config-dir {flags.config_dir}: no such folder")
-        # As Hydra does: before the schemas, else those of the same names would win.
+        # As Hydra does: before the schemas, which would otherwise override files of the same name.
         folder = f"file://{os.path.abspath(flags.config_dir)}"
         search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
     return search_path
 
 
 def _show(hydra: Hydra, flags: argparse.Namespace, name: str, overrides: list[str], sections: list[str]) -> None:
-    """Print help, the configuration, or where it comes from."""
+    """Print help, the configuration, or its sources."""
     parser, flags.overrides = get_args_parser(), overrides
     if flags.help and sections:
         config = hydra.compose_config(name, overrides, RunMode.RUN)
@@ -127,7 +127,7 @@ def _show(hydra: Hydra, flags: argparse.Namespace, name: str, overrides: list[st
 
 
 def _help_of(config: DictConfig, section: str) -> str:
-    """What --help says of a section of options, of one option, or of all; UserError if there is no such."""
+    """Help for a section of options, for one option, or for all; UserError for an unknown name."""
     kind = OmegaConf.get_type(config)
     options = paragraphs(kind) if isinstance(kind, type) and dataclasses.is_dataclass(kind) else {}
     if (launcher := _launcher(config)) is not None:
@@ -142,7 +142,7 @@ def _help_of(config: DictConfig, section: str) -> str:
 
 
 def _check_sweep(config: DictConfig, own: DictConfig) -> None:
-    """UserError for a sweep that cannot begin, before a sweeper writes anything; own: the command's, without overrides."""
+    """UserError for a sweep that cannot start, before a sweeper writes anything; own: the config without overrides."""
     if _launcher(own) is None or _launcher(config) is None:
         raise UserError("--multirun: sweeps are started by `mone-pretrain --multirun`, with hydra/launcher=local or slurm")
     try:
@@ -153,14 +153,14 @@ def _check_sweep(config: DictConfig, own: DictConfig) -> None:
 
 
 def _launcher(config: DictConfig) -> type | None:
-    """The options of the launcher of ours that is chosen; None for one of Hydra's."""
+    """The options class of the chosen launcher of this project; None for a launcher of Hydra."""
     kind = OmegaConf.get_type(config.hydra, "launcher")
     return kind if isinstance(kind, type) and kind.__module__.startswith("hydra_plugins.") else None
 
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise into a UserError."""
+    """Raise errors of Hydra, OmegaConf and YAML as UserError."""
     try:
         yield
     except (HydraException, OmegaConfBaseException, YAMLError) as error:

@@ -1,7 +1,7 @@
-"""Start this project's commands with its own packages, whatever lies in the current folder.
+"""Entry points of the commands. They import this project's packages even if the current folder has packages of these names.
 
 mone-status = "mone_common.commands:status"           # in pyproject.toml
-check_packages("configs", "launch", "train")          # in the __init__.py of what `python -m` starts
+check_packages("configs", "launch", "train")          # in the __init__.py of packages that `python -m` starts
 """
 
 import importlib
@@ -15,18 +15,18 @@ from typing import NoReturn
 from mone_common.checks import deprecated
 
 PARENT = os.getppid()
-"""Process id of what started this process, noted before the seconds in which everything else is imported."""
+"""Process id of the parent at the start, read before imports that take seconds."""
 ROOT = Path(__file__).resolve().parent.parent
-"""The folder of all our packages."""
+"""The folder of this project's packages."""
 PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
-"""All our packages, as pyproject.toml finds them."""
+"""This project's packages, as in pyproject.toml."""
 
 
 def _command(module: str) -> Callable[[], None]:
-    """The `main` of a module, with our packages before others of their names."""
+    """The `main` of a module, with this project's packages first on the path."""
 
     def run() -> None:
-        # With PYTHONPATH=. the current folder comes before us. Not always: packages may have names of Python's own library.
+        # With PYTHONPATH=. the current folder comes first. Change the path only if a package of it shadows one of ours.
         if find_shadow(*PACKAGES) is not None:
             sys.path.insert(0, str(ROOT))
         if shadow := find_shadow(*PACKAGES):
@@ -49,13 +49,13 @@ verify = _command("data_prep.verify")
 
 
 def tokenizer() -> None:
-    """`mone-train-tokenizer` under the name that it had before version 0.2."""
+    """The deprecated name of `mone-train-tokenizer`, used before version 0.2."""
     deprecated("mone-tokenizer", "mone-train-tokenizer")
     train_tokenizer()
 
 
 def find_shadow(*packages: str) -> str | None:
-    """Which of these packages Python would take from elsewhere, and from where, in words; None if all are ours."""
+    """A message if Python would import one of these packages from another location; None if not."""
     for name in packages:
         spec = importlib.util.find_spec(name)
         if spec is None:
@@ -64,14 +64,14 @@ def find_shadow(*packages: str) -> str | None:
         if os.path.realpath(ROOT / name) not in map(os.path.realpath, found):
             where = spec.origin if spec.has_location and spec.origin else found[0]
             return (
-                f"{where} stands before this project's package `{name}`, in {ROOT}; rename it, or use the commands "
-                "mone-pretrain, mone-tokenize, ... or another folder, which do not look there"
+                f"{where} shadows this project's package `{name}` in {ROOT}; rename it, use the commands "
+                "mone-pretrain, mone-tokenize, ..., or work in another folder"
             )
     return None
 
 
 def check_packages(*packages: str) -> None:
-    """End a command started by `python -m` with exit code 2 if one of these packages is not ours; else ImportError."""
+    """If one of these packages is shadowed: exit code 2 under `python -m`, otherwise ImportError."""
     if shadow := find_shadow(*packages):
         if sys.argv[:1] == ["-m"]:
             _end(shadow)

@@ -1,11 +1,11 @@
-"""What the command lines share: help out of the options' docstrings, typed options, errors that read well.
+"""Common parts of the commands: help from the options' docstrings, typed options, one-line errors.
 
-    @command("verify")                            # configs/verify.yaml, as @hydra.main would
+    @command("verify")                            # reads configs/verify.yaml, like @hydra.main
     def main(config: DictConfig) -> None:
         options = to_dataclass(config, VerifyConfig)
 
-A configuration file shows its options in --help with ${options_help:data_prep.verify.VerifyConfig}, or those of a command
-of many sections with ${sections_help:train.config.RunConfig}; --help SECTION then shows the rest.
+In a configuration file, ${options_help:data_prep.verify.VerifyConfig} adds its options to --help. For commands with many
+sections, ${sections_help:train.config.RunConfig} adds an overview; --help SECTION then shows the options of a section.
 """
 
 import argparse
@@ -31,24 +31,24 @@ Result = TypeVar("Result")
 
 
 class ReportedError(Exception):
-    """Says by itself what went wrong: a command tells it without a traceback and ends with its exit code."""
+    """An error whose message is sufficient: a command prints it without a traceback and ends with its exit code."""
 
     exit_code = 1
     of_all_ranks = False
-    """Whether all processes of a job raise it at once, so that the first may tell it for all, in its own words."""
+    """Whether all ranks of a job raise it at the same time, so that rank 0 prints it for all."""
 
 
 class UserError(ReportedError, ValueError):
-    """An option, or data or a folder it names, is at fault; the message says which one and what would be right."""
+    """An invalid option, or invalid data or an invalid folder that it names; the message says what would be valid."""
 
     exit_code = 2
 
 
 class Parser(argparse.ArgumentParser):
-    """For commands with flags of their own: a wrong one is told on one line."""
+    """An argument parser with one-line errors, for commands that do not use Hydra."""
 
     def error(self, message: str) -> NoReturn:
-        """End the command with exit code 2."""
+        """Print the error and exit with code 2."""
         self.exit(2, f"error: {printable(message)}; see --help\n")
 
 
@@ -63,9 +63,9 @@ EXAMPLES = {
 
 
 def to_dataclass(config: DictConfig, kind: type[Options]) -> Options:
-    """`config` as an instance of the dataclass that describes it.
+    """Convert `config` to its dataclass.
 
-    Raises UserError that names every mandatory option left out and shows how to give it, or a value that cannot be used.
+    Raises UserError for an invalid value, and for missing mandatory options, with examples.
     """
     from mone_common.overrides import explain
 
@@ -84,7 +84,7 @@ def to_dataclass(config: DictConfig, kind: type[Options]) -> Options:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """All floating-point numbers within options, by dotted names."""
+    """All floating-point numbers in the options, with dotted names."""
     if isinstance(value, float):
         yield name, value
     elif dataclasses.is_dataclass(value):
@@ -99,9 +99,9 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Turn a ReportedError into `error: <message>` on stderr and its exit code; others are our mistakes.
+    """Wrap a `main`: a ReportedError is printed as `error: <message>` on stderr, and its exit code is used.
 
-    Ends silently when the reader of the output has ended.
+    Other exceptions pass. If the reader of the output has ended, the process ends silently.
     """
 
     @functools.wraps(main)
@@ -124,12 +124,12 @@ def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, R
 def command(
     name: str, path: str | None = "pkg://configs", *, launched: bool = False
 ) -> Callable[[Callable[[DictConfig], None]], Callable[[], None]]:
-    """Make a command of a function of its composed configuration: Hydra's command line over the file `name` in `path`.
+    """Decorator that makes a command of a function of the composed configuration; `name` is a configuration file in `path`.
 
-    In place of `@hydra.main`, whose flags it has: a mistake in options or configuration files ends the command with one
-    line and exit code 2, as a ReportedError of the function does, and text stays as it was typed (mone_common.overrides).
+    Replaces `@hydra.main` and has its flags. An error in options or configuration files ends the command with one line and
+    exit code 2, and text is not read as numbers (mone_common.overrides).
 
-    launched: torchrun starts several processes with one command line; the first on each machine tells what is wrong in it.
+    launched: torchrun starts several processes with the same command line; only the first on each machine prints an error.
     """
 
     def decorate(task: Callable[[DictConfig], None]) -> Callable[[], None]:

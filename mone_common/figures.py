@@ -1,4 +1,4 @@
-"""matplotlib as every picture of ours uses it: without a display, text as it stands, files whole or absent."""
+"""matplotlib settings for all figures: no display, no math text, atomic files."""
 
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,12 @@ import matplotlib.pyplot as plt
 
 from mone_common.files import writing
 
-# Names of runs and sources are shown as they are; with a dollar sign they would be read as formulas, and most refused.
+# Names of runs and sources may contain dollar signs, which matplotlib would parse as formulas.
 plt.rcParams["text.parse_math"] = False
 
 
 def save(figure: Any, path: Path, *, dots: int = 130) -> None:
-    """Write a picture with that many dots an inch, and close it."""
+    """Write a figure and close it; dots: per inch."""
     try:
         with writing(path) as temporary:
             figure.savefig(temporary, dpi=dots)

@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written under a temporary name, made durable, then renamed.
+"""Atomic files: written under a temporary name, flushed to disk, then renamed.
 
 with writing(path) as temporary:
-    temporary.write_text("...")          # killed here: no file called `path`
+    temporary.write_text("...")          # after a kill here, `path` does not exist
 """
 
 import hashlib
@@ -16,12 +16,12 @@ TEMPORARY_PREFIX = ".unfinished-"
 
 
 def temporary(path: Path) -> Path:
-    """Name beside `path` under which it is written."""
+    """Temporary name for writing `path`, in the same folder."""
     return path.with_name(TEMPORARY_PREFIX + path.name)
 
 
 def publish(path: Path, unfinished: Path | None = None) -> None:
-    """Make what stands under `unfinished`, else `temporary(path)`, durable and give it its final name."""
+    """Flush `unfinished`, by default `temporary(path)`, to disk and rename it to `path`."""
     unfinished = unfinished or temporary(path)
     _sync(unfinished)
     os.replace(unfinished, path)
@@ -29,7 +29,7 @@ def publish(path: Path, unfinished: Path | None = None) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, durable."""
+    """Flush a file's content or a folder's entries to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -39,15 +39,15 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def writing(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Give a temporary path to write; publish it as `path` if the block ends well, else remove it.
+    """Context with a temporary path to write to. It becomes `path` at the end, or is removed if the block raises.
 
-    shared: several processes may write the same file at a time.
+    shared: several processes may write the same file at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary(path)
     if shared:
         unfinished = unfinished.with_name(f"{unfinished.name}-{uuid.uuid4().hex}")
-    _remove(unfinished)  # a pipe or a folder of this name would be waited for, or in the way
+    _remove(unfinished)  # writing to an existing pipe would block, to a folder fail
     try:
         yield unfinished
         publish(path, unfinished)
@@ -64,7 +64,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def writing_folder(path: Path) -> Iterator[Path]:
-    """As `writing`, for a folder of files that is not there yet."""
+    """Like `writing`, for a folder of files that does not exist yet."""
     unfinished = temporary(path)
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)

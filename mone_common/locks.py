@@ -1,11 +1,11 @@
-"""Locks among processes, by the operating system: whoever holds one lets go of it however it ends.
+"""File locks between processes. The operating system releases them when a process ends.
 
     with open(folder / LOCK_FILE, "w") as file:
         if not lock(file): ...                # another process has it
     is_locked(folder / LOCK_FILE)
 
-The file must be open for writing: some file systems (NFS) lock no other. Where a file system has no locks, every lock is
-given, and each process says so once.
+Open the file for writing, which NFS requires. On a file system without locks every lock succeeds, and each process
+prints one warning.
 """
 
 import fcntl
@@ -18,18 +18,18 @@ LOCK_FILE = ".lock"
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
-    """Lock an open file for as long as it stays open; False if another process has the lock, which `wait` waits for."""
+    """Lock a file until it is closed. Returns False if another process has the lock; with `wait`, waits for it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:
-        _tell_once(Path(file.name).parent, error.strerror)
+        _warn_once(Path(file.name).parent, error.strerror)
     return True
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process on a machine that shares this file system's locks holds the lock of this file."""
+    """Whether a process holds the lock of this file, on any machine that shares the locks of the file system."""
     if not path.is_file():
         return False
     try:
@@ -38,14 +38,14 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     except OSError:
-        pass  # a file system without locks, or another user's folder, whose lock is theirs alone to open
+        pass  # a file system without locks, or a folder of another user with an unreadable lock
     return False
 
 
 @functools.cache
-def _tell_once(folder: Path, reason: str) -> None:
+def _warn_once(folder: Path, reason: str) -> None:
     print(
-        f"{folder}: this file system has no locks ({reason}): see to it that one process alone works there at a time",
+        f"{folder}: this file system has no locks ({reason}): make sure that only one process uses the folder at a time",
         file=sys.stderr,
         flush=True,
     )

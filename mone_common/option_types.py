@@ -1,6 +1,6 @@
-"""The types of options, as their dataclasses declare them, and what fits one.
+"""The declared types of options, and checks of values against them.
 
-declared(config, "data.blend")                      # list[SourceConfig]; None: there is no such option
+declared(config, "data.blend")                      # list[SourceConfig]; None: no such option
 check_value("training.steps", int, "many", "many")  # UserError: training.steps=many: must be a whole number
 nearest("model.activation_ration", option_names(config))   # "did you mean model.activation_ratio?"
 """
@@ -26,7 +26,7 @@ UNITS = {"k": 3, "m": 6, "b": 9, "g": 9, "t": 12}
 
 
 def declared(config: DictConfig, name: str) -> Any:
-    """The type of the option with this dotted name, as its dataclass declares it; None if there is none."""
+    """The declared type of the option with this dotted name; None if there is no such option."""
     kind: Any = OmegaConf.get_type(config)
     node: Any = config
     for part in name.split("."):
@@ -41,19 +41,19 @@ def declared(config: DictConfig, name: str) -> Any:
 
 
 def within_mapping(config: DictConfig, name: str) -> bool:
-    """Whether the name continues behind that of an option that is a mapping."""
+    """Whether the name is a key within an option that is a mapping."""
     parts = name.split(".")
     above = (declared(config, ".".join(parts[:length])) for length in range(1, len(parts)))
     return any(dict in map(origin_of, members_of(kind)) for kind in above if kind is not None)
 
 
 def child_kind(kind: Any, part: str) -> Any:
-    """The type of what is called `part` within a value of this type; None if there is no such."""
+    """The type of the member `part` of a value of this type; None if there is no such member."""
     for member in members_of(kind):
         if dataclasses.is_dataclass(member):
             field = {field.name: field for field in dataclasses.fields(member)}.get(part)
             if field is not None:
-                # OmegaConf knows no union of text and lists: such a field is Any, and says here what it takes.
+                # OmegaConf does not support a union of text and lists: such a field is Any, with its type in the metadata.
                 return field.metadata.get("kind", typing.get_type_hints(member)[part])
         elif origin_of(member) is dict:
             return (typing.get_args(member) or (Any, Any))[1]
@@ -65,7 +65,7 @@ def child_kind(kind: Any, part: str) -> Any:
 
 
 def members_of(kind: Any) -> tuple[Any, ...]:
-    """The types of a union, or the only one."""
+    """The types of a union, or a tuple of the type itself."""
     return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
@@ -74,7 +74,7 @@ def origin_of(kind: Any) -> Any:
 
 
 def check_value(name: str, kind: Any, value: Any, text: str) -> None:
-    """UserError unless the value, typed as `text`, fits the type."""
+    """UserError unless the value, which the user typed as `text`, has the type."""
     members = members_of(kind)
     if kind is None or Any in members or _is_later(value) or (value is None and type(None) in members):
         return
@@ -100,12 +100,12 @@ def check_value(name: str, kind: Any, value: Any, text: str) -> None:
 
 
 def _is_later(value: Any) -> bool:
-    """Whether the value is known only when everything else is: an interpolation, or left out."""
+    """Whether the value is resolved later: an interpolation, or missing."""
     return isinstance(value, str) and ("${" in value or value == "???")
 
 
 def _converts(kind: Any, value: Any) -> bool:
-    """Whether OmegaConf would make this type out of the value, neither a list nor a mapping."""
+    """Whether OmegaConf would convert the value, which is no list or mapping, to this type."""
     if kind is str:
         return value is not None
     try:
@@ -115,7 +115,7 @@ def _converts(kind: Any, value: Any) -> bool:
 
 
 def _wanted(name: str, kind: Any, value: Any, text: str) -> str:
-    """What would have been right, and how to write it."""
+    """The expected type, with an example."""
     members = [member for member in members_of(kind) if member is not type(None)]
     null = ", or null" if type(None) in members_of(kind) else ""
     first = members[0]
@@ -136,14 +136,14 @@ def _wanted(name: str, kind: Any, value: Any, text: str) -> str:
 
 
 def example_of(kind: Any, text: str) -> str:
-    """The text as a value of the type."""
+    """The text, written as a value of the type."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     if origin_of(kind) is list:
         inner = text[1:-1].strip() if text.startswith("[") and text.endswith("]") else text
         return f"[{example_of((typing.get_args(kind) or (Any,))[0], inner)}]"
     if dataclasses.is_dataclass(kind):
-        if text.startswith("{"):  # where in it the fault is, nobody knows
+        if text.startswith("{"):  # the position of the error is unknown
             return f'{{{dataclasses.fields(kind)[0].name}: "VALUE"}}'
         return f"{{{dataclasses.fields(kind)[0].name}: {text if _is_plain(text) else example_of(str, text)}}}"
     if kind is str or kind is Any:
@@ -156,7 +156,7 @@ def _is_plain(text: str) -> bool:
 
 
 def nearest(name: str, names: Iterable[str], *, otherwise: str = "see --help") -> str:
-    """What may have been meant by an unknown name, as the end of a sentence."""
+    """Suggestions for an unknown name, as the end of a sentence."""
     names = list(names)
     section, _, last = name.rpartition(".")
     parts: dict[str, list[str]] = {}
@@ -172,7 +172,7 @@ def nearest(name: str, names: Iterable[str], *, otherwise: str = "see --help") -
 
 
 def option_names(config: DictConfig) -> list[str]:
-    """The dotted names of all options, sections too; of Hydra's own, those of the launcher and the folders of a sweep."""
+    """The dotted names of all options and sections; of Hydra's options, those of the launcher and of folders."""
     return [
         name
         for name in _names(config)

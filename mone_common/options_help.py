@@ -1,4 +1,4 @@
-"""Help out of the docstrings of options: all of a command, or its own in full and the others by section.
+"""Help text from the docstrings of options: for all options of a command, or an overview by section.
 
 options_help("data_prep.verify.VerifyConfig")     # ${options_help:...} in a configuration file
 sections_help("train.config.RunConfig")
@@ -23,7 +23,7 @@ def options_help(name: str) -> str:
 
 
 def sections_help(name: str) -> str:
-    """As `options_help`, but only what the dataclass adds to its base and what is in no section; of the others, names."""
+    """Like `options_help` for options outside sections and those added to the base dataclass; names of the others."""
     kind = _find(name)
     base = kind.__mro__[1]
     inherited = {field.name for field in fields(base)} if is_dataclass(base) else set()
@@ -36,12 +36,12 @@ def sections_help(name: str) -> str:
     for section in brief:
         names = [option.partition(".")[2] for option in options if option.startswith(f"{section}.")]
         lines.append(textwrap.fill(", ".join(names), WIDTH, initial_indent=f"  {section:<12}", subsequent_indent=" " * 14))
-    how = "Sections: `--help SECTION` explains the options of one, `--help all` everything."
+    how = "Sections: `--help SECTION` explains the options of a section, `--help all` all options."
     return _escaped([*own, *alone, "", how, *lines])
 
 
 def paragraphs(kind: type[Any], prefix: str = "") -> dict[str, str]:
-    """What --help says of each option, by its dotted name."""
+    """The help text of each option, by its dotted name."""
     docs: dict[str, str] = {}
     for base in filter(is_dataclass, reversed(kind.__mro__)):
         body = ast.parse(inspect.getsource(base)).body[0]

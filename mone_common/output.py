@@ -1,13 +1,12 @@
-"""What a command prints: training never waits for whoever reads it, and every other command ends with its reader.
+"""Output of commands. Training never blocks on its output; every other command ends when its reader has ended.
 
     unblock_output()                 # training, before anything else
     drain_output(2.0)                # before os._exit
 
-    with ending_with_reader():       # any other command: `mone-verify ... | head` ends silently
+    with ending_with_reader():       # other commands: `mone-verify ... | head` ends silently
         ...
 
-A pipe can be closed or full, a disk behind a redirection can be full, a terminal can be gone. Each makes an ordinary `print`
-raise or wait.
+An ordinary `print` raises or blocks if a pipe is closed or full, a disk is full, or the terminal is closed.
 """
 
 import atexit
@@ -24,51 +23,51 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 WAITING = 10_000
-"""Pieces of text, mostly lines, that wait for a reader before further ones are left out."""
+"""Largest number of queued pieces of text, mostly lines; further ones are dropped."""
 EXIT_SECONDS = 2.0
-"""How long the end of a process waits until its last words are written."""
+"""Longest wait at the end of a process until its output is written."""
 FORK_SECONDS = 1.0
-"""How long a forked process, which has no thread to print, waits until there is room for a piece."""
+"""Longest wait for a piece in a forked process, which has no output thread."""
 READER_GONE = 141
-"""Exit code of a command whose reader has gone, as a shell shows it for one that SIGPIPE ends."""
+"""Exit code of a command whose reader has ended, as a shell shows for SIGPIPE."""
 
 
 class _Outlet:
-    """Bytes on their way to a descriptor. What cannot be written is left out; the next piece that can says how much."""
+    """Queues bytes for a descriptor. Bytes that cannot be written are dropped; the next output notes their number."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        # A SimpleQueue may also be filled in a signal handler, while the same thread fills it.
+        # A SimpleQueue is reentrant: a signal handler can put while the same thread puts.
         self.queue: queue.SimpleQueue[bytes | threading.Event] = queue.SimpleQueue()
         self.served_in = os.getpid()
         self.lost, self.reason = 0, ""
         threading.Thread(target=self._serve, name=f"output {descriptor}", daemon=True).start()
 
     def put(self, data: bytes) -> None:
-        """Take bytes; never waits in the process that this was made in."""
+        """Queue bytes. Never blocks in the process that created this object."""
         if os.getpid() != self.served_in:
             self._write(data, seconds=FORK_SECONDS)
         elif self.queue.qsize() < WAITING:
             self.queue.put(data)
         else:
-            self._lose(data, "nobody read it")
+            self._lose(data, "not read")
 
     def drain(self, seconds: float) -> None:
-        """Wait until all that was put is written, or left out, but no longer than this."""
+        """Wait until all queued bytes are written or dropped, but at most this long."""
         if os.getpid() == self.served_in:
             written = threading.Event()
             self.queue.put(written)
             written.wait(seconds)
 
     def close(self, seconds: float) -> None:
-        """Drain; what is put later is written at once where there is room, as in a fork."""
+        """Drain. Bytes that are put later are written directly, as in a fork."""
         self.drain(seconds)
         self.served_in = -1
 
     def _serve(self) -> None:
         while True:
             taken = [self.queue.get()]
-            # Together: for each write this thread must get hold of the interpreter anew.
+            # Write many pieces at once, since each write needs the interpreter lock again.
             while not self.queue.empty() and len(taken) < 100:
                 taken.append(self.queue.get())
             text = b"".join(piece for piece in taken if isinstance(piece, bytes))
@@ -88,14 +87,14 @@ class _Outlet:
         self._written(data, seconds)
 
     def _written(self, data: bytes, seconds: float | None) -> bool:
-        """Whether all of it could be written; seconds: to wait until there is room, None: any time."""
+        """Write bytes; returns whether all could be written. seconds: longest wait for space; None: no limit."""
         rest, poll = memoryview(data), select.poll()
         poll.register(self.descriptor, select.POLLOUT)
         try:
             while rest:
-                # A pipe that is ready has room for so many bytes; a descriptor may be one that never waits, too.
+                # A pipe that is ready has space for PIPE_BUF bytes. The descriptor may be non-blocking.
                 if not poll.poll(None if seconds is None else 1000 * seconds):
-                    raise BlockingIOError("nobody read it")
+                    raise BlockingIOError("not read")
                 with contextlib.suppress(BlockingIOError):
                     rest = rest[os.write(self.descriptor, rest[: select.PIPE_BUF]) :]
         except (OSError, ValueError) as error:
@@ -130,12 +129,12 @@ _outlets: dict[int, _Outlet] = {}
 
 
 def unblock_output() -> None:
-    """From now on sys.stdout and sys.stderr neither raise nor wait, in this process and those that it forks.
+    """Make sys.stdout and sys.stderr neither raise nor block, in this process and its forks.
 
-    A thread writes what they are given. Streams that somebody else has put in their place stay.
+    A thread writes the output. Streams that other code has replaced are not changed.
     """
     for descriptor in range(3):
-        # Else the next file that is opened would get this number, and with it what libraries print in C.
+        # Otherwise the next opened file would get this descriptor, and receive what C libraries print.
         with contextlib.suppress(OSError):
             _open_unless_open(descriptor)
     for name, descriptor in (("stdout", 1), ("stderr", 2)):
@@ -146,7 +145,7 @@ def unblock_output() -> None:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
             same = descriptor == 2 and 1 in _outlets and os.path.sameopenfile(1, 2)
-            # One thread for both where they are one file: lines keep their order.
+            # If both are the same file, one thread writes both, which keeps the order of lines.
             outlet = _outlets[descriptor] = _outlets[1] if same else _Outlet(descriptor)
             text = io.TextIOWrapper(
                 _Raw(outlet, f"<{name}>"),
@@ -160,7 +159,7 @@ def unblock_output() -> None:
 
 
 def _redirect_logging(before: TextIO, after: TextIO) -> None:
-    """Give log handlers, which hold on to the stream that they were made with, the new one."""
+    """Replace the stream of log handlers, which keep the stream that they were created with."""
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
         for handler in getattr(logger, "handlers", ()):
             if isinstance(handler, logging.StreamHandler) and handler.stream is before:
@@ -168,7 +167,7 @@ def _redirect_logging(before: TextIO, after: TextIO) -> None:
 
 
 def drain_output(seconds: float) -> None:
-    """Wait until what was printed is written, but no longer than this; nothing without `unblock_output`."""
+    """Wait until printed output is written, but at most this long. Only flushes without `unblock_output`."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
@@ -192,12 +191,12 @@ def _open_unless_open(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def ending_with_reader() -> Iterator[None]:
-    """End the process quietly, with code 141, if the block prints and nobody can read it any more."""
+    """End the process silently, with exit code 141, if the block prints and the reader of the output has ended."""
     try:
         try:
             yield
         finally:
-            # At the end of the interpreter it would fail with words of its own.
+            # A flush at interpreter exit would print an error.
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
@@ -206,7 +205,7 @@ def ending_with_reader() -> Iterator[None]:
 
 
 def leave_quietly(exit_code: int) -> None:
-    """End the process if nobody can read its output any more: the pipe that broke may have been another."""
+    """End the process if the reader of its output has ended. Returns if another pipe was broken."""
     gone = [descriptor for descriptor in (1, 2) if _reader_has_gone(descriptor)]
     for descriptor in gone:
         os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # for the interpreter's own flush

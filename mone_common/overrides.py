@@ -1,11 +1,11 @@
-"""What is typed on a command line, read by the declared types of the options.
+"""Read command-line overrides by the declared types of the options.
 
     overrides = read_overrides(hydra, "pretrain", ["run.name=2024_10_01", "model=mone_small"], sweep=False)
     -> ["run.name='2024_10_01'", "model=mone_small"]
 
-Hydra takes the type of a value from its text: 2024_10_01 is the number 20241001. Here the option decides: a number, a truth
-value or null typed for an option that holds text is put in quotes, alone, in lists and mappings, and as a value of a sweep.
-Whatever does not fit is a UserError on one line, which names the option, its value and what would be right.
+Hydra infers the type of a value from its text: 2024_10_01 is the number 20241001. This module uses the type of the option: a
+number, truth value or null for an option of type text is quoted, also in lists, mappings and sweeps. An invalid value is a
+one-line UserError that names the option, its value and what would be valid.
 """
 
 import re
@@ -40,15 +40,15 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 
 NO_SWEEP = ("run.name", "run.dir")
-"""Options that each point of a sweep has of its own."""
+"""Options that are set for each point of a sweep."""
 CASTS = ("int", "float", "bool", "str", "json_str")
 
 
 def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sweep: bool) -> list[str]:
-    """The overrides as Hydra shall read them.
+    """The overrides, quoted for Hydra.
 
     sweep: whether values separated by commas are the points of a sweep.
-    Raises UserError for what is no override, an unknown option, group or choice, and a value of the wrong type.
+    Raises UserError for invalid syntax, an unknown option, group or choice, and a value of the wrong type.
     """
     from hydra.core.object_type import ObjectType
     from hydra.types import RunMode
@@ -63,13 +63,13 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
     def compose(overrides: list[str]) -> DictConfig:
         return hydra.compose_config(config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)
 
-    # The groups choose what options there are: of a launcher, for example.
+    # The choices of groups determine which options exist, for example those of a launcher.
     groups = {argument: override for argument, override in parsed.items() if override and choices(override.key_or_group)}
     known: list[str] = []
     if groups:
         own = compose(found)
         known = list(own.hydra.runtime.choices)
-        # Folders of configuration files are groups of some commands; others may have an option of that name.
+        # A folder of configuration files is a group of some commands; other commands may have an option of that name.
         others = {override.key_or_group for override in groups.values() if override.key_or_group not in known}
         if options := frozenset(name for name in others if name and declared(own, name) is not None):
             groups = {argument: override for argument, override in groups.items() if override.key_or_group not in options}
@@ -85,7 +85,7 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
 
 
 def _hide_groups(loader: Any, names: frozenset[str]) -> None:
-    """Let Hydra read overrides of these names as options: it takes every name with a folder for a group."""
+    """Make Hydra read overrides of these names as options; it reads every name with a folder as a group."""
     from hydra._internal.config_repository import ConfigRepository
 
     class Repository(ConfigRepository):
@@ -96,7 +96,7 @@ def _hide_groups(loader: Any, names: frozenset[str]) -> None:
 
 
 def read_sweep_params(config: DictConfig) -> list[str]:
-    """Overrides for those of a composed configuration's hydra.sweeper.params that Hydra shall read differently."""
+    """Overrides for values of hydra.sweeper.params that must be quoted for Hydra."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     changed = []
@@ -114,9 +114,9 @@ def read_sweep_params(config: DictConfig) -> list[str]:
 
 
 def check_files(hydra: "Hydra", config_name: str, overrides: list[str], config: DictConfig) -> None:
-    """UserError for a number or truth value in a configuration file where the option is text.
+    """UserError for a number or truth value in a configuration file if the option has type text.
 
-    YAML, too, goes by the text: 24:00:00 is the number 86400 there, and nothing tells afterwards what was written.
+    YAML reads 24:00:00 as the number 86400, and the original text cannot be recovered.
     """
     from hydra.types import RunMode
 
@@ -130,11 +130,11 @@ def check_files(hydra: "Hydra", config_name: str, overrides: list[str], config: 
         package = default.package or ""
         for name, value in _numbers_for_text(declared(config, package) if package else OmegaConf.get_type(config), values):
             name = f"{package}.{name}".lstrip(".")
-            raise UserError(f"{path}.yaml: {name} is read as {value!r}; put the text that it is in quotes")
+            raise UserError(f"{path}.yaml: {name} is read as {value!r}; put the text in quotes")
 
 
 def _numbers_for_text(kind: Any, value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What is a number or a truth value within a value of this type, but should be text."""
+    """Numbers and truth values within a value of this type that should be text."""
     members = {origin_of(member): member for member in members_of(kind)}
     if isinstance(value, dict):
         for key, inner in value.items():
@@ -160,7 +160,7 @@ def _parse(argument: str) -> "Override | None":
 
 
 def _safely(argument: str, read: Callable[[str], Result], *, secret: bool = True) -> Result:
-    """What `read` makes of the argument; its UserError shows no control character, and no value of a secret name."""
+    """`read(argument)`; its UserError is printable and shows no values of secret names."""
     hidden = masked(argument) if secret else argument
     try:
         return read(argument)
@@ -168,7 +168,7 @@ def _safely(argument: str, read: Callable[[str], Result], *, secret: bool = True
         if hidden == argument:
             raise UserError(printable(error)) from None
     try:
-        read(hidden)  # the same mistake, told without the value
+        read(hidden)  # raises the same error without the value
     except UserError as error:
         raise UserError(printable(error)) from None
     raise UserError(printable(f"{hidden}: its value cannot be read; give one text, in quotes"))
@@ -181,7 +181,7 @@ def _read_safely(argument: str, config: DictConfig, *, sweep: bool) -> str:
 
 
 def _read_group(argument: str, loader: Any, choices: Any, known: list[str]) -> "tuple[str, Override]":
-    """A choice from a group of configuration files, text whatever it looks like."""
+    """An override that chooses from a group of configuration files; the choice is read as text."""
     override = _parse(argument)
     assert override is not None
     group = override.key_or_group
@@ -193,7 +193,7 @@ def _read_group(argument: str, loader: Any, choices: Any, known: list[str]) -> "
     text = _edited(argument, str)
     override = _parse(text)
     assert override is not None
-    override.config_loader = loader  # glob(...) asks it
+    override.config_loader = loader  # needed by glob(...)
     there = choices(group)
     points = _points(override)
     if override.is_sweep_override() and group.startswith("hydra/"):
@@ -208,7 +208,7 @@ def _read_group(argument: str, loader: Any, choices: Any, known: list[str]) -> "
 
 
 def _points(override: "Override") -> list[Any]:
-    """The values of a sweep, or the only one."""
+    """The values of a sweep, or a list of the single value."""
     from hydra.core.override_parser.types import Override
 
     if override.is_discrete_sweep():
@@ -217,7 +217,7 @@ def _points(override: "Override") -> list[Any]:
 
 
 def _read_option(argument: str, override: "Override | None", config: DictConfig, *, sweep: bool) -> str:
-    """One override of an option, checked, and with quotes where its text would not be read as text."""
+    """Check one override of an option and add quotes where Hydra would not read text as text."""
     from hydra.core.override_parser.types import Quote, QuotedString, ValueType
 
     key, _, text = argument.partition("=")
@@ -246,18 +246,18 @@ def _read_option(argument: str, override: "Override | None", config: DictConfig,
             f"{argument}: glob() chooses among configuration files; give the values of an option one by one, like 1,2"
         )
     if str in members_of(kind) and text != text.strip() and isinstance(override._value, str | int | float):
-        argument = f"{name}={QuotedString(text, Quote.double).with_quotes()}"  # else without the blanks at its ends
+        argument = f"{name}={QuotedString(text, Quote.double).with_quotes()}"  # keeps leading and trailing spaces
     argument = f"{name}={_edited(argument, kind).partition('=')[2]}"
     edited = _parse(argument)
     assert edited is not None
     for point in _points(edited) if edited.is_discrete_sweep() or not edited.is_sweep_override() else []:
         check_value(name, kind, point, text)
-    # Hydra closes mappings, too, to new names.
+    # Hydra refuses new keys in mappings without ++.
     return f"++{argument}" if within or dict in map(origin_of, members_of(kind)) else argument
 
 
 def _edited(argument: str, kind: Any) -> str:
-    """The override with quotes around what would not be read as text though its type is text."""
+    """The override with quotes around values of type text that Hydra would read as another type."""
     from antlr4 import CommonTokenStream, InputStream
     from hydra.grammar.gen.OverrideLexer import OverrideLexer
     from hydra.grammar.gen.OverrideParser import OverrideParser
@@ -273,7 +273,7 @@ def _edited(argument: str, kind: Any) -> str:
 
 
 def _places(element: Any, kind: Any) -> Iterator[tuple[int, int]]:
-    """From and to where text stands in an override that Hydra would read as a number, a truth value or null."""
+    """Start and end of values of type text in an override that Hydra would read as a number, truth value or null."""
     from hydra.grammar.gen.OverrideLexer import OverrideLexer
 
     members = {origin_of(member): member for member in members_of(kind)}
@@ -295,7 +295,7 @@ def _places(element: Any, kind: Any) -> Iterator[tuple[int, int]]:
 
 
 def _quoted_form(name: str, kind: Any, text: str) -> str:
-    """How to write what Hydra cannot read, or reads as something else."""
+    """How to quote a value that Hydra cannot read, or reads as something else."""
     members = [member for member in members_of(kind) if member is not type(None)]
     example = example_of(members[0], text)
     if example == text:
@@ -304,7 +304,7 @@ def _quoted_form(name: str, kind: Any, text: str) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """What Hydra or OmegaConf found wrong with a configuration, on one line and without their advice."""
+    """An error of Hydra or OmegaConf on one line, without their advice."""
     chain = [error]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None and inner not in chain:
         chain.append(inner)
@@ -312,8 +312,8 @@ def explain(error: BaseException) -> str:
     where = text.partition("'")[2].partition("'")[0] + ".yaml: " if text.startswith("In '") else ""
     for one in chain:
         if isinstance(one, OmegaConfBaseException):
-            said = (one.msg or str(one)).split("\n    full_key")[0]
+            message = (one.msg or str(one)).split("\n    full_key")[0]
             name = f"{one.full_key}: " if one.full_key else ""
             escape = "; the text ${ is written \\${, in quotes" if isinstance(one, InterpolationResolutionError) else ""
-            return printable(f"{where}{name}{' '.join(said.split())}{escape}")
+            return printable(f"{where}{name}{' '.join(message.split())}{escape}")
     return re.split(r" (?:See https://|(?:Config s|S)earch path:|To append to )", text)[0]

@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, however that one ends."""
+"""Child processes that end when their parent ends, even if it is killed."""
 
 import atexit
 import ctypes
@@ -14,9 +14,9 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when the thread that started it ends. Does nothing elsewhere than on Linux.
+    """Make the kernel send this process the signal `by` when the thread that started it ends. Has an effect on Linux only.
 
-    parent: process id of that thread. If it has ended already, no signal will come, and this process ends here.
+    parent: process id of the parent. If it has already ended, this process ends immediately.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, by)
@@ -25,9 +25,9 @@ def end_with_parent(parent: int, by: int = signal.SIGKILL) -> None:
 
 
 def outlive_signals(*_: object) -> None:
-    """Leave SIGTERM, SIGINT, SIGHUP and SIGUSR1 to the `multiprocessing` parent of this process, and end with it.
+    """Ignore SIGTERM, SIGINT, SIGHUP and SIGUSR1 in this `multiprocessing` child, and end it when its parent ends.
 
-    Then it removes what `multiprocessing` has put into the temporary folder for this process.
+    At the end, the child removes the temporary folder of `multiprocessing`.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
@@ -37,8 +37,8 @@ def outlive_signals(*_: object) -> None:
     parent = process.pid
 
     def leave(*_: object) -> None:
-        if os.getppid() != parent:  # else somebody else's signal
-            # At a usual end of Python's this comes after a queue whose reader is gone, for ever.
+        if os.getppid() != parent:  # otherwise the signal is not from the kernel
+            # Python's own cleanup would first wait forever for the reader of a queue.
             shutil.rmtree(get_temp_dir(), ignore_errors=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -48,23 +48,23 @@ def outlive_signals(*_: object) -> None:
 
 @functools.cache
 def kill_daemons_at_exit() -> None:
-    """Kill the daemonic `multiprocessing` children that are left when this process ends.
+    """Kill the remaining daemonic `multiprocessing` children when this process ends.
 
-    Python would send them SIGTERM and wait: for ever, if they `outlive_signals`.
+    Python would send SIGTERM and wait forever for children that called `outlive_signals`.
     """
 
     def kill() -> None:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of its workers
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each worker
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
 
-    atexit.register(kill)  # comes before Python's own, which is registered earlier
+    atexit.register(kill)  # runs before Python's own handler, which is registered earlier
 
 
 @functools.cache
 def forks_end_with_this_process() -> None:
-    """Have every process that this one forks from now on end with it, and those that they fork with them."""
+    """Make all later forks of this process end when it ends, and recursively their forks."""
     parent = os.getpid()
 
     def note() -> None:

@@ -1,8 +1,8 @@
-"""The folder of a run: its files by name, which folders hold runs, and whose a folder is; imports no torch.
+"""Run folders: file names, search for runs, and locks. Imports no torch.
 
-folders = find_runs([Path("runs")])   # those that hold runs, also within sweeps
-check_free(folder)                    # a run can have it to itself
-with lock_run_folder(folder): ...     # nobody else trains there
+folders = find_runs([Path("runs")])   # folders of runs, including those of sweeps
+check_free(folder)                    # ValueError if a run cannot use the folder
+with lock_run_folder(folder): ...     # no other run uses the folder
 """
 
 import os
@@ -26,11 +26,11 @@ CHECKPOINT_NAME = re.compile(r"step-([0-9]{1,18})")
 
 
 class DamagedFile(ValueError):
-    """A file of a run folder cannot be read, or is not what a run writes; the message names it and what is wrong."""
+    """A file of a run folder cannot be read or has invalid content; the message names the file and the problem."""
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a run folder by their names, intact or not, in order; DamagedFile."""
+    """The sorted steps of the checkpoints in a run folder, from their names only; DamagedFile."""
     saves = folder / "checkpoints"
     try:
         names = [name for name in os.listdir(saves) if os.path.isdir(saves / name)]
@@ -42,14 +42,14 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def read_file(path: Path) -> bytes | None:
-    """The content of a regular file; None where there is nothing of this name; DamagedFile."""
+    """The content of a regular file; None if it does not exist; DamagedFile if it cannot be read."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DamagedFile(f"{printable(path)}: cannot be read ({error.strerror})") from error
-    # What is no file, such as a pipe, could be waited for without end.
+    # Reading a pipe could block forever.
     if not os.path.isfile(path):
         raise DamagedFile(f"{printable(path)}: not a regular file")
     try:
@@ -59,10 +59,10 @@ def read_file(path: Path) -> bytes | None:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """These folders where they hold runs, else the runs in their subfolders, such as the points of a sweep.
+    """Those of these folders that are run folders, and the run folders below the others, such as the points of a sweep.
 
-    Each once, however many links lead there. ValueError for a folder that is not there, or if there is no run in any. A
-    subfolder that cannot be read is among them: whoever reads it finds out why.
+    Each folder is listed once, even if several links lead to it. Unreadable subfolders are included, so that the caller
+    reports them. ValueError if a folder does not exist, or no run is found.
     """
     folders = list(folders)
     seen = set[str]()
@@ -82,7 +82,7 @@ def check_readable(folder: Path) -> None:
 
 
 def _runs_within(folder: Path, seen: set[str]) -> list[Path]:
-    """Those not in `seen`, which gets the real path of every folder on the way."""
+    """Run folders that are not in `seen`. Adds the real path of every visited folder to `seen`."""
     runs, waiting = list[Path](), [folder]
     while waiting:
         folder = waiting.pop()
@@ -102,14 +102,14 @@ def _runs_within(folder: Path, seen: set[str]) -> list[Path]:
 
 
 def check_free(folder: Path, *, sweep: bool = False) -> None:
-    """ValueError unless this folder, which need not exist, can be a run's alone, or with `sweep` that of a sweep's runs."""
+    """ValueError unless a new run, or with `sweep` a sweep, can use this folder, which need not exist."""
     try:
         place = Path(os.path.realpath(folder))
         problem = _why_not_free(place, sweep)
-    except OSError as error:  # a name that is too long, a file in place of a folder, no permission to look
+    except OSError as error:  # a name that is too long, a file where a folder should be, no permission
         problem = f"cannot be a folder ({error.strerror})"
     if problem is not None:
-        raise ValueError(f"run.dir={folder}: {problem}; give a folder of its own, e.g. run.dir=runs/mine")
+        raise ValueError(f"run.dir={folder}: {problem}; give another folder, e.g. run.dir=runs/mine")
 
 
 def _why_not_free(place: Path, sweep: bool) -> str | None:
@@ -122,7 +122,7 @@ def _why_not_free(place: Path, sweep: bool) -> str | None:
     if place in (here, home, *here.parents, *home.parents):
         return "is the current or the home folder, or one above them"
     if outer := next((parent for parent in place.parents if _is_run(parent)), None):
-        return f"lies within the run {outer}"
+        return f"is within the run {outer}"
     if sweep:
         return None
     if place == here / "runs":
@@ -132,30 +132,30 @@ def _why_not_free(place: Path, sweep: bool) -> str | None:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether a run has begun here or is queued."""
+    """Whether a run has started in this folder or is queued."""
     begun = (folder / CONFIG_FILE).exists() and (folder / ENVIRONMENT_FILE).exists()
     return begun or (folder / FROZEN_FILE).exists()
 
 
 def _run_below(folder: Path) -> Path | None:
-    """A run in this folder, or in one of its folders, as a sweep's are."""
+    """A run up to two levels below this folder, or None."""
     below = (run for pattern in ("*", "*/*") for run in folder.glob(pattern))
     return next((run for run in below if _is_run(run)), None)
 
 
 def lock_run_folder(folder: Path) -> IO[str]:
-    """Lock a run folder for as long as the file that is returned stays open; ValueError if another run has it."""
+    """Lock a run folder until the returned file is closed; ValueError if another run has the lock."""
     if (folder / LOCK_FILE).exists() and not (folder / LOCK_FILE).is_file():
-        raise ValueError(f"run.dir={folder}: {folder / LOCK_FILE} is no file; remove it")
+        raise ValueError(f"run.dir={folder}: {folder / LOCK_FILE} is not a file; remove it")
     file = open(folder / LOCK_FILE, "w")  # noqa: SIM115  it is the lock
     for attempt in range(10):
         if lock(file):
             return file
-        # Of a process that was just killed, perhaps.
+        # The lock may be of a process that was just killed.
         time.sleep(0.5 if attempt < 9 else 0)
-    raise ValueError(f"run.dir={folder}: another run works there; wait for it, or give another run.dir or run.name")
+    raise ValueError(f"run.dir={folder}: another run uses it; wait for it, or give another run.dir or run.name")
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process on a machine that shares this file system's locks trains there now."""
+    """Whether a process trains in this folder, on any machine that shares the locks of the file system."""
     return is_locked(folder / LOCK_FILE)

@@ -1,10 +1,10 @@
-"""What a run has said of itself in its folder, for every command that reads it; imports no torch.
+"""Read status, metrics and options from a run folder. Imports no torch.
 
 status = read_status(folder)          # {"state": "stopped", "step": 100, "reason": "SIGNAL", ...}
 records = read_metrics(folder)        # [{"step": 5, "train/loss": 7.9, ...}, ...]
 options = read_config(folder)         # {"model.activation_ratio": 0.25, ...}
 
-A file that is not what a run writes raises DamagedFile, which names it.
+A file with invalid content raises DamagedFile, which names the file.
 """
 
 import io
@@ -34,14 +34,14 @@ from mone_common.text import printable
 Parsed = TypeVar("Parsed")
 
 HYDRAS = ("defaults", "hydra")
-"""Parts of a frozen configuration that are no options of a run."""
+"""Keys of a frozen configuration that are not options of a run."""
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What a run last said of itself; {} if nothing; DamagedFile.
+    """The content of status.json; {} if there is none; DamagedFile.
 
-    state: running, complete, stopped (in good order, the same command continues) or failed; time: in seconds since 1970;
-    step and reason where there are any; exit_code of what failed.
+    state: running, complete, stopped (the same command continues the run) or failed; time: in seconds since 1970; step and
+    reason if there are any; exit_code of a failure.
     """
     text = read_file(folder / STATUS_FILE)
     if text is None:
@@ -55,24 +55,25 @@ def read_status(folder: Path) -> dict[str, Any]:
 def read_state(folder: Path) -> str:
     """The state of `read_status`, or: not started, crashed."""
     state = str(read_status(folder).get("state", "not started"))
-    # A process that was killed could not say so; elsewhere, what it says is all there is.
+    # A killed process leaves the state "running", but not the lock.
     return "crashed" if state == "running" and not in_use(folder) else state
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All records of a run so far; lines that are no records are left out; DamagedFile if the file cannot be read."""
+    """All records of a run; invalid lines are skipped; DamagedFile if the file cannot be read."""
     return examine_metrics(folder)[0]
 
 
 def examine_metrics(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The same, and what is wrong with the lines left out."""
+    """Like `read_metrics`, with a message about skipped lines or None."""
     return examine_lines(folder / METRICS_FILE, _record)
 
 
 def examine_lines(path: Path, parse: Callable[[Any], Parsed | None]) -> tuple[list[Parsed], str | None]:
-    """What `parse` makes of the JSON of each line of a file, and what is wrong with the lines of which it makes None.
+    """Parse each line of a JSONL file, and return a message about invalid lines, or None.
 
-    A last line cut short by a kill is nothing wrong. DamagedFile if the file cannot be read.
+    parse: returns None for an invalid line. An incomplete last line, as after a kill, is ignored. DamagedFile if the file
+    cannot be read.
     """
     *lines, rest = (read_file(path) or b"").split(b"\n")
     found, damaged = [], []
@@ -88,7 +89,7 @@ def examine_lines(path: Path, parse: Callable[[Any], Parsed | None]) -> tuple[li
     if not damaged:
         return found, None
     lines_are = "lines are" if len(damaged) > 1 else "line is"
-    return found, f"{printable(path)}: {len(damaged)} {lines_are} damaged and left out, first line {damaged[0]}"
+    return found, f"{printable(path)}: {len(damaged)} {lines_are} damaged and skipped, first line {damaged[0]}"
 
 
 def _record(found: Any) -> dict[str, Any] | None:
@@ -96,14 +97,14 @@ def _record(found: Any) -> dict[str, Any] | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, finite also as a float."""
+    """Whether the value is a number that is finite as a float."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_reading(folder: Path) -> list[dict[str, Any]]:
-    """What a run reads of each source: name, share of the blend, tokens, tokens read, epochs; [] if it has not said so.
+    """Name, share of the blend, tokens, tokens read and epochs of each source; [] if there is no data.json.
 
-    DamagedFile for a file of another kind.
+    DamagedFile for invalid content.
     """
     path = folder / READING_FILE
     text = read_file(path)
@@ -123,11 +124,11 @@ def _parsed(path: Path, text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{printable(path)}: no JSON ({error})") from error
+        raise DamagedFile(f"{printable(path)}: not JSON ({error})") from error
 
 
 def read_published(folder: Path) -> dict[str, Any]:
-    """The `run` id and the `step` of the last checkpoint that a run published; {} if it noted none that can be read."""
+    """The `run` id and the `step` of the last published checkpoint; {} if there is no valid published.json."""
     try:
         found = json.loads(read_file(folder / PUBLISHED_FILE) or b"{}")
     except (ValueError, RecursionError):
@@ -136,9 +137,9 @@ def read_published(folder: Path) -> dict[str, Any]:
 
 
 def last_published(folder: Path) -> int | None:
-    """The step of the last checkpoint that a run has saved, by its own word; None if it has saved none.
+    """The step of the last checkpoint that a run has recorded; None if there is none.
 
-    Also of runs of earlier versions, which did not note it: their records and their status tell.
+    For runs of earlier versions without published.json, the step comes from metrics and status.
     """
     try:
         status = read_status(folder)
@@ -153,19 +154,19 @@ def last_published(folder: Path) -> int | None:
 
 
 def last_step(records: list[dict[str, Any]]) -> int:
-    """Of a run with these records; 0 without any."""
+    """The step of the last record; 0 without records."""
     return int(records[-1]["step"]) if records else 0
 
 
 def last_value(records: list[dict[str, Any]], name: str) -> float | None:
-    """Of a metric, where it was defined."""
+    """The last defined value of a metric, or None."""
     return next((record[name] for record in reversed(records) if is_number(record.get(name))), None)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The run's composed options by their names on the command line; {} if there are none; DamagedFile.
+    """The composed options of a run by their names on the command line; {} if there are none; DamagedFile.
 
-    Of a run that is queued and has not begun, those it was queued with.
+    For a queued run that has not started, the options that it was queued with.
     """
     for path in (folder / CONFIG_FILE, folder / FROZEN_FILE):
         text = read_file(path)
@@ -174,7 +175,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         try:
             found = OmegaConf.to_container(OmegaConf.load(io.StringIO(text.decode())))
         except (ValueError, OSError, RecursionError, yaml.YAMLError, OmegaConfBaseException) as error:
-            raise DamagedFile(f"{printable(path)}: no options in YAML ({' '.join(str(error).split())})") from error
+            raise DamagedFile(f"{printable(path)}: not options in YAML ({' '.join(str(error).split())})") from error
         if not isinstance(found, dict) or not found:
             raise DamagedFile(f"{printable(path)}: holds no options")
         return flat({str(name): value for name, value in found.items() if name not in HYDRAS})
@@ -182,7 +183,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options by their dotted names; lists stay as they are."""
+    """Nested options by dotted names; lists are not flattened."""
     options: dict[str, Any] = {}
     for name, value in config.items():
         nested = isinstance(value, Mapping) and len(value) > 0

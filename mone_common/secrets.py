@@ -1,10 +1,10 @@
-"""What is likely to be secret, by its name, and texts without it.
+"""Detect values that are likely secret by their names, and mask them in text.
 
 is_secret("WANDB_API_KEY")                   # True
 masked("launch.environment.HF_TOKEN=hf_1")   # "launch.environment.HF_TOKEN=***"
-found_secret("wandb login 0123abcd")         # "wandb login"; None: nothing in this line of bash is known to be secret
+found_secret("wandb login 0123abcd")         # "wandb login"; None: found nothing in this line of bash
 
-Names cannot tell all: a secret under a harmless name is found only where it is the value of a secret variable here.
+A secret with a harmless name is found only if it is the value of a variable with a secret name in this environment.
 """
 
 import os
@@ -15,11 +15,11 @@ SECRET = re.compile(
     r"|(?<!_P)KEYS?\d*(_|$)|TOKENS?\d*(_|$)|(?<!BY)(?<!COM)PASS(_|$)"
     r"|(^|_)(AUTH|AUTHORI[SZ]ATION|BEARER|CREDS?|DSN|JWT|PAT|SAS)(_|$)"
 )
-"""In names of variables whose values are secret, in capitals. InfiniBand's PKEY is none."""
+"""Matches upper-case names of variables with secret values. InfiniBand's PKEY is not secret."""
 NO_SECRET = re.compile(r"_(FILE|PATH|DIR|SOCK)$")
-"""At the end of names of variables that only say where one lies."""
+"""Matches names of variables that hold only the location of a secret."""
 LITERAL = r"""(?!["']?(?:`|\$(?!['"])))(?=["']?[^\s"'])"""
-"""Before a value as it is, in place of one that the shell works out."""
+"""Matches before a literal value, but not before one that the shell expands."""
 ASSIGNED = re.compile(
     rf"""(?<![\w$])([A-Za-z_]\w*)={LITERAL}"""  # NAME=value
     rf"""|\bsetenv\s+(\w+)\s+{LITERAL}"""
@@ -31,20 +31,20 @@ COMMANDS = {
     "curl --user": re.compile(rf"""\bcurl\b.*\s(?:-u|--user)[\s=]*["']?[^\s:"']*:{LITERAL}"""),
     "a password": re.compile(r"://[^/\s:@]*:[^/\s@]+@"),  # within an address
 }
-"""Lines of bash that hold a secret without a name."""
+"""Lines of bash with a secret that has no name."""
 NAMED = re.compile(r"""(?<![\w.])([A-Za-z_][\w.-]*)["']?\s*[=:]\s*""")
 SHORTEST = 6
-"""Letters of a secret that is looked for by its value: shorter ones stand in many texts by chance."""
+"""Minimum length of a secret that is searched for by value; shorter values occur by chance."""
 
 
 def is_secret(name: str) -> bool:
-    """Whether the value of a variable or an option of this name, of which the last part counts, is likely to be secret."""
+    """Whether a variable or option of this name likely has a secret value. Only the last part of a dotted name counts."""
     last = name.rpartition(".")[2].upper().replace("-", "_")
     return SECRET.search(last) is not None and NO_SECRET.search(last) is None
 
 
 def masked(text: str) -> str:
-    """The text without all that stands behind the first secret name and its = or colon."""
+    """The text with everything after the first secret name and its = or colon replaced by ***."""
     for match in NAMED.finditer(text):
         if is_secret(match[1]):
             return text if match.end() == len(text) else f"{text[: match.end()]}***"
@@ -52,7 +52,7 @@ def masked(text: str) -> str:
 
 
 def found_secret(text: str) -> str | None:
-    """What is secret in a line of bash or an option's value: the name it has there or in this process's environment."""
+    """The name of a secret in a line of bash or an option's value, from the text or the environment, or None."""
     names = (name for match in ASSIGNED.finditer(text) for name in match.groups() if name is not None)
     if name := next(filter(is_secret, names), None):
         return name

@@ -1,10 +1,10 @@
-"""Text for lines, pages and pictures."""
+"""Formatting of text for output."""
 
 from pathlib import Path
 
 
 def printable(text: object) -> str:
-    """Text for a line, a page or a picture: what cannot be written, or would act on a terminal, as an escape sequence."""
+    """The text with unprintable characters, such as terminal control characters, as escape sequences."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in str(text)
@@ -12,7 +12,7 @@ def printable(text: object) -> str:
 
 
 def excerpt(text: object, limit: int = 120) -> str:
-    """Text on one line of ASCII characters, cut at `limit` unless it is a path: names on a disk may be any bytes."""
+    """The text on one line in ASCII, cut at `limit` unless it is a path. File names may contain any bytes."""
     line = printable(str(text).encode("ascii", "backslashreplace").decode())
     return line if len(line) <= limit or isinstance(text, Path) else f"{line[:limit]}..."
 

@@ -1,10 +1,10 @@
-"""Thresholds for a trained model: keep the neurons whose |gate| reaches one, in place of the K best of each token.
+"""Find gate thresholds for a trained model, which replace the top-K: a neuron is kept if its |gate| reaches the threshold.
 
     mone-calibrate run=runs/demo
     mone-sample run=runs/demo thresholds=runs/demo/thresholds.json
 
-With a threshold no neuron waits for the gates of the others. Half of the validation sequences set the thresholds, on the
-other half the loss with them is compared with that of the K best.
+A threshold needs no comparison with the gates of other neurons. Half of the validation sequences set the thresholds. The
+other half compares the loss with thresholds to the loss with top-K.
 """
 
 import itertools
@@ -36,24 +36,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class CalibrateConfig:
-    """What to calibrate, and on how much."""
+    """Options of mone-calibrate."""
 
     run: str = MISSING
     """Folder of the run."""
     step: int | None = None
-    """Checkpoint to take; null: the newest."""
+    """Step of the checkpoint to load; null: the newest."""
     ratio: float | None = None
     """Share of an expert's neurons to keep on average; null: the activation ratio of the run."""
     per: str = "layer"
-    """One threshold for each `layer`, or one for the whole `model`."""
+    """layer: one threshold per layer; model: one threshold for the whole model."""
     sequences: int = 64
-    """Validation sequences, from all sources alike."""
+    """Number of validation sequences, taken from the sources in turn."""
     data: list[str] | None = None
-    """Folders of token shards to take them from, e.g. 'data=[shards/a,shards/b]'; null: those of the run."""
+    """Folders of token shards with the validation sequences, e.g. 'data=[shards/a,shards/b]'; null: those of the run."""
     output: str | None = None
-    """File to write; null: thresholds.json in the folder of the run."""
+    """File to write; null: thresholds.json in the run folder."""
     trust: bool = False
-    """Load a checkpoint even if it brings pickled code along, which loading then executes."""
+    """Also load checkpoints that contain pickled code. Loading executes that code: use only with trusted checkpoints."""
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not 0 < self.ratio <= 1:
@@ -61,7 +61,7 @@ class CalibrateConfig:
         if self.per not in ("layer", "model"):
             raise UserError(f"per={self.per}: choose layer or model")
         if self.sequences < 2:
-            raise UserError(f"sequences={self.sequences}: must be at least 2, half to set thresholds and half to try them")
+            raise UserError(f"sequences={self.sequences}: must be at least 2: half to set thresholds, half to test them")
 
 
 ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
@@ -69,16 +69,16 @@ ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
 
 @command("calibrate")
 def main(hydra_config: DictConfig) -> None:
-    """Write the thresholds, and print what they keep and cost."""
+    """Write the thresholds; print the shares that they keep and the loss."""
     check_alone("train.calibrate")
     options = to_dataclass(hydra_config, CalibrateConfig)
     run = load_run_config(Path(options.run))
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
     if output.exists() and not output.is_file():
-        raise UserError(f"output={output}: is no file; give the name of the file to write")
+        raise UserError(f"output={output}: is not a file; give the name of the file to write")
     if not output.parent.is_dir():
-        raise UserError(f"output={output}: there is no folder {output.parent}")
+        raise UserError(f"output={output}: the folder {output.parent} does not exist")
     megatron.prepare()
     from mone_model.megatron.inference import counting_magnitudes, prepare_inference
     from mone_model.thresholds import find_thresholds, shares_reaching
@@ -89,7 +89,7 @@ def main(hydra_config: DictConfig) -> None:
         data = load_data(run, manifests, plan_order(run, manifests, None, 0), samples=1)
         setting, held_out = (list(validation_sequences(data, start, options.sequences // 2)) for start in (0, 1))
         if not held_out:
-            raise UserError(f"sequences={options.sequences}: needs two of a source; the validation data of the run has less")
+            raise UserError(f"sequences={options.sequences}: needs two of one source; the data of the run has fewer")
         model = load_model(run, step=options.step, trust=options.trust)
         with counting_magnitudes(model) as counts_LM:
             mean_loss(model, setting)
@@ -112,7 +112,7 @@ def main(hydra_config: DictConfig) -> None:
 
 
 def find_manifests(run: RunConfig, options: CalibrateConfig) -> list[Manifest]:
-    """Those of the data to calibrate on; UserError if it is not there, or has another tokenizer than the run."""
+    """Manifests of the calibration data; UserError if they are missing, or their tokenizer is not that of the run."""
     if options.data is not None:
         run.data.blend = [SourceConfig(path=path) for path in options.data]
     if not run.data.blend:
@@ -129,7 +129,7 @@ def find_manifests(run: RunConfig, options: CalibrateConfig) -> list[Manifest]:
 
 
 def validation_sequences(data: "RunData", start: int, count: int) -> Iterator["Batch"]:
-    """[1, s] each: every second validation sequence of the sources in turn, from the first or the second on."""
+    """Every second validation sequence of the sources in turn, starting at index `start`; tensors of shape [1, s]."""
     longest = max(map(len, data.validation.values()), default=0)
     places = ((source, i) for i in range(start, longest, 2) for source in data.validation.values() if i < len(source))
     for source, i in itertools.islice(places, count):
@@ -138,7 +138,7 @@ def validation_sequences(data: "RunData", start: int, count: int) -> Iterator["B
 
 @torch.no_grad()
 def mean_loss(model: torch.nn.Module, batches: list["Batch"]) -> float:
-    """Nats per token."""
+    """Mean cross-entropy in nats per token."""
     total = tokens = 0.0
     for batch in batches:
         loss_BS = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])

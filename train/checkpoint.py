@@ -1,10 +1,10 @@
-"""Save checkpoints on all ranks together. Megatron-Core's sharded format; docs/checkpoints.md.
+"""Save checkpoints in Megatron-Core's sharded format, collectively on all ranks; see docs/checkpoints.md.
 
     saver = Saver(folder, config.checkpoint)
     saver.save(step=200, state=engine.sharded_state(), facts=CheckpointFacts(...))
-    saver.finish(wait=False)                     # between steps, while one is written in the background
+    saver.finish(wait=False)                     # between steps, while a checkpoint is written in the background
 
-What the files on disk mean is train.checkpoint_folder's; which checkpoint to continue from, train.checkpoint_integrity's.
+`train.checkpoint_folder` defines the files on disk. `train.checkpoint_integrity` chooses the checkpoint to continue from.
 """
 
 import contextlib
@@ -42,53 +42,54 @@ from train.random_state import random_state
 
 
 class SaveFailed(ReportedError):
-    """A checkpoint could not be written; those before it are untouched, and nothing of it has its final name."""
+    """A checkpoint could not be written. It has no final name; earlier checkpoints are intact."""
 
     of_all_ranks = True
 
 
 class NotFinite(SaveFailed):
-    """Weights or optimizer state are not finite: no later step can mend them, and they are not saved."""
+    """Weights or optimizer state are not finite. They are not saved, since later steps cannot repair them."""
 
     exit_code = 3
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a save cost."""
+    """A published checkpoint and the cost of its save."""
 
     path: Path
     stall_seconds: float
-    """How long training stood still for it."""
+    """Time for which training was blocked."""
     write_seconds: float
-    """From its beginning until it was published."""
+    """Time from the start of the save until the checkpoint was published."""
     step: int
     notes: list[str]
-    """What the user should know of its folder: what was renamed, or cannot be deleted."""
+    """Messages for the user: folders that were renamed or cannot be deleted."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, in the background if `async_save` is set; every verb is a collective."""
+    """Writes the checkpoints of a run, in the background if `async_save` is set. Public methods are collectives."""
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
         self.queue = AsyncCallsQueue(persistent=False)  # a persistent writer hangs on CPUs
         self.pending: _Pending | None = None
         self.resumed_from: int | None = None
-        self.passed_over: Set[int] = frozenset()
-        self.told: set[str] = set()
-        # Writers whose training process was killed -9 would wait for one another for ever.
+        self.skipped_steps: Set[int] = frozenset()
+        self.reported: set[str] = set()
+        # After a kill -9 of their training process, writers would wait for one another forever.
         forks_end_with_this_process()
         noted_errors()
 
-    def resumed(self, step: int, *, passed_over: Set[int]) -> None:
-        """Never delete the checkpoint of this step, which is known to load; those passed over do not count as kept."""
-        self.resumed_from, self.passed_over = step, passed_over
+    def resumed(self, step: int, *, skipped_steps: Set[int]) -> None:
+        """Set the checkpoint resumed from, which is never deleted, and the skipped ones, which keep_last ignores."""
+        self.resumed_from, self.skipped_steps = step, skipped_steps
 
     def save(self, *, step: int, state: dict[str, Any], facts: CheckpointFacts) -> None:
-        """Begin to write; without async_save also finish. State: from `engine.sharded_state()`.
+        """Start to write a checkpoint; without async_save, wait until it is written.
 
-        One that is still being written must be finished first. Raises SaveFailed or NotFinite on every rank.
+        state: from `engine.sharded_state()`. The previous save must be finished. Raises SaveFailed or NotFinite on every
+        rank.
         """
         assert self.pending is None
         began = time.monotonic()
@@ -104,7 +105,7 @@ class Saver:
         request = dist_checkpointing.save(state, str(unfinished), async_sharded_save=True, **versions.save_options())
         _agree(_raise_noted, "begin", unfinished)
         if request.async_fn is not None:
-            # In the process that writes, so that training does not wait for it.
+            # The writer process computes the digests, so that training does not wait.
             request = request._replace(async_fn=functools.partial(_write_and_digest, request.async_fn, unfinished))
         self.pending = _Pending(unfinished, step, facts, began, notes)
         try:
@@ -119,9 +120,10 @@ class Saver:
             self.pending.written = True
 
     def finish(self, *, wait: bool) -> Saved | None:
-        """Publish what is completely written and prune; None if there is nothing, or (without wait) not yet.
+        """Publish the checkpoint if it is written, and delete old ones.
 
-        Raises SaveFailed on every rank.
+        Returns None if there is nothing to publish, or if, without wait, writing is not complete. Raises SaveFailed on every
+        rank.
         """
         if self.pending is None:
             return None
@@ -135,24 +137,24 @@ class Saver:
                 return None
         pending, self.pending = self.pending, None
         final, notes = _agree(functools.partial(self._publish, pending), "publish", self.folder / name_of(pending.step))
-        self.passed_over -= {pending.step}
+        self.skipped_steps -= {pending.step}
         now = time.monotonic()
         stall, write = pending.stall + now - began, now - pending.began
-        untold = [note for note in pending.notes + notes if note not in self.told]
-        self.told.update(untold)
-        return Saved(final, stall, write, pending.step, untold)
+        new_notes = [note for note in pending.notes + notes if note not in self.reported]
+        self.reported.update(new_notes)
+        return Saved(final, stall, write, pending.step, new_notes)
 
     def _clear(self, step: int) -> tuple[list[str], Path]:
-        """Remove leftovers; notes, and the name under which to write."""
+        """Remove leftovers; return notes and the name of the folder to write to."""
         return remove_leftovers(self.folder), free_name(self.folder / f".unfinished-step-{step:08d}")
 
     def _make_room(self, unfinished: Path, needed: int) -> None:
         unfinished.mkdir(parents=True)
-        # Before anything is written: where one rank runs out of space half way, the others may wait for it.
+        # Check before writing: if one rank runs out of space during the write, the others may wait for it.
         free = shutil.disk_usage(self.folder).free
         if free < needed:
             unfinished.rmdir()
-            raise OSError(f"{free / 2**30:.3f} GiB are free and about {needed / 2**30:.3f} GiB needed")
+            raise OSError(f"{free / 2**30:.3f} GiB are free, about {needed / 2**30:.3f} GiB are needed")
 
     def _publish(self, pending: "_Pending") -> tuple[Path, list[str]]:
         _raise_noted()
@@ -164,7 +166,7 @@ class Saver:
             keep_last=self.config.keep_last,
             keep_every=self.config.keep_every,
             spared=() if self.resumed_from is None else (self.resumed_from,),
-            uncounted=self.passed_over - {pending.step},
+            uncounted=self.skipped_steps - {pending.step},
         )
         return final, notes
 
@@ -172,7 +174,7 @@ class Saver:
         assert self.pending is not None
         unfinished, self.pending = self.pending.unfinished, None
         reason = reason_of(error) if isinstance(error, CheckpointException) else str(error)
-        # torch's writer has other words for a full disk.
+        # torch's writer does not report a full disk as such.
         reason += f"; {shutil.disk_usage(self.folder).free / 2**30:.3f} GiB are free"
         if dist.get_rank() == 0:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -180,7 +182,7 @@ class Saver:
 
 
 def reason_of(error: CheckpointException) -> str:
-    """Why torch's checkpoint code failed, in one line: the error's own text is a page of tracebacks."""
+    """The reason of a torch checkpoint error in one line; its own text has many tracebacks."""
     return "; ".join(f"rank {rank}: {excerpt(failure[0])}" for rank, failure in error.failures.items())
 
 
@@ -196,16 +198,16 @@ class _Pending:
 
 
 def gather_problems(mine: str | None) -> list[str]:
-    """What every rank found wrong, with its number; a collective on every rank."""
+    """The problems of all ranks, with rank numbers; a collective on every rank."""
     gathered: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     return [f"rank {rank}: {problem}" for rank, problem in enumerate(gathered) if problem is not None]
 
 
 def find_not_finite(state: dict[str, Any]) -> str | None:
-    """The name of a tensor in a sharded or loaded state that has a number that is not finite; a collective on every rank."""
+    """The name of a tensor with non-finite elements in a sharded or loaded state, or None; a collective on every rank."""
     found = next((name for name, tensor in _tensors(state) if not _finite(tensor)), None)
-    # Their number first: the names are seldom needed.
+    # Reduce the count first: names are rarely needed.
     count = torch.tensor(int(found is not None), device=current_device())
     dist.all_reduce(count)
     if not count.item():
@@ -216,7 +218,7 @@ def find_not_finite(state: dict[str, Any]) -> str | None:
 
 
 def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of nested dicts and lists: one to be written by its name on disk, a loaded one by its place."""
+    """Tensors of nested dicts and lists, with names: the name on disk if sharded, else the path in the tree."""
     if isinstance(tree, ShardedBase):
         if torch.is_tensor(tree.data) and is_main_replica(tree.replica_id):
             yield tree.key, tree.data
@@ -230,7 +232,7 @@ def _tensors(tree: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 def _finite(tensor: torch.Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    # Both are not a number if one of the tensor's is, and no mask of its size is made.
+    # aminmax propagates NaN and, unlike isfinite, allocates no mask of the tensor's size.
     return all(math.isfinite(bound.item()) for bound in tensor.detach().aminmax())
 
 
@@ -238,7 +240,7 @@ Result = TypeVar("Result")
 
 
 def _agree(act: Callable[[], Result], verb: str, path: Path) -> Result:
-    """Let rank 0 act; its result, or SaveFailed on every rank if it could not."""
+    """Call `act` on rank 0 and return its result on every rank; SaveFailed on every rank if it raises OSError."""
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -252,18 +254,18 @@ def _agree(act: Callable[[], Result], verb: str, path: Path) -> Result:
 
 
 def _agree_all(act: Callable[[], object], verb: str, path: Path) -> None:
-    """Let every rank act, and raise SaveFailed on every rank if one could not."""
+    """Call `act` on every rank; SaveFailed on every rank if it raises OSError or EOFError on one."""
     failed = None
     try:
         act()
-    except (OSError, EOFError) as error:  # the latter of a process that ended while it started
+    except (OSError, EOFError) as error:  # EOFError: the started process ended early
         failed = repr(error)
     if failures := gather_problems(failed):
         raise SaveFailed(f"cannot {verb} {path}: {'; '.join(failures)}")
 
 
 def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
-    """Size of what the ranks will write together; a collective on every rank."""
+    """Size of the checkpoint over all ranks; a collective on every rank."""
     mine = sum(
         entry.data.nbytes
         for entry in nested_values(state)
@@ -275,7 +277,7 @@ def _bytes_of_all_ranks(state: dict[str, Any]) -> int:
 
 
 def _raise_noted() -> None:
-    """OSError if rank 0 could not write one of the small files that it alone writes."""
+    """OSError if rank 0 could not write one of the small files that only rank 0 writes."""
     errors = noted_errors()
     if errors:
         text = "; ".join(map(str, errors))
@@ -286,7 +288,7 @@ def _raise_noted() -> None:
 def _write_and_digest(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Write this rank's files, then their digests beside them."""
     write(rank, *args, **kwargs)
-    # Rank 0 digests what has no digest yet; an error of this rank alone would leave the others waiting.
+    # Rank 0 computes missing digests later. An error on one rank only would leave the others waiting.
     with contextlib.suppress(OSError):
         digests = {path.name: digest(path) for path in folder.glob(f"__{rank}_*")}
         with writing(folder / f"digests-{rank}.json") as temporary:

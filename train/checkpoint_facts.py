@@ -1,6 +1,6 @@
-"""What a checkpoint's manifest says of the run that wrote it: typed and checked. Imports no torch.
+"""Typed and checked facts about the run that wrote a checkpoint, from its manifest. Imports no torch.
 
-facts = CheckpointFacts.from_dict(manifest, step=200)     # ValueError if it cannot be right; of all earlier versions, too
+facts = CheckpointFacts.from_dict(manifest, step=200)     # also of earlier versions; ValueError for an invalid fact
 facts.samples, facts.model["hidden_size"], facts.optimizer
 manifest |= facts.to_dict()
 """
@@ -14,21 +14,21 @@ from mone_common.text import excerpt
 from train.config_sections import OptimizerConfig
 
 VERSION = 1
-"""Of the facts. A later version may add some, which earlier readers leave out."""
+"""Version of the facts. Later versions can add facts, which earlier readers ignore."""
 LARGEST_BATCH = 2**20
-"""Samples of one step, at most: far beyond what anybody trains with, and far below what nonsense is."""
+"""Largest plausible number of samples per step; more means that the manifest is damaged."""
 REQUIRED = ("model", "precision", "order", "samples", "parallel", "guard", "world_size")
-"""Facts that every version has written."""
+"""Facts that all versions write."""
 EARLIER_BACKENDS = {"skip": "sparse"}
-"""Values of `experts` that have another name now."""
+"""Earlier names of values of `experts`."""
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
-    """What a run notes about itself in each checkpoint, to continue by."""
+    """Facts about a run that each of its checkpoints stores, for a resume."""
 
     world_size: int
-    """Processes of the run."""
+    """Number of processes."""
     samples: int
     """Training sequences read since the run began."""
     model: dict[str, Any]
@@ -38,34 +38,34 @@ class CheckpointFacts:
     precision: str
     """`compute.precision`."""
     order: dict[str, Any]
-    """The order of its samples, from `train.sample_order.plan_order`."""
+    """Order of samples, from `train.sample_order.plan_order`."""
     guard: dict[str, Any]
-    """State of its `StepGuard`."""
+    """State of the `StepGuard`."""
     seed: int
-    """`run.seed`; of earlier versions, the seed of the order."""
+    """`run.seed`; in earlier versions the seed of the sample order."""
     engine: str = "megatron"
-    """What computed its steps."""
+    """Training engine."""
     experts: str = "auto"
-    """`compute.experts` as it was chosen; auto of earlier versions, which did not note it."""
+    """Chosen value of `compute.experts`; auto in earlier versions."""
     run: str | None = None
-    """Id of the run; None of earlier versions, as are the next three."""
+    """Id of the run. Earlier versions have None here and in the next three fields."""
     wandb_id: str | None = None
-    """Id of its W&B run; also None without one."""
+    """Id of the W&B run; None if there is none."""
     optimizer: dict[str, Any] | None = None
     """The `optimizer` section."""
     steps: int | None = None
     """`training.steps`."""
     version: int = VERSION
-    """Version of these facts; 0: written before they had one."""
+    """Version of the facts; 0: written before the facts had a version."""
 
     @classmethod
     def from_dict(cls, noted: dict[str, Any], *, step: int) -> "CheckpointFacts":
-        """The facts in the manifest of a checkpoint of this step; ValueError for a missing or impossible one.
+        """The facts in the manifest of a checkpoint of this step; ValueError for a missing or invalid fact.
 
-        What else the manifest holds is left out.
+        Other entries of the manifest are ignored.
         """
         if missing := sorted(set(REQUIRED) - noted.keys()):
-            raise ValueError(f"is of no run: its manifest says nothing of {', '.join(missing)}")
+            raise ValueError(f"not a checkpoint of a run: its manifest lacks {', '.join(missing)}")
         names = [field.name for field in dataclasses.fields(cls)]
         found = {name: noted[name] for name in names if name in noted}
         found = {"version": 0, "seed": _seed_of(found["order"]), "experts": "auto"} | found
@@ -73,15 +73,15 @@ class CheckpointFacts:
             found["experts"] = EARLIER_BACKENDS.get(found["experts"], found["experts"])
         facts = cls(**found)
         if wrong := facts._wrong(step):
-            raise ValueError(f"damaged: its manifest cannot be right about {wrong}: {excerpt(noted.get(wrong))}")
+            raise ValueError(f"damaged: its manifest has an invalid value of {wrong}: {excerpt(noted.get(wrong))}")
         return facts
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
+        """The facts as entries of the manifest."""
         return dataclasses.asdict(self)
 
     def _wrong(self, step: int) -> str | None:
-        """The name of a fact that cannot be right of a checkpoint of this step."""
+        """The name of a fact that is invalid for a checkpoint of this step, or None."""
         sound = {
             "version": is_count(self.version),
             "world_size": is_count(self.world_size) and self.world_size > 0,
@@ -106,7 +106,7 @@ def _seed_of(order: Any) -> Any:
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a whole number, at least 0."""
+    """Whether the value is an integer >= 0."""
     return type(value) is int and value >= 0
 
 
@@ -132,7 +132,7 @@ def _is_optimizer(options: Any, steps: Any) -> bool:
 
 
 def optimizer_of(options: dict[str, Any]) -> OptimizerConfig:
-    """The `optimizer` section of a checkpoint's facts, typed; options that this version does not have are left out."""
+    """The `optimizer` section of a checkpoint's facts as a dataclass; options unknown to this version are ignored."""
     known = {field.name for field in dataclasses.fields(OptimizerConfig)}
     return OptimizerConfig(**{name: value for name, value in options.items() if name in known})
 

@@ -1,8 +1,8 @@
-"""Whether the tensors of a checkpoint are those of the model.
+"""Check that a checkpoint has the tensors of the model.
 
-    check_fits(checkpoint, engine.sharded_state(loading=True))            # by the index of its files, before any is read
+    check_fits(checkpoint, engine.sharded_state(loading=True))            # reads the index of its files only
 
-Size and sha256 say that a file is what was written, not that what was written is of this model, or complete.
+Size and sha256 of the files do not prove that a checkpoint is complete or of this model.
 """
 
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ from train.checkpoint_facts import is_count
 from train.checkpoint_folder import Checkpoint
 
 STORED_ONCE = {"optimizer_step", "scheduler"}
-"""What of an engine's state is not cut into pieces."""
+"""Entries of an engine's state that are not sharded."""
 
 
 def check_fits(checkpoint: Checkpoint, state: dict[str, Any], *, whole: bool = True) -> None:
-    """ValueError on every rank unless a checkpoint holds what a sharded state is to be filled with; a collective.
+    """ValueError on every rank unless the checkpoint holds all entries of a sharded state; a collective.
 
-    whole: it must hold no other tensors. The checkpoint must have been found to execute no code.
+    whole: the checkpoint must not hold other tensors. Call `check_executes_no_code` on the checkpoint first.
     """
     asked = list(_entries(state))
     names: list[Any] = [None] * dist.get_world_size()
@@ -46,14 +46,14 @@ def check_fits(checkpoint: Checkpoint, state: dict[str, Any], *, whole: bool = T
             raise ValueError(f"its schedule is at step {common['scheduler']['num_steps']}")
     except ValueError as error:
         mine = excerpt(error)
-    except Exception as error:  # whatever reading what is no checkpoint of Megatron-Core leads to
+    except Exception as error:  # an invalid checkpoint can raise anything
         mine = f"{type(error).__name__}: {excerpt(error)}"
     if problems := gather_problems(mine):
         raise ValueError(f"does not fit: {problems[0]}")
 
 
 def _entries(tree: Any) -> Iterator[ShardedTensor | ShardedObject]:
-    """What of nested dicts and lists has a name on disk."""
+    """Entries of nested dicts and lists that have a name on disk."""
     for entry in nested_values(tree):
         if isinstance(entry, ShardedTensorFactory):
             yield from _entries(entry.build())
@@ -69,13 +69,13 @@ def _check_tensors(asked: list[ShardedTensor | ShardedObject], held: dict[str, A
         if isinstance(entry, ShardedTensor):
             if found.global_shape != entry.global_shape:
                 raise ValueError(f"{entry.key} has shape {[*found.global_shape]}, not {[*entry.global_shape]}")
-            # One floating-point type is converted to another.
+            # Loading converts between floating-point types.
             if found.dtype.is_floating_point != entry.dtype.is_floating_point:
-                raise ValueError(f"{entry.key} is of {found.dtype}, not {entry.dtype}")
+                raise ValueError(f"{entry.key} has type {found.dtype}, not {entry.dtype}")
 
 
 def _check_form(name: str, found: Any, expected: Any) -> None:
-    """ValueError unless what is stored once for all ranks has the form of what it is to replace."""
+    """ValueError unless an entry that is not sharded has the structure of the one that it replaces."""
     if isinstance(expected, dict):
         if not isinstance(found, dict) or expected.keys() - found.keys():
             raise ValueError(f"{name} is {excerpt(found)}")

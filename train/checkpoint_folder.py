@@ -1,15 +1,15 @@
-"""The folder of a run's checkpoints on disk: list it, publish into it, delete old ones. One process, no torch.
+"""The checkpoints of a run on disk: list, publish and delete them. For one process; imports no torch.
 
-    found, problems = list_checkpoints(folder)                # by their manifests and file sizes, oldest first
-    remove_leftovers(folder)                                  # of saves that were killed
+    found, problems = list_checkpoints(folder)                # checks manifests and file sizes; oldest first
+    remove_leftovers(folder)                                  # of interrupted saves
     publish(unfinished, step=200, noted={...})                # give a written checkpoint its name
-    prune(folder, step=200, run=..., keep_last=2)             # delete older ones of the same run
+    prune(folder, step=200, run=..., keep_last=2)             # delete older checkpoints of the same run
 
-A checkpoint is written under a temporary name, its manifest last, and renamed when everything is on disk: a folder named
-step-* is complete. The manifest holds what the run noted about itself, and size and sha256 of every file.
+A checkpoint is written under a temporary name, with its manifest last, and renamed when everything is on disk. A folder
+named step-* is therefore complete. The manifest holds facts about the run, and size and sha256 of every file.
 
-Only names step-<number> are checkpoints, and only regular files inside their folders are read. What publish and prune delete
-must be whole and of the same run; what is in the way of a new checkpoint and is neither is renamed.
+Only folders named step-<number> are checkpoints. Only regular files in them are read. publish and prune delete only complete
+checkpoints of the same run. publish renames anything else that has the name of the new checkpoint.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-3"
 METADATA, COMMON, BACKEND = ".metadata", "common.pt", "metadata.json"
 LARGEST_JSON = 64 * 2**20
-"""Bytes. The manifest of ten thousand ranks has a few millions."""
+"""Largest size of a manifest in bytes. The manifest of ten thousand ranks has a few million bytes."""
 LEFTOVER = re.compile(r"\.unfinished-(step|delete-step)-[0-9]+(\.[0-9]+)?")
 
 
@@ -45,17 +45,17 @@ class Checkpoint:
     path: Path
     step: int
     noted: dict[str, Any]
-    """The rest of its manifest, unchecked; `facts` are the checked ones."""
+    """Other entries of the manifest, unchecked; `facts` has them checked."""
     files: dict[str, dict[str, Any]]
     """`size` in bytes and `sha256` by file name."""
 
     @cached_property
     def facts(self) -> CheckpointFacts:
-        """What the run noted about itself; ValueError for a missing or impossible fact."""
+        """Facts about the run; ValueError for a missing or invalid fact."""
         return CheckpointFacts.from_dict(self.noted, step=self.step)
 
     def is_of(self, run: str | None) -> bool:
-        """Whether the run with this id wrote it, here and under this name: a copy or a link that a user made is not."""
+        """Whether the run with this id wrote the checkpoint under this name; False for a copy or link made by a user."""
         own_name = self.path.name == name_of(self.step) and not self.path.is_symlink()
         return own_name and self.noted.get("run") == run
 
@@ -66,15 +66,15 @@ def name_of(step: int) -> str:
 
 
 def list_checkpoints(folder: Path, *, run: str | None = None) -> tuple[list[Checkpoint], list[str]]:
-    """The checkpoints in a folder whose files are all there, oldest first, and what is wrong with each of the others.
+    """The complete checkpoints in a folder, oldest first, and the problems of the others.
 
-    run: the id of the run whose folder it is, if known; checkpoints that say they are another run's are not listed.
-    Never raises: an entry that cannot be read is a problem, and so is the folder itself.
+    run: the id of the run that the folder belongs to, if known; checkpoints with another id are problems. Never raises: an
+    unreadable entry or folder is a problem.
     """
     try:
         paths = sorted(path for path in folder.iterdir() if path.name.startswith("step-"))
     except FileNotFoundError:
-        return [], [f"{folder}: is a link to {os.readlink(folder)}, which is not there"] if folder.is_symlink() else []
+        return [], [f"{folder}: is a link to {os.readlink(folder)}, which does not exist"] if folder.is_symlink() else []
     except OSError as error:
         return [], [f"{folder}: cannot be read ({error.strerror})"]
     found, problems = [], []
@@ -91,16 +91,16 @@ def list_checkpoints(folder: Path, *, run: str | None = None) -> tuple[list[Chec
 def _check_place(checkpoint: Checkpoint, run: str | None) -> None:
     match = CHECKPOINT_NAME.fullmatch(checkpoint.path.name)
     if match is None:
-        raise ValueError("not taken for a checkpoint: its name is not step-<number>")
+        raise ValueError("ignored: its name is not step-<number>")
     if int(match[1]) != checkpoint.step:
-        raise ValueError(f"not taken for a checkpoint: its name is of another step than its {MANIFEST}, {checkpoint.step}")
+        raise ValueError(f"ignored: its name does not match the step in its {MANIFEST}, {checkpoint.step}")
     of = checkpoint.noted.get("run")
     if run is not None and of is not None and of != run:
-        raise ValueError(f"foreign: of the run with the id {excerpt(of)}, not of this one, {run}")
+        raise ValueError(f"foreign: it belongs to the run with id {excerpt(of)}, not to this run, {run}")
 
 
 def read_manifest(path: Path) -> Checkpoint:
-    """A published checkpoint; ValueError if it is foreign, or a file is missing or has another size."""
+    """Read the manifest of a published checkpoint; ValueError if it is foreign, or a file is missing or has another size."""
     try:
         noted = read_json(path / MANIFEST)
         files, step = noted.pop("files"), noted["step"]
@@ -108,9 +108,9 @@ def read_manifest(path: Path) -> Checkpoint:
         digests = [of_file["sha256"] for of_file in files.values()]
         known = noted["format"] == FORMAT
         if not all(type(number) is int and number >= 0 for number in (step, *sizes.values())):
-            raise TypeError("a size or the step is no number")
+            raise TypeError("a size or the step is not a number")
         if not all(isinstance(digest, str) for digest in digests):
-            raise TypeError("a digest is no text")
+            raise TypeError("a digest is not a string")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"foreign: no {MANIFEST}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -128,29 +128,29 @@ def read_manifest(path: Path) -> Checkpoint:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a regular file; OSError, or ValueError for anything else, however large or deep."""
+    """Read a JSON object from a regular file; OSError, or ValueError for other or larger content."""
     with open_regular(path.parent, path.name) as file:
         text = file.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
-        raise ValueError(f"it has more than {LARGEST_JSON} bytes")
+        raise ValueError(f"larger than {LARGEST_JSON} bytes")
     try:
         found = json.loads(text)
     except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
+        raise ValueError("nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError("it holds no object")
+        raise ValueError("not a JSON object")
     return found
 
 
 def open_regular(folder: Path, name: str) -> BufferedReader:
-    """Open a file of a checkpoint to read.
+    """Open a file of a checkpoint for reading.
 
-    FileNotFoundError if the manifest is missing; else ValueError that names what is missing, no regular file, or elsewhere.
+    FileNotFoundError if the manifest is missing; ValueError if another file is missing, outside the folder or not regular.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise ValueError(f"damaged or foreign: {MANIFEST} names {excerpt(name)!r}, which is no file of its folder")
+        raise ValueError(f"damaged or foreign: {MANIFEST} names {excerpt(name)!r}, which is not a file name")
     try:
-        # Without O_NONBLOCK a pipe would be waited for.
+        # Without O_NONBLOCK, opening a pipe blocks.
         descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError as error:
         if name == MANIFEST:
@@ -162,17 +162,17 @@ def open_regular(folder: Path, name: str) -> BufferedReader:
         raise ValueError(f"damaged: {excerpt(name)} cannot be read ({excerpt(error)})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"damaged: {excerpt(name)} is no regular file")
+        raise ValueError(f"damaged: {excerpt(name)} is not a regular file")
     return open(descriptor, "rb")
 
 
 def check_content(checkpoint: Checkpoint, name: str) -> None:
-    """ValueError unless a file of a checkpoint is what was written; sizes are compared before anything is read."""
+    """ValueError unless a file has the size and sha256 of the manifest. The size is compared first."""
     expected = checkpoint.files[name]
     with open_regular(checkpoint.path, name) as file:
         same = os.fstat(file.fileno()).st_size == expected["size"]
         if not same or hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
-            raise ValueError(f"damaged: the content of {name} is not what was written")
+            raise ValueError(f"damaged: the content of {name} does not match its sha256")
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -181,13 +181,13 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def remove_leftovers(folder: Path) -> list[str]:
-    """Remove what killed saves left behind; what cannot be removed is named, and in nobody's way."""
+    """Remove folders of interrupted saves; return notes on what cannot be removed, which does no harm."""
     notes = []
     for path in sorted(folder.glob(".unfinished-*")):
         if LEFTOVER.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             notes += _remove(path)
         else:
-            notes.append(f"{excerpt(path)} stays: it is no folder of a save")
+            notes.append(f"{excerpt(path)} is kept: it is not a folder of a save")
     return notes
 
 
@@ -201,12 +201,12 @@ def free_name(path: Path) -> Path:
 
 
 def publish(unfinished: Path, *, step: int, noted: dict[str, Any]) -> tuple[Path, list[str]]:
-    """Write the manifest of a checkpoint whose files are all there, make it durable and give it its name.
+    """Write the manifest of a complete checkpoint, flush everything to disk, and give the checkpoint its name.
 
-    noted: what else the manifest holds, such as `CheckpointFacts.to_dict()`.
+    noted: further entries of the manifest, such as `CheckpointFacts.to_dict()`.
 
-    Gives that, and notes for the user. A checkpoint of the same run and step gives way; anything else that has the name is
-    renamed, never deleted. OSError if it cannot be published.
+    Returns the path and notes for the user. A checkpoint of the same run and step is deleted; anything else with that name
+    is renamed. OSError if the checkpoint cannot be published.
     """
     files: dict[str, Any] = {}
     for digests in unfinished.glob("digests-*.json"):
@@ -234,7 +234,7 @@ def _make_way(final: Path, run: str | None) -> list[str]:
         return _delete(final)
     aside = free_name(final.with_name(f"replaced-{final.name}"))
     os.replace(final, aside)
-    return [f"{final} was no whole checkpoint of this run; it is kept as {aside}"]
+    return [f"{final} was not a complete checkpoint of this run; it is kept as {aside}"]
 
 
 def prune(
@@ -247,9 +247,9 @@ def prune(
     spared: Collection[int] = (),
     uncounted: Collection[int] = (),
 ) -> list[str]:
-    """Delete a run's older checkpoints after that of `step` is published; notes for the user.
+    """Delete older checkpoints of a run after that of `step` is published; return notes for the user.
 
-    Only whole checkpoints of this run are looked at; the rest is `choose_old`.
+    Considers only complete checkpoints of this run. `choose_old` decides which to delete.
     """
     own = {found.step: found.path for found in list_checkpoints(folder)[0] if found.is_of(run)}
     counted = own.keys() - set(uncounted)
@@ -260,10 +260,10 @@ def prune(
 def choose_old(
     steps: Collection[int], *, step: int, keep_last: int, keep_every: int | None, spared: Collection[int]
 ) -> list[int]:
-    """Which of a run's checkpoints to delete now that the one of `step` is published.
+    """Choose the checkpoints to delete after that of `step` is published.
 
-    The keep_last newest up to `step` stay, multiples of keep_every, and those spared, such as the one resumed from. Newer
-    ones than `step` are neither counted nor deleted: the run has passed over them, and will come to their steps again.
+    Kept are the keep_last newest up to `step`, multiples of keep_every, and `spared` ones, such as the one resumed from.
+    Checkpoints newer than `step` are neither counted nor deleted: the run skipped them and will reach their steps again.
     """
     older = sorted(of for of in steps if of < step)
     kept = set(older[max(0, len(older) - keep_last + 1) :]) | set(spared)
@@ -271,7 +271,7 @@ def choose_old(
 
 
 def _delete(path: Path) -> list[str]:
-    """Take a checkpoint's name away before its content, so that none is ever half there under its name."""
+    """Rename a checkpoint, then delete it, so that no incomplete checkpoint ever has the name of one."""
     doomed = free_name(path.with_name(f".unfinished-delete-{path.name}"))
     try:
         os.replace(path, doomed)
@@ -289,7 +289,7 @@ def _remove(path: Path) -> list[str]:
 
 
 def _flush(folder: Path) -> None:
-    """Have the disk hold every file of a folder, and the folder's own entries."""
+    """Call fsync on every file of a folder and on the folder."""
     for path in [*(path for path in folder.iterdir() if path.is_file() and not path.is_symlink()), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:

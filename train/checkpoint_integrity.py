@@ -1,10 +1,10 @@
-"""Which checkpoint of a run to continue from: the newest that is whole, fits, and executes no code when it is loaded.
+"""Choose the checkpoint to continue from: the newest that is intact, fits the model, and executes no code on loading.
 
-found, problems = list_checkpoints(folder)            # by their manifests and file sizes; needs no other process
-checkpoint, problems = newest_intact(found, trust=False)                              # by their content
-checkpoint, loaded, problems = load_newest(found, make_state, trust=False)            # that also fits what is to be filled
+found, problems = list_checkpoints(folder)            # checks manifests and file sizes; not a collective
+checkpoint, problems = newest_intact(found, trust=False)                              # checks the content of files
+checkpoint, loaded, problems = load_newest(found, make_state, trust=False)            # also checks the fit, and loads
 
-The last two are collectives on every rank.
+`newest_intact` and `load_newest` are collectives on every rank.
 """
 
 import io
@@ -25,9 +25,9 @@ from train.checkpoint_loading import load_checkpoint
 
 
 def newest_intact(found: list[Checkpoint], *, trust: bool) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose content is as written, and what is wrong with newer ones; a collective on every rank.
+    """The newest checkpoint with intact content, and the problems of newer ones; a collective on every rank.
 
-    Ranks share the work of reading. trust: load pickled code, too.
+    Each rank reads a part of the files. trust: accept pickled code.
     """
     problems: list[str] = []
     steps: list[Any] = [None] * dist.get_world_size()
@@ -38,7 +38,7 @@ def newest_intact(found: list[Checkpoint], *, trust: bool) -> tuple[Checkpoint |
             "run.dir must be on a file system that all nodes share"
         )
     for checkpoint in reversed(found):
-        # The content first: code in what is damaged is no reason to trust it.
+        # Check the content first: damage must not be reported as untrusted code, which invites the user to trust it.
         problem = _first(_problem_of_share(checkpoint)) or _first(None if trust else _problem_of_code(checkpoint))
         if problem is None:
             return checkpoint, problems
@@ -61,11 +61,11 @@ def load_newest(
     whole: bool = True,
     same_layout: Callable[[Checkpoint], bool] = lambda checkpoint: False,
 ) -> tuple[Checkpoint | None, dict[str, Any], list[str]]:
-    """Fill a sharded state from the newest checkpoint that is intact, fits it, and holds finite numbers only.
+    """Fill a sharded state from the newest checkpoint that is intact, fits the state, and holds only finite numbers.
 
-    Gives that checkpoint, the filled state, and what is wrong with newer ones; a collective on every rank. make_state: what
-    is to be filled, made anew for each checkpoint that is tried. whole: it is all that a checkpoint holds; same_layout:
-    whether the random generators are to be restored from this one, too.
+    Returns the checkpoint, the filled state, and the problems of newer ones; a collective on every rank. make_state: creates
+    the state to fill, once for each checkpoint that is tried. whole: the checkpoint must hold nothing else. same_layout:
+    whether to restore the random generators from a checkpoint.
     """
     problems: list[str] = []
     while found:
@@ -84,7 +84,7 @@ def load_newest(
 
 
 def _problem_of_share(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with the content of the files that this rank looks at."""
+    """A problem in the content of this rank's share of the files, or None."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     def check() -> None:
@@ -95,7 +95,7 @@ def _problem_of_share(checkpoint: Checkpoint) -> str | None:
 
 
 def _problem_of_code(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with what is pickled; the first rank looks for all."""
+    """A problem in the pickled data, or None. Only rank 0 checks."""
 
     def check() -> None:
         check_executes_no_code(checkpoint.path)
@@ -105,7 +105,7 @@ def _problem_of_code(checkpoint: Checkpoint) -> str | None:
 
 
 def _problem(check: Callable[[], None]) -> str | None:
-    """What a check raises; never an exception, which would leave the other ranks waiting."""
+    """The error of a check as text, or None. Does not raise, since that would leave the other ranks waiting."""
     try:
         check()
     except ValueError as error:
@@ -115,7 +115,7 @@ def _problem(check: Callable[[], None]) -> str | None:
     return None
 
 
-# What Megatron-Core's and torch's own .metadata consists of.
+# The classes in the .metadata of Megatron-Core and torch.
 _METADATA_NAMES = {
     ("collections", "OrderedDict"),
     ("torch", "Size"),
@@ -150,44 +150,44 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def check_executes_no_code(path: Path) -> None:
-    """ValueError if loading this checkpoint would execute code that it brings along.
+    """ValueError if loading this checkpoint would execute code from it.
 
-    Its tensors cannot. What is pickled are the index of its tensors, which may name a few classes only, and objects,
-    which must load with torch's weights_only.
+    Tensors contain no code. The pickled index of the tensors may use only the classes of _METADATA_NAMES. Pickled objects
+    must load with torch's weights_only.
     """
-    refusal = "refused: {}; set checkpoint.trust=true if you know where it comes from"
+    refusal = "refused: {}; set checkpoint.trust=true if you trust its source"
     try:
         metadata = _read_index(path)
         files = read_manifest(path).files
         for index, place in metadata.storage_data.items():
             if getattr(place, "transform_descriptors", None):
-                raise ValueError("its files are transformed, which this check does not see through")
+                raise ValueError("its files are transformed, which this check does not support")
             if place.relative_path not in files:
-                raise ValueError(f"{METADATA} names {excerpt(place.relative_path)!r}, which is none of its files")
+                raise ValueError(f"{METADATA} names {excerpt(place.relative_path)!r}, which is not one of its files")
             if type(metadata.state_dict_metadata[index.fqn]).__name__ == "BytesStorageMetadata":
                 with open_regular(path, place.relative_path) as file:
                     file.seek(place.offset)
                     torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
-        if COMMON in files:  # Megatron-Core 0.19 writes none
+        if COMMON in files:  # Megatron-Core 0.19 does not write it
             with open_regular(path, COMMON) as file:
                 torch.load(file, weights_only=True)
-    except Exception as error:  # whatever a pickle that is not what it should be leads to
+    except Exception as error:  # an invalid pickle can raise anything
         raise ValueError(refusal.format(excerpt(error) or type(error).__name__)) from error
 
 
 def check_index(checkpoint: Checkpoint) -> None:
-    """ValueError unless the index has a place within the files for every part of every tensor: others stay unfilled."""
+    """ValueError unless the index locates every part of every tensor within the files; missing parts would stay unfilled."""
     metadata = _read_index(checkpoint.path)
     for index, place in metadata.storage_data.items():
         if not 0 <= place.offset <= place.offset + place.length <= checkpoint.files[place.relative_path]["size"]:
-            raise ValueError(f"damaged: {METADATA} has {index.fqn} beyond the end of {place.relative_path}")
+            raise ValueError(f"damaged: {METADATA} locates {index.fqn} beyond the end of {place.relative_path}")
     stored = {(index.fqn, tuple(index.offset or ())) for index in metadata.storage_data}
     for name, entry in metadata.state_dict_metadata.items():
         chunks = getattr(entry, "chunks", None)
         places = [()] if chunks is None else [tuple(chunk.offsets) for chunk in chunks]
         missing = [place for place in places if (name, place) not in stored]
         if missing or (chunks is not None and sum(math.prod(chunk.sizes) for chunk in chunks) < math.prod(entry.size)):
-            raise ValueError(f"damaged: {METADATA} has no place for a part of {name}")
+            raise ValueError(f"damaged: {METADATA} does not locate a part of {name}")
 
 
 def _read_index(path: Path) -> Any:

@@ -1,8 +1,8 @@
-"""Load a checkpoint on all ranks together.
+"""Load a checkpoint, collectively on all ranks.
 
     engine.load_state(load_checkpoint(checkpoint, engine.sharded_state(loading=True), same_layout=True))
 
-Which checkpoint to load is chosen by train.checkpoint_integrity.
+`train.checkpoint_integrity` chooses the checkpoint to load.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ from train.random_state import random_state, restore_random_state
 def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, same_layout: bool) -> dict[str, Any]:
     """Fill a sharded state and restore the random generators; a collective on every rank.
 
-    same_layout: elsewhere a rank's generators have no successor and keep their fresh seeds. ValueError on every rank, with
-    the state filled in part, if a file cannot be read as what it should be, or numbers are not finite.
+    same_layout: whether this run has the layout of the checkpoint; if not, the generators keep their new seeds. ValueError
+    on every rank, with the state partly filled, if a file is damaged or numbers are not finite.
     """
     same_layout = same_layout and checkpoint.facts.world_size == dist.get_world_size()
     if same_layout:

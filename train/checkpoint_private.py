@@ -1,6 +1,6 @@
-"""The one place for names that Megatron-Core does not promise to keep: it offers no other way to survive a save that fails.
+"""Uses of private Megatron-Core checkpoint APIs, which are needed to survive a failed save.
 
-Written for megatron-core 0.16.1 and 0.19.2.
+For megatron-core 0.16.1 and 0.19.2.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from mone_common.processes import outlive_signals
 
 @functools.cache
 def noted_errors() -> list[Exception]:
-    """From now on errors in writing common.pt, .metadata and metadata.json go to this list, for the ranks to agree on.
+    """Collect errors in writing common.pt, .metadata and metadata.json in the returned list, from now on.
 
-    Rank 0 writes them between collectives: raised there, an error would leave the other ranks waiting in the next one.
+    Rank 0 writes these files between collectives. An exception there would leave the other ranks waiting in the next one.
     """
     noted: list[Exception] = []
 
@@ -31,13 +31,13 @@ def noted_errors() -> list[Exception]:
         def attempt(*args: Any, **kwargs: Any) -> None:
             try:
                 write(*args, **kwargs)
-            except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
+            except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
                 noted.append(error)
 
         return attempt
 
     writers: list[tuple[Any, str]] = [(filesystem_async.FileSystemWriterAsync, "finish"), (serialization, "save_config")]
-    if hasattr(common, "TorchCommonSaveStrategy"):  # 0.16, where common.pt is a file apart
+    if hasattr(common, "TorchCommonSaveStrategy"):  # 0.16, which writes a separate common.pt
         writers.append((common.TorchCommonSaveStrategy, "save_common"))
     for owner, name in writers:
         setattr(owner, name, noting(getattr(owner, name)))
@@ -48,10 +48,10 @@ _manager: SyncManager | None = None
 
 
 def open_results_queue() -> None:
-    """Make a queue for the results of a save, in a process of its own, which is started unless it runs.
+    """Create a queue for the results of a save, in a manager process that is started if necessary.
 
-    Megatron-Core's own survives a kill -9 of this process. Ours knows nothing of torch, nor of the main module, which others
-    of its kind spend seconds of the first save on. OSError or EOFError if it cannot be started.
+    Megatron-Core's own manager process keeps running after a kill -9 of this process. This one also imports neither torch
+    nor the main module, which saves seconds in the first save. OSError or EOFError if it cannot be started.
     """
     global _manager
     if _manager is not None:
@@ -59,7 +59,7 @@ def open_results_queue() -> None:
             filesystem_async._results_queue = _Results(_manager.Queue())
             return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    # Launchers signal whole process groups, and the save that follows a signal needs this process.
+    # Launchers signal whole process groups. The save after such a signal needs this process.
     main = sys.modules["__main__"]
     names = {name: getattr(main, name) for name in ("__spec__", "__file__") if hasattr(main, name)}
     try:
@@ -74,14 +74,14 @@ def open_results_queue() -> None:
 
 
 class _Results:
-    """A queue that the manager need not understand the content of."""
+    """A queue of pickled results, so that the manager process needs no imports to hold them."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
 
     def put(self, result: Any) -> None:
-        # Without the process that collects them `get_nowait` says so; raised here, between two collectives of a save that
-        # training waits for, the error would leave the other ranks waiting.
+        # `get_nowait` reports a lost manager process. An exception here, between two collectives of a synchronous save,
+        # would leave the other ranks waiting.
         with contextlib.suppress(EOFError, OSError):
             self.queue.put(pickle.dumps(result))
 
@@ -89,4 +89,4 @@ class _Results:
         try:
             return pickle.loads(self.queue.get_nowait())
         except (EOFError, OSError) as error:
-            return RuntimeError(f"the process that collects results is gone: {error!r}")  # a result, which all ranks hear of
+            return RuntimeError(f"the process that collects results has ended: {error!r}")  # a result that all ranks receive

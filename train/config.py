@@ -1,7 +1,7 @@
-"""The configuration of a run: its sections together.
+"""The configuration of a run.
 
 config = load_config(hydra_config)        # typed, each field checked
-validate(config, world_size)              # train.config_rules: every rule that spans sections
+validate(config, world_size)              # train.config_rules: rules that span sections
 """
 
 from dataclasses import dataclass, field, replace
@@ -29,13 +29,14 @@ from train.config_sections import (
 
 @dataclass
 class RunConfig:
-    """Everything that a run needs to know."""
+    """All options of a run."""
 
     run: ExecutionConfig = field(default_factory=ExecutionConfig)
     engine: str = "megatron"
-    """What computes a step: megatron (Megatron-Core's optimizers) or deepspeed (ZeRO)."""
+    """Training engine: megatron (Megatron-Core's optimizers) or deepspeed (ZeRO)."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint of run.dir, if there is one; never: refuse to run over one."""
+    """auto: continue from the newest complete checkpoint in run.dir, if there is one; never: refuse a run.dir that holds a
+    run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
@@ -58,19 +59,19 @@ class RunConfig:
 
     @property
     def data_seed(self) -> int:
-        """Of the order of training samples."""
+        """Seed of the order of training samples."""
         return self.run.seed if self.data.seed is None else self.data.seed
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Ranks that see different sequences."""
+        """Number of data-parallel replicas, which read different sequences."""
         return world_size // (self.parallel.tensor * self.parallel.pipeline * self.parallel.context)
 
     def micro_batches(self, world_size: int) -> int:
-        """Micro-batches of one optimizer step on each rank."""
+        """Micro-batches per optimizer step on each rank."""
         return self.training.global_batch_size // (self.training.micro_batch_size * self.data_parallel_size(world_size))
 
     def estimate_memory(self, world_size: int, *, fused: bool) -> Memory:
-        """Bytes on the fullest rank; fused: with Transformer Engine's layers."""
+        """Estimated bytes on the rank that needs most; fused: with Transformer Engine's layers."""
         zero = self.engine == "deepspeed"
         shares = self.deepspeed.zero_stage > 0 if zero else self.parallel.distributed_optimizer
         return estimate_memory(
@@ -90,7 +91,7 @@ OmegaConf.register_new_resolver("equal_active_width", equal_active_width, replac
 
 
 def load_config(config: DictConfig) -> RunConfig:
-    """Hydra's config as typed objects; ValueError from the field that is wrong or missing."""
+    """Convert Hydra's config to dataclasses; ValueError for an invalid or missing field."""
     return to_dataclass(config, RunConfig)
 
 

@@ -1,6 +1,6 @@
-"""Every rule that spans sections of the configuration or needs the world size.
+"""Rules that span sections of the configuration or need the world size.
 
-validate(config, world_size)              # before anything is built
+validate(config, world_size)              # ValueError before anything is built
 """
 
 import math
@@ -12,15 +12,15 @@ from mone_model.megatron.transformer_engine import uses_transformer_engine
 from train.config import RunConfig
 
 PROCESSES = "torchrun --nproc-per-node"
-"""What sets the number of processes of a run that is started by hand."""
+"""Sets the number of processes of a run that is started by hand; quoted in errors."""
 
 
 def validate(
     config: RunConfig, world_size: int, *, transformer_engine: bool | None = None, processes: str = PROCESSES
 ) -> None:
-    """Check every rule that spans sections or needs the world size; ValueError names options, values and a way out.
+    """Check the rules that span sections or need the world size; ValueError names the option, its value and a way out.
 
-    transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
+    transformer_engine: whether the run uses Transformer Engine's layers; None: decide for this machine.
     processes: the options that set the world size, as the user types them.
     """
     parallel, training = config.parallel, config.training
@@ -81,7 +81,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def _nearest(value: int, choices: list[int]) -> str:
-    """The two of them that are closest to a value."""
+    """The two choices closest to a value."""
     return ", ".join(map(str, sorted(sorted(choices, key=lambda choice: abs(choice - value))[:2])))
 
 
@@ -90,15 +90,15 @@ def _or(numbers: list[int]) -> str:
 
 
 def _multiples(value: int, of: int) -> list[int]:
-    """The multiples next to a value."""
+    """The multiples of `of` below and above a value."""
     below = value // of * of
     return [below, below + of] if below else [of]
 
 
 def _misfits(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> Iterator[str]:
-    """What the model's sizes do not allow of the layout, and the nearest degrees that all of them allow.
+    """Errors for degrees of parallelism that do not fit the model's sizes, with the nearest degrees that fit.
 
-    Of these, degrees that the number of processes allows, too, are proposed where there are any above 1.
+    Degrees that also fit the number of processes are proposed first, if any is above 1.
     """
     dense, sparse = parallel.pipeline * parallel.context, parallel.pipeline
     heads, hidden = model.num_attention_heads, model.moe_ffn_hidden_size
@@ -135,13 +135,13 @@ def _misfits(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> I
 
 
 def _starts(config: RunConfig, world_size: int) -> str:
-    """The numbers of processes next to this one that the layout and, if there are any, the batch allow."""
+    """The nearest smaller and larger number of processes that fit the layout and, if possible, the batch size."""
     parallel, training = config.parallel, config.training
     dense = parallel.tensor * parallel.pipeline * parallel.context
     unit = math.lcm(dense, parallel.expert * parallel.expert_tensor * parallel.pipeline)
     passes = training.global_batch_size // training.micro_batch_size
     whole = training.global_batch_size % training.micro_batch_size == 0
-    # dense x data-parallel size, of which the second divides the micro-batches of a step.
+    # The number of processes is dense x data-parallel size; the latter divides the micro-batches of a step.
     allowed = [dense * size for size in _divisors(passes) if whole and dense * size % unit == 0]
     allowed = allowed or _multiples(world_size, unit)
     below = [number for number in allowed if number < world_size]
@@ -160,7 +160,7 @@ def _validate_layout(config: RunConfig, world_size: int, transformer_engine: boo
         if world_size % dense == 0:
             experts = f"expert {parallel.expert} x expert_tensor {parallel.expert_tensor}"
             product, equation = f"{experts} x pipeline {parallel.pipeline} = {sparse}", str(world_size)
-        # More processes do not help a degree that the model does not allow.
+        # If the degree does not fit the model, another number of processes does not help.
         way_out = misfit or f"start {_starts(config, world_size)} ({processes})"
         raise ValueError(f"parallel={product}: must divide the number of processes, {equation}; {way_out}")
     if misfit is not None:

@@ -1,6 +1,6 @@
-"""The sections of a run's configuration, one dataclass each, which checks its own fields.
+"""The sections of a run's configuration. Each section is a dataclass that checks its own fields.
 
-Rules that span sections or need the world size are those of `train.config_rules`.
+`train.config_rules` checks rules that span sections or need the world size.
 """
 
 import math
@@ -23,7 +23,7 @@ def check_least(section: str, config: object, least: int, *names: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """ValueError unless this can be the name of a run: the names of folders, each within the one before."""
+    """ValueError unless `name` is a valid run name: a relative path without `.` and `..`."""
     good = name.isprintable() and all(
         part.strip() not in ("", ".", "..") and not part.startswith("-") and len(part.encode()) <= 255
         for part in name.split("/")
@@ -33,26 +33,27 @@ def check_name(name: str) -> None:
         "run.name",
         name if name.isprintable() else repr(name),
         "names a folder below runs/: not empty, no . or .., no - at the front, no control characters, at most 255 bytes; "
-        "another place is given by run.dir",
+        "use run.dir for another location",
     )
 
 
 @dataclass
 class ExecutionConfig:
-    """Where the run lives."""
+    """Name, folder, seed and limits of the run."""
 
     name: str = "mone"
-    """Name of the run, also in W&B."""
+    """Name of the run, here and in W&B."""
     dir: str = "runs/${run.name}"
-    """Folder of the run: composed config, environment, metrics, checkpoints, figures."""
+    """Run folder: holds the composed config, environment, metrics, checkpoints and figures."""
     seed: int = 1234
-    """Of initial weights, dropout and, unless data.seed is given, the order of training samples."""
+    """Seed of the initial weights and of dropout. Also of the order of training samples, unless data.seed is given."""
     stop_at_step: int | None = None
-    """Save and stop after this step, as a signal would; the same command without it continues."""
+    """Save a checkpoint and stop after this step. Run the same command without this option to continue."""
     time_limit: str | None = None
-    """Save and stop before the processes have run so long, as HH:MM:SS or D-HH:MM:SS; null: no limit."""
+    """Save a checkpoint and stop before this much time has passed, as HH:MM:SS or D-HH:MM:SS; null: no limit."""
     timeout_minutes: float = 30.0
-    """How long a rank may stay in one phase of a step before the run is ended and the silent rank named."""
+    """Longest time in minutes that a rank may spend in one phase of a step. A run that exceeds it is ended, and the error
+    names the rank that hangs."""
 
     def __post_init__(self) -> None:
         check_name(self.name)
@@ -73,7 +74,7 @@ class ExecutionConfig:
 
     @property
     def time_limit_seconds(self) -> float:
-        """`time_limit` in seconds; infinite without one."""
+        """`time_limit` in seconds; infinity if it is null."""
         if self.time_limit is None:
             return math.inf
         match = TIME_LIMIT.fullmatch(self.time_limit)
@@ -84,14 +85,14 @@ class ExecutionConfig:
 
 @dataclass
 class TrainingConfig:
-    """How long and in what batches."""
+    """Number of steps and batch sizes."""
 
     steps: int = 1000
     """Optimizer steps."""
     micro_batch_size: int = 4
-    """Sequences that one data-parallel rank computes at a time."""
+    """Sequences per micro-batch of one data-parallel rank."""
     global_batch_size: int = 32
-    """Sequences of one optimizer step over all ranks."""
+    """Sequences per optimizer step, over all ranks."""
 
     def __post_init__(self) -> None:
         check_least("training", self, 1, "steps", "micro_batch_size", "global_batch_size")
@@ -106,23 +107,23 @@ class OptimizerConfig:
     min_lr: float = 1e-4
     """Learning rate at the end of the decay."""
     schedule: str = "cosine"
-    """cosine, linear, wsd (warm up, stay, decay) or constant."""
+    """Learning-rate schedule: cosine, linear, wsd (warmup-stable-decay) or constant."""
     warmup_steps: int | None = None
-    """Steps of linear warm-up; null: 100, and at most a tenth of the steps until the decay ends."""
+    """Steps of linear warm-up; null: 100, or a tenth of the steps until the decay ends if that is less."""
     decay_steps: int | None = None
-    """Step at which min_lr is reached; null: training.steps."""
+    """Step at which the learning rate reaches min_lr; null: training.steps."""
     wsd_decay_steps: int | None = None
     """Steps of the final decay of wsd; null: a tenth of decay_steps."""
     weight_decay: float = 0.1
-    """Decoupled weight decay; norms are exempt."""
+    """Decoupled weight decay; does not apply to norms."""
     beta1: float = 0.9
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = 0.95
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Term added to the square root of the second moment, for numerical stability."""
     clip_grad: float = 1.0
-    """Largest gradient norm; 0: no clipping."""
+    """Gradients with a larger norm are scaled down to this norm; 0: no clipping."""
 
     def __post_init__(self) -> None:
         choices = ("cosine", "linear", "wsd", "constant")
@@ -148,15 +149,16 @@ class OptimizerConfig:
 
 @dataclass
 class DeepSpeedConfig:
-    """What only the DeepSpeed engine reads."""
+    """Options of the DeepSpeed engine."""
 
     zero_stage: int = 1
-    """ZeRO: what data-parallel ranks share out among them. 0 nothing, 1 optimizer state, 2 and gradients, 3 and weights."""
+    """ZeRO stage, which sets what is partitioned over the data-parallel ranks. 0: nothing; 1: optimizer state; 2: optimizer
+    state and gradients; 3: optimizer state, gradients and weights."""
     offload_optimizer: bool = False
     """Keep the optimizer state in host memory and update the weights there."""
     options: dict[str, Any] = field(default_factory=dict)
-    """More of DeepSpeed's own configuration, laid over what the engine asks for, e.g.
-    'deepspeed.options={zero_optimization: {reduce_bucket_size: 1e8}}'. What the other sections say is refused here."""
+    """Further DeepSpeed configuration, merged over that of the engine, e.g.
+    'deepspeed.options={zero_optimization: {reduce_bucket_size: 1e8}}'. Settings that other options control are refused."""
 
     def __post_init__(self) -> None:
         check(self.zero_stage in (0, 1, 2, 3), "deepspeed.zero_stage", self.zero_stage, "choose 0, 1, 2 or 3")
@@ -170,26 +172,26 @@ class DeepSpeedConfig:
 
 @dataclass
 class SourceConfig:
-    """One source of the blend: a folder that mone-tokenize wrote."""
+    """One source of the blend: an output folder of mone-tokenize."""
 
     path: str = MISSING
-    """The folder with manifest.json."""
+    """Folder with manifest.json."""
     weight: float | None = None
-    """Share in the blend, relative to the others'; null on all: in proportion to their tokens."""
+    """Relative weight in the blend; null for all sources: in proportion to their tokens."""
 
 
 @dataclass
 class DataConfig:
-    """What is read."""
+    """Training and validation data."""
 
     blend: list[SourceConfig] = field(default_factory=list)
     """Sources and weights, e.g. 'data.blend=[{path: data/a, weight: 0.7}, {path: data/b, weight: 0.3}]'."""
     seed: int | None = None
-    """Of the order of training samples; null: run.seed. Validation reads the same sequences whatever the seeds."""
+    """Seed of the order of training samples; null: run.seed. Validation sequences do not depend on seeds."""
     index_cache: str = "${run.dir}/index_cache"
-    """Where the order of large sources is kept between runs; runs may share it. Safe to delete when no run reads it."""
+    """Folder for the sample order of large sources. Runs can share it. It can be deleted when no run uses it."""
     num_workers: int = 0
-    """Reader processes of each rank; 0 reads in the training process."""
+    """Data loader processes per rank; 0: load in the training process."""
 
     def __post_init__(self) -> None:
         check_least("data", self, 0, "num_workers")
@@ -201,12 +203,12 @@ class DataConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Validation, on each source on its own."""
+    """Validation, separate for each source."""
 
     interval: int = 100
     """Steps between validations; 0: only at the end."""
     sequences: int = 64
-    """Validation sequences of each source, at most."""
+    """Maximum number of validation sequences per source."""
 
     def __post_init__(self) -> None:
         check_least("evaluation", self, 0, "interval")
@@ -215,18 +217,18 @@ class EvaluationConfig:
 
 @dataclass
 class CheckpointConfig:
-    """When the run is saved."""
+    """When checkpoints are written and which are kept."""
 
     interval: int = 200
-    """Steps between checkpoints; one more is written at the end. 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end. A checkpoint is always written at the end."""
     keep_last: int = 2
-    """Checkpoints that stay; older ones are deleted after a new one is complete."""
+    """Number of most recent checkpoints to keep. Older ones are deleted after a new one is complete."""
     keep_every: int | None = None
-    """Checkpoints at multiples of this step stay for ever; null: none."""
+    """Checkpoints at multiples of this step are never deleted; null: none."""
     async_save: bool = False
-    """Write in the background while training goes on; the checkpoint exists when it is completely on disk."""
+    """Write checkpoints in the background while training continues. A checkpoint gets its name when it is complete."""
     trust: bool = False
-    """Load a checkpoint even if it brings pickled code along, which loading then executes."""
+    """Also load checkpoints that contain pickled code. Loading executes that code: use only with trusted checkpoints."""
 
     def __post_init__(self) -> None:
         check_least("checkpoint", self, 0, "interval")
@@ -237,17 +239,18 @@ class CheckpointConfig:
 
 @dataclass
 class GuardConfig:
-    """Steps that must not change the weights."""
+    """Steps that are dropped: they do not change the weights."""
 
     max_dropped: int = 10
-    """A step whose loss or gradient is not finite is dropped; more than this many in `window` steps end the run."""
+    """Maximum number of dropped steps in the last `window` steps; more end the run. A step is dropped if its loss or
+    gradient is not finite."""
     window: int = 1000
-    """Steps over which dropped ones are counted."""
+    """Number of recent steps in which dropped steps are counted."""
     spike_sigma: float | None = None
-    """Also drop a step whose loss or gradient norm is this many standard deviations above the mean of the last
-    `spike_window` steps (6 is usual); null: never."""
+    """Also drop a step whose loss or gradient norm is more than this many standard deviations above the mean of the last
+    `spike_window` steps (a usual value is 6); null: do not."""
     spike_window: int = 128
-    """Steps from which that mean and deviation are taken; half of them must have been seen."""
+    """Steps over which that mean and standard deviation are taken. Spikes are detected after half as many steps."""
 
     def __post_init__(self) -> None:
         check_least("guard", self, 0, "max_dropped")
@@ -259,23 +262,23 @@ class GuardConfig:
 
 @dataclass
 class LoggingConfig:
-    """What is recorded, and where to. docs/metrics.md explains every name."""
+    """Metrics, figures and W&B. docs/metrics.md explains the metrics."""
 
     interval: int = 10
-    """Steps between records of loss, auxiliary losses, learning rate, speed."""
+    """Steps between records of loss, auxiliary losses, learning rate and speed."""
     neuron_interval: int = 50
-    """Steps between records of expert load and neuron statistics, which count all tokens in between; 0: never, and then
-    there are no heatmaps and histograms either."""
+    """Steps between records of expert load and neuron statistics over all tokens since the last record; 0: no records,
+    heatmaps or histograms."""
     figure_interval: int = 200
-    """Steps between heatmaps and histograms; 0: only at the end. A multiple of neuron_interval."""
+    """Steps between heatmaps and histograms; 0: only at the end. Must be a multiple of neuron_interval."""
     wandb_mode: str = "offline"
     """offline (upload later with `wandb sync`), online, or disabled."""
     wandb_project: str = "mone"
-    """W&B project. W&B takes 128 characters for this and the next two, and none of / \\ # ? % : in a project or entity."""
+    """W&B project. Project, entity and group have at most 128 characters; project and entity have none of / \\ # ? % :."""
     wandb_entity: str | None = None
     """W&B team or user; null: the default of the login."""
     wandb_group: str | None = None
-    """Runs of one group are shown together; null: none. A sweep sets its own name."""
+    """W&B group, which W&B shows together; null: none. A sweep sets it to its own name."""
 
     def __post_init__(self) -> None:
         modes = ("offline", "online", "disabled")
@@ -286,14 +289,14 @@ class LoggingConfig:
             self._check_wandb_names()
 
     def _check_wandb_names(self) -> None:
-        # W&B refuses a wrong project when it starts, which is hours later in a queue, and then keeps no record of the run.
+        # W&B refuses an invalid name only when the run starts, which can be after hours in a queue, and then records nothing
         for name in ("wandb_project", "wandb_entity", "wandb_group"):
             value = getattr(self, name)
             option, forbidden = f"logging.{name}", "" if name == "wandb_group" else "/\\#?%:"
             if value is None:
                 continue
             check(value.strip() != "", option, repr(value), "must not be empty; leave it out for the default")
-            check(len(value) <= 128, option, repr(value), f"has {len(value)} characters, and W&B takes 128")
+            check(len(value) <= 128, option, repr(value), f"has {len(value)} characters; W&B allows at most 128")
             found = [character for character in value if character in forbidden or not character.isprintable()]
             none_of = f"none of {' '.join(forbidden)} and " if forbidden else ""
-            check(not found, option, repr(value), f"W&B takes {none_of}no control characters in it")
+            check(not found, option, repr(value), f"W&B allows {none_of}no control characters in it")

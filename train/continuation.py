@@ -1,11 +1,11 @@
-"""Where a run continues: the checkpoints that are its own and fit its options, and what its options change from there on.
+"""Find the checkpoints that a run can continue from, and check its options against them.
 
-    checkpoints = find_checkpoints(config, manifests)            # ValueError if it cannot go on, or must not begin
+    checkpoints = find_checkpoints(config, manifests)            # ValueError if the run can neither continue nor start
     order, step, samples = check_continues(config, manifests, checkpoint)
     print(describe_schedule(config, checkpoint))
 
-An option that no checkpoint of the folder agrees with is the user's to correct. A checkpoint that does not agree where an
-older one does is of another run, and passed over like a damaged one.
+If the options match no checkpoint, the run ends with an error. If they match some of them, the others are skipped, as
+damaged ones are.
 """
 
 import sys
@@ -23,14 +23,14 @@ from train.launcher import rank_and_world_size
 from train.sample_order import plan_order
 
 JUMP = 1.01
-"""A learning rate this many times that of the earlier schedule is warned of."""
+"""Warn if the learning rate is more than this many times that of the earlier schedule."""
 
 
 def find_checkpoints(config: RunConfig, manifests: list[Manifest]) -> list[Checkpoint]:
-    """The checkpoints in the run folder to choose from, oldest first; the others are named on stderr. Reads only.
+    """The checkpoints in the run folder that the run can continue from, oldest first. Does not write to the folder.
 
-    ValueError if none can be used, if the options are those of another run, or if the run has saved checkpoints before
-    and none is there: to begin anew over its records would be to lose them.
+    Prints the others on stderr. ValueError if none of them can be used, if the options are those of another run, or if all
+    checkpoints of the run have disappeared: a new start would lose its records.
     """
     folder = Path(config.run.dir)
     saves = folder / "checkpoints"
@@ -47,16 +47,16 @@ def find_checkpoints(config: RunConfig, manifests: list[Manifest]) -> list[Check
     found = []
     for checkpoint in sound:
         if changed := differences(config, manifests, checkpoint):
-            problems.append(f"{checkpoint.path}: is of another run: {', '.join(changed)}")
+            problems.append(f"{checkpoint.path}: belongs to another run: {', '.join(changed)}")
         else:
             found.append(checkpoint)
     if sound and not found:
         check_continues(config, manifests, sound[-1])
-    tell_of_problems(problems)
+    report_problems(problems)
     if problems and not found:
         raise ValueError(
             f"run.dir={folder}: none of its checkpoints can be loaded ({problems[-1]}); restore one, give another run.dir, "
-            f"or move {saves} and the run's notes ({', '.join(_notes(folder))}) away to begin anew"
+            f"or move {saves} and the run's records ({', '.join(_notes(folder))}) away to start again"
         )
     if found:
         check_continues(config, manifests, found[-1])
@@ -71,26 +71,26 @@ def _check_nothing_vanished(folder: Path, saves: Path, found: list[Checkpoint], 
     if found:
         if rank_and_world_size()[0] == 0:
             print(
-                f"warning: the run has saved step {published}, and the newest checkpoint in {saves} is of step "
+                f"warning: the run saved step {published}, but the newest checkpoint in {saves} is of step "
                 f"{found[-1].step}; records of later steps are kept beside {METRICS_FILE}",
                 file=sys.stderr,
                 flush=True,
             )
         return
-    what = "holds no checkpoint" if saves.is_dir() else "is not there"
+    what = "holds no checkpoint" if saves.is_dir() else "does not exist"
     raise ValueError(
-        f"run.dir={folder}: the run has saved step {published}, and {saves} {what}; mount or restore it. To begin anew give "
+        f"run.dir={folder}: the run saved step {published}, but {saves} {what}; mount or restore it. To start again, give "
         f"another run.dir or run.name, or move {', '.join(_notes(folder))} away"
     )
 
 
 def _notes(folder: Path) -> list[str]:
-    """The files by which a run knows what it has done."""
+    """The files in the run folder that record the run's progress."""
     return [name for name in (METRICS_FILE, PUBLISHED_FILE, STATUS_FILE) if (folder / name).exists()]
 
 
 def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> list[str]:
-    """What of this config is not of the run that wrote a checkpoint: options with their values, and sources."""
+    """Options and sources of this config that differ from those of the run that wrote the checkpoint."""
     facts, described = checkpoint.facts, describe(config)
     saved = {f"model.{name}": value for name, value in facts.model.items()} | {"compute.precision": facts.precision}
     ours = {f"model.{name}": value for name, value in described["model"].items()}
@@ -108,12 +108,15 @@ def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkp
 def check_continues(
     config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None
 ) -> tuple[dict[str, Any], int, int]:
-    """The order of samples, the step and the samples read to go on from; ValueError if this config cannot go on."""
+    """The order of samples, the step and the number of samples read at the start of this run.
+
+    ValueError if this config cannot continue from the checkpoint. checkpoint: None at the start of a new run.
+    """
     if checkpoint is None:
         return plan_order(config, manifests, None, 0), 0, 0
     if changed := differences(config, manifests, checkpoint):
         raise ValueError(
-            f"{checkpoint.path} is of another run: {', '.join(changed)}; restore these options, or give another run.dir"
+            f"{checkpoint.path} belongs to another run: {', '.join(changed)}; restore these options, or give another run.dir"
         )
     if checkpoint.step > config.training.steps:
         raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
@@ -121,17 +124,17 @@ def check_continues(
     return plan_order(config, manifests, facts.order, facts.samples), checkpoint.step, facts.samples
 
 
-def tell_of_problems(problems: list[str]) -> None:
-    """Name the checkpoints that are passed over."""
+def report_problems(problems: list[str]) -> None:
+    """Print the checkpoints that are skipped, and why, on rank 0."""
     if rank_and_world_size()[0] == 0:
         for problem in problems:
-            print(f"passed over {problem}", file=sys.stderr, flush=True)
+            print(f"skipped {problem}", file=sys.stderr, flush=True)
 
 
 def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None) -> str:
-    """The schedule of the learning rate and its rate at the next step; after a resume also the earlier one where it differs.
+    """The learning-rate schedule and the rate of the next step; after a resume also the earlier schedule if it differs.
 
-    With a warning if the rate is higher than the earlier schedule's, and what would keep that.
+    Includes a warning if the rate is higher than with the earlier schedule, and the options that keep the earlier one.
     """
     optimizer, steps = config.optimizer, config.training.steps
     step = min(1 if checkpoint is None else checkpoint.step + 1, steps)
@@ -141,7 +144,7 @@ def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None) -> str:
         return text
     earlier = _earlier_schedule(checkpoint)
     if earlier is None:
-        return f"{text} (the checkpoint, of an earlier version, does not say what it was before)"
+        return f"{text} (the checkpoint is of an earlier version and does not record the schedule)"
     if earlier == (optimizer, steps):
         return text
     before = _rate(*earlier, step)
@@ -168,7 +171,7 @@ def _earlier_schedule(checkpoint: Checkpoint) -> Schedule | None:
 
 
 def _keeping(earlier: Schedule, now: Schedule) -> list[str]:
-    """The options that give the earlier schedule again."""
+    """The options that keep the earlier schedule."""
     (before, _), (after, _) = earlier, now
     options = {
         name: getattr(before, name)

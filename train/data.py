@@ -1,11 +1,11 @@
-"""Blended training and validation sequences; sample i of the run is a function of the seed and i alone.
+"""Blended training and validation sequences. Sample i of a run depends only on the seed and i.
 
     order = plan_order(config, manifests, None, 0)                                  # train.sample_order
     data = load_data(config, manifests, order, samples=steps * global_batch_size)
     for batch in micro_batches(data.train, start=step * global_batch_size, ...):    # this rank's share
         batch["tokens"]                                                              # [micro_batch_size, seq_length]
 
-Neither the world size nor the number of steps changes the order, so a run continues anywhere with the next sample.
+The order does not depend on the world size or the number of steps. A run can therefore continue in any layout.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ from train.sample_order import Reading, interleave, usable_shards, weights_of
 from train.sources import Batch, ReadError, Source, reserve_descriptors
 
 VALIDATION_SEED = 1234
-"""Of the order of validation sequences, whatever run reads them: losses of two runs are of the same text."""
+"""Seed of the order of validation sequences. It is the same for all runs, so that their losses are comparable."""
 
 
 class Blend(Dataset[Batch]):
-    """Sources interleaved by weight, by Megatron-Core's greedy rule: sample i does not depend on how many follow."""
+    """Sources interleaved by weight with Megatron-Core's greedy rule. Sample i does not depend on the number of samples."""
 
     def __init__(self, sources: list[Source], source_of: np.ndarray, index_in: np.ndarray) -> None:
         self.sources, self.source_of, self.index_in = sources, source_of, index_in
@@ -43,25 +43,25 @@ class Blend(Dataset[Batch]):
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run reads."""
+    """Training and validation data of a run."""
 
     train: Blend
-    """From sample `order["start"]` of the run on."""
+    """Training samples, starting at sample `order["start"]` of the run."""
     validation: dict[str, Source]
-    """By name of the source."""
+    """Validation source by name."""
     unvalidated: list[str]
-    """Sources whose validation documents do not hold one sequence."""
+    """Names of sources with less validation text than one sequence."""
     order: dict[str, Any]
-    """From `plan_order`."""
+    """Order of samples, from `plan_order`."""
     files: dict[Path, tuple[int, int]]
-    """Size and time of change (ns) of every shard when the run began."""
+    """Size in bytes and modification time in ns of every shard at the start of the run."""
     unigram_entropy: float
-    """Mean over the validated sources of the loss that knowing only each token's frequency gives, in nats per token."""
+    """Mean unigram entropy of the validated sources in nats per token."""
     reading: list[Reading]
-    """By source."""
+    """Tokens and epochs of each source."""
 
     def changed_file(self) -> Path | None:
-        """A shard that is not what it was when the run began, or None. Reads only their directories' entries."""
+        """A shard whose size or modification time has changed since the start of the run, or None."""
         return next((path for path, before in self.files.items() if _look_at(path) != before), None)
 
 
@@ -74,11 +74,12 @@ def _look_at(path: Path) -> tuple[int, int]:
 
 
 def load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any], *, samples: int) -> RunData:
-    """Make ready the order of the run's samples, rank 0 first; a collective on every rank.
+    """Build the order of samples, on rank 0 first, and open the data; a collective on every rank.
 
-    order: from `plan_order`. samples: that the run will have read at its end, those before a resume included.
+    order: from `plan_order`. samples: total number of training samples at the end of the run, including those before a
+    resume.
 
-    Raises ReadError for a damaged shard, DataError for more shards than files can be open.
+    Raises ReadError for a damaged shard, DataError if the limit of open files is too low for the shards.
     """
     source_of, index_in = interleave(weights_of(order["sources"]), samples - order["start"])
     read = np.array([source["read"] for source in order["sources"]], dtype=np.int64)
@@ -92,7 +93,7 @@ def load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any
         for manifest in validated
     }
     reserve_descriptors([*sources, *validation.values()])
-    # Where the file system has no locks, all ranks would make the same files at the same time.
+    # On file systems without locks, all ranks would otherwise write the same files at the same time.
     for turn in (True, False):
         if turn == (dist.get_rank() == 0):
             for source, first in [
@@ -128,35 +129,36 @@ def micro_batches(
     num_workers: int = 0,
     multiple_of: int = 1,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of samples [start, stop): each global micro-batch is data_size consecutive pieces.
+    """This rank's micro-batches of samples [start, stop).
 
-    multiple_of: as many micro-batches more as make their number a multiple of this, for interleaved pipelines.
-    What is beyond `stop` is filled with masked-out copies of sample `start`, so that every rank takes part.
+    A global micro-batch consists of data_size consecutive parts, one for each data-parallel rank. The number of
+    micro-batches is rounded up to a multiple of `multiple_of`, for interleaved pipelines. Samples beyond `stop` are copies
+    of sample `start` with an empty loss mask, so that every rank has the same number of micro-batches.
     """
     if num_workers:
-        kill_daemons_at_exit()  # the workers that an exception, whose traceback holds the loader, leaves behind
+        kill_daemons_at_exit()  # workers survive an exception whose traceback references the loader
     width = micro_batch_size * data_size * multiple_of
     rows = range(data_rank * micro_batch_size, (data_rank + 1) * micro_batch_size)
     end = start + -(-(stop - start) // width) * width
-    # Not a list: a long run has hundreds of millions of samples.
+    # A generator, since a long run has hundreds of millions of samples.
     batches = ([first + row for row in rows] for first in range(start, end, micro_batch_size * data_size))
     loader: DataLoader[Batch] = DataLoader(
         _Padded(dataset, start, stop),
         batch_sampler=batches,
         num_workers=num_workers,
         worker_init_fn=outlive_signals,
-        # Of its own: a loader draws a seed when it starts, and a resumed run starts one more.
+        # A separate generator: each loader draws a seed at its start, and a resumed run starts one loader more.
         generator=torch.Generator(),
     )
     try:
         yield from loader
     except ReadError as error:
-        # A worker's error comes with its traceback in the message, behind which the message stands.
+        # The message of a worker's error contains the traceback, followed by the original message.
         raise ReadError(str(error).strip().rpartition("ReadError: ")[2]) from None
 
 
 class _Padded(Dataset[Batch]):
-    """Samples from `stop` on are sample `start` with an empty loss mask."""
+    """A dataset in which samples from `stop` on are sample `start` with an empty loss mask."""
 
     def __init__(self, dataset: Dataset[Batch], start: int, stop: int) -> None:
         self.dataset, self.start, self.stop = dataset, start, stop

@@ -1,4 +1,4 @@
-"""What a run prints at its start and its end."""
+"""Text that a run prints at its start and end."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def describe_run(config: RunConfig, world_size: int) -> str:
-    """What is about to run, in a few lines."""
+    """A summary of model, layout, memory and training in a few lines."""
     model, parallel, training = config.model, config.parallel, config.training
     parameters, flops = count_parameters(model), count_flops(model)
     tokens = training.steps * training.global_batch_size * model.seq_length
@@ -39,35 +39,35 @@ def describe_run(config: RunConfig, world_size: int) -> str:
 
 
 def describe_process_memory(model: float) -> str:
-    """What the estimate leaves out, so that it can be held against `memory/peak_gib`; model: its estimate in bytes."""
+    """The memory that the estimate does not include, for comparison with `memory/peak_gib`; model: the estimate in bytes."""
     import psutil
     import torch
 
     if torch.cuda.is_available():
-        return "of device memory; what CUDA and NCCL take for themselves comes on top"
+        return "of device memory; CUDA and NCCL need more"
     resident = psutil.Process().memory_info().rss
     return (
-        f"and {resident / 2**30:.2f} GiB for Python and its libraries, which are loaded: about "
-        f"{(model + resident) / 2**30:.2f} GiB of memory; W&B, figures and saves add some"
+        f"and {resident / 2**30:.2f} GiB for Python and loaded libraries: about "
+        f"{(model + resident) / 2**30:.2f} GiB of memory; W&B, figures and saves need more"
     )
 
 
 def describe_end(trainer: "Trainer", complete: bool) -> str:
-    """What came of it, and where it lies."""
+    """The result of the run and the location of its files."""
     lines = []
     if trainer.validated is not None:
         step, loss = trainer.validated
         lines.append(
             f"validation loss {loss:.3f} nats per token at step {step}; "
-            f"knowing only how frequent each token is would give {trainer.data.unigram_entropy:.3f}"
+            f"token frequencies alone give {trainer.data.unigram_entropy:.3f}"
         )
     folder = trainer.checkpoints.parent
     figures = ", ".join(sorted(path.name for path in (folder / "figures").glob("*.png")))
-    wandb = f"; {folder}/wandb/ the same for W&B (`wandb sync` uploads it)" if (folder / "wandb").is_dir() else ""
+    wandb = f"; {folder}/wandb/ the same for W&B (upload with `wandb sync`)" if (folder / "wandb").is_dir() else ""
     lines += [
-        "complete" if complete else f"stopped at step {trainer.step}; the same command continues",
+        "complete" if complete else f"stopped at step {trainer.step}; the same command continues the run",
         *([f"  {folder}/figures/        {figures}"] if figures else []),
-        f"  {folder}/metrics.jsonl   every record{wandb}",
+        f"  {folder}/metrics.jsonl   all records{wandb}",
         f"  {folder}/checkpoints/    {', '.join(found.path.name for found in list_checkpoints(trainer.checkpoints)[0])}",
         f"  {folder}/config.yaml     the composed configuration; environment.json versions and machine",
     ]

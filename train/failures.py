@@ -1,4 +1,4 @@
-"""Why ranks end, in one line for all that end for the same reason."""
+"""Describe failures of ranks, one line for each distinct reason."""
 
 import itertools
 import sys
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Failure:
-    """What a rank cannot go on for."""
+    """The reason why a rank ends."""
 
     rank: int
     host: str
@@ -18,7 +18,7 @@ class Failure:
 
 
 def describe_failures(failures: list[Failure], world_size: int) -> str:
-    """One line of failures for one reason: the reason alone if all ranks have it."""
+    """One line for failures with the same reason; names ranks and hosts unless all ranks failed."""
     if len(failures) == world_size:
         return failures[0].reason
     hosts = dict.fromkeys(failure.host for failure in failures)
@@ -28,7 +28,7 @@ def describe_failures(failures: list[Failure], world_size: int) -> str:
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
-    """rank 3; ranks 0, 8 to 15."""
+    """Ranks as text, such as "rank 3" or "ranks 0, 8 to 15"."""
     ordered = sorted(ranks)
     rank_less_place: Callable[[tuple[int, int]], int] = lambda numbered: numbered[1] - numbered[0]  # noqa: E731
     runs = [[rank for _, rank in run] for _, run in itertools.groupby(enumerate(ordered), key=rank_less_place)]
@@ -37,5 +37,5 @@ def describe_ranks(ranks: Iterable[int]) -> str:
 
 
 def print_error(text: str) -> None:
-    """A line on stderr, at once."""
+    """Print an error on stderr and flush."""
     print(f"error: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Pictures of a run, as PNG files in its folder: loss curve, expert load, neuron use."""
+"""Figures of a run, as PNG files in its folder: loss curve, expert load, neuron use."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: float | None = None) -> None:
-    """Training and validation loss over steps, with the unigram entropy of the corpus as the line to beat."""
+    """Training and validation loss over steps, with the unigram entropy of the corpus as a baseline."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     train = [(record["step"], record["train/loss"]) for record in records if "train/loss" in record]
     if train:
@@ -35,7 +35,7 @@ def draw_losses(path: Path, records: list[dict[str, Any]], unigram_entropy: floa
 
 
 def draw_expert_load(path: Path, usage: "NeuronUsage", step: int) -> None:
-    """Load of each expert in each layer, relative to an even share."""
+    """Load of each expert in each layer, relative to uniform load."""
     share_LE = usage.tokens_LE / usage.tokens_LE.mean(-1, keepdim=True).clamp_min(1e-12)
     layers, experts = share_LE.shape
     figure, axes = plt.subplots(figsize=(1.5 + max(4.0, 0.35 * experts), 1.4 + 0.35 * layers), layout="constrained")
@@ -50,7 +50,7 @@ def draw_expert_load(path: Path, usage: "NeuronUsage", step: int) -> None:
 
 
 def draw_neuron_use(path: Path, usage: "NeuronUsage", active_neurons: int, step: int) -> None:
-    """How often each neuron was kept: a row an expert, its neurons sorted by use, a panel a layer."""
+    """Share of tokens for which each neuron is kept: one panel per layer, one row per expert, neurons sorted by use."""
     tokens_LE1 = usage.tokens_LE[..., None].clamp_min(1)
     kept_LEH = (usage.selected_LEH / tokens_LE1).sort(dim=-1, descending=True).values.numpy()
     layers, experts, neurons = kept_LEH.shape

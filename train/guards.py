@@ -1,4 +1,4 @@
-"""Which steps may change the weights: not those whose loss or gradient is not finite, nor sudden spikes.
+"""Drop steps whose loss or gradient is not finite, or is a spike.
 
 guard = StepGuard(config.guard, device)
 engine.train_step(batches, micro_batches=8, accept=lambda loss, norm: guard.accepts(step, loss, norm))
@@ -18,14 +18,14 @@ from train.config_sections import GuardConfig
 
 
 class Diverged(ReportedError):
-    """Too many steps were dropped; the last checkpoint is from before or between them, with good weights."""
+    """Too many steps were dropped. The last checkpoint was written before or between them, with finite weights."""
 
     exit_code = 3
     of_all_ranks = True
 
 
 class StepGuard:
-    """Decides step by step, the same on every rank; `dropped` and `recent` are what a checkpoint keeps of it."""
+    """Decides for each step whether it is dropped, the same on every rank. Checkpoints store `dropped` and `recent`."""
 
     def __init__(self, config: GuardConfig, device: torch.device, state: dict[str, Any] | None = None) -> None:
         self.config, self.device = config, device
@@ -35,13 +35,14 @@ class StepGuard:
         self.reason = ""
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, comparable as JSON."""
+        """The state for a checkpoint, in JSON types."""
         return {"dropped": list(self.dropped), "recent": [list(pair) for pair in self.recent]}
 
     def accepts(self, step: int, loss: float, grad_norm: float) -> bool:
-        """Whether this step may change the weights; a collective on every rank. `reason` says why not."""
+        """Whether this step may change the weights; a collective on every rank. `reason` is set if not."""
         self.reason = self._objection(loss, grad_norm)
-        # Loss and norm come out of reductions and should be equal; a rank that stepped alone would never be found.
+        # Loss and norm are results of reductions and should be equal on all ranks. If they are not, this keeps the weights
+        # equal.
         refused = torch.tensor(int(bool(self.reason)), device=self.device)
         dist.all_reduce(refused, op=dist.ReduceOp.MAX)
         if refused.item():
@@ -55,7 +56,7 @@ class StepGuard:
     def check_budget(self, step: int, *, since: int = 0) -> None:
         """Raise Diverged if more than max_dropped of the last `window` steps were dropped.
 
-        since: the step of the checkpoint that this process continued from; 0 without one.
+        since: the step of the checkpoint resumed from; 0 for a new run.
         """
         lately = [dropped for dropped in self.dropped if dropped > step - self.config.window]
         if len(lately) > self.config.max_dropped:
@@ -69,18 +70,18 @@ class StepGuard:
     def _way_out(self, step: int, since: int) -> str:
         if 0 < since == step - len([dropped for dropped in self.dropped if dropped > since]):
             return (
-                f"No step was applied since the checkpoint of step {since}, whose weights may be beyond training: move it "
-                "away to continue from the one before; also "
+                f"No step was applied since the checkpoint of step {since}; its weights may be the cause: move it "
+                "away to continue from the previous one; also "
             )
         return "The last checkpoint is intact; "
 
     def check_progress(self, step: int, *, since: int) -> None:
-        """Raise Diverged if the last `window` steps, as far as they are later than `since`, were all dropped."""
+        """Raise Diverged if all of the last `window` steps after step `since` were dropped."""
         first = max(since, step - self.config.window) + 1
         if len([dropped for dropped in self.dropped if dropped >= first]) == step - first + 1:
             raise Diverged(
-                f"all of the last {step - first + 1} steps were dropped ({self.reason}): nothing was learned, and the last "
-                "step is not saved. Earlier checkpoints are intact; try a lower optimizer.lr"
+                f"all of the last {step - first + 1} steps were dropped ({self.reason}): the weights did not change, and "
+                "the last step is not saved. Earlier checkpoints are intact; try a lower optimizer.lr"
             )
 
     def _objection(self, loss: float, grad_norm: float) -> str:

@@ -1,16 +1,16 @@
-"""Side jobs of the training loop: plain functions in three lists, each called in the order of its list, on all ranks alike.
+"""Hooks of the training loop: functions in three lists, called in list order on all ranks.
 
     hooks = usual_hooks()
     hooks.after_step.append(evaluate_tasks)          # def evaluate_tasks(trainer: Trainer) -> None
     Trainer(config, runtime, engine, data, watchdog, stop, hooks)
 
-after_step  after each step, dropped ones included, and before the checkpoint of that step:
+after_step  after each step, including dropped ones, and before the checkpoint of that step:
             record_step, record_neurons, validate
-after_save  after each checkpoint that got its name: record_save, note_published
-on_end      once, after the last checkpoint, when the run is complete or stops in good order: close_records
+after_save  after each published checkpoint: record_save, note_published
+on_end      once, after the last checkpoint, when the run is complete or stops on request: close_records
 
-A hook that calls a collective must call it on every rank. A hook that raises ends the run on its rank, and the other ranks
-after it; what may fail without harm, it catches itself. What a hook waits for is named to `trainer.watchdog`.
+A hook that calls a collective must call it on every rank. An exception in a hook ends the run on all ranks. Call
+`trainer.watchdog.enter(trainer.step, "NAME")` before a long operation.
 """
 
 import contextlib
@@ -34,30 +34,30 @@ if TYPE_CHECKING:
 
 @dataclass
 class Hooks:
-    """What the training loop calls at its named places."""
+    """Functions that the training loop calls."""
 
     after_step: list[Callable[["Trainer"], None]] = field(default_factory=list)
-    """Called with the trainer, whose `step`, `samples` and `result` are those of the step."""
+    """Called with the trainer; its `step`, `samples` and `result` are those of the step."""
     after_save: list[Callable[["Trainer", Saved], None]] = field(default_factory=list)
-    """Called with the trainer and what the save cost."""
+    """Called with the trainer and the published checkpoint."""
     on_end: list[Callable[["Trainer"], None]] = field(default_factory=list)
     """Called with the trainer."""
 
 
 def usual_hooks() -> Hooks:
-    """The hooks of every run: its records, figures and validation."""
+    """The hooks of every run: records, figures and validation."""
     return Hooks([record_step, record_neurons, validate], [record_save, note_published], [close_records])
 
 
 def record_step(trainer: "Trainer") -> None:
-    """Record losses, speed and memory every logging.interval steps, and at the last."""
+    """Record losses, speed and memory every logging.interval steps, and at the last step."""
     if trainer.due(trainer.config.logging.interval):
         trainer.watchdog.enter(trainer.step, "recording")
         trainer.recorder.record_step(trainer.step, trainer.samples, trainer.result, dropped=len(trainer.guard.dropped))
 
 
 def record_neurons(trainer: "Trainer") -> None:
-    """Record expert load and neuron use every logging.neuron_interval steps, draw them every logging.figure_interval."""
+    """Record expert load and neuron use every logging.neuron_interval steps; draw them every logging.figure_interval."""
     logging = trainer.config.logging
     if logging.neuron_interval > 0 and trainer.due(logging.neuron_interval):
         trainer.watchdog.enter(trainer.step, "recording")
@@ -65,7 +65,7 @@ def record_neurons(trainer: "Trainer") -> None:
 
 
 def validate(trainer: "Trainer") -> None:
-    """Record the validation loss of each source, and their mean, every evaluation.interval steps, and at the last."""
+    """Record the validation loss of each source and the mean, every evaluation.interval steps and at the last step."""
     if not trainer.due(trainer.config.evaluation.interval):
         return
     losses = {name: _validation_loss(trainer, source) for name, source in trainer.data.validation.items()}
@@ -90,25 +90,25 @@ def _validation_loss(trainer: "Trainer", source: Source) -> float:
 
 
 def record_save(trainer: "Trainer", saved: Saved) -> None:
-    """Record and print what a checkpoint cost."""
+    """Record and print the time that a checkpoint took."""
     values = {"checkpoint/stall_seconds": saved.stall_seconds, "checkpoint/write_seconds": saved.write_seconds}
-    text = f"step {trainer.step}: checkpoint {saved.path}, training stood still for {saved.stall_seconds:.1f} s"
+    text = f"step {trainer.step}: checkpoint {saved.path}, training waited {saved.stall_seconds:.1f} s"
     if trainer.steps_while_saving:
         slowdown = sum(trainer.steps_while_saving) / len(trainer.steps_while_saving) / trainer.usual_step
         values["checkpoint/step_slowdown"] = slowdown
-        text += f"; {len(trainer.steps_while_saving)} steps meanwhile took {slowdown:.2f} times their usual time"
+        text += f"; {len(trainer.steps_while_saving)} steps during the save took {slowdown:.2f} times the usual time"
     trainer.recorder.record(trainer.step, values)
     trainer.recorder.say("\n".join([text, *saved.notes]))
 
 
 def note_published(trainer: "Trainer", saved: Saved) -> None:
-    """Note in published.json which checkpoint the run has saved."""
+    """Write the step of the last checkpoint to published.json."""
     if trainer.runtime.is_main:
-        # On a full disk the record of the save says so, too.
+        # If this fails, as on a full disk, the record of the save has the same information.
         with contextlib.suppress(OSError), writing(Path(trainer.config.run.dir) / PUBLISHED_FILE) as temporary:
             temporary.write_text(json.dumps({"run": trainer.run_id, "step": saved.step}) + "\n")
 
 
 def close_records(trainer: "Trainer") -> None:
-    """Draw the losses and finish the files."""
+    """Draw the losses and close the files."""
     trainer.recorder.close(trainer.step, trainer.data.unigram_entropy)

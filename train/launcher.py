@@ -1,8 +1,8 @@
-"""What torchrun, or another launcher, tells the processes that it starts: environment variables, checked before use.
+"""Read and check the environment variables that torchrun, or another launcher, sets.
 
-check_launcher()                 # UserError for variables left over from somewhere else
+check_launcher()                 # UserError for incomplete or inconsistent variables
 rank, world_size = rank_and_world_size()
-launcher_has_gone()              # torchrun was killed
+launcher_has_gone()              # whether torchrun was killed
 """
 
 import contextlib
@@ -18,42 +18,42 @@ from mone_common.console import UserError
 from mone_common.output import drain_output
 
 ALWAYS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Set by every launcher."""
+"""Variables that all launchers set."""
 LOOK_SECONDS = 1.0
-"""Between two looks for torchrun."""
+"""Seconds between checks whether torchrun runs."""
 ON_THIS_MACHINE = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-"""Set by those that know of machines."""
+"""Variables that some launchers set."""
 
 
 def check_launcher() -> None:
-    """UserError unless a launcher has set all variables that training reads, to values that fit, or nobody has set any."""
+    """UserError unless the launcher's variables are all set and consistent, or none is set."""
     found = {name: os.environ[name] for name in (*ALWAYS, *ON_THIS_MACHINE) if name in os.environ}
     if not found:
         return
     missing = [name for name in ALWAYS if not found.get(name)]
     problem = f"{' and '.join(missing)} missing" if missing else _why_not(found)
     if problem:
-        told = " ".join(f"{name}={value!r}" for name, value in found.items())
+        values = " ".join(f"{name}={value!r}" for name, value in found.items())
         raise UserError(
-            f"environment variables {told}: {problem}; start several processes with torchrun, which sets them all, "
-            f"and one alone without any: unset {' '.join(found)}"
+            f"environment variables {values}: {problem}; start several processes with torchrun, which sets them all; "
+            f"for a single process unset {' '.join(found)}"
         )
 
 
 def check_alone(command: str) -> None:
-    """UserError if a launcher has started several processes of a command that is one, or its variables do not fit."""
+    """UserError if a launcher started several processes of a single-process command, or its variables are inconsistent."""
     check_launcher()
     if rank_and_world_size()[1] > 1:
         raise UserError(
-            f"WORLD_SIZE={rank_and_world_size()[1]}: {command} is one process; start it without torchrun, "
-            f"and unset {' '.join((*ALWAYS, *ON_THIS_MACHINE))} if they are left over"
+            f"WORLD_SIZE={rank_and_world_size()[1]}: {command} runs in one process; start it without torchrun, "
+            f"and unset {' '.join((*ALWAYS, *ON_THIS_MACHINE))} if they are set"
         )
 
 
 def _why_not(found: dict[str, str]) -> str | None:
     for name, value in found.items():
         if name != "MASTER_ADDR" and not re.fullmatch(r"[0-9]{1,9}", value):
-            return f"{name} is no number"
+            return f"{name} is not a number"
     number = {name: int(value) for name, value in found.items() if name != "MASTER_ADDR"}
     if number["RANK"] >= number["WORLD_SIZE"]:
         return "RANK must be below WORLD_SIZE"
@@ -66,32 +66,32 @@ def _why_not(found: dict[str, str]) -> str | None:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of processes, known before they meet; 0 and 1 without a launcher."""
+    """Rank of this process and number of processes, from the environment; 0 and 1 without a launcher."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process."""
+    """Whether torchrun started this process."""
     return "RANK" in os.environ and "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launcher_has_gone() -> bool:
-    """Whether torchrun has ended while this process still runs; False without torchrun: a shell may go, the run goes on."""
+    """Whether torchrun has ended; False if torchrun did not start this process."""
     return under_torchrun() and os.getppid() != PARENT
 
 
 @contextlib.contextmanager
 def ending_with_launcher() -> Iterator[Callable[[], None]]:
-    """End this process, with exit code 1, if torchrun goes during the block: the other processes may never come.
+    """End this process with exit code 1 if torchrun ends during the block, since other processes may then be missing.
 
-    For the start of a run, before there is something to save; later `StopRequest` asks. Calling what is given ends it.
+    For the start of a run, when there is nothing to save; later `StopRequest` checks. Yields a function that ends the watch.
     """
     left = threading.Event()
 
     def watch() -> None:
         while not left.wait(LOOK_SECONDS):
             if launcher_has_gone() and not left.is_set():
-                print("error: torchrun has gone while the run started", file=sys.stderr, flush=True)
+                print("error: torchrun ended while the run started", file=sys.stderr, flush=True)
                 drain_output(2.0)
                 os._exit(1)
 
@@ -104,9 +104,9 @@ def ending_with_launcher() -> Iterator[Callable[[], None]]:
 
 
 def remove_empty_logs() -> None:
-    """Remove the temporary folders of torchrun's logs as far as they are empty; the last of its processes removes all.
+    """Remove empty temporary folders of torchrun's logs.
 
-    torchrun makes them at each start, also where it redirects nothing, and leaves them behind.
+    torchrun creates them at each start, even if it writes no logs, and does not remove them.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:

@@ -1,4 +1,4 @@
-"""The training loop: a list of verbs, the same on every rank. Side jobs hang on its hooks (train.hooks).
+"""The training loop. Records, figures, validation and extensions are hooks (`train.hooks`).
 
 trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
 trainer.resume(checkpoint)
@@ -41,7 +41,7 @@ class DataChanged(DataError):
 
 
 class Trainer:
-    """Drives an engine through the steps of a run."""
+    """Trains a model with an engine."""
 
     def __init__(
         self,
@@ -59,23 +59,24 @@ class Trainer:
         self.learned = False
         """Whether a step was applied since the last checkpoint."""
         self.validated: tuple[int, float] | None = None
-        """The step of the last validation, and its mean loss."""
+        """Step and mean loss of the last validation."""
         self.saver = Saver(self.checkpoints, config.checkpoint)
         self.slowest_step, self.slowest_save = 0.0, 0.0
         self.usual_step = 0.0
-        """Seconds of a step while nothing is saved, as a running mean."""
+        """Running mean of the seconds per step while no checkpoint is written."""
         self.steps_while_saving: list[float] = []
-        """Seconds of each step since a save began that is not finished."""
+        """Seconds of each step during the current save."""
 
-    def resume(self, checkpoint: Checkpoint | None, *, passed_over: Set[int] = frozenset()) -> None:
-        """Count on from the checkpoint that filled the engine, or begin with None, and open the records.
+    def resume(self, checkpoint: Checkpoint | None, *, skipped_steps: Set[int] = frozenset()) -> None:
+        """Set the step and open the records.
 
-        passed_over: the steps of newer checkpoints, which could not be used.
+        checkpoint: the one that the engine was loaded from; None for a new run. skipped_steps: steps of newer checkpoints
+        that were skipped.
         """
         facts = checkpoint.facts if checkpoint is not None else None
         if checkpoint is not None and facts is not None:
             self.step, self.samples = checkpoint.step, facts.samples
-            self.saver.resumed(checkpoint.step, passed_over=passed_over)
+            self.saver.resumed(checkpoint.step, skipped_steps=skipped_steps)
         self.began_at = self.step
         self.run_id = self._agree_on_id(facts.run if facts else None)
         self.guard = StepGuard(self.config.guard, self.runtime.device, facts.guard if facts else None)
@@ -91,18 +92,18 @@ class Trainer:
             self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
 
     def train(self) -> StopReason:
-        """Train to the last step, or until there is a reason to stop; that reason.
+        """Train until the last step or until a reason to stop, and return the reason.
 
-        Raises Diverged when too many steps were dropped, NotFinite when the weights are not, DataChanged, or SaveFailed for
-        the last checkpoint.
+        Raises Diverged if too many steps were dropped, NotFinite if weights are not finite, DataChanged if a shard changed,
+        and SaveFailed if the last checkpoint cannot be written.
         """
-        # Megatron-Core collects garbage in each save: what was made up to here lives as long as the run.
+        # Megatron-Core collects garbage in each save. Exclude the objects up to here, which live as long as the run.
         gc.collect()
         gc.freeze()
         try:
             return self._train()
         except (Diverged, NotFinite, DataChanged):
-            # Every rank raises them after the same step; a checkpoint that is being written is from before.
+            # Every rank raises these after the same step. A checkpoint that is being written is of an earlier step.
             self.finish_saving(wait=True)
             raise
         finally:
@@ -127,15 +128,15 @@ class Trainer:
 
     @property
     def is_last(self) -> bool:
-        """Whether this step is the last one of the run."""
+        """Whether this is the last step of the run."""
         return self.step >= self.config.training.steps
 
     def due(self, interval: int) -> bool:
-        """Whether it is time for what is done every `interval` steps, and at the last step; 0: only then."""
+        """Whether this step is a multiple of `interval`, or the last; interval 0: only the last."""
         return self.is_last or (interval > 0 and self.step % interval == 0)
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step, or one dropped by the guard."""
+        """One optimizer step, which the guard may drop."""
         self.watchdog.enter(self.step, "forward and backward")
         self.recorder.begin_step()
         began = time.monotonic()
@@ -158,14 +159,14 @@ class Trainer:
             self.guard.check_budget(self.step, since=self.began_at)
 
     def reason_to_stop(self) -> StopReason:
-        """The reason of any rank; on every rank the same. Raises DataChanged."""
+        """The reason to stop of any rank, the same on every rank. Raises DataChanged."""
         self.watchdog.enter(self.step, "agreeing whether to stop")
         looks = self.due(self.config.logging.interval) or self.due(self.config.checkpoint.interval)
         if self.runtime.is_main and (looks or self.stop.noted) and self.data.changed_file() is not None:
             self.stop.note(StopReason.DATA)
         if self.step == self.config.run.stop_at_step:
             self.stop.note(StopReason.STEP)
-        # A checkpoint takes a few seconds even of a tiny model, and there may have been none yet.
+        # A checkpoint takes a few seconds even for a tiny model. None may have been written yet.
         reserve = 2 * (self.slowest_step + max(5.0, self.slowest_save))
         reason = self.stop.agreed(self.runtime.device, reserve_seconds=reserve)
         if reason is StopReason.DATA:
@@ -173,27 +174,27 @@ class Trainer:
         return reason
 
     def check_end(self) -> None:
-        """After the last step raise Diverged on every rank if the run has learned nothing."""
+        """After the last step, raise Diverged on every rank if no recent step was applied or the loss is not finite."""
         if not self.is_last:
             return
         self.guard.check_progress(self.step, since=self.began_at)
         if self.validated is not None and not math.isfinite(self.validated[1]):
             raise Diverged(
-                f"the validation loss of the last step, {self.step}, is {self.validated[1]}: not saved. Earlier checkpoints "
-                "are intact; try a lower optimizer.lr"
+                f"the validation loss of the last step, {self.step}, is {self.validated[1]}: the step is not saved. Earlier "
+                "checkpoints are intact; try a lower optimizer.lr"
             )
 
     def save_if_due(self, *, must: bool) -> None:
-        """Save every checkpoint.interval steps, if the weights have changed since the last checkpoint, or if it must be."""
+        """Save if `must`, or every checkpoint.interval steps if the weights have changed since the last checkpoint."""
         if not (must or self.due(self.config.checkpoint.interval)):
             return
         if must or self.learned:
             self.save(must=must)
-        else:  # it would push an older one out that may have better weights
+        else:  # a new checkpoint would delete an older one, which may have better weights
             self.recorder.say(f"step {self.step}: no checkpoint, since no step was applied after the last one")
 
     def save(self, *, must: bool) -> None:
-        """Write a checkpoint, or begin to; one that must be written raises SaveFailed, of others the run only tells."""
+        """Write a checkpoint, or start to with async_save. A failure raises SaveFailed if `must`, else it is printed."""
         self.watchdog.enter(self.step, "saving")
         facts = self._facts()
         self.finish_saving(wait=True)
@@ -203,7 +204,7 @@ class Trainer:
         self.finish_saving(wait=False, must=must)
 
     def _facts(self) -> CheckpointFacts:
-        """What the next run continues by; a collective on every rank."""
+        """The facts that a resume needs; a collective on every rank."""
         described = describe(self.config)
         return CheckpointFacts(
             world_size=self.runtime.world_size,
@@ -223,7 +224,7 @@ class Trainer:
         )
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:
-        """Publish a checkpoint that is completely written, and call the hooks after it."""
+        """Publish the checkpoint if it is written, and call the after_save hooks."""
         if self.saver.pending is None:
             return
         self.watchdog.enter(self.step, "finishing a save")
@@ -237,22 +238,22 @@ class Trainer:
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
+        """Folder of the run's checkpoints."""
         return Path(self.config.run.dir) / "checkpoints"
 
     @contextlib.contextmanager
     def _tolerating_failure(self, must: bool) -> Iterator[None]:
-        """Tell of a checkpoint that could not be written and go on, unless it must be."""
+        """Record and print SaveFailed and continue, unless the checkpoint must be written."""
         try:
             yield
         except SaveFailed as error:
             if must or isinstance(error, NotFinite):
                 raise
             self.recorder.record(self.step, {"checkpoint/failed": 1.0})
-            self.recorder.say(f"step {self.step}: {error}; training goes on, and the next checkpoint is tried")
+            self.recorder.say(f"step {self.step}: {error}; training continues until the next checkpoint")
 
     def _agree_on_id(self, saved: str | None) -> str:
-        """The id of the run, which its checkpoints bear: as before, else a new one; on every rank the same."""
+        """The id of the run, the same on every rank: the saved one, or a new one."""
         agreed = [saved or read_published(Path(self.config.run.dir)).get("run") or uuid.uuid4().hex]
         dist.broadcast_object_list(agreed)
         return str(agreed[0])
@@ -272,7 +273,7 @@ class Trainer:
         )
 
     def _watched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the watchdog told when they are read."""
+        """The batches; the watchdog gets the phase while one is read."""
         iterator = iter(batches)
         while True:
             self.watchdog.enter(self.step, "reading data")

@@ -1,12 +1,12 @@
-"""The processes of a job before they can call collectives: they meet, and go on together or end together.
+"""Rendezvous of the processes of a job, before they can call collectives: all continue, or all end with the same error.
 
     meeting = Meeting(rank, world_size)
-    with meeting.together("checks"):     # a check that fails on any rank ends all, with its reason, ranks and hosts
+    with meeting.together("checks"):     # a failure on any rank ends all ranks, and prints its reason, ranks and hosts
         config = prepare(...)
     meeting.store                        # for process groups
 
-Collectives cannot do that: a rank that failed takes part in none, and the others would wait for it. A process
-that is alone meets without torch.
+Collectives are not suitable for this: the other ranks would wait for a rank that failed. A single process does not need
+torch.
 """
 
 import contextlib
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 MEETING_SECONDS = 600.0
-"""How long a rank may come later than the first."""
+"""Longest time for which rank 0 waits for the other ranks."""
 GRACE_SECONDS = 5.0
-"""How long the others may still say what they found once one has failed."""
+"""Time to wait for the results of other ranks after one has failed."""
 PATIENCE_SECONDS = 30.0
-"""After which the first rank tells for whom it waits."""
+"""Time after which rank 0 prints the ranks that it waits for."""
 SHARED_SECONDS = 20.0
-"""How long a network file system may take to show a new file on another machine."""
+"""Longest time until a new file on a network file system is visible on another machine."""
 STORE_TIMEOUT = datetime.timedelta(minutes=30)
 TOKEN_PREFIX = ".start-"
 FAILED = "failed"
-"""Key of the store under which ranks that end are counted."""
+"""Key in the store with the number of ranks that have failed."""
 
 
 class Missing(ReportedError):
-    """Some process of the job cannot be met."""
+    """A process of the job cannot be reached."""
 
 
 class Meeting:
-    """This process among those of its job; of a single one every verb is trivial."""
+    """Rendezvous of this process with the other processes of its job; does nothing for a single process."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size, self.host = rank, world_size, platform.node()
@@ -58,7 +58,7 @@ class Meeting:
 
     @property
     def store(self) -> "dist.Store":
-        """Where the processes of this start of the job meet."""
+        """The store that the processes of this start of the job share."""
         if self._store is None and self.world_size == 1:
             from torch.distributed import HashStore
 
@@ -71,9 +71,9 @@ class Meeting:
 
     @contextlib.contextmanager
     def together(self, what: str) -> Iterator[None]:
-        """Run the block on every rank; if it fails on any, all say so as one, and end with the exit code of the failure.
+        """Run the block on every rank. If it fails on any, print the failures once and end all ranks with its exit code.
 
-        what: a name of its own for each use. Alone, its exception is raised as it is.
+        what: a name, unique for each use. With a single process, exceptions pass unchanged.
         """
         if self.world_size == 1:
             yield
@@ -88,13 +88,13 @@ class Meeting:
             failure = self._failure(f"{type(error).__name__}: {error}", ReportedError.exit_code)
         self._agree(what, failure)
 
-    def tell(self, error: Exception) -> bool:
-        """Print why this rank ends, together with others that do at this moment; whether it is the first of them.
+    def report(self, error: Exception) -> bool:
+        """Print why this rank ends, together with other ranks that end now; True on the lowest rank with this reason.
 
-        Of those that end for the same reason on the same machine, one prints. Takes GRACE_SECONDS unless all end.
+        One rank per machine prints each reason. Takes GRACE_SECONDS unless all ranks end.
         """
         if self.world_size == 1 and not isinstance(error, ReportedError):
-            return True  # its traceback follows
+            return True  # the traceback is printed later
         if isinstance(error, ReportedError) and error.of_all_ranks:
             if self.rank == 0:
                 print_error(str(error))
@@ -102,19 +102,19 @@ class Meeting:
         code = error.exit_code if isinstance(error, ReportedError) else 1
         reason = str(error) if isinstance(error, ReportedError) else f"{type(error).__name__}: {error}"
         mine = self._failure(reason, code)
-        said = [mine]
-        with contextlib.suppress(RuntimeError):  # the store went with its process: this rank speaks for itself
-            said = self._those_who_end(mine)
-        same = [failure for failure in said if failure.reason == reason]
+        failures = [mine]
+        with contextlib.suppress(RuntimeError):  # the process with the store has ended: report this rank only
+            failures = self._gather_failures(mine)
+        same = [failure for failure in failures if failure.reason == reason]
         if self.rank == min(failure.rank for failure in same if failure.host == self.host):
             print_error(describe_failures(same, self.world_size))
         return self.rank == min(failure.rank for failure in same)
 
     def check_shared(self, folders: dict[str, Path]) -> None:
-        """End all ranks unless each sees what the first one writes into these folders, by their options."""
+        """End all ranks unless each sees a file that rank 0 writes to these folders; keys: the options that name them."""
         if self.world_size == 1:
             return
-        # Of a name of its own: another run may use the folder, and a file system remembers what was not there.
+        # A unique name: other runs may use the folder, and file systems cache that a file is missing.
         files = {option: folder / f"{TOKEN_PREFIX}{self.start}" for option, folder in folders.items()}
         try:
             with self.together("shared folders"):
@@ -142,7 +142,7 @@ class Meeting:
         written = self.store.get(f"token/{option}").decode()
         if written and not _appears(folder / written):
             raise UserError(
-                f"{option}={folder}: what rank 0 on {self.first_host} writes there cannot be seen here; "
+                f"{option}={folder}: a file that rank 0 on {self.first_host} wrote there is not visible here; "
                 "give a folder that all machines share"
             )
 
@@ -155,30 +155,30 @@ class Meeting:
         except RuntimeError as error:
             if failure is None:
                 address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                why = str(error).partition("\n")[0]  # behind it, a page of C++ frames
-                raise Missing(f"rank {self.rank} on {self.host} cannot meet rank 0 at {address}: {why}") from error
+                why = str(error).partition("\n")[0]  # followed by C++ frames
+                raise Missing(f"rank {self.rank} on {self.host} cannot reach rank 0 at {address}: {why}") from error
             print_error(describe_failures([failure], self.world_size))
             sys.exit(failure.code)
         if not failures:
             return
-        # The first rank tells it all, and on each other machine its first rank what is wrong there.
+        # Rank 0 prints all failures. On every other machine, its lowest failed rank prints those of the machine.
         here = [found for found in failures if found.host == self.host]
         if self.rank == 0 or (self.host != self.first_host and here and here[0].rank == self.rank):
             for reason in dict.fromkeys(found.reason for found in (failures if self.rank == 0 else here)):
                 print_error(describe_failures([found for found in failures if found.reason == reason], self.world_size))
         if self.rank == 0:
-            self._let_them_read(what)
+            self._wait_for_readers(what)
         else:
             with contextlib.suppress(RuntimeError):
                 self.store.set(f"{what}/read/{self.rank}", "")
         sys.exit(failures[0].code)
 
     def _lead(self, what: str, failure: Failure | None) -> list[Failure]:
-        """Collect what every rank found; the failures, also of ranks that do not come."""
+        """On rank 0: collect the failures of all ranks, including ranks that do not connect."""
         raw = self._connect(GRACE_SECONDS if failure else MEETING_SECONDS)
         store = self._store = _within(self.start, raw)
         failures = [] if failure is None else [failure]
-        missing, began, failed, told = set(range(1, self.world_size)), time.monotonic(), 0.0, False
+        missing, began, failed, printed = set(range(1, self.world_size)), time.monotonic(), 0.0, False
         while missing:
             for rank in sorted(missing):
                 self._welcome(rank, raw)
@@ -190,19 +190,19 @@ class Meeting:
             failed = failed or (waited if failures else 0.0)
             if (failures and waited - failed > GRACE_SECONDS) or waited > MEETING_SECONDS:
                 break
-            if waited > PATIENCE_SECONDS and not told:
-                told = True
+            if waited > PATIENCE_SECONDS and not printed:
+                printed = True
                 print(f"waiting for {describe_ranks(missing)} of {self.world_size} processes", file=sys.stderr, flush=True)
             time.sleep(0.01)
         if missing and not failures:
-            reason = f"{describe_ranks(missing)} did not come within {MEETING_SECONDS:.0f} s"
+            reason = f"{describe_ranks(missing)} did not connect within {MEETING_SECONDS:.0f} s"
             failures = [self._failure(reason, Missing.exit_code)]
         failures.sort(key=lambda found: found.rank)
         store.set(f"{what}/verdict", json.dumps([asdict(found) for found in failures]))
         return failures
 
     def _follow(self, what: str, failure: Failure | None) -> list[Failure]:
-        """Say what this rank found; what all found, from the first."""
+        """On other ranks: send this rank's failure to rank 0, and receive the failures of all ranks."""
         seconds = 3 * GRACE_SECONDS if failure else MEETING_SECONDS + 2 * GRACE_SECONDS
         patience = datetime.timedelta(seconds=seconds)
         if self._store is None:
@@ -216,16 +216,16 @@ class Meeting:
         return [Failure(**found) for found in json.loads(self._store.get(f"{what}/verdict"))]
 
     def _welcome(self, rank: int, raw: "dist.Store") -> None:
-        """Tell a rank the name of this start.
+        """Send a rank the id of this start.
 
-        torchrun --max-restarts may keep its store when it starts the processes again; in it are the words of those that
-        are gone, and its count of restarts differs between nodes. This may welcome one that is gone: no harm.
+        torchrun --max-restarts may keep its store over a restart. The store then has entries of ended processes, and the
+        restart count differs between nodes. An answer to an ended process does no harm.
         """
         if raw.check([f"hello/{rank}"]):
             raw.set(f"welcome/{raw.get(f'hello/{rank}').decode()}", f"{self.start} {self.host}")
 
     def _connect(self, seconds: float) -> "dist.Store":
-        """The job's store, which is torchrun's or the first rank's."""
+        """The job's store, in torchrun or in rank 0."""
         if self.rank == 0 and self._store is not None:
             return self._raw
         from torch.distributed import TCPStore
@@ -239,7 +239,7 @@ class Meeting:
                 self.world_size,
                 is_master=self.rank == 0 and not agents,
                 timeout=datetime.timedelta(seconds=seconds),
-                # The first rank must hear of those that come, also if some never do.
+                # Rank 0 must get the results of the ranks that connect, even if others never do.
                 wait_for_workers=False,
                 multi_tenant=True,
             ),
@@ -247,14 +247,14 @@ class Meeting:
         self._raw.set_timeout(STORE_TIMEOUT)
         return self._raw
 
-    def _let_them_read(self, what: str) -> None:
-        """Stay while others read the verdict: the store may end with this process."""
+    def _wait_for_readers(self, what: str) -> None:
+        """Wait until the others have read the verdict, since the store may end with this process."""
         until = time.monotonic() + GRACE_SECONDS
         readers = [f"{what}/read/{rank}" for rank in range(1, self.world_size) if self.store.check([f"{what}/{rank}"])]
         while readers and not self.store.check(readers) and time.monotonic() < until:
             time.sleep(0.05)
 
-    def _those_who_end(self, mine: Failure) -> list[Failure]:
+    def _gather_failures(self, mine: Failure) -> list[Failure]:
         if self.world_size == 1:
             return [mine]
         self.store.set(f"failed/{self.rank}", json.dumps(asdict(mine)))
@@ -269,18 +269,18 @@ class Meeting:
 
 
 def _within(prefix: str, store: "dist.Store") -> "dist.Store":
-    """A store's part whose keys begin with a prefix."""
+    """The part of a store whose keys begin with a prefix."""
     from torch.distributed import PrefixStore
 
     return PrefixStore(prefix, store)
 
 
 def _appears(path: Path) -> bool:
-    """Whether a file is there, at the latest after what a network file system may need."""
+    """Whether a file exists; waits up to SHARED_SECONDS for a network file system."""
     until = time.monotonic() + SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            # To open a folder is to ask the server; a name alone may be looked up in memory.
+            # Opening the folders makes a network file system ask its server rather than its cache.
             os.close(os.open(path.parent.parent, os.O_RDONLY))
             os.close(os.open(path.parent, os.O_RDONLY))
         if path.exists():

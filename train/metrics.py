@@ -1,11 +1,11 @@
-"""Where numbers go: a JSONL file, W&B, and one line on the console. Names: docs/metrics.md.
+"""Write metrics to a JSONL file, W&B and the console. docs/metrics.md lists the names.
 
     writer = MetricsWriter(config, folder, resume_step=200, wandb_id=None)     # on rank 0
     writer.write(step, {"train/loss": 3.2, ...})
     writer.write_figure(step, "neuron_use", path)
     writer.close()
 
-A missing W&B server or login never stops a run: it goes on offline, and the JSONL file has everything.
+A missing W&B server or login does not stop a run: W&B continues offline, and the JSONL file has all records.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
     import torch
 
 TIMEOUTS = {"init_timeout": 20.0, "finish_timeout": 60.0}
-"""Seconds that W&B may take to start, and for what is not uploaded at the end; `wandb sync` uploads the rest. What
-WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT say comes first."""
+"""Seconds for W&B to start, and to upload the rest at the end; `wandb sync` uploads what remains. The environment variables
+WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override them."""
 
 
 ROOM = 2**16
-"""Bytes; W&B writes 32 KiB at a time."""
+"""Free bytes that a record needs; W&B writes 32 KiB at a time."""
 
 
 class MetricsWriter:
-    """Writes records of named numbers, one a step; after a resume it first puts records of later steps aside."""
+    """Writes one record of named numbers per step. After a resume it first moves records of later steps to another file."""
 
     def __init__(self, config: RunConfig, folder: Path, *, resume_step: int, wandb_id: str | None) -> None:
         self.path = folder / METRICS_FILE
@@ -51,34 +51,34 @@ class MetricsWriter:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append one record."""
-        # JSON has no word for what is undefined, such as the overlap among fewer than two experts.
+        # JSON has no NaN, which undefined values are, such as the overlap among fewer than two experts.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self.unwritten += (json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n").encode()
         self._flush()
         self._to_wandb(step, lambda wandb: values)
 
     def write_figure(self, step: int, name: str, path: Path) -> None:
-        """Show an image file in W&B; it already lies in the run folder."""
+        """Log an image file of the run folder to W&B."""
         self._to_wandb(step, lambda wandb: {f"figure/{name}": wandb.Image(str(path))})
 
     def write_histograms(self, step: int, values: dict[str, "torch.Tensor"]) -> None:
-        """Show distributions in W&B."""
+        """Log histograms to W&B."""
         self._to_wandb(
             step,
             lambda wandb: {name: wandb.Histogram(tensor.flatten().numpy()) for name, tensor in values.items()},
         )
 
     def _flush(self) -> None:
-        """Write what is not written yet. A full disk does not stop the run: it is tried again with the next record."""
+        """Write pending records. On a full disk, they are tried again with the next record."""
         try:
             while self.unwritten:
-                written = self.file.write(self.unwritten)  # as much as there is room for
+                written = self.file.write(self.unwritten)  # may be partial on a full disk
                 self.unwritten = self.unwritten[written:]
         except OSError as error:
-            print(f"{self.path}: {error}; records wait in memory until there is room", flush=True)
+            print(f"{self.path}: {error}; records stay in memory until there is space", flush=True)
 
     def _to_wandb(self, step: int, make: Callable[[Any], dict[str, Any]]) -> None:
-        """Log what `make` makes of the wandb module."""
+        """Log the values that `make` returns for the wandb module."""
         if self.wandb is None:
             return
         import wandb
@@ -87,14 +87,14 @@ class MetricsWriter:
             if self.record is not None:
                 self.record.check_room()
             self.wandb.log(make(wandb), step=step)
-        except Exception as error:  # whatever W&B raises, training is worth more
-            print(f"W&B stopped taking records ({error}); the run goes on with {self.path}", flush=True)
+        except Exception as error:  # an error of W&B must not end training
+            print(f"W&B failed ({error}); the run continues with {self.path}", flush=True)
             self.wandb = None
-            with contextlib.suppress(Exception, SystemExit):  # else it would complain again when this process ends
+            with contextlib.suppress(Exception, SystemExit):  # W&B would otherwise report the error again at exit
                 wandb.teardown()
 
     def close(self) -> None:
-        """Finish the files."""
+        """Close the files."""
         self._flush()
         self.file.close()
         if self.wandb is not None:
@@ -103,40 +103,40 @@ class MetricsWriter:
                 self.wandb.finish()
                 if self.record is not None:
                     self.record.check_end(before)
-            except Exception as error:  # the run is complete without it
+            except Exception as error:  # an error of W&B must not end the run
                 print(f"W&B did not finish ({error})", flush=True)
 
 
 class OfflineRecord:
-    """The file that W&B writes for `wandb sync`; on a full disk W&B leaves out the rest of it silently."""
+    """The file that W&B writes for `wandb sync`. On a full disk, W&B silently omits the rest."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.told = path, False
+        self.path, self.warned = path, False
 
     def size(self) -> int:
-        """In bytes."""
+        """Size in bytes."""
         return self.path.stat().st_size
 
     def check_room(self) -> None:
-        """Tell, once, that the disk has no room for the next record."""
+        """Warn, once, if the disk has no space for the next record."""
         if shutil.disk_usage(self.path.parent).free < ROOM:
-            self._tell("the disk is full")
+            self._warn("the disk is full")
 
     def check_end(self, before: int) -> None:
-        """Tell, once, if the last records did not come; before: the size before W&B finished the file."""
+        """Warn, once, if the last records are missing; before: the size before W&B finished the file."""
         if self.size() <= before:
-            self._tell("its end is missing")
+            self._warn("its end is missing")
 
-    def _tell(self, why: str) -> None:
-        if not self.told:
-            self.told = True
+    def _warn(self, why: str) -> None:
+        if not self.warned:
+            self.warned = True
             print(f"W&B's offline record {self.path} is incomplete: {why}; metrics.jsonl has every record", flush=True)
 
 
 def put_aside(path: Path, *, later_than: int) -> None:
-    """Move the records of later steps than this into a numbered file beside the others; nothing is lost."""
+    """Move records of later steps to a new numbered file beside this one."""
     text = path.read_bytes() if path.exists() else b""
-    # What a kill has cut short is no record.
+    # The last line may be incomplete after a kill.
     lines = text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
     kept = [line for line in lines if _step(line) <= later_than]
     if len(kept) == len(lines) and path.exists() and len(text) == sum(map(len, lines)):
@@ -152,7 +152,7 @@ def put_aside(path: Path, *, later_than: int) -> None:
 
 
 def _step(line: bytes) -> float:
-    """Of a record; of a line that is none, infinity: it is put aside with the later ones."""
+    """The step of a record; infinity for an invalid line, which is then moved with the later records."""
     try:
         step = float(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
@@ -161,9 +161,9 @@ def _step(line: bytes) -> float:
 
 
 def wandb_settings() -> Any:
-    """How W&B is used: without words, and never waited for long.
+    """Settings of W&B: no console output, and short timeouts.
 
-    Without a limit a server that went away holds the processors of a finished run for as long as it is retried.
+    Without timeouts, a finished run would wait for an unreachable server as long as W&B retries.
     """
     import wandb
 
@@ -173,7 +173,7 @@ def wandb_settings() -> Any:
 
 
 def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> tuple[Any, OfflineRecord | None]:
-    """The W&B run, and its record if it is offline."""
+    """The W&B run, and its offline record if it is offline."""
     mode = config.logging.wandb_mode
     if mode == "disabled":
         return None, None
@@ -182,12 +182,12 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> tuple[A
         import wandb
 
         if mode == "online" and not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): the run goes on offline", flush=True)
+            print("W&B has no login (run `wandb login`, or set WANDB_API_KEY): W&B continues offline", flush=True)
             mode = "offline"
         return wandb.init(
             project=config.logging.wandb_project,
             entity=config.logging.wandb_entity,
-            name=config.run.name[:128],  # as much as W&B takes
+            name=config.run.name[:128],  # the limit of W&B
             group=config.logging.wandb_group,
             dir=str(folder.absolute()),  # W&B's process may have another working directory
             id=run_id,
@@ -197,15 +197,15 @@ def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> tuple[A
             settings=wandb_settings(),
         )
 
-    # A request to save and stop may reach every process of a job, as Slurm's do. W&B's would end by it at once, before it
-    # has the last records; SIGTERM it heeds in any case.
+    # SIGUSR1, the request to save and stop, may reach every process of a job, as with Slurm. It would end W&B's process
+    # before the last records.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
     try:
         for attempt in dict.fromkeys([mode, "offline"]):
             try:
                 run = start(attempt)
                 return run, OfflineRecord(Path(run.settings.sync_file)) if run.offline else None
-            except Exception as error:  # no network, no login, no server: the run goes on
+            except Exception as error:  # no network, login or server
                 print(f"W&B could not start {attempt} ({error})", flush=True)
         print("W&B has no record of this run; metrics.jsonl has every record", flush=True)
         return None, None

@@ -1,6 +1,6 @@
-"""What can be refused before anything is built. Imports no torch; commands that plan or queue runs use it, too.
+"""Check a run before anything is built. Imports no torch; commands that plan or queue runs use it as well.
 
-config, manifests, checkpoints = prepare_run(hydra_config, world_size)      # ValueError for whatever is wrong
+config, manifests, checkpoints = prepare_run(hydra_config, world_size)      # ValueError for invalid options or data
 """
 
 import contextlib
@@ -22,11 +22,11 @@ from train.sample_order import load_manifests
 def prepare_run(
     hydra_config: DictConfig, world_size: int, *, transformer_engine: bool | None = None, processes: str = PROCESSES
 ) -> tuple[RunConfig, list[Manifest], list[Checkpoint]]:
-    """The checked config, the data's manifests, and the checkpoints to choose from; ValueError for whatever is wrong.
+    """The checked config, the manifests of the data, and the checkpoints to choose from; ValueError for invalid options.
 
-    transformer_engine: whether the layers will be Transformer Engine's; None: if they would be on this machine.
+    transformer_engine: whether the run uses Transformer Engine's layers; None: decide for this machine.
     processes: the options that set the world size, as the user types them.
-    Reads only, and needs no other process.
+    Writes nothing, and is not a collective.
     """
     config = load_config(hydra_config)
     check_free(Path(config.run.dir))
@@ -40,8 +40,8 @@ def prepare_run(
 
 
 @contextlib.contextmanager
-def naming_errors() -> Iterator[None]:
-    """Turn a ValueError, which names the option that is wrong, into a UserError."""
+def value_errors_as_user_errors() -> Iterator[None]:
+    """Raise a ValueError of the block as a UserError with the same message."""
     try:
         yield
     except ValueError as error:

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo
     mone-pretrain --help
 
-Compose, validate, build, run, report.
+The command composes and checks the configuration, then trains.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from mone_model import megatron
 from mone_model.megatron import versions
 from train.launcher import check_launcher, ending_with_launcher, rank_and_world_size, remove_empty_logs
 from train.meeting import Meeting
-from train.preparation import naming_errors, prepare_run
+from train.preparation import prepare_run, value_errors_as_user_errors
 from train.run_notes import note_failure, take_run_folder, write_status
 from train.run_tokenizer import keep_tokenizer
 
@@ -36,13 +36,13 @@ def main(hydra_config: DictConfig) -> None:
         raise UserError("several Slurm tasks and no RANK: let srun start one torchrun on each node, not one process each")
     meeting = Meeting(rank, world_size)
     with ending_with_launcher():
-        with meeting.together("checks"), naming_errors():
+        with meeting.together("checks"), value_errors_as_user_errors():
             config, manifests, checkpoints = prepare_run(hydra_config, world_size)
-        with meeting.together("run folder"), naming_errors():
+        with meeting.together("run folder"), value_errors_as_user_errors():
             lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
             if rank == 0:
                 keep_tokenizer(Path(config.run.dir), manifests[0], begun=bool(checkpoints))
-        # Checkpoints are written there by all ranks, and read by others when a run goes on.
+        # All ranks write checkpoints there, and read those of others after a resume.
         meeting.check_shared({"run.dir": Path(config.run.dir)})
     megatron.prepare()
     from train.training_run import train_run  # imports Megatron-Core
@@ -53,7 +53,7 @@ def main(hydra_config: DictConfig) -> None:
         train_run(config, manifests, checkpoints, meeting)
     except Exception as error:
         code = error.exit_code if isinstance(error, ReportedError) else 1
-        if meeting.tell(error):
+        if meeting.report(error):
             note_failure(config, f"{type(error).__name__}: {error}", code)
         if isinstance(error, ReportedError):
             sys.exit(code)

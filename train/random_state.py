@@ -1,7 +1,7 @@
-"""The random generators of a rank: what a checkpoint keeps of them, and taking it over.
+"""Save and restore the state of a rank's random generators.
 
 saved = random_state()                       # a ShardedObject
-problem = restore_random_state(saved.data)   # None, or what is wrong with it
+problem = restore_random_state(saved.data)   # None, or the problem as text
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from mone_common.text import excerpt
 
 
 def random_state() -> ShardedObject:
-    """The generators of this rank, as tensors and numbers: to load them executes no code."""
+    """The generators of this rank as tensors and numbers, so that loading executes no code."""
     kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state = {
         "torch": torch.get_rng_state(),
@@ -29,13 +29,13 @@ def random_state() -> ShardedObject:
 
 
 def restore_random_state(state: Any) -> str | None:
-    """Take it over; what is wrong with it, and then the generators are as before."""
+    """Restore the generators. Returns None, or the problem of an invalid state; the generators are then unchanged."""
     before = random_state().data
     try:
         _set_random_state(state)
         if _forms(state["trackers"]) != _forms(before["trackers"]):
             raise ValueError(f"trackers {excerpt(list(state['trackers']))}")
-    except Exception as error:  # whatever setting what is no state leads to
+    except Exception as error:  # an invalid state can raise anything
         _set_random_state(before)
         return f"{type(error).__name__}: {excerpt(error)}"
     return None

@@ -1,4 +1,4 @@
-"""What a run records: losses, speed, memory, expert load, neuron use, pictures. Names: docs/metrics.md.
+"""Record losses, speed, memory, expert load, neuron use and figures. docs/metrics.md lists the names.
 
     recorder = Recorder(config, runtime, engine.modules, resume_step=200, wandb_id=None)
     recorder.begin_step()
@@ -6,7 +6,7 @@
     recorder.record_neurons(step, samples, draw=True)
     recorder.close()
 
-Every record_* is a collective on every rank; the main one writes. Whatever it cannot write or draw, the run goes on.
+The record_* methods are collectives on every rank; the main rank writes. Errors in writing and drawing do not end the run.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from train.runtime import Runtime
 
 
 class Recorder:
-    """Reduces what modules counted and hands it to the MetricsWriter of the main rank."""
+    """Reduces the counters of the modules and passes the results to the MetricsWriter of the main rank."""
 
     def __init__(
         self,
@@ -51,28 +51,28 @@ class Recorder:
         self._count_neurons()
 
     def say(self, text: str) -> None:
-        """A line on the console, from the main rank."""
+        """Print text on the main rank."""
         if self.runtime.is_main:
             print(text, flush=True)
 
     def wandb_id(self) -> str | None:
-        """Of the W&B run, on every rank."""
+        """Id of the W&B run, on every rank."""
         found = [self.writer.wandb_id if self.writer is not None else None]
         dist.broadcast_object_list(found)
         return found[0]
 
     def begin_step(self) -> None:
-        """Forget the auxiliary losses of earlier steps: a record is of its own step."""
+        """Reset the auxiliary losses, so that a record has those of one step."""
         for records in self._records_by_layer().values():
             for record in records:
                 record.reset()
 
     def end_step(self, seconds: float) -> None:
-        """Note how long the step took."""
+        """Add the duration of a step."""
         self.steps_timed, self.seconds = self.steps_timed + 1, self.seconds + seconds
 
     def record_step(self, step: int, samples: int, result: StepResult, *, dropped: int) -> None:
-        """Write losses, speed and memory of this step; samples read and steps dropped since the run began."""
+        """Write losses, speed and memory of this step. samples, dropped: counts since the start of the run."""
         names = auxiliary_loss_names(self.config)
         losses = reduce_losses(self._records_by_layer(), names=names, num_layers=self.config.model.num_layers)
         memory = self._peak_memory_gib()
@@ -92,13 +92,13 @@ class Recorder:
             "speed/flops_per_second": 3 * count_flops(self.config.model).dense * tokens_a_second,
             "memory/peak_gib": memory,
         }
-        with self._going_on("record"):
+        with self._printing_errors("record"):
             self.writer.write(step, values)
             eta = (self.config.training.steps - step) * seconds_a_step
             self.say(format_line(step, self.config.training.steps, values, eta))
 
     def record_neurons(self, step: int, samples: int, *, draw: bool) -> None:
-        """Write expert load and neuron statistics since the last such record, and if asked draw them."""
+        """Write expert load and neuron statistics since the last such record; if `draw`, also figures."""
         model = self.config.model
         usage = reduce_counters(
             {layer: experts.counters for layer, experts, _ in self.layers if experts.counters is not None},
@@ -113,7 +113,7 @@ class Recorder:
         self.counted_from = samples
         if self.writer is None:
             return
-        with self._going_on("record"):
+        with self._printing_errors("record"):
             summary = {f"expert/{name}": values for name, values in summarise_experts(usage).items()}
             summary["expert/dropped"] = 1 - usage.tokens_LE.sum(-1) / routed
             summary |= {f"neuron/{name}": values for name, values in summarise_neurons(usage, model.active_neurons).items()}
@@ -127,7 +127,7 @@ class Recorder:
             self._draw_usage(step, usage)
 
     def record_validation(self, step: int, losses: dict[str, float]) -> float | None:
-        """Write the validation loss of each source; their mean."""
+        """Write the validation loss of each source and the mean; return the mean."""
         if not losses:
             return None
         mean = sum(losses.values()) / len(losses)
@@ -138,29 +138,29 @@ class Recorder:
         return mean
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        """Write these as they are."""
+        """Write a record."""
         if self.writer is not None:
-            with self._going_on("record"):
+            with self._printing_errors("record"):
                 self.writer.write(step, values)
 
     def close(self, step: int, unigram_entropy: float) -> None:
-        """Draw the losses and finish the files."""
+        """Draw the losses and close the files."""
         if self.writer is None:
             return
         path = self.folder / "figures/loss.png"
-        with self._going_on("figure"):
-            from train import figures  # half a second that every rank would spend at its start
+        with self._printing_errors("figure"):
+            from train import figures  # takes half a second, and only the main rank needs it
 
             figures.draw_losses(path, read_metrics(self.folder), unigram_entropy)
             self.writer.write_figure(step, "loss", path)
-        with self._going_on("last record"):
+        with self._printing_errors("last record"):
             self.writer.close()
 
     @contextlib.contextmanager
-    def _going_on(self, what: str) -> Iterator[None]:
-        """Tell of whatever the block raises, and go on.
+    def _printing_errors(self, what: str) -> Iterator[None]:
+        """Print an exception of the block and continue.
 
-        Training is worth more than its pictures and records. Only the main rank makes them, and the others wait for it.
+        A failure to write or draw must not end training. Only the main rank writes, and the others would wait for it.
         """
         try:
             yield
@@ -177,7 +177,7 @@ class Recorder:
                 experts.counters.reset()
 
     def _peak_memory_gib(self) -> float:
-        """Of the fullest rank: device memory on GPUs, resident memory of the process elsewhere."""
+        """Highest peak over all ranks: device memory on GPUs, resident memory of the process on CPUs."""
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
         else:
@@ -191,14 +191,14 @@ class Recorder:
     def _draw_usage(self, step: int, usage: NeuronUsage) -> None:
         assert self.writer is not None
         load, use = self.folder / "figures/expert_load.png", self.folder / "figures/neuron_use.png"
-        with self._going_on("figure"):
+        with self._printing_errors("figure"):
             from train import figures
 
             figures.draw_expert_load(load, usage, step)
             figures.draw_neuron_use(use, usage, self.config.model.active_neurons, step)
             self.writer.write_figure(step, "expert_load", load)
             self.writer.write_figure(step, "neuron_use", use)
-        with self._going_on("histogram"):
+        with self._printing_errors("histogram"):
             self.writer.write_histograms(
                 step,
                 {f"neuron/selected/layer_{layer:02d}": selected for layer, selected in enumerate(usage.selected_LEH)}
@@ -207,7 +207,7 @@ class Recorder:
 
 
 def auxiliary_loss_names(config: RunConfig) -> list[str]:
-    """The auxiliary losses that this config computes, by the names they are recorded under."""
+    """Metric names of the auxiliary losses that this config enables."""
     model = config.model
     coefficients = {
         "load_balancing_loss": model.aux_loss_coeff,

@@ -1,4 +1,4 @@
-"""What a training process writes into its run folder: what runs, where, and how it ended. Imports no torch.
+"""Files about a run in its folder: configuration, environment, status, data. Imports no torch.
 
 lock = take_run_folder(config)                        # config.yaml, environment.json
 write_status(config, "running")                       # status.json
@@ -30,9 +30,9 @@ from train.sample_order import Reading
 
 
 def take_run_folder(config: RunConfig) -> IO[str]:
-    """Lock the run folder and note there what runs and where: config.yaml and environment.json.
+    """Lock the run folder and write config.yaml and environment.json.
 
-    ValueError if another run has the folder, or it cannot be written. The lock is held while the returned file is open.
+    ValueError if another run uses the folder, or it cannot be written. The lock is held while the returned file is open.
     """
     folder = Path(config.run.dir)
     try:
@@ -50,20 +50,20 @@ def take_run_folder(config: RunConfig) -> IO[str]:
 
 
 def write_status(config: RunConfig, state: str, **more: Any) -> None:
-    """Note what the run does in status.json; with its folder gone or full, it has said so elsewhere already."""
+    """Write the state of the run to status.json; ignores a missing folder or full disk, which other messages report."""
     with contextlib.suppress(OSError), writing(Path(config.run.dir) / STATUS_FILE) as temporary:
         temporary.write_text(json.dumps({"state": state, "time": round(time.time(), 3), **more}) + "\n")
 
 
 def note_failure(config: RunConfig, reason: str, exit_code: int) -> None:
-    """Note in status.json why the run failed, unless another rank has done so: what followed from that is no reason."""
+    """Write the reason of a failure to status.json, unless another rank has: the first failure is the cause."""
     with contextlib.suppress(OSError, ValueError):
         if read_status(Path(config.run.dir)).get("state") == "running":
             write_status(config, "failed", reason=reason, exit_code=exit_code)
 
 
 def write_reading(config: RunConfig, reading: list[Reading]) -> None:
-    """Note what the run reads of each source in data.json, for the report."""
+    """Write the tokens and epochs of each source to data.json, for mone-report."""
     with contextlib.suppress(OSError), writing(Path(config.run.dir) / READING_FILE) as temporary:
         temporary.write_text(json.dumps([dataclasses.asdict(source) for source in reading], indent=1) + "\n")
 
@@ -90,9 +90,9 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this checkout, with -dirty if it was changed; None where this is no checkout or there is no git.
+    """The commit of this checkout, with -dirty if it was changed; None if this is not a checkout or git is missing.
 
-    Of code that `launch.slurm` has put into a run folder, that of the checkout it came from.
+    For code that `launch.slurm` copied to a run folder: the commit of the original checkout.
     """
     checkout = Path(__file__).parent.parent
     if (checkout / "COMMIT").exists():

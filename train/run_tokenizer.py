@@ -1,7 +1,7 @@
-"""The tokenizer that a run keeps in its folder, so that a run that was moved still reads and writes text.
+"""The copy of the tokenizer in a run folder, which makes the folder independent of its data.
 
-keep_tokenizer(Path("runs/demo"), manifests[0], begun=False)      # when training starts
-tokenizer = find_tokenizer(Path("runs/demo"), config)             # wherever the folder is
+keep_tokenizer(Path("runs/demo"), manifests[0], begun=False)      # at the start of training
+tokenizer = find_tokenizer(Path("runs/demo"), config)             # the folder may have been moved
 """
 
 import shutil
@@ -17,11 +17,11 @@ from train.config import RunConfig
 
 
 def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
-    """Copy the data's tokenizer into a run folder, unless it is there.
+    """Copy the tokenizer of the data to a run folder, unless it is there.
 
-    begun: the run goes on. Its data must then have the tokenizer that it began with.
+    begun: whether the run resumes; its data must then have the same tokenizer as before.
 
-    Raises DataError if the data's tokenizer is not the manifest's, or not the run's.
+    Raises DataError if the tokenizer of the data is not that of the manifest or of the run.
     """
     kept, source = folder / TOKENIZER_NAME, manifest.tokenizer_path
     if _same_files(kept, source):
@@ -29,13 +29,13 @@ def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
     if begun and kept.is_dir() and load_tokenizer(kept).sha256 != manifest.tokenizer_sha256:
         raise DataError(
             f"data.blend: {manifest.folder} was tokenized with another tokenizer than {kept}, that of this run; "
-            "give data of that tokenizer, or another run.dir"
+            "give data with that tokenizer, or another run.dir"
         )
     if kept.is_symlink() or (kept.exists() and not kept.is_dir()):
-        raise DataError(f"run.dir={folder}: {kept} is not a folder; remove it, the run puts its tokenizer there")
+        raise DataError(f"run.dir={folder}: {kept} is not a folder; remove it, since the run copies its tokenizer there")
     if not source.is_dir():
         if not kept.is_dir():
-            print(f"warning: {source} is missing, so train.sample will have no tokenizer", file=sys.stderr, flush=True)
+            print(f"warning: {source} is missing, so mone-sample will have no tokenizer", file=sys.stderr, flush=True)
         return
     tokenizer = load_tokenizer(source)
     for name, here, there in (
@@ -53,7 +53,7 @@ def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
 
 
 def find_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
-    """The tokenizer in a run folder; of a run that has none there, that of its data. UserError if there is neither."""
+    """The tokenizer in a run folder, or else that of its data; UserError if both are missing."""
     kept = folder / TOKENIZER_NAME
     if kept.is_dir():
         return load_tokenizer(kept)
@@ -61,13 +61,13 @@ def find_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
         return load_tokenizer(load_manifest(config.data.blend[0].path).tokenizer_path)
     except DataError as error:
         raise UserError(
-            f"run={folder}: there is no {kept}, and the run's data has no tokenizer either ({error}). "
+            f"run={folder}: neither {kept} nor a tokenizer of the run's data exists ({error}). "
             f"Copy the tokenizer of that data to {kept}"
         ) from error
 
 
 def _same_files(kept: Path, source: Path) -> bool:
-    """Whether both are folders of the same files; spares loading them, which may take seconds."""
+    """Whether both are folders with the same files. This is faster than loading the tokenizers."""
     if not (kept.is_dir() and source.is_dir()):
         return False
     ours, theirs = ({path.name: path.read_bytes() for path in of.iterdir() if path.is_file()} for of in (kept, source))

@@ -25,7 +25,7 @@ from train.meeting import Meeting
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process among the others."""
+    """Rank, world size and device of this process."""
 
     rank: int
     world_size: int
@@ -33,7 +33,7 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
 
@@ -41,12 +41,12 @@ class Runtime:
 def distributed(
     parallel: ParallelConfig, *, seed: int, timeout_minutes: float, store: dist.Store | None = None
 ) -> Iterator[Runtime]:
-    """Join the job's processes (NCCL on GPUs, else gloo), build the parallel groups, seed, and leave at the end.
+    """Initialize torch.distributed (NCCL on GPUs, else gloo), parallel groups and seeds; destroy the groups at the end.
 
-    store: where they meet; None: that of a `Meeting`. After an exception no collective is called: the others may not be
-    there any more.
+    store: for the process group; None: that of a `Meeting`. After an exception no collective is called, since other ranks
+    may have ended.
     """
-    # Notes of Megatron-Core to its own developers, on every rank.
+    # Warnings for developers of Megatron-Core and torch, on every rank.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.")
     cuda = torch.cuda.is_available()
@@ -71,10 +71,10 @@ def distributed(
 
 
 def keep_freed_memory() -> None:
-    """Let this process reuse the memory of freed tensors: returned to the system, each page of it is zeroed anew.
+    """Make malloc keep freed memory for reuse instead of returning it to the system.
 
-    A training step frees and allocates the same sizes again and again, and those page faults can take a third of it.
-    glibc only; elsewhere it does nothing.
+    A training step frees and allocates the same sizes repeatedly. With memory from the system, page faults can take a third
+    of its time. Has an effect with glibc only.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -96,7 +96,7 @@ def build_groups(parallel: ParallelConfig) -> None:
 
 
 def set_seeds(seed: int) -> None:
-    """Seed Python, numpy and torch: alike on data-parallel ranks, different on tensor- and pipeline-parallel ones."""
+    """Seed Python, numpy and torch: equal on data-parallel ranks, different on tensor- and pipeline-parallel ranks."""
     seed += 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -1,8 +1,8 @@
-"""Let a trained model continue texts.
+"""Generate text with a trained model.
 
     mone-sample run=runs/demo 'prompts=["The capital of France", "In the beginning"]'
 
-One process, whatever layout the run had; the newest checkpoint, unless `step` names another.
+The command runs in one process, for runs of any layout. It loads the newest checkpoint, unless `step` is given.
 """
 
 from dataclasses import dataclass, field
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
 
 @dataclass
 class SampleConfig:
-    """What to continue, and how."""
+    """Options of mone-sample."""
 
     run: str = MISSING
     """Folder of the run."""
     step: int | None = None
-    """Checkpoint to take; null: the newest."""
+    """Step of the checkpoint to load; null: the newest."""
     prompts: list[str] = field(
         default_factory=lambda: ["The city of", "In the beginning", "The population of", "Mix the flour"]
     )
     """Texts to continue."""
     max_new_tokens: int = 48
-    """Tokens to add to each; a continuation ends earlier at the end of a document."""
+    """Maximum number of tokens per continuation; an end-of-document token ends it earlier."""
     temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Sampling temperature, which divides the logits; 0: always choose the most probable token."""
     top_k: int = 40
-    """Choose among this many likeliest tokens; 0: among all."""
+    """Sample from this many most probable tokens; 0: from all."""
     seed: int = 0
-    """Of the choice."""
+    """Seed of the sampling."""
     thresholds: str | None = None
-    """File that train.calibrate wrote: keep the neurons that reach its thresholds; null: the K best of each token."""
+    """Output file of mone-calibrate: keep the neurons that reach its thresholds; null: keep the K best of each token."""
     trust: bool = False
-    """Load a checkpoint even if it brings pickled code along, which loading then executes."""
+    """Also load checkpoints that contain pickled code. Loading executes that code: use only with trusted checkpoints."""
 
     def __post_init__(self) -> None:
         for name, right, does in (
             ("prompts", bool(self.prompts) and all(self.prompts), "must be a list of texts, none of them empty"),
             ("max_new_tokens", self.max_new_tokens >= 1, "must be at least 1"),
-            # Beyond, logits divided by it would not be finite, or all alike.
+            # Outside this range, the scaled logits would not be finite, or would all be equal.
             ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "must be 0, or from 1e-6 to 1e6"),
             ("top_k", self.top_k >= 0, "must be at least 1, or 0 for all tokens"),
             ("seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63"),
@@ -74,7 +74,7 @@ def main(hydra_config: DictConfig) -> None:
     tokenizer = find_tokenizer(Path(options.run), run)
     for prompt, tokens in zip(options.prompts, tokenizer.encode(options.prompts), strict=True):
         if not tokens:
-            raise UserError(f"prompts={prompt!r}: the tokenizer of the run makes no token of it")
+            raise UserError(f"prompts={prompt!r}: the tokenizer of the run encodes it as no tokens")
     generator = torch.Generator().manual_seed(options.seed)
     thresholds_L = load_thresholds(Path(options.thresholds), run) if options.thresholds is not None else None
     megatron.prepare()
@@ -92,7 +92,7 @@ def main(hydra_config: DictConfig) -> None:
 def continue_text(
     model: "GPTModel", tokenizer: Tokenizer, prompt: str, options: SampleConfig, generator: torch.Generator
 ) -> str:
-    """What the model writes after `prompt`."""
+    """The model's continuation of `prompt`."""
     from megatron.core.inference.contexts import StaticInferenceContext
 
     device = next(model.parameters()).device
@@ -104,7 +104,7 @@ def continue_text(
     while len(tokens) - start < options.max_new_tokens:
         if cache.sequence_len_offset + len(unread) > window:
             cache.reset()
-            unread = tokens[-(window + 1) // 2 :]  # the older half is forgotten
+            unread = tokens[-(window + 1) // 2 :]  # drop the older half of the context
         tokens_BS = torch.tensor([unread], device=device)
         positions_BS = cache.sequence_len_offset + torch.arange(len(unread), device=device)[None]
         logits_BSV = model(tokens_BS, positions_BS, None, inference_context=cache, runtime_gather_output=True)
@@ -121,7 +121,7 @@ def continue_text(
             break
         tokens.append(token)
         unread = [token]
-    # Decoded as a whole: a continuation on its own would lose the space it begins with.
+    # Decode the whole text: a separately decoded continuation would lose its leading space.
     return tokenizer.decode(tokens)[len(tokenizer.decode(tokens[:start])) :]
 
 

@@ -1,9 +1,9 @@
-"""Which training sample comes when: sources and weights of the blend, comparable as JSON, for checkpoints. Imports no torch.
+"""The order of training samples: sources and weights of the blend, in JSON types for checkpoints. Imports no torch.
 
-    manifests = load_manifests(config)                        # ValueError for what cannot be read
-    order = plan_order(config, manifests, None, 0)            # or behind a checkpoint's
+    manifests = load_manifests(config)                        # ValueError for missing or damaged data
+    order = plan_order(config, manifests, None, 0)            # or after that of a checkpoint
 
-Neither the world size nor the number of steps changes the order, so a run continues anywhere with the next sample.
+The order does not depend on the world size or the number of steps. A run can therefore continue in any layout.
 """
 
 import hashlib
@@ -18,33 +18,33 @@ from train.config import RunConfig
 from train.config_sections import SourceConfig
 
 MANY_EPOCHS = 4
-"""Text read so often teaches nearly as much as new text, read more often much less (arXiv 2305.16264)."""
+"""Up to this many epochs, repeated text adds nearly as much as new text; beyond, much less (arXiv 2305.16264)."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a run reads of one source from its beginning to its end."""
+    """Tokens and epochs of one source over a whole run."""
 
     name: str
     share: float
-    """Of the blend."""
+    """Share of the blend."""
     tokens: int
-    """In its training shards."""
+    """Tokens in its training shards."""
     read: int
-    """Tokens that the run reads of it."""
+    """Tokens that the run reads from it."""
     epochs: float
-    """How often it is read."""
+    """Number of epochs."""
 
 
 def usable_shards(manifest: Manifest, split: Split, length: int) -> list[Shard]:
-    """Those that hold a sequence: sequences are packed within a shard."""
+    """The shards that hold at least one sequence; sequences do not cross shards."""
     return [shard for shard in manifest.of_split(split) if shard.tokens > length]
 
 
 def load_manifests(config: RunConfig) -> list[Manifest]:
-    """The manifests of all sources, their shards' sizes checked; ValueError for none, damage, or sources that do not fit."""
+    """The manifests of all sources; ValueError if there is no source, a shard has a wrong size, or sources do not match."""
     blend, length = config.data.blend, config.model.seq_length
-    how = "give the folders that mone-tokenize wrote, like 'data.blend=[{path: data/mine}]', or data=demo after `make data`"
+    how = "give output folders of mone-tokenize, like 'data.blend=[{path: data/mine}]', or data=demo after `make data`"
     check(bool(blend), "data.blend", blend, f"there is no data to read: {how}")
     manifests = [load_manifest(source.path) for source in blend]
     first = manifests[0]
@@ -55,7 +55,7 @@ def load_manifests(config: RunConfig) -> list[Manifest]:
         if manifest.tokenizer_sha256 != first.tokenizer_sha256:
             raise ValueError(
                 f"data.blend: {source.path} was tokenized with another tokenizer than {blend[0].path}; "
-                "tokenize all sources with one"
+                "tokenize all sources with the same tokenizer"
             )
     names = [manifest.name for manifest in manifests]
     if len(set(names)) < len(names):
@@ -64,13 +64,14 @@ def load_manifests(config: RunConfig) -> list[Manifest]:
 
 
 def plan_order(config: RunConfig, manifests: list[Manifest], saved: dict[str, Any] | None, samples: int) -> dict[str, Any]:
-    """The order of samples from here on, comparable as JSON, for a checkpoint; `saved` is that of the checkpoint resumed.
+    """The order of samples from here on, in JSON types for a checkpoint.
 
-    samples: read so far. An order begins at sample `start` and interleaves its sources by weight, each going on behind the
-    `read` samples taken from it before; `earlier` remembers sources that left the blend. With another blend than the saved
-    one a new order begins.
+    saved: the order of the checkpoint resumed from, or None. samples: number of samples read so far. An order begins at
+    sample `start` and interleaves its sources by weight. Each source continues after the `read` samples taken from it
+    before. `earlier` lists sources that are no longer in the blend. If the blend differs from the saved one, a new order
+    begins.
 
-    Raises ValueError if the seed of the order changed, or a source has the name of another one with other content.
+    Raises ValueError if the seed of the order changed, or the content of a source changed.
     """
     seed = config.data_seed
     sources = [
@@ -102,7 +103,7 @@ def plan_order(config: RunConfig, manifests: list[Manifest], saved: dict[str, An
 
 
 def describe_order(order: dict[str, Any], saved: dict[str, Any] | None) -> str | None:
-    """What a resume changes about the data, or None."""
+    """The change of the data at a resume, or None."""
     if saved is None or order == saved:
         return None
     parts = [f"{source['name']} from its sample {source['read']}" for source in order["sources"]]
@@ -110,7 +111,7 @@ def describe_order(order: dict[str, Any], saved: dict[str, Any] | None) -> str |
 
 
 def describe_reading(reading: list[Reading]) -> str:
-    """A line for each source, and a warning for those that are read many times."""
+    """One line for each source, and a warning for sources with many epochs."""
     width = max(len(source.name) for source in reading)
     lines = [
         f"{'' if number else 'data':<9} {source.name:<{width}} {source.share:6.1%} of the blend: "
@@ -119,7 +120,7 @@ def describe_reading(reading: list[Reading]) -> str:
     ]
     if many := [f"{source.name} {source.epochs:.1f} times" for source in reading if source.epochs > MANY_EPOCHS]:
         lines.append(
-            f"warning: this run reads {', '.join(many)}. Beyond {MANY_EPOCHS} epochs, text that is read again teaches much "
+            f"warning: this run reads {', '.join(many)}. Beyond {MANY_EPOCHS} epochs, repeated text adds much "
             "less than new text: give more text, less weight, or fewer steps"
         )
     return "\n".join(lines)
@@ -140,13 +141,13 @@ def weights_of(sources: list[dict[str, Any]]) -> np.ndarray:
 
 
 def interleave(weights: np.ndarray, samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample its source and its number in that source, two arrays [samples], by Megatron-Core's greedy rule."""
+    """The source of each sample and its index in the source, two arrays [samples], by Megatron-Core's greedy rule."""
     from mone_model import megatron
 
     megatron.prepare()  # commands that only plan a run have not called it
     from megatron.core.datasets import helpers
 
-    # Megatron-Core's helper wants int16 places for the source of each sample.
+    # Megatron-Core's helper requires int16 for the sources.
     source_of, index_in = np.zeros(samples, dtype=np.int16), np.zeros(samples, dtype=np.int64)
     helpers.build_blending_indices(source_of, index_in, weights, len(weights), samples, False)
     return source_of, index_in

@@ -1,13 +1,13 @@
-"""The sequences of one source of a blend, epoch after epoch, each epoch in an order of its own.
+"""The sequences of one source of a blend over many epochs, each with its own order.
 
     source = Source(manifest, "train", sequence_length=1024, seed=1234, cache=Path("runs/demo/index_cache"))
-    source.size                         # sequences of an epoch
-    source[i]["tokens"]                 # [sequence_length]; i counts on through the epochs
+    source.size                         # sequences per epoch
+    source[i]["tokens"]                 # [sequence_length]; i continues over epochs
 
-Sequence i is a function of the shards, the seed and i: the documents of each shard are shuffled and cut into sequences,
-these are shuffled, and the shards take turns by size. It is the order of Megatron-Core's GPTDataset and BlendedDataset with
-the seed seed + epoch. Here one open file serves all epochs, and the order of an epoch is made when it is read. Small orders
-are made again by every process; large ones are kept in files, which processes share.
+Sequence i depends only on the shards, the seed and i. In each epoch, the documents of each shard are shuffled and cut into
+sequences, the sequences are shuffled, and the shards are interleaved by size. It is the order of Megatron-Core's GPTDataset
+and BlendedDataset with the seed `seed + epoch`. Unlike there, one open file serves all epochs, and the order of an epoch is
+computed when the epoch is reached. Every process computes small orders; large orders are stored in shared files.
 """
 
 import hashlib
@@ -36,24 +36,24 @@ from train.sample_order import usable_shards
 Batch = dict[str, torch.Tensor]
 
 SMALL_ORDER_BYTES = 4 << 20
-"""An order of at most so many bytes is made in a few hundredths of a second, and not worth a file."""
+"""Orders up to this size are computed in a few hundredths of a second and not stored in files."""
 ORDERS_IN_USE = 2
-"""Epochs of a source that are at hand at a time: reader processes may stand on both sides of an end."""
+"""Orders of a source in memory: around the end of an epoch, two are in use."""
 FILES_OF_A_SHARD = 3
-"""Descriptors that Megatron-Core's IndexedDataset holds."""
+"""File descriptors of Megatron-Core's IndexedDataset."""
 MAX_SHARDS = 2**15 - 1
-"""Of a split; their numbers are int16 in Megatron-Core."""
+"""Largest number of shards of a split; Megatron-Core numbers them in int16."""
 
 
 class ReadError(UserError):
-    """Met by the one process that reads: the others may be anywhere, so no collective may follow."""
+    """An error in reading data. Only this rank has it, so no collective may follow."""
 
 
 class Source(Dataset[Batch]):
     """One split of one source."""
 
     def __init__(self, manifest: Manifest, split: Split, *, sequence_length: int, seed: int, cache: Path) -> None:
-        """DataError if there are more shards than can be told apart."""
+        """DataError if there are more than MAX_SHARDS shards."""
         self.manifest, self.sequence_length, self.seed, self.cache = manifest, sequence_length, seed, cache
         self.shards = usable_shards(manifest, split, sequence_length)
         if len(self.shards) > MAX_SHARDS:
@@ -63,7 +63,7 @@ class Source(Dataset[Batch]):
             )
         self.sizes = [(shard.tokens - 1) // sequence_length for shard in self.shards]
         self.size = sum(self.sizes)
-        # Of each shard its documents, the bounds of its sequences, and their numbers.
+        # The order has for each shard: its documents, the bounds of its sequences, and their numbers.
         lengths = [shard.documents + 2 * (n + 1) + n for shard, n in zip(self.shards, self.sizes, strict=True)]
         self._starts = np.cumsum([0, *lengths])
         self._content = hashlib.sha256(json.dumps([[s.bin_sha256, s.idx_sha256] for s in self.shards]).encode()).hexdigest()
@@ -73,13 +73,13 @@ class Source(Dataset[Batch]):
         self._turns: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Sequences of an epoch; there is no end to the epochs."""
+        """Sequences per epoch; the number of epochs is not limited."""
         return self.size
 
     def __getitem__(self, index: int) -> Batch:
         """Sequence `index`: tokens, labels, loss_mask, position_ids [sequence_length].
 
-        Raises ReadError for a shard that is not what its manifest says, and for a file of an order with other content.
+        Raises ReadError if a shard does not match its manifest, or the file of an order is damaged.
         """
         try:
             tokens = self._read(*divmod(index, self.size))
@@ -94,12 +94,12 @@ class Source(Dataset[Batch]):
         }
 
     def open_epoch(self, index: int) -> None:
-        """Make ready what reading sequence `index` takes; ReadError for an index file that is damaged."""
+        """Prepare the order of the epoch of sequence `index`; ReadError for a damaged index file."""
         self._order(index // self.size)
         self._turn(index % self.size)
 
     def _turn(self, place: int) -> tuple[int, int]:
-        """The shard whose turn it is at a place of an epoch, and the sequence of that shard."""
+        """The shard at a position of an epoch, and the sequence of that shard."""
         if len(self.shards) == 1:
             return 0, place
         if self._turns is None:
@@ -138,7 +138,7 @@ class Source(Dataset[Batch]):
         return np.concatenate(parts, dtype=np.int32, casting="same_kind")
 
     def _check(self, number: int) -> None:
-        """Read a shard's whole index, which Megatron-Core's compiled code takes on faith; ReadError if it is damaged."""
+        """Check a shard's whole index, which Megatron-Core's compiled code does not check; ReadError if it is damaged."""
         if number not in self._checked:
             folder, shard = self.manifest.folder, self.shards[number]
             if problem := next(index_problems(folder, shard, self.manifest.dtype), None):
@@ -151,7 +151,7 @@ class Source(Dataset[Batch]):
         return self._datasets[number]
 
     def _read(self, epoch: int, place: int) -> np.ndarray:
-        """The tokens [sequence_length + 1] int64 at a place of an epoch."""
+        """The tokens [sequence_length + 1] int64 at a position of an epoch."""
         number, sequence = self._turn(place)
         shard, size = self.shards[number], self.sizes[number]
         order = self._order(epoch)[self._starts[number] : self._starts[number + 1]]
@@ -187,17 +187,17 @@ class Source(Dataset[Batch]):
 
     def _damaged_order(self, kind: str, of: list[int], problem: str) -> ReadError:
         path = self._file(kind, of)
-        if not path.is_file():  # the order was made of the shards
+        if not path.is_file():  # the order was computed from the shards
             return self._damaged(problem)
-        return ReadError(f"data.index_cache={self.cache}: {path.name}: damaged ({problem}). Delete it; it is made again")
+        return ReadError(f"data.index_cache={self.cache}: {path.name}: damaged ({problem}). Delete it; it is created again")
 
     def _file(self, kind: str, of: list[int]) -> Path:
-        """Where an array is kept that is not small."""
+        """File of an array that is not small."""
         key = hashlib.sha256(json.dumps([kind, self._content, self.sequence_length, *of]).encode()).hexdigest()
         return self.cache / f"{kind}-{key[:32]}.npy"
 
     def _cached(self, kind: str, of: list[int], length: int, make: Callable[[], np.ndarray]) -> np.ndarray:
-        """An array [length] int32 made now if it is small, else from its file, which the first process to need it writes."""
+        """An array [length] int32: computed if it is small, else loaded from its file, which the first process writes."""
         if 4 * length <= SMALL_ORDER_BYTES:
             return make()
         path = self._file(kind, of)
@@ -209,7 +209,7 @@ class Source(Dataset[Batch]):
                     lock(file, wait=True)
                     found = _load_whole(path, length)
                     if found is None:
-                        # Where there are no locks, or each machine has its own, several write it: under names of their own.
+                        # Without locks across machines, several processes may write it, each under its own temporary name.
                         with writing(path, shared=True) as temporary, open(temporary, "wb") as written:
                             np.save(written, make())
                         found = _load_whole(path, length)
@@ -218,7 +218,7 @@ class Source(Dataset[Batch]):
 
 
 def _load_whole(path: Path, length: int) -> np.ndarray | None:
-    """The array in a file, mapped; None if there is none of this length."""
+    """The memory-mapped array of a file; None if the file is missing or invalid."""
     try:
         found = np.load(path, mmap_mode="r")
     except (FileNotFoundError, ValueError, EOFError):
@@ -227,16 +227,16 @@ def _load_whole(path: Path, length: int) -> np.ndarray | None:
 
 
 def reserve_descriptors(sources: list[Source]) -> None:
-    """Raise this process's limit of open files to what these sources take; DataError if the system allows fewer."""
+    """Raise the limit of open files as these sources need; DataError if the hard limit is too low."""
     shards = sum(len(source.shards) for source in sources)
-    # The files of the orders, and some that checkpoints, sockets and W&B open.
+    # Files of the orders, and a reserve for checkpoints, sockets and W&B.
     least = len(os.listdir("/dev/fd")) + FILES_OF_A_SHARD * shards + (ORDERS_IN_USE + 1) * len(sources) + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     allowed = math.inf if hard == resource.RLIM_INFINITY else hard
     if allowed < least:
         raise DataError(
-            f"data.blend: its {shards} shards take {least} open files, and a process may have {hard} here. Raise the hard "
-            f"limit (ulimit -Hn) to {least} at least, or tokenize with larger shard_tokens"
+            f"data.blend: its {shards} shards need {least} open files, but the hard limit is {hard}. Raise the hard "
+            f"limit (ulimit -Hn) to at least {least}, or tokenize with larger shard_tokens"
         )
     if soft != resource.RLIM_INFINITY and soft < least + 256:
         resource.setrlimit(resource.RLIMIT_NOFILE, (int(min(least + 256, allowed)), hard))

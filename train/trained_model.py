@@ -1,9 +1,9 @@
-"""A trained model, for whatever uses it after training: sampling, calibration, evaluation, export.
+"""Load a trained model, for sampling, calibration, evaluation and export.
 
     megatron.prepare()
     config = load_run_config(Path("runs/demo"))
     with one_process(config):
-        model = load_model(config)                    # the newest checkpoint, whatever layout the run had
+        model = load_model(config)                    # the newest checkpoint, of a run with any layout
 
 Importing this module imports neither torch nor Megatron-Core.
 """
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 def load_run_config(folder: Path) -> RunConfig:
-    """The configuration that a run noted in its folder, laid out for one process; UserError if there is none.
+    """The configuration in a run folder, with the layout changed to one process; UserError if there is none.
 
-    The folder may have been moved since.
+    The folder may have been moved.
     """
     path = folder / CONFIG_FILE
     try:
         text = read_file(path)
         if text is None:
-            raise UserError(f"run={folder}: no {CONFIG_FILE} there; give the folder of a run, e.g. run=runs/demo")
+            raise UserError(f"run={folder}: has no {CONFIG_FILE}; give the folder of a run, e.g. run=runs/demo")
         noted = OmegaConf.load(io.StringIO(text.decode()))
         if not noted:
             raise ValueError("it holds no options")
@@ -60,19 +60,19 @@ def load_run_config(folder: Path) -> RunConfig:
 
 
 def one_process(config: RunConfig) -> AbstractContextManager["Runtime"]:
-    """Within, this process is a job of its own that computes with the run's seed; it was started without torchrun."""
+    """Context in which this process is a distributed job of one rank, with the seed of the run."""
     from train.runtime import distributed
 
     return distributed(config.parallel, seed=config.run.seed, timeout_minutes=config.run.timeout_minutes)
 
 
 def load_model(config: RunConfig, *, step: int | None = None, trust: bool = False) -> "GPTModel":
-    """The whole model with the weights of a checkpoint, ready to evaluate; within `one_process`.
+    """The whole model with the weights of a checkpoint, in evaluation mode; call it within `one_process`.
 
-    config: from `load_run_config`. step: of the checkpoint; None: the newest that can be used, and those passed over are
-    named on stderr. trust: load a checkpoint even if it brings pickled code along, which loading then executes.
+    config: from `load_run_config`. step: of the checkpoint; None: the newest that can be loaded; those skipped are printed
+    on stderr. trust: also load checkpoints that contain pickled code, which loading executes.
 
-    Raises UserError if there is no such checkpoint, or none that can be loaded.
+    Raises UserError if there is no such checkpoint, or it cannot be loaded.
     """
     from mone_model.megatron.gpt import build_gpt
     from train.checkpoint_integrity import load_newest
@@ -91,17 +91,19 @@ def load_model(config: RunConfig, *, step: int | None = None, trust: bool = Fals
     if checkpoint is None:
         raise UserError("; ".join(problems))
     for problem in problems:
-        print(f"passed over {problem}", file=sys.stderr, flush=True)
+        print(f"skipped {problem}", file=sys.stderr, flush=True)
     model.load_state_dict(loaded["model0"])
     return model.eval()
 
 
 def load_thresholds(path: Path, config: RunConfig) -> list[float]:
-    """The thresholds [num_layers] that `train.calibrate` wrote for this model; UserError for any other file."""
+    """The thresholds [num_layers] that mone-calibrate wrote for this model; UserError for any other file."""
     try:
         thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"thresholds={path}: no such file of mone-calibrate ({error})") from error
+        raise UserError(f"thresholds={path}: is not an output file of mone-calibrate ({error})") from error
     if len(thresholds_L) != config.model.num_layers:
-        raise UserError(f"thresholds={path}: has {len(thresholds_L)} layers, the run's model {config.model.num_layers}")
+        raise UserError(
+            f"thresholds={path}: has {len(thresholds_L)} layers; the model of the run has {config.model.num_layers}"
+        )
     return thresholds_L

@@ -1,7 +1,7 @@
-"""A run from its first collective to its last.
+"""A training run, from the first collective to the last.
 
-megatron.prepare()                                        # before this module is imported
-train_run(config, manifests, checkpoints, meeting)        # what train.preparation found, and who takes part
+megatron.prepare()                                        # before the import of this module
+train_run(config, manifests, checkpoints, meeting)        # arguments from train.preparation and train.meeting
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from mone_model.expert_backends import choose_backend
 from train.checkpoint_folder import Checkpoint
 from train.checkpoint_integrity import load_newest
 from train.config import RunConfig, describe
-from train.continuation import check_continues, describe_schedule, tell_of_problems
+from train.continuation import check_continues, describe_schedule, report_problems
 from train.data import load_data
 from train.description import describe_end, describe_run
 from train.engines import build_engine
@@ -26,7 +26,7 @@ from train.hooks import usual_hooks
 from train.launcher import ending_with_launcher
 from train.loop import Trainer
 from train.meeting import Meeting
-from train.preparation import naming_errors
+from train.preparation import value_errors_as_user_errors
 from train.run_notes import note_failure, write_reading, write_status
 from train.runtime import distributed
 from train.sample_order import describe_order, describe_reading
@@ -35,16 +35,16 @@ from train.watchdog import EXIT_HUNG, Watchdog
 
 
 def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Checkpoint], meeting: Meeting) -> None:
-    """Build the engine, fill it from the newest checkpoint that can be used, and train; a collective on every rank."""
+    """Build the engine, load the newest usable checkpoint, and train; a collective on every rank."""
     store, rank, world_size = meeting.store, meeting.rank, meeting.world_size
     timeout, note = config.run.timeout_minutes, functools.partial(note_failure, config, exit_code=EXIT_HUNG)
     watchdog = Watchdog(store, rank=rank, world_size=world_size, timeout=60 * timeout, note=note)
-    # The watchdog knows more about a silent rank than the collective that waits for it: let it be the first to speak.
+    # Collectives time out later than the watchdog, which reports more about a rank that hangs.
     joining = distributed(config.parallel, seed=config.run.seed, timeout_minutes=1.5 * timeout, store=store)
     with contextlib.closing(watchdog), ending_with_launcher() as started, joining as runtime:
         if runtime.is_main:
             print(describe_run(config, world_size), flush=True)
-        with naming_errors():
+        with value_errors_as_user_errors():
             config.compute.experts = agree_on_experts(config, checkpoints[-1] if checkpoints else None)
         if runtime.is_main:
             print(f"experts   compute.experts={config.compute.experts}", flush=True)
@@ -52,7 +52,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
         engine = build_engine(config, runtime)
         stop = StopRequest(config.run.time_limit_seconds)
         checkpoint = fill_engine(config, engine, checkpoints, watchdog)
-        with naming_errors():
+        with value_errors_as_user_errors():
             order, step, read = check_continues(config, manifests, checkpoint)
         watchdog.enter(step, "building the order of samples")
         samples = read + (config.training.steps - step) * config.training.global_batch_size
@@ -68,7 +68,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
         trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
         newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
-        trainer.resume(checkpoint, passed_over=newer)
+        trainer.resume(checkpoint, skipped_steps=newer)
         started()
         reason = trainer.train()
         complete = trainer.step >= config.training.steps
@@ -78,9 +78,9 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
 
 
 def fill_engine(config: RunConfig, engine: Engine, checkpoints: list[Checkpoint], watchdog: Watchdog) -> Checkpoint | None:
-    """Load the newest checkpoint that is intact and fits, which is returned; a collective on every rank.
+    """Load the newest checkpoint that is intact and fits, and return it; a collective on every rank.
 
-    UserError if there are checkpoints and none can be loaded.
+    Returns None if there are no checkpoints; UserError if none of them can be loaded.
     """
     watchdog.enter(0, "verifying checkpoints")
 
@@ -95,18 +95,18 @@ def fill_engine(config: RunConfig, engine: Engine, checkpoints: list[Checkpoint]
         trust=config.checkpoint.trust,
         same_layout=lambda checkpoint: checkpoint.facts.parallel == parallel,
     )
-    tell_of_problems(problems)
+    report_problems(problems)
     if checkpoint is not None:
         engine.load_state(loaded)
     elif checkpoints:
-        raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to begin anew")
+        raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to start again")
     return checkpoint
 
 
 def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
-    """compute.experts without auto: as the run began, or as is fastest on the first rank; a collective on every rank.
+    """Resolve compute.experts=auto: the backend of the checkpoint, or the fastest on rank 0; a collective on every rank.
 
-    The rounding of all results depends on it, and a resumed run shall be the same to the bit.
+    A resume keeps the backend, since the rounding depends on it and a resumed run must be bit-equal.
     """
     model, parallel, compute = config.model, config.parallel, config.compute
     if compute.experts != "auto":
@@ -116,7 +116,7 @@ def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
         before = "auto" if checkpoint is None else checkpoint.facts.experts
         try:
             chosen = [choose_backend(model, parallel, dataclasses.replace(compute, experts=before))]
-        except ValueError:  # another machine than before
+        except ValueError:  # this machine does not support the earlier backend
             chosen = [choose_backend(model, parallel, compute)]
     dist.broadcast_object_list(chosen)
     return chosen[0]

@@ -1,4 +1,4 @@
-"""Measure how far each layout is from one process, as the table of docs/parallelism.md.
+"""Measure the difference between each layout and one process, for the table of docs/parallelism.md.
 
 python -m tests.distributed
 """

@@ -1,4 +1,4 @@
-"""One form of checkpoint for both engines and every layout: what is saved on one is there on another, bit by bit."""
+"""Checkpoints of both engines and all layouts are interchangeable, bit by bit."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def deepspeed(stage: int, **more: Any) -> dict[str, Any]:
     return {"engine": "deepspeed", "deepspeed": {"zero_stage": stage, **more}}
 
 
-# What is saved after three steps, by two processes.
+# Cases that two processes save after three steps.
 SAVED: dict[str, dict[str, Any]] = {
     "megatron ep2": {"parallel": EP2},
     "megatron plain ep2": {"parallel": PLAIN_EP2},
@@ -33,7 +33,7 @@ SAVED: dict[str, dict[str, Any]] = {
     "megatron ep2 bf16": {"parallel": EP2, **BF16},
     "ZeRO 3 ep2 bf16": {"parallel": EP2, **BF16, **deepspeed(3)},
 }
-# By whom each is loaded: the number of processes, what was saved, and how it goes on.
+# Cases that load them: number of processes, saved case, and options of the new run.
 LOADED: list[tuple[int, str, str, dict[str, Any]]] = [
     (1, "megatron ep2", "megatron on one process", {}),
     (2, "megatron ep2", "megatron dp2", {}),
@@ -59,7 +59,7 @@ LOADED: list[tuple[int, str, str, dict[str, Any]]] = [
     (1, "ZeRO 3 ep2 bf16", "megatron on one process", BF16),
 ]
 NAMES = [f"{saved} -> {by}" for _, saved, by, _ in LOADED]
-# bf16 is compared on the layout that saved: elsewhere rounding in fp32 soon moves a weight to the next bf16 number.
+# bf16 is compared on the same layout only: on others, fp32 rounding soon changes a weight to the next bf16 number.
 UNINTERRUPTED: dict[str, tuple[int, dict[str, Any]]] = {
     "fp32": (1, {}),
     "megatron ep2 bf16": (2, SAVED["megatron ep2 bf16"]),
@@ -77,13 +77,13 @@ def case_of(processes: int, options: dict[str, Any], **more: Any) -> dict[str, A
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the checkpoints are."""
+    """The folder of the checkpoints."""
     return tmp_path_factory.mktemp("checkpoints")
 
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
-    """What every case computed."""
+    """The results of all cases."""
     cases: dict[int, dict[str, dict[str, Any]]] = {2: {}, 1: {}, 4: {}}
     for name, options in SAVED.items():
         cases[2][name] = case_of(2, options, save=str(folder / name))
@@ -106,7 +106,7 @@ def test_everything_saved_is_loaded_bit_by_bit_and_nothing_else(results: dict[st
 
 
 @pytest.mark.parametrize("saved", SAVED)
-def test_a_checkpoint_holds_every_weight_and_both_its_moments_and_its_master(results: dict[str, Any], saved: str) -> None:
+def test_a_checkpoint_has_every_weight_its_moments_and_its_master(results: dict[str, Any], saved: str) -> None:
     state = results[saved]["state"]
     kinds = {"exp_avg", "exp_avg_sq", *(["param"] if "bf16" in saved else [])}
     weights = {name for name, tensor in state.items() if tensor.dim() > 0 and not name.startswith("optimizer.")}
@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_every_weight_and_both_its_moments_and_its_master(res
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "bf16" not in name])
-def test_training_goes_on_as_if_it_had_not_been_interrupted(results: dict[str, Any], name: str) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(results: dict[str, Any], name: str) -> None:
     expected = results["uninterrupted fp32"]
     for part in ("losses", "norms"):
         assert results[name][part] == pytest.approx(expected[part][STEPS:], rel=1e-5)
@@ -135,12 +135,12 @@ def test_training_goes_on_as_if_it_had_not_been_interrupted(results: dict[str, A
 @pytest.mark.parametrize(
     ("saved", "name"), [(saved, name) for (_, saved, _, _), name in zip(LOADED, NAMES, strict=True) if "bf16" in saved]
 )
-def test_training_in_bf16_goes_on_as_if_it_had_not_been_interrupted(results: dict[str, Any], saved: str, name: str) -> None:
+def test_a_resumed_bf16_run_equals_an_uninterrupted_one(results: dict[str, Any], saved: str, name: str) -> None:
     actual, expected = results[name], results[f"uninterrupted {saved}"]
     for part in ("losses", "norms"):
         if name == f"{saved} -> {saved.removesuffix(' bf16')}":
             assert actual[part] == expected[part][STEPS:]
-        # Gradients of other layouts are rounded to bf16 in other places.
+        # On other layouts, gradients are rounded to bf16 at other points.
         if part == "losses" or name.endswith("ep2"):
             assert actual[part][0] == pytest.approx(expected[part][STEPS], rel=1e-5)
     assert actual["losses"] == pytest.approx(expected["losses"][STEPS:], rel=2**-8)
@@ -149,7 +149,7 @@ def test_training_in_bf16_goes_on_as_if_it_had_not_been_interrupted(results: dic
 
 
 @pytest.mark.parametrize("case", ["later", "later ZeRO 3"])
-def test_training_goes_on_while_the_state_of_the_step_of_the_save_is_written(results: dict[str, Any], case: str) -> None:
+def test_an_async_save_writes_the_state_of_its_step(results: dict[str, Any], case: str) -> None:
     result = results[case]
     assert result["unpublished"] == [True, True], "a folder had its final name before everything was written"
     assert result["published"] == "step-00000001"
@@ -159,7 +159,7 @@ def test_training_goes_on_while_the_state_of_the_step_of_the_save_is_written(res
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_last_checkpoints_stay_and_some_for_ever(tmp_path: Path) -> None:
+def test_keep_last_and_keep_every(tmp_path: Path) -> None:
     saver = Saver(tmp_path, CheckpointConfig(keep_last=2, keep_every=20))
     for step in (10, 20, 30, 40, 50, 60, 70):
         saver.save(step=step, state={}, facts=facts_of(step))

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against the Megatron engine, and steps that neither of them may apply."""
+"""The DeepSpeed engine compared with the Megatron engine, and dropped steps of both."""
 
 import math
 from typing import Any
@@ -10,11 +10,11 @@ from tests.distributed.test_layouts import LOSSES, SMOOTH, SPARSE
 from tests.distributed.worker import run_cases
 
 STEPS = 12
-# With all neurons kept the normalised form of NG-LBL is constant. The others bend where a gate is 0, and a gate that
-# rounding puts on the other side changes the loss for good, between layouts of one engine too: a few steps must do there.
+# With all neurons kept, the normalised form of NG-LBL is constant. The other forms have a kink where a gate is 0. If
+# rounding moves a gate across it, the loss changes, also between layouts of one engine. These cases therefore run few steps.
 ALL_LOSSES = SMOOTH | LOSSES | {"neuron_balance_coeff": 0.01, "num_layers": 2}
 
-# What DeepSpeed does, by the number of processes: layout, ZeRO stage, micro-batches of a step.
+# DeepSpeed cases by number of processes: layout, ZeRO stage, micro-batches per step.
 Setting = tuple[str, int, int]
 PARALLEL: dict[str, dict[str, Any]] = {
     "one": {},
@@ -35,7 +35,7 @@ OFFLOADED = [("ep2", 1, 1), ("dp2", 3, 2)]
 
 SKIPPING = {"compute": {"experts": "sparse"}}
 
-# A step refused by the caller, and one with a gradient that is not a number on the last rank only.
+# A step that the caller refuses, and one with a NaN gradient on the last rank only.
 REFUSED, POISONED, LAST = 2, 4, 7
 DISTURBED: dict[str, dict[str, Any]] = {
     "megatron plain": {"parallel": {"expert": 2, "distributed_optimizer": False}},
@@ -95,18 +95,18 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
 
 
 def has_twin(name: str) -> bool:
-    """Whether the case is compared with a run of its own that never saw the steps; in bf16 engines round differently."""
+    """Whether the case is compared with a run of the same engine without the steps, since bf16 engines round differently."""
     return "bf16" in name or (name.startswith("megatron") and "plain" not in name)
 
 
 def disturbed_cases() -> dict[str, dict[str, Any]]:
-    """Steps that are refused or poisoned, and runs that never saw them, with an expert bias that each step moves."""
+    """Runs with dropped steps, and runs without these steps, with an expert bias that each step changes."""
     model = SPARSE | LOSSES | {"num_layers": 2, "router_score_function": "sigmoid", "expert_bias": True}
     common = {"model": model, "training": {"micro_batch_size": 2, "global_batch_size": 8}, "run_steps": LAST, **SKIPPING}
     disturbed = {
         "refuse": [REFUSED],
         "poison": [POISONED],
-        # Of an expert that the other rank does not hold.
+        # A weight of an expert that the other rank does not hold.
         "poison_name": "decoder.layers.1.mlp.experts.down_weight",
     }
     cases = {}
@@ -119,7 +119,7 @@ def disturbed_cases() -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What every case computed."""
+    """The results of all cases."""
     return run_cases({processes: cases_of(processes) for processes in SETTINGS}, tmp_path_factory.mktemp("engines"))
 
 
@@ -153,7 +153,7 @@ def test_an_offloaded_optimizer_trains_the_same(results: dict[str, Any], setting
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_as_megatron_does_in_bf16(results: dict[str, Any], stage: int) -> None:
     actual, expected = results[f"ZeRO {stage}/bf16"], results["megatron/bf16"]
-    # Rounding in fp32 shows at 1e-7, until it moves a weight to the next bf16 number: then the losses differ as bf16 does.
+    # fp32 rounding gives differences of 1e-7 until it changes a weight to the next bf16 number.
     for part in ("losses", "norms"):
         assert actual[part][:3] == pytest.approx(expected[part][:3], rel=1e-5)
     assert actual["losses"] == pytest.approx(expected["losses"], rel=2**-8)
@@ -171,7 +171,7 @@ def test_deepspeed_chooses_the_same_experts_and_neurons(results: dict[str, Any],
 
 
 def test_scale_does_not_grow_with_the_number_of_micro_batches(results: dict[str, Any]) -> None:
-    # The norm shows the scale in the first step, and the losses of the next ones its direction.
+    # The gradient norm tests the scale of the first step; the losses of later steps test its direction.
     assert_equal_training(results["repeat/4"], results["repeat/1"])
 
 
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_applied_changes_nothing_but_the_schedule(results: di
 
 
 @pytest.mark.parametrize("name", DISTURBED)
-def test_training_goes_on_as_if_the_step_had_never_been(results: dict[str, Any], name: str) -> None:
+def test_training_continues_as_without_the_dropped_step(results: dict[str, Any], name: str) -> None:
     disturbed = results[f"disturbed/{name}"]
     omitted = results[f"omitted/{name}" if has_twin(name) else "omitted/megatron distributed"]
     remaining = [step for step in range(LAST) if step not in (REFUSED, POISONED)]

@@ -9,7 +9,7 @@ import torch
 from mone_model.neuron_selection import select_neurons_reference
 from tests.distributed.worker import TIED_K, run_cases, tied_gate
 
-# Every auxiliary loss, so large that a wrong scale shows.
+# All auxiliary losses, with coefficients so large that a wrong scale is visible.
 LOSSES = {
     "aux_loss_coeff": 1.0,
     "seq_aux_loss_coeff": 1.0,
@@ -17,11 +17,11 @@ LOSSES = {
     "z_loss_coeff": 0.3,
     "neuron_balance_coeff": 3.0,
 }
-# Rows of the embedding that are no tokens: of two tensor-parallel ranks the last has tokens too, or nothing else.
+# Padding rows of the embedding: the last of two tensor-parallel ranks has tokens and padding, or only padding.
 TOKENS = 70
 SOME_PADDING, MUCH_PADDING = ({"vocab_size": TOKENS, "vocab_multiple": multiple} for multiple in (96, 256))
-# Without a discrete choice: every token takes all experts and all neurons. Nor is a gate negative: in the loss that balances
-# neurons stands its magnitude, whose slope jumps at zero, and there is always one so near that rounding takes it across.
+# No discrete choice: every token uses all experts and all neurons. Gates are not negative: the neuron balance loss uses
+# their magnitudes, whose slope is discontinuous at zero, and rounding always moves some gate across zero.
 SMOOTH = SOME_PADDING | {"num_layers": 4, "router_topk": 4, "activation_ratio": 1.0, "activation": "sigmoid"}
 SPARSE = MUCH_PADDING | {
     "num_layers": 4,
@@ -70,7 +70,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
             "training": {"micro_batch_size": 4 // replicas, "global_batch_size": 8},
         }
         for kind, model in (("smooth", SMOOTH), ("sparse", SPARSE)):
-            # With all neurons kept, the normalised loss is constant: its gradient is rounding, and nothing to compare.
+            # With all neurons kept, the normalised loss is constant: its gradient consists of rounding errors.
             for form in ("normalised", "masked") if kind == "sparse" else ("unmasked",):
                 cases[f"{layout}/{kind}/{form}"] = {
                     **options,
@@ -100,7 +100,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 **options,
                 "parallel": parallel | {"overlap_communication": layout != "one"},
                 "model": SMOOTH | {"tie_embeddings": True},
-                # Adam divides a gradient by its size: of the few that are nearly zero only rounding would be left.
+                # Adam divides gradients by their size, which amplifies rounding errors of the few that are nearly zero.
                 "optimizer": {"eps": 1e-4},
                 "run_steps": 3,
                 "weights": True,
@@ -130,7 +130,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Every case of every layout."""
+    """The results of all cases of all layouts."""
     return run_cases({processes: cases_of(processes) for processes in LAYOUTS}, tmp_path_factory.mktemp("layouts"))
 
 
@@ -159,7 +159,7 @@ def test_losses_and_gradients_do_not_depend_on_the_layout(results: dict[str, Any
 
 @pytest.mark.parametrize("layout", ["one", *NAMES])
 @pytest.mark.parametrize("case", ["smooth/unmasked", "sparse/normalised"])
-def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_gradient(results: dict[str, Any], layout: str, case: str) -> None:
+def test_padding_rows_of_the_vocabulary_have_no_gradient(results: dict[str, Any], layout: str, case: str) -> None:
     gradient_VD = results[f"{layout}/{case}"]["gradients"]["output_layer.weight"]
     assert len(gradient_VD) > TOKENS
     assert gradient_VD[:TOKENS].any(dim=1).all()
@@ -167,7 +167,7 @@ def test_rows_of_the_vocabulary_that_are_no_tokens_have_no_gradient(results: dic
 
 
 def test_the_loss_is_over_the_tokens_in_bf16_too(results: dict[str, Any]) -> None:
-    # There torch and Megatron-Core compute it in place of the kernels.
+    # With this option, torch and Megatron-Core compute it instead of the kernels.
     assert results["one/bf16"]["losses"][0] == pytest.approx(math.log(TOKENS), abs=0.05)
     assert results["tp2/bf16"]["losses"] == pytest.approx(results["one/bf16"]["losses"], rel=2**-8)
 

@@ -1,4 +1,4 @@
-"""Runs many cases on real processes and writes what each computed.
+"""Run many cases on real processes and write the results.
 
 results = run_cases({1: {"one": {}}, 2: {"dp2": {}, "ep2": {"parallel": {"expert": 2}}}}, folder)      # from a test
 python -m tests.distributed.worker cases.json results.pt                                               # what that starts
@@ -77,7 +77,7 @@ def batches(config: RunConfig, repeat: bool) -> Iterator[Batch]:
 
 
 def run_cases(cases: dict[int, dict[str, dict[str, Any]]], folder: Path) -> dict[str, Any]:
-    """What every case computed, over gloo; by the number of processes and by name, all names being different."""
+    """Run cases over gloo and return their results; cases: by number of processes and by unique name."""
     asked, computed = folder / "cases.json", folder / "results.pt"
     asked.write_text(json.dumps(cases))
     run = subprocess.run(
@@ -94,13 +94,13 @@ def run_cases(cases: dict[int, dict[str, dict[str, Any]]], folder: Path) -> dict
 
 
 def config_of(case: dict[str, Any]) -> RunConfig:
-    """The run that a case describes."""
+    """The config of a case."""
     return RunConfig(
         engine=case.get("engine", "megatron"),
         deepspeed=DeepSpeedConfig(**case.get("deepspeed", {})),
         model=ModelConfig(**TINY_MODEL | case.get("model", {})),
         parallel=ParallelConfig(**case.get("parallel", {})),
-        # Not auto: two runs may find another method fastest.
+        # Not auto: two runs may choose different backends.
         compute=ComputeConfig(**{"experts": "grouped"} | case.get("compute", {})),
         training=TrainingConfig(**{"steps": 100, "micro_batch_size": 4, "global_batch_size": 4} | case.get("training", {})),
         optimizer=OptimizerConfig(**{"warmup_steps": 2, "clip_grad": 0.5} | case.get("optimizer", {})),
@@ -112,13 +112,13 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> Any:
     if case.get("tied"):
         return select_tied_neurons()
     config = config_of(case)
-    torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other slow where cores are shared
+    torch.set_num_threads(1)  # the models are tiny, and threads are slow on shared cores
     set_seeds(config.run.seed)
     return train(case, config, runtime)
 
 
 def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str, Any]:
-    """What one case asks for."""
+    """Run one case."""
     engine = build_engine(config, runtime)
     layers = [layer for module in engine.modules for layer in moe_layers(module)]
     for _, experts, _ in layers:
@@ -135,7 +135,7 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
     guard = StepGuard(GuardConfig(), runtime.device)
     losses, norms, rates, applied, kept = [], [], [], [], []
     for step in range(skipped, skipped + case.get("run_steps", 1)):
-        if step in case.get("omit", []):  # as if it had never been, but for the schedule
+        if step in case.get("omit", []):  # omit the step, but advance the schedule
             for _ in range(micro_batches):
                 next(read)
             engine.scheduler.step(increment=1)  # type: ignore[attr-defined]
@@ -172,7 +172,7 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
     if isinstance(engine, MegatronEngine):
         results["memory"] = measured_and_estimated_memory(engine, config, runtime)
     if case.get("weights"):
-        engine.sharded_state()  # what is about to be saved must be whole
+        engine.sharded_state()  # gathers all weights before a save
         results["weights"] = whole(engine, lambda weight: weight)
     if case.get("gradients"):
         results["gradients"] = whole(engine, lambda weight: weight.main_grad)  # type: ignore[attr-defined]
@@ -195,10 +195,10 @@ def refuse(loss: float, grad_norm: float) -> bool:
 
 @contextlib.contextmanager
 def poisoned(engine: Engine, name: str | None) -> Iterator[None]:
-    """Within, the gradient of one weight is not a number, on the last rank only; with None nothing happens."""
+    """Context in which the gradient of one weight is NaN on the last rank; None: no change."""
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
-        if hasattr(weight, "main_grad"):  # to which experts that skip have already added their gradient
+        if hasattr(weight, "main_grad"):  # to which sparse experts have already added their gradient
             weight.main_grad.fill_(torch.nan)
         return gradient * torch.nan
 
@@ -212,14 +212,14 @@ def poisoned(engine: Engine, name: str | None) -> Iterator[None]:
 
 
 def alike(*mine: list[Any]) -> bool:
-    """Whether all ranks have the same."""
+    """Whether all ranks have equal values."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, repr(mine))  # of which even not-a-numbers are equal
+    dist.all_gather_object(gathered, repr(mine))  # the repr of NaN is equal to itself
     return len(set(gathered)) == 1
 
 
 def differences(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that are not bitwise equal, or only on one side."""
+    """The names of tensors that are not bitwise equal or missing on one side."""
     return [
         name
         for name in sorted(actual.keys() | expected.keys())
@@ -238,7 +238,7 @@ def save(engine: Engine, folder: Path, step: int) -> None:
 
 
 def load(engine: Engine, folder: Path) -> int:
-    """Load the newest checkpoint of a folder; its step."""
+    """Load the newest checkpoint of a folder and return its step."""
     found, problems = list_checkpoints(folder)
     assert not problems, problems
     engine.load_state(load_checkpoint(found[-1], engine.sharded_state(loading=True), same_layout=False))
@@ -246,7 +246,7 @@ def load(engine: Engine, folder: Path) -> int:
 
 
 def save_while_training(engine: Engine, folder: Path, train_step: Callable[[], Any]) -> dict[str, Any]:
-    """Begin to save, train two steps while the writers are held up, and let them go on only then."""
+    """Start a save, train two steps while the writers are blocked, and then release them."""
     go, write = folder.with_name(f"{folder.name}-go"), checkpoint._write_and_digest
 
     def write_later(*args: Any, **kwargs: Any) -> None:
@@ -273,7 +273,7 @@ def save_while_training(engine: Engine, folder: Path, train_step: Callable[[], A
 def measured_and_estimated_memory(
     engine: MegatronEngine, config: RunConfig, runtime: Runtime
 ) -> tuple[list[int], list[int]]:
-    """Bytes of weights, gradients and optimizer state over all ranks: of the tensors there are, and as estimated."""
+    """Bytes of weights, gradients and optimizer state over all ranks: actual and estimated."""
     weights = [weight for module in engine.modules for weight in module.parameters()]
     states = [state for optimizer in engine.optimizers() for state in optimizer.optimizer.state.values()]
     moments = [tensor for state in states for tensor in state.values() if tensor.dim() > 0]
@@ -293,14 +293,14 @@ def measured_and_estimated_memory(
 
 
 def whole(engine: Engine, part_of: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What `part_of` gives for every weight, put together from all ranks, by the weight's name in a checkpoint."""
+    """`part_of` of every weight, assembled from all ranks, by the weight's name in a checkpoint."""
     mine: list[tuple[str, Any, Any, torch.Tensor]] = []
     for module in engine.modules:
         for entry in module.sharded_state_dict().values():
             if isinstance(getattr(entry, "data", None), torch.nn.Parameter):
                 entry = dataclasses.replace(entry, data=part_of(entry.data).detach())
                 parts: Any = {"part": entry}
-                apply_factories(parts)  # gate and up of the shared expert are split one by one
+                apply_factories(parts)  # splits gate and up of the shared expert separately
                 mine += [
                     (part.key, part.global_shape, part.global_slice(), part.data)
                     for part in nested_values(parts)
@@ -310,7 +310,7 @@ def whole(engine: Engine, part_of: Callable[[torch.nn.Parameter], torch.Tensor])
 
 
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every tensor that a checkpoint would hold, put together from all ranks, and the two counters; collective."""
+    """Every tensor of a checkpoint, assembled from all ranks, and the two counters; a collective."""
     state = engine.sharded_state()
     apply_factories(state)
     mine = [
@@ -339,7 +339,7 @@ def assembled(mine: list[tuple[str, Any, Any, torch.Tensor]]) -> dict[str, torch
 
 
 def select_tied_neurons() -> torch.Tensor:
-    """The masks [R, N, h] of all ranks, of `tied_gate`, whose neurons are shared out among them."""
+    """The masks [R, N, h] of all ranks for `tied_gate`, whose neurons are partitioned over the ranks."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     part = tied_gate().chunk(ranks, dim=1)[rank].contiguous()
     mask = select_neurons(part, TIED_K, dist.group.WORLD).mask_NH
@@ -349,7 +349,7 @@ def select_tied_neurons() -> torch.Tensor:
 
 
 def tied_gate() -> torch.Tensor:
-    """[600, 16] with four different magnitudes, so that ties on several ranks are the rule; the last 100 rows are broken."""
+    """[600, 16] with four distinct magnitudes, so that there are many ties across ranks; the last 100 have NaN and inf."""
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor([3.0, math.inf, -math.inf, math.nan])
     broken = values[torch.randint(0, 4, (100, 16), generator=generator)]
@@ -360,11 +360,11 @@ TIED_K = 5
 
 
 def main() -> None:
-    """Run the cases of each layout in forked processes: they need not import anew, and groups do not end before they do."""
+    """Run the cases of each layout in forked processes, which saves imports and the teardown of process groups."""
     cases = {int(processes): of_them for processes, of_them in json.loads(Path(sys.argv[1]).read_text()).items()}
     parts = {name: Path(f"{sys.argv[2]}.{index}") for index, name in enumerate(itertools.chain(*cases.values()))}
     if any(case.get("engine") == "deepspeed" for of_them in cases.values() for case in of_them.values()):
-        import deepspeed  # noqa: F401  takes seconds, and each process would do it anew
+        import deepspeed  # noqa: F401  takes seconds; import it once before the forks
     for processes, of_them in cases.items():
         for _, alike in itertools.groupby(of_them.items(), lambda item: layout_of(item[1])):
             run_in_processes(processes, {name: (case, parts[name]) for name, case in alike})
@@ -372,7 +372,7 @@ def main() -> None:
 
 
 def layout_of(case: dict[str, Any]) -> list[Any]:
-    """What the process groups depend on."""
+    """The options that determine the process groups."""
     parallel = config_of(case).parallel
     degrees = ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor")
     return [getattr(parallel, degree) for degree in degrees]
@@ -382,7 +382,7 @@ Items = dict[str, tuple[dict[str, Any], Path]]
 
 
 def run_in_processes(count: int, items: Items) -> None:
-    """The cases of one layout by so many processes; ends this process if one of them fails."""
+    """Run the cases of one layout on `ranks` processes; ends this process if one of them fails."""
     fork = multiprocessing.get_context("fork")
     ranks = [fork.Process(target=run_and_write, args=(place, items)) for place in torchrun_environments(count)]
     for process in ranks:
@@ -399,7 +399,7 @@ def run_in_processes(count: int, items: Items) -> None:
 
 
 def run_and_write(place: dict[str, str], items: Items) -> None:
-    """One rank, by its environment, of the cases of one layout, from their groups to their results on disk."""
+    """Run the cases of one layout on one rank and write the results."""
     os.environ.update(place)
     (first, _), *_ = items.values()
     with distributed(config_of(first).parallel, seed=1, timeout_minutes=2) as runtime:

@@ -1,4 +1,4 @@
-"""From raw text to samples, by the commands of the README."""
+"""From raw text to samples with the commands of the README."""
 
 import json
 import random
@@ -17,9 +17,7 @@ def write_corpus(path: Path) -> None:
             file.write(json.dumps({"text": text}) + "\n")
 
 
-def test_raw_text_becomes_a_model_that_writes(
-    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
+def test_from_raw_text_to_generated_text(command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
     write_corpus(tmp_path / "corpus.jsonl")
 
     def run(module: str, *args: str, processes: int = 1) -> str:
@@ -37,7 +35,7 @@ def test_raw_text_becomes_a_model_that_writes(
     trained = run("train.pretrain", *options, "training.steps=80", processes=2)
     assert "complete" in trained
 
-    # The layout is no part of the checkpoint: one process continues what two began.
+    # A checkpoint does not depend on the layout: one process continues a run of two.
     continued = run("train.pretrain", *options, "training.steps=90", "parallel.expert=1")
     assert "resumed from runs/words/checkpoints/step-00000080" in continued
     records = [json.loads(line) for line in (tmp_path / "runs/words/metrics.jsonl").read_text().splitlines()]
@@ -54,7 +52,7 @@ def test_raw_text_becomes_a_model_that_writes(
     assert len(thresholds["thresholds"]) == 2
     assert abs(thresholds["loss"] - thresholds["loss_of_k_best"]) < 0.1
     assert "kept" in calibrated
-    # A run that was moved away from its data still writes.
+    # A moved run still generates text.
     (tmp_path / "runs/words").rename(tmp_path / "words")
     (tmp_path / "shards").rename(tmp_path / "gone")
     again = run("train.sample", "run=words", 'prompts=["the river"]', "thresholds=words/thresholds.json")
@@ -63,4 +61,4 @@ def test_raw_text_becomes_a_model_that_writes(
     (tmp_path / "words").rename(tmp_path / "runs/words")
     refused = command("train.sample", "run=runs/words", "thresholds=runs/words/config.yaml")
     assert refused.returncode == 2
-    assert "error: thresholds=runs/words/config.yaml: no such file of mone-calibrate" in refused.stderr
+    assert "error: thresholds=runs/words/config.yaml: is not an output file of mone-calibrate" in refused.stderr

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: real processes, real files, real signals."""
+"""mone-pretrain with real processes, files and signals."""
 
 import json
 import os
@@ -27,7 +27,7 @@ OPTIONS = [
     "model.hidden_dropout=0.1",
     "model.neuron_balance_coeff=0.01",
     "model.z_loss_coeff=0.001",
-    "compute.experts=grouped",  # two runs may find another method fastest, and would then differ in their rounding
+    "compute.experts=grouped",  # with auto, two runs may choose different backends, which round differently
     f"training.steps={STEPS}",
     "training.micro_batch_size=2",
     "training.global_batch_size=8",
@@ -101,7 +101,7 @@ def test_every_recorded_name_is_documented(folder: Path, undisturbed: str) -> No
     assert [name for name in sorted(general) if f"`{name}`" not in text] == []
 
 
-def test_the_same_command_gives_the_same_losses_and_a_signal_costs_nothing(folder: Path, undisturbed: str) -> None:
+def test_the_same_command_gives_the_same_losses_also_after_a_signal(folder: Path, undisturbed: str) -> None:
     process = start(folder, "interrupted")
     assert process.stdout is not None
     for line in process.stdout:
@@ -148,13 +148,13 @@ def test_a_run_continues_with_another_engine_world_size_batch_size_blend_and_len
     assert list(losses) == list(range(1, 11))
     assert tokens[4] == 4 * 8 * 32
     assert tokens[10] == tokens[4] + 6 * 4 * 32
-    # Not one of its moments or steps is lost on the way: the loss does not jump.
+    # No moment or step is lost: the loss does not jump.
     assert abs(losses[5] - losses[4]) < 0.2
     assert losses[10] < losses[1]
 
 
 def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undisturbed: str) -> None:
-    # Without dropout, whose random numbers belong to a rank; the blend, the order and the initial weights are the same.
+    # Without dropout, whose random numbers depend on the rank; blend, order and initial weights are equal.
     options = ["model.hidden_dropout=0", "model.router_topk=4", "model.activation_ratio=1"]
     finish(start(folder, "one", *options))
     finish(start(folder, "two", *options, "training.micro_batch_size=1", "parallel.expert=2", processes=2))
@@ -165,7 +165,7 @@ def test_two_processes_with_expert_parallelism_train_the_same(folder: Path, undi
             assert two[step] == pytest.approx(one[step], rel=1e-5), (metric, step)
 
 
-def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, undisturbed: str) -> None:
+def test_resume_never_overwrites_a_run_or_changes_its_model(folder: Path, undisturbed: str) -> None:
     assert "resume=never" in finish(start(folder, "undisturbed", "resume=never"), code=2)
     output = finish(start(folder, "undisturbed", "model.activation_ratio=0.5", f"training.steps={STEPS + 1}"), code=2)
     assert "model.activation_ratio=0.5" in output
@@ -173,7 +173,7 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
     assert "run.seed=7 (saved: 1234)" in finish(start(folder, "undisturbed", "run.seed=7"), code=2)
     with lock_run_folder(folder / "runs/undisturbed"):
         output = finish(start(folder, "undisturbed", f"training.steps={STEPS + 1}"), code=2)
-    assert "another run works there" in output
+    assert "another run uses it" in output
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_never_overwrites_a_run_and_continues_only_the_same_model(folder: Path, 
         (["data.blend=[{weight: 1}]"], "path"),
     ],
 )
-def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, options: list[str], expected: str) -> None:
+def test_invalid_options_are_reported_before_anything_is_written(folder: Path, options: list[str], expected: str) -> None:
     process = start(folder, "refused", *options)
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -194,7 +194,7 @@ def test_bad_options_fail_by_name_before_anything_is_written(folder: Path, optio
     assert not (folder / "runs/refused").exists()
 
 
-def test_wandb_without_a_server_goes_on_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_without_a_server_continues_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HOME", str(folder))
     options = ("logging.wandb_mode=online", "training.steps=3", "logging.figure_interval=0")

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel's content and scripts, built from a copy, so that no leftovers of a build go in."""
+    """A folder with the wheel's content and scripts, built from a copy without leftovers of earlier builds."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for package in PACKAGES:
@@ -39,7 +39,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(site: Path, *command: str, folder: Path | None = None) -> str:
-    """What a command prints; with a folder, one that comes before the wheel, for the command and all that it starts."""
+    """The output of a command; folder: put before the wheel on the path, for the command and its children."""
     path = str(site) if folder is None else f".:{site}"
     done = subprocess.run(
         command,
@@ -53,7 +53,7 @@ def run(site: Path, *command: str, folder: Path | None = None) -> str:
     return done.stdout
 
 
-def test_packages_come_from_the_wheel(site: Path) -> None:
+def test_packages_are_imported_from_the_wheel(site: Path) -> None:
     code = "import configs, data_prep, launch, train, mone_model; print(train.__file__, mone_model.__file__)"
     assert run(site, sys.executable, "-c", code).count(str(site)) == 2
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"bin", *PACKAGES}
@@ -77,7 +77,7 @@ def test_pretrain_trains_from_the_wheel(site: Path) -> None:
 
 @pytest.fixture(scope="module")
 def hostile(site: Path) -> Path:
-    """A folder whose files have the names of our packages; importing one ends the process."""
+    """A folder with files of our packages' names; importing one ends the process."""
     folder = site.parent / "hostile"
     folder.mkdir()
     make_shards(folder / "shards")
@@ -98,7 +98,7 @@ def test_a_sweep_trains_in_a_folder_with_files_of_our_packages_names(site: Path,
     assert "2 steps of warm-up" in (hostile / "runs/mone/seed=1/log.txt").read_text()
 
 
-def test_python_m_says_which_file_stands_before_ours(site: Path, hostile: Path, tmp_path: Path) -> None:
+def test_python_m_reports_a_shadowing_file(site: Path, hostile: Path, tmp_path: Path) -> None:
     for file, module in {
         "configs/__init__.py": "train.pretrain",
         "launch.py": "data_prep.tokenize",
@@ -118,10 +118,10 @@ def test_python_m_says_which_file_stands_before_ours(site: Path, hostile: Path, 
         assert done.returncode == 2
         (line,) = done.stderr.splitlines()
         package = file.partition("/")[0].removesuffix(".py")
-        assert line.startswith(f"error: {folder / file} stands before this project's package `{package}`, in {site}; ")
+        assert line.startswith(f"error: {folder / file} shadows this project's package `{package}` in {site}; ")
 
 
-# What each script's --help has to mention.
+# Text that the --help of each script must contain.
 OPTIONS = {
     "mone-pretrain": "activation_ratio",
     "mone-plan": "cluster.gpu",
@@ -135,7 +135,7 @@ OPTIONS = {
     "mone-tokenize": "shard_tokens",
     "mone-verify": "path",
 }
-# Runs each script with --help in a child that shares its parent's imports, which are those of the wheel.
+# Runs each script with --help in a fork, which reuses the imports from the wheel.
 EVERY_SCRIPT = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
@@ -161,18 +161,18 @@ def test_every_script_explains_its_options_in_any_folder(site: Path, hostile: Pa
 
 
 def test_dependencies_are_bounded_by_what_was_run() -> None:
-    """A series that nothing has run does not come in on a plain `pip install`."""
+    """A plain `pip install` does not install an untested series."""
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     for requirement in map(Requirement, PROJECT["dependencies"]):
         major, minor, *_ = Version(tested[requirement.name]).release
         assert requirement.specifier.contains(tested[requirement.name])
         assert not requirement.specifier.contains(f"{major + 1}.0"), requirement
-        if requirement.name in ("torch", "megatron-core", "deepspeed", "hydra-core", "omegaconf"):  # their insides are used
+        if requirement.name in ("torch", "megatron-core", "deepspeed", "hydra-core", "omegaconf"):  # private APIs are used
             assert not requirement.specifier.contains(f"{major}.{minor + 1}"), requirement
 
 
 def test_a_plain_install_resolves_to_the_series_that_were_run(tmp_path: Path) -> None:
-    """Without constraints, on this Python; nothing is installed."""
+    """Resolve without constraints on this Python; installs nothing."""
     report = tmp_path / "report.json"
     pip = [
         sys.executable,

@@ -1,7 +1,7 @@
-"""Kill training processes at random moments, also in the middle of a save, and see whether any step is lost for good.
+"""Kill training processes at random times, including during saves, and check that the final results do not change.
 
 Each round starts the tiny model on two processes, kills -9 one of them or both, starts the same command again, and compares
-loss, gradient norm, validation loss and tokens of every step with those of a run that was left alone: bitwise. Every other
+loss, gradient norm, validation loss and tokens of every step with those of an undisturbed run, bitwise. Every other
 round waits for a save and kills in it, half of these while it is written in the background. Exit code 1 if a round differs.
 """
 
@@ -18,7 +18,7 @@ from tests.faults.rounds import HEADER, Outcome, draw, play
 
 
 def main() -> None:
-    """Play the rounds, print the table."""
+    """Run the rounds and print the table."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Runs of several real processes that can be watched, hurt and started again.
+"""Runs of real processes that tests can observe, signal, kill and restart.
 
 with Job(folder, "run") as job:
     job.wait_for(lambda: job.steps() and job.steps()[-1] >= 3)
@@ -30,7 +30,7 @@ STEPS = 8
 METRICS = ("train/loss", "train/grad_norm", "validation/loss", "train/tokens")
 UNDISTURBED = "undisturbed"
 DEADLINE = 300.0
-"""Seconds after which a wait is given up; far beyond what any takes."""
+"""Timeout in seconds, much longer than any wait."""
 OPTIONS = [
     *TINY,
     "parallel.expert=2",
@@ -42,15 +42,15 @@ OPTIONS = [
 
 
 def make_data(folder: Path) -> None:
-    """The two sources that every run of a folder reads."""
+    """Create the two sources that all runs of a folder read."""
     make_shards(folder / "a", name="a")
     make_shards(folder / "b", name="b", seed=1)
 
 
 class Job:
-    """One start of the training command, under torchrun if there are several processes, with its output in a file.
+    """One start of the training command, with torchrun for several processes, and its output in a file.
 
-    faults: what tests.faults.victim is to do; None starts train.pretrain itself. stdout: where it prints, if not there.
+    faults: for tests.faults.victim; None starts train.pretrain. stdout: another file for the output.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Job:
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *launcher]
         module = "train.pretrain" if faults is None else "tests.faults.victim"
         data = "data.blend=[{path: a, weight: 0.7}, {path: b, weight: 0.3}]"
-        # Whatever the job starts inherits this mark, so that what it leaves behind is found even without a parent.
+        # All child processes inherit this variable, so that orphans are found.
         self.mark = uuid.uuid4().hex
         self.log = folder / f"{name}-{self.mark[:6]}.log"
         with open(self.log, "w") as log:
@@ -99,11 +99,11 @@ class Job:
         self.end()
 
     def output(self) -> str:
-        """What all its processes have printed so far."""
+        """The output of all processes so far."""
         return self.log.read_text(errors="replace")
 
     def everyone(self) -> list[psutil.Process]:
-        """Every process that still runs for this job; a stopped one counts, a zombie does not."""
+        """All running processes of this job, including stopped ones but not zombies."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -125,7 +125,7 @@ class Job:
         return found
 
     def steps(self) -> list[int]:
-        """Steps whose loss is recorded, in order; of this run's folder, so those of earlier starts, too."""
+        """Steps whose loss is recorded in the run folder, in order, including earlier starts."""
         return list(recorded(self.run, "train/loss"))
 
     def ended(self) -> bool:
@@ -133,7 +133,7 @@ class Job:
         return self.process.poll() is not None
 
     def wait_for(self, what: Callable[[], object], seconds: float = DEADLINE) -> bool:
-        """Wait until `what()`, which is the answer; False if the command returned before."""
+        """Wait until `what()` is true and return True; False if the command returned before."""
         began = time.monotonic()
         while not what():
             if self.ended():
@@ -147,7 +147,7 @@ class Job:
         return self.wait_for(lambda: self.steps()[-1:] >= [step])
 
     def wait(self, seconds: float = DEADLINE) -> int:
-        """Exit code of the command. AssertionError if it does not return in time, or leaves processes behind."""
+        """Exit code of the command. AssertionError if it does not return in time or leaves processes behind."""
         code = self.process.wait(timeout=seconds)
         began = time.monotonic()
         while left := self.everyone():
@@ -156,13 +156,13 @@ class Job:
         return code
 
     def finish(self, code: int = 0) -> str:
-        """Wait for this exit code; what was printed."""
+        """Wait for this exit code and return the output."""
         found = self.wait()
         assert found == code, f"exit code {found}, not {code}\n{self.output()}"
         return self.output()
 
     def end(self) -> None:
-        """Kill whatever still runs."""
+        """Kill all running processes of the job."""
         for process in self.everyone():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -171,12 +171,12 @@ class Job:
 
 
 def codes(output: str) -> set[int]:
-    """Exit codes of training processes, which torchrun reports and replaces by 1."""
+    """Exit codes of training processes from the output of torchrun, which itself exits with 1."""
     return {int(code) for code in re.findall(r"exitcode *: (-?\d+)", output)}
 
 
 def run_to_end(folder: Path, name: str, *options: str, **how: Any) -> str:
-    """Start, and expect success; what was printed."""
+    """Run a job, expect success, and return the output."""
     with Job(folder, name, *options, **how) as job:
         return job.finish()
 
@@ -187,13 +187,13 @@ def recorded(run: Path, metric: str) -> dict[int, Any]:
 
 
 def differences(folder: Path, name: str, reference: str = UNDISTURBED) -> list[str]:
-    """Metrics of a run that are not bitwise those of another."""
+    """Metrics of a run that are not bitwise equal to those of another."""
     one, other = folder / "runs" / name, folder / "runs" / reference
     return [metric for metric in METRICS if recorded(one, metric) != recorded(other, metric)]
 
 
 def status(folder: Path, name: str) -> dict[str, Any]:
-    """What status.json says."""
+    """The content of status.json."""
     return read_status(folder / "runs" / name)
 
 
@@ -204,12 +204,12 @@ def checkpoints(folder: Path, name: str) -> list[int]:
 
 @contextlib.contextmanager
 def mounted(path: Path, megabytes: int) -> Iterator[Path]:
-    """A small disk at `path`; subprocess.CalledProcessError where mounting is not permitted."""
+    """A small disk at `path`; subprocess.CalledProcessError if mounting is not permitted."""
     path.mkdir(parents=True, exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path)], check=True, capture_output=True)
     try:
         yield path
     finally:
-        # Once for the disk and once for each read-only view that a fault laid over it.
+        # Once for the disk and once for each read-only mount of a fault.
         while os.path.ismount(path):
             subprocess.run(["umount", "--lazy", str(path)], check=True)

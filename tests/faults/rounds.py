@@ -1,4 +1,4 @@
-"""Kill -9 at random moments, and whether the run that is started again ends as if nothing had happened."""
+"""Kill -9 at random times, and compare the restarted run with an undisturbed one."""
 
 import contextlib
 import random
@@ -14,16 +14,16 @@ from tests.faults.jobs import STEPS, Job, checkpoints, differences, run_to_end
 
 @dataclass(frozen=True)
 class Round:
-    """What one round does."""
+    """The parameters of one round."""
 
     victims: str
     """rank 0, rank 1 or all."""
     moment: str
     """start, step or save."""
     step: int
-    """After the record of this step; for a save: the first that begins after it."""
+    """Kill after the record of this step; for a save: during the first save after it."""
     delay: float
-    """Seconds from then on."""
+    """Delay in seconds."""
     async_save: bool
     """Whether checkpoints are written in the background."""
 
@@ -38,20 +38,20 @@ class Round:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """The result of a round."""
 
     round: Round
     reached: int
     """Last step recorded before the kill."""
     resumed_from: int
-    """Newest checkpoint after it; 0: none."""
+    """Newest checkpoint after the kill; 0: none."""
     torn: bool
-    """Whether it left a checkpoint half-written."""
+    """Whether the kill left an incomplete checkpoint."""
     problem: str
-    """Empty if the run that was started again ended as the undisturbed one."""
+    """Differences between the restarted and the undisturbed run."""
 
     def row(self, number: int) -> str:
-        """Of the table."""
+        """A row of the table."""
         lost, torn = self.reached - self.resumed_from, "yes" if self.torn else "no"
         moment = f"{self.round}; at step {self.reached}"
         return f"{number:>5}  {self.round.victims:<7}  {moment:<66}  {torn:<9}  {lost:>10}  {self.problem or 'equal'}"
@@ -61,7 +61,7 @@ HEADER = f"{'round':>5}  {'killed':<7}  {'moment':<66}  {'torn save':<9}  {'step
 
 
 def draw(generator: random.Random, number: int) -> Round:
-    """A round; every other one falls into a save, and every other of these into an asynchronous one."""
+    """A round. Every other round kills during a save, and every other of these during an asynchronous save."""
     moment = "save" if number % 2 == 0 else generator.choice(["start", "step", "step", "step"])
     delay = {"start": 12.0, "step": 0.6, "save": 0.25}[moment] * generator.random()
     victims = generator.choice(["rank 0", "rank 1", "all"])
@@ -82,7 +82,7 @@ def play(folder: Path, name: str, hurt: Round) -> Outcome:
         time.sleep(hurt.delay)
         for rank, process in ranks.items():
             if hurt.victims in ("all", f"rank {rank}"):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it was faster
+                with contextlib.suppress(psutil.NoSuchProcess):  # it has already ended
                     process.send_signal(signal.SIGKILL)
         job.wait()
         reached = max(job.steps(), default=0)

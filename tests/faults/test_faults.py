@@ -1,4 +1,4 @@
-"""What happens to a run that is hurt, with real processes. docs/faults.md has the table; the rounds are in rounds.py."""
+"""Faults of a run, with real processes. docs/faults.md has the table; the rounds are in rounds.py."""
 
 import os
 import re
@@ -32,12 +32,12 @@ from tests.tiny import make_shards
 
 FEW_SAVES = "checkpoint.interval=4"
 HUNG = ("run.timeout_minutes=0.3", "checkpoint.interval=0")
-"""18 seconds are several times the longest phase; the first save would be it, and is left out for busy machines."""
+"""18 seconds are several times the longest phase, apart from the first save, which can be slow on busy machines."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data, and a run that nobody hurt."""
+    """Data and an undisturbed run."""
     folder = tmp_path_factory.mktemp("faults")
     make_data(folder)
     run_to_end(folder, UNDISTURBED)
@@ -46,9 +46,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """The run folder called like the test, as a disk of 8 MB of its own: about six checkpoints."""
+    """A run folder named after the test, on a separate disk of 8 MB, which holds about six checkpoints."""
     try:
-        # Brackets mean something in an option.
+        # Brackets are syntax in an option.
         with mounted(folder / "runs" / re.sub(r"\W+", "-", request.node.name).strip("-"), megabytes=8) as path:
             yield path
     except subprocess.CalledProcessError as error:
@@ -65,12 +65,12 @@ def fault(name: str, **arguments: Any) -> dict[str, Any]:
     [
         Round("rank 1", "save", step=0, delay=0.05, async_save=False),
         Round("rank 0", "save", step=2, delay=0.05, async_save=True),
-        # A step away from any save, which only those that training waits for are.
+        # A step without a save. Only synchronous saves take place within a step.
         Round("all", "step", step=3, delay=0.0, async_save=False),
     ],
     ids=str,
 )
-def test_a_killed_run_ends_like_one_that_was_left_alone(folder: Path, hurt: Round) -> None:
+def test_a_killed_run_ends_like_an_uninterrupted_one(folder: Path, hurt: Round) -> None:
     outcome = play(folder, f"killed-{hurt.victims.replace(' ', '-')}", hurt)
     assert outcome.problem == ""
     assert outcome.torn == (hurt.moment == "save")
@@ -92,7 +92,7 @@ LEAVES = """
 import os, signal
 from train.signals import StopRequest
 
-class Asked:  # when Python has taken the handlers of signals away
+class Asked:  # after Python has removed the signal handlers
     def __del__(self, kill=os.kill, process=os.getpid(), number=signal.SIGUSR1):
         kill(process, number)
 
@@ -101,12 +101,12 @@ StopRequest(time_limit=60)
 """
 
 
-def test_a_process_that_leaves_is_not_killed_by_being_asked_again() -> None:
+def test_a_second_signal_does_not_kill_an_exiting_process() -> None:
     assert subprocess.run([sys.executable, "-c", LEAVES], cwd=ROOT).returncode == 0
 
 
-def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(folder: Path) -> None:
-    # SIGTERM after a save and to all that a rank has started, as launchers do; there is a reader among them.
+def test_a_signal_to_one_rank_or_the_time_limit_saves_and_stops_all(folder: Path) -> None:
+    # SIGTERM after a save to a rank and its children, as from a launcher; they include a data loader worker.
     for number, rank, step in ((signal.SIGUSR1, 0, 1), (signal.SIGTERM, 1, 3)):
         with Job(folder, "stopped", "data.num_workers=1", faults=[fault("slow", seconds=0.5)]) as job:
             assert job.wait_for_step(step)
@@ -121,7 +121,7 @@ def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(fold
         assert step <= stopped["step"] < STEPS
         assert checkpoints(folder, "stopped")[-1] == stopped["step"]
         assert "the same command continues" in output
-    # torchrun is killed: nobody would end its processes. Its store goes with it, also for the save.
+    # torchrun is killed: no launcher ends its processes. Its store ends with it, also for the save.
     with Job(folder, "stopped", faults=[fault("slow", seconds=0.5)]) as job:
         assert job.wait_for(lambda: "resumed from" in job.output())
         job.process.send_signal(signal.SIGKILL)
@@ -130,17 +130,17 @@ def test_a_signal_to_any_one_rank_or_the_time_limit_stops_all_in_good_order(fold
     assert (stopped["state"], stopped["reason"]) == ("stopped", "LAUNCHER")
     assert checkpoints(folder, "stopped")[-1] == stopped["step"] < STEPS
     # The limit counts from the start of the process and spares ten seconds for a save: two steps at most.
-    # The newest checkpoint is damaged: the run saves steps not later than its, and keeps what it has continued from.
+    # The newest checkpoint is damaged: the run saves earlier steps and keeps the checkpoint resumed from.
     *_, before, newest = sorted((folder / "runs/stopped/checkpoints").glob("step-*"))
     os.truncate(next(newest.glob("*.distcp")), 10)
     options = ("run.time_limit=00:00:30", "checkpoint.keep_last=1")
     output = run_to_end(folder, "stopped", *options, faults=[fault("slow", seconds=8)])
-    assert re.search(rf"passed over runs/stopped/checkpoints/{newest.name}: damaged: .* has 10 bytes", output)
+    assert re.search(rf"skipped runs/stopped/checkpoints/{newest.name}: damaged: .* has 10 bytes", output)
     assert f"resumed from runs/stopped/checkpoints/{before.name} " in output
     assert before.exists()
     assert status(folder, "stopped")["reason"] == "TIME"
     assert status(folder, "stopped")["step"] in checkpoints(folder, "stopped")
-    # Nobody reads what it prints any more.
+    # The reader of the output has ended.
     reader, writer = os.pipe()
     os.close(reader)
     run_to_end(folder, "stopped", stdout=writer)
@@ -164,7 +164,7 @@ def test_steps_that_are_not_finite_or_spike_on_one_rank_are_dropped_and_counted(
     assert "a spike" in output
     losses, undisturbed = (recorded(folder / "runs" / name, "train/loss") for name in ("poisoned", UNDISTURBED))
     assert losses[2] == undisturbed[2]
-    # The weights did not take any of it.
+    # The weights did not change.
     assert abs(losses[STEPS] - undisturbed[STEPS]) < 0.1
 
 
@@ -175,7 +175,7 @@ def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_conti
     assert 3 in codes(output)
     assert "guard.max_dropped=2" in output
     assert status(folder, "diverged")["state"] == "failed"
-    # That of step 4 has the weights of step 3, and knows that step 4 was dropped.
+    # The checkpoint of step 4 has the weights of step 3 and records that step 4 was dropped.
     latest = checkpoints(folder, "diverged")[-1]
     run_to_end(folder, "diverged", "guard.max_dropped=2")
     assert status(folder, "diverged")["state"] == "complete"
@@ -184,8 +184,8 @@ def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_conti
 
 @pytest.fixture(scope="module")
 def hung(folder: Path) -> Iterator[dict[str, Job]]:
-    """Two runs that hang, at the same time: most of it is waiting."""
-    # One of them waits for the other's processors; it hangs all the later.
+    """Two runs that hang, at the same time, since they mostly wait."""
+    # The runs compete for processors, so that one hangs later.
     with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3)]) as asleep:
         asleep.wait_for_step(2)
         with Job(folder, "frozen", *HUNG) as frozen:
@@ -199,39 +199,39 @@ def hung(folder: Path) -> Iterator[dict[str, Job]]:
                     victim.send_signal(signal.SIGCONT)
 
 
-def test_a_rank_that_sleeps_for_ever_is_named_with_its_phase_and_the_run_ends(hung: dict[str, Job]) -> None:
+def test_a_hanging_rank_is_reported_with_its_phase_and_the_run_ends(hung: dict[str, Job]) -> None:
     output = hung["asleep"].finish(code=1)
     assert "rank 1 holds up the others" in output
     assert re.search(r"rank 1 on \S+: step 3, reading data, for \d+ s\n", output)
-    assert "in getitem" in output  # the stack says where
+    assert "in getitem" in output  # from the stack
     assert 4 in codes(output)
     ended = read_status(hung["asleep"].run)
     assert (ended["state"], ended["exit_code"]) == ("failed", 4)
     assert "rank 1 holds up the others" in ended["reason"]
 
 
-def test_a_rank_that_is_frozen_is_named_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
+def test_a_stopped_rank_is_reported_and_the_run_ends_without_leftovers(hung: dict[str, Job]) -> None:
     output = hung["frozen"].finish(code=1)
     assert "rank 0 holds up the others" in output
-    assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not answered for \d+ s|has never answered)", output)
+    assert re.search(r"rank 0 (on \S+: step \d, .*; its process has not responded for \d+ s|has never responded)", output)
     assert 4 in codes(output)
-    # The first rank, which writes it else, cannot.
+    # Rank 0, which normally writes it, is stopped.
     assert read_status(hung["frozen"].run)["exit_code"] == 4
 
 
-def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder: Path, disk: Path) -> None:
-    # Nothing at all can be written from step 3 to 6; the last checkpoint finds too little room.
+def test_a_full_disk_loses_checkpoints_but_no_records(folder: Path, disk: Path) -> None:
+    # The disk is full from step 3 to 6; the last checkpoint has too little space.
     faults = [
         fault("fill_disk", path=str(disk), step=3, until=7, leave=0),
         fault("fill_disk", path=str(disk), step=8, until=9, leave=300_000),
     ]
-    # Records of all layers and neurons, which do not fit into the last page of metrics.jsonl.
+    # Records of all layers and neurons do not fit into the last page of metrics.jsonl.
     options = ("checkpoint.keep_last=1", "logging.neuron_interval=1", "logging.wandb_mode=offline")
     with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)
     assert output.count("W&B's offline record") == 1
-    assert re.search(r"step 4: cannot prepare .*; training goes on", output)
-    assert "records wait in memory" in output
+    assert re.search(r"step 4: cannot prepare .*; training continues", output)
+    assert "records stay in memory" in output
     assert re.search(r"error: cannot prepare .*checkpoints: .* are free and about", output)
     assert status(folder, disk.name)["state"] == "failed"
     assert checkpoints(folder, disk.name) == [2]
@@ -243,21 +243,19 @@ def test_a_full_disk_costs_checkpoints_but_no_record_and_the_run_goes_on(folder:
 
 
 @pytest.mark.parametrize("async_save", ["false", "true"])
-def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
-    folder: Path, disk: Path, async_save: str
-) -> None:
-    # Half of one fits at step 4, and of the last one at step 8.
+def test_a_disk_that_fills_during_a_save_loses_only_that_checkpoint(folder: Path, disk: Path, async_save: str) -> None:
+    # Half of a checkpoint fits at step 4, and half of the last one at step 8.
     faults = [
         fault("believe_in_space"),
         fault("fill_disk", path=str(disk), step=3, until=5, leave=400_000),
         fault("fill_disk", path=str(disk), step=8, until=9, leave=400_000),
     ]
     if async_save == "true":
-        faults.append(fault("slow", seconds=1.5))  # so that a save is finished before the disk is filled for the next
+        faults.append(fault("slow", seconds=1.5))  # so that a save ends before the disk is filled for the next one
     options = (f"checkpoint.async_save={async_save}", "checkpoint.keep_last=1")
     with Job(folder, disk.name, *options, faults=faults) as job:
         output = job.finish(code=1)
-    assert re.search(r"step [4-6]: no checkpoint in .*: rank \d: .*; training goes on", output)
+    assert re.search(r"step [4-6]: no checkpoint in .*: rank \d: .*; training continues", output)
     assert re.search(r"error: no checkpoint in .*: rank \d: ", output)
     assert checkpoints(folder, disk.name) == [6]
     assert not list((disk / "checkpoints").glob(".unfinished-step-*"))
@@ -266,15 +264,15 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written_costs_that_checkpoint(
     assert differences(folder, disk.name) == []
 
 
-def test_a_file_that_only_the_first_rank_writes_and_cannot_costs_that_checkpoint(folder: Path) -> None:
+def test_a_failed_write_on_rank_0_loses_only_that_checkpoint(folder: Path) -> None:
     names = {"common.pt": 2, ".metadata.tmp": 4, "metadata.json": 6}
     output = run_to_end(folder, "obstructed", faults=[fault("obstruct", names=names)])
-    assert len(re.findall(r"step [246]: cannot (?:begin|publish) .*; training goes on", output)) == 3
+    assert len(re.findall(r"step [246]: cannot (?:begin|publish) .*; training continues", output)) == 3
     assert checkpoints(folder, "obstructed") == [8]
     assert differences(folder, "obstructed") == []
 
 
-def test_a_run_folder_that_cannot_be_written_is_refused_by_name(folder: Path, disk: Path) -> None:
+def test_an_unwritable_run_folder_is_refused(folder: Path, disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with Job(folder, disk.name, "parallel.expert=1", processes=1) as job:
         output = job.finish(code=2)
@@ -282,19 +280,19 @@ def test_a_run_folder_that_cannot_be_written_is_refused_by_name(folder: Path, di
     assert "Traceback" not in output
 
 
-def test_a_run_folder_that_becomes_read_only_costs_no_checkpoint(folder: Path, disk: Path) -> None:
+def test_a_read_only_run_folder_loses_no_checkpoint(folder: Path, disk: Path) -> None:
     with Job(folder, disk.name, faults=[fault("become_read_only", path=str(disk), step=5)]) as job:
         output = job.finish(code=1)
     assert "Read-only file system" in output
     assert "step 6: cannot prepare" in output
-    assert "training goes on" in output
+    assert "training continues" in output
     subprocess.run(["umount", str(disk)], check=True)
     assert checkpoints(folder, disk.name) == [2, 4]
     run_to_end(folder, disk.name)
     assert differences(folder, disk.name) == []
 
 
-def test_a_shard_that_changes_ends_the_run_by_name_and_nothing_of_it_is_saved(folder: Path) -> None:
+def test_a_changed_shard_ends_the_run_without_a_save(folder: Path) -> None:
     shard = make_shards(folder / "mutable", name="mutable") / "train-00000.bin"
     blend = "data.blend=[{path: mutable}]"
     with Job(folder, "altered", blend, faults=[fault("alter", path=str(shard), step=3, rank=1)]) as job:
@@ -305,7 +303,7 @@ def test_a_shard_that_changes_ends_the_run_by_name_and_nothing_of_it_is_saved(fo
     assert checkpoints(folder, "altered") == [2]
 
 
-def test_a_wandb_server_that_goes_away_costs_no_record_and_no_waiting(folder: Path) -> None:
+def test_a_lost_wandb_server_loses_no_record_and_does_not_block(folder: Path) -> None:
     server = Server()
     environment = {
         "WANDB_BASE_URL": server.url,

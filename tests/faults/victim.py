@@ -1,7 +1,7 @@
-"""Start train.pretrain with faults built in: `python -m tests.faults.victim OPTIONS`, under torchrun or alone.
+"""Start train.pretrain with injected faults: `python -m tests.faults.victim OPTIONS`, with or without torchrun.
 
-The environment variable MONE_FAULTS holds a JSON list of them, each a function of this module with its arguments:
-[{"fault": "poison_loss", "rank": 1, "steps": [3], "factor": "nan"}]. The product knows nothing of it.
+The environment variable MONE_FAULTS holds a JSON list of faults, each a function of this module with its arguments:
+[{"fault": "poison_loss", "rank": 1, "steps": [3], "factor": "nan"}].
 """
 
 import json
@@ -56,7 +56,7 @@ def poison_loss(rank: int, steps: list[int], factor: str) -> None:
 
 
 def poison_gradient(rank: int, steps: list[int]) -> None:
-    """Make one number of the gradient infinite on one rank in these steps; the loss is what it was."""
+    """Make one number of the gradient infinite on one rank in these steps; the loss does not change."""
     import train.engines.megatron as engine
 
     inner = engine.finalize_model_grads
@@ -71,7 +71,7 @@ def poison_gradient(rank: int, steps: list[int]) -> None:
 
 
 def sleep_reading(rank: int, step: int) -> None:
-    """Never come back from reading data on one rank."""
+    """Hang in reading data on one rank."""
     from train.data import Blend
 
     inner = Blend.__getitem__
@@ -86,12 +86,12 @@ def sleep_reading(rank: int, step: int) -> None:
 
 
 def slow(seconds: float) -> None:
-    """Make each step last longer."""
+    """Add a delay to each step."""
     before_steps(lambda number: time.sleep(seconds))
 
 
 def fill_disk(path: str, step: int, until: int, leave: int) -> None:
-    """Before a step leave so many bytes on the disk of a folder, and give the space back before another step."""
+    """Before a step, fill the disk of a folder except for some bytes; free the space before another step."""
     filler = Path(path) / "filler"
 
     def fill() -> None:
@@ -103,13 +103,13 @@ def fill_disk(path: str, step: int, until: int, leave: int) -> None:
 
 
 def believe_in_space() -> None:
-    """Find plenty of free space whenever somebody asks, as when others fill the disk after that."""
+    """Report free space in all checks, as if the disk filled up afterwards."""
     usage = shutil.disk_usage("/")
     shutil.disk_usage = lambda path: usage._replace(free=2**50)
 
 
 def obstruct(names: dict[str, int]) -> None:
-    """Put a folder where a file of the checkpoint of a step would go, so that it cannot be written."""
+    """Put a folder at the path of a file of a step's checkpoint, so that the file cannot be written."""
     from train.checkpoint import Saver
 
     inner = Saver._make_room
@@ -125,7 +125,7 @@ def obstruct(names: dict[str, int]) -> None:
 
 
 def become_read_only(path: str, step: int) -> None:
-    """Lay a read-only view of a folder over it before a step; files that are open stay open."""
+    """Mount a folder read-only before a step; open files stay open."""
 
     def lay() -> None:
         subprocess.run(["mount", "--bind", path, path], check=True)
@@ -135,7 +135,7 @@ def become_read_only(path: str, step: int) -> None:
 
 
 def alter(path: str, step: int, rank: int) -> None:
-    """Write other content of the same size over a file before a step."""
+    """Overwrite a file with other content of the same size before a step."""
 
     def write() -> None:
         content = Path(path).read_bytes()

@@ -1,4 +1,4 @@
-"""As much of a W&B server as `wandb.init(mode="online")` and a run's records need, on a port of this machine."""
+"""A minimal W&B server for `wandb.init(mode="online")` and the records of a run, on a local port."""
 
 import json
 import threading
@@ -19,7 +19,7 @@ BUCKET = {
 
 
 class Server(ThreadingHTTPServer):
-    """Counts what it was asked, notes the runs it was told of; close() makes it unreachable."""
+    """Counts requests and collects the runs; close() makes it unreachable."""
 
     daemon_threads = True
 
@@ -30,11 +30,11 @@ class Server(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """For WANDB_BASE_URL."""
+        """The value of WANDB_BASE_URL."""
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def close(self) -> None:
-        """Stop answering; safe to call again."""
+        """Stop the server; can be called repeatedly."""
         self.shutdown()
         self.server_close()
 
@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_PUT = do_GET
 
     def answer(self, content: dict[str, Any]) -> None:
-        """With JSON."""
+        """Send a JSON response."""
         data = json.dumps(content).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -76,4 +76,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Say nothing."""
+        """Do not log."""

@@ -467,7 +467,7 @@ def test_damaged_files_are_named_and_other_runs_are_reported(
     page = Path("report/index.html").read_text()
     for problem in error.splitlines():
         assert f"<li>{html.escape(problem)}</li>" in page
-    assert "runs/mone/metrics.jsonl: 1 line is damaged and left out, first line 4" in error
+    assert "runs/mone/metrics.jsonl: 1 line is damaged and skipped, first line 4" in error
     assert "<td>-0.0300</td>" in page
     assert "<script>alert" not in page
     assert "9.0000" not in page

@@ -1,4 +1,4 @@
-"""A real Slurm of two nodes on this machine, for the time of a `with`.
+"""A real Slurm cluster of two nodes on this machine, as a context manager.
 
 with cluster(folder) as slurm:
     job = slurm.submit(...)
@@ -60,12 +60,12 @@ PartitionName=high Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE
 
 @dataclass
 class Slurm:
-    """What users have: sbatch, squeue, scontrol, scancel find the cluster by SLURM_CONF."""
+    """User commands of the cluster: sbatch, squeue, scontrol and scancel find it by SLURM_CONF."""
 
     folder: Path
 
     def shown(self, job: str) -> str:
-        """What `scontrol show job` says."""
+        """The output of `scontrol show job`."""
         return subprocess.run(["scontrol", "show", "job", "-o", job], capture_output=True, text=True).stdout
 
     def state(self, job: str) -> str:
@@ -74,32 +74,32 @@ class Slurm:
         return found[1] if found else "UNKNOWN"
 
     def restarts(self, job: str) -> int:
-        """How often it was queued again."""
+        """Number of times that the job was requeued."""
         found = re.search(r"Restarts=(\d+)", self.shown(job))
         return int(found[1]) if found else 0
 
     def start_now(self, job: str) -> None:
-        """Spare a job that was queued again its two minutes of waiting."""
+        """Remove the delay of two minutes of a requeued job."""
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
 
     def wait(self, job: str, *states: str, seconds: float = 240) -> str:
-        """Wait for one of these states, starting the job again as often as it is queued; the state."""
+        """Wait for one of these states and return it; a requeued job starts without delay."""
         began = time.monotonic()
         while (state := self.state(job)) not in states:
             assert time.monotonic() - began < seconds, f"{self.shown(job)}\n{self.logs()}"
             if state == "PENDING" and self.restarts(job):
-                time.sleep(2)  # within the same second its credential would count as revoked
+                time.sleep(2)  # in the same second, its credential would count as revoked
                 self.start_now(job)
             time.sleep(0.3)
         return state
 
     def logs(self) -> str:
-        """The end of what its daemons wrote."""
+        """The end of the daemons' logs."""
         return "\n".join(f"{path.name}: {path.read_text()[-2000:]}" for path in self.folder.glob("*.log"))
 
 
 def free_ports(number: int) -> list[int]:
-    """Consecutive ports that nothing listens on."""
+    """Consecutive free ports."""
     for first in range(21000, 30000, 50):
         with contextlib.ExitStack() as sockets:
             try:
@@ -112,7 +112,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def why_not() -> str | None:
-    """Why no Slurm can be started here, or None."""
+    """The reason why Slurm cannot be started here, or None."""
     if os.geteuid() != 0:
         return "needs root"
     missing = [program for program in ("munged", "slurmctld", "slurmd", "sbatch") if shutil.which(program) is None]

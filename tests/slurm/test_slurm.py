@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: submitted, stopped, pre-empted, cancelled, hurt; each ends as the undisturbed one."""
+"""Jobs on a real Slurm of two nodes that are stopped, preempted, cancelled or killed end like an undisturbed job."""
 
 import os
 import re
@@ -107,7 +107,7 @@ def test_a_job_trains_on_both_nodes_with_the_code_and_config_of_its_submission(
         assert (run / "launch/code" / package / "__init__.py").read_bytes() == (ROOT / package / "__init__.py").read_bytes()
 
 
-def test_before_a_pre_emption_it_saves_and_afterwards_continues(slurm: Slurm, folder: Path, undisturbed: str) -> None:
+def test_a_job_saves_before_preemption_and_continues_afterwards(slurm: Slurm, folder: Path, undisturbed: str) -> None:
     job = submitted(folder, "preempted", "logging.wandb_mode=offline")
     wait_for_step(folder, "preempted", 5)
     wrap = ["sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
@@ -127,7 +127,7 @@ def test_before_a_pre_emption_it_saves_and_afterwards_continues(slurm: Slurm, fo
 
 
 def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(slurm: Slurm, folder: Path) -> None:
-    # Slurm's limits are whole minutes; told so early, the first start has 75 seconds: a busy machine needs many to begin.
+    # Slurm's limits are whole minutes. With early notice, the first start has 75 seconds, which busy machines need to start.
     job = submitted(
         folder, "endless", "training.steps=100000", "launch.time=2", "launch.save_seconds=45", "logging.wandb_mode=offline"
     )
@@ -149,7 +149,7 @@ def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(s
     assert slurm.state(job) == "CANCELLED", "a cancelled job does not come back"
 
 
-def test_a_killed_worker_costs_a_restart_of_the_job(slurm: Slurm, folder: Path, undisturbed: str) -> None:
+def test_a_killed_worker_restarts_the_job(slurm: Slurm, folder: Path, undisturbed: str) -> None:
     job = submitted(folder, "hurt", "checkpoint.interval=10", "launch.max_restarts=0")
     wait_for_step(folder, "hurt", 15)
 
@@ -167,7 +167,7 @@ def test_a_killed_worker_costs_a_restart_of_the_job(slurm: Slurm, folder: Path, 
     assert differences(folder, "hurt") == []
 
 
-def test_what_fails_at_the_same_step_again_is_given_up(slurm: Slurm, folder: Path) -> None:
+def test_a_job_that_fails_twice_at_the_same_step_is_not_restarted(slurm: Slurm, folder: Path) -> None:
     make_shards(folder / "c", name="c")
     job = submitted(folder, "hopeless", "data.blend=[{path: c}]")
     shutil.rmtree(folder / "c")
@@ -176,7 +176,7 @@ def test_what_fails_at_the_same_step_again_is_given_up(slurm: Slurm, folder: Pat
     assert "failed at the same step, so the job is not requeued" in log_of(folder, "hopeless").read_text()
 
 
-def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folder: Path) -> None:
+def test_a_sweep_submits_one_job_per_point_and_none_twice(slurm: Slurm, folder: Path) -> None:
     launcher = ["hydra/launcher=slurm", *(f"hydra.{option.replace('launch.', 'launcher.')}" for option in LAUNCH)]
     sweep = ["--multirun", "run.name=swept", "run.seed=1,2", "data.blend=[{path: a}]", *OPTIONS, *launcher]
 
@@ -210,20 +210,20 @@ def test_a_sweep_is_a_job_a_point_and_submits_no_point_twice(slurm: Slurm, folde
         (["launch.time=soon"], "launch.time=soon: must have Slurm's format"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_queued(folder: Path, options: list[str], message: str) -> None:
+def test_an_invalid_run_is_refused_before_it_is_queued(folder: Path, options: list[str], message: str) -> None:
     done = submit(folder, "refused", *options)
     assert done.returncode == 2
     assert message in done.stderr
     assert not (folder / "runs/refused").exists()
 
 
-def test_what_slurm_refuses_is_told(slurm: Slurm, folder: Path) -> None:
+def test_a_refusal_by_slurm_is_reported(slurm: Slurm, folder: Path) -> None:
     done = submit(folder, "lost", "launch.partition=nowhere")
     assert done.returncode == 1
     assert "invalid partition specified" in done.stderr
 
 
-def test_every_value_reaches_slurm_and_the_job_as_it_was_written(slurm: Slurm, folder: Path) -> None:
+def test_every_value_reaches_slurm_and_the_job_unchanged(slurm: Slurm, folder: Path) -> None:
     awkward = """it's "a" $HOME `id` #1 \\ %j"""
     override = "'" + awkward.replace("'", "\\'") + "'"
     shown = submit(folder, f"{override}", "run.dir=runs/awkward", f"+launch.environment.MARK={override}", "--dry-run")

@@ -54,9 +54,9 @@ def test_parameters_equal_those_of_the_built_model(variant: dict[str, Any]) -> N
     assert counted.experts == sum(weight.numel() for name, weight in built.named_parameters() if ".experts." in name)
 
 
-def test_a_shared_expert_that_selects_counts_what_it_keeps() -> None:
+def test_a_selecting_shared_expert_counts_kept_neurons() -> None:
     model = ModelConfig(**SMALL | {"shared_expert_neuron_ratio": 0.25, "activation_ratio": 0.5})
-    # Of 4 experts 2 with 24 + 2 * 12 of 72 rows each, 40 + 2 * 10 of 120 of the shared expert, 4 of the router.
+    # 2 of 4 experts with 24 + 2 * 12 of 72 rows each, 40 + 2 * 10 of 120 rows of the shared expert, 4 of the router.
     assert count_parameters(model).active_moe_params == (4 + 2 * 48 + 60) / (4 + 2 * 72 + 120)
 
 
@@ -65,7 +65,7 @@ def test_experts_of_equal_active_width_cost_a_token_what_the_dense_one_does(dens
     width = equal_active_width(dense, ratio)
     model = ModelConfig(**SMALL | {"moe_ffn_hidden_size": width, "activation_ratio": ratio})
     touched = count_parameters(model).active_experts / (model.router_topk * model.num_layers * model.hidden_size)
-    # Half a multiple of 8 neurons off, each with 1 + 2 ratio weights a channel, and half a kept neuron.
+    # Tolerance: half a multiple of 8 neurons, each with 1 + 2 ratio weights per channel, and half a kept neuron.
     assert abs(touched - 3 * dense) <= 4 * (1 + 2 * ratio) + 1
     assert width % 8 == 0
 
@@ -78,7 +78,7 @@ def test_the_recorded_sweep_has_equal_active_widths() -> None:
 def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[str, Any]) -> None:
     model = ModelConfig(**SMALL | variant)
     built = build_gpt(model, ParallelConfig(), ComputeConfig(), seed=0)
-    # One token alone: what its loss depends on, it is touched by; the gate's dropped rows are read but have no gradient.
+    # The loss of a single token depends on its active weights. Dropped rows of the gate are read but have no gradient.
     token = torch.tensor([[7]])
     built(token, torch.zeros_like(token), None, labels=token + 1).sum().backward()
     touched = 0
@@ -107,17 +107,17 @@ def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[s
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_flops_equal_the_flop_counter(variant: dict[str, Any]) -> None:
     model = ModelConfig(**SMALL | variant)
-    # The counter does not see the operations of our attention.
+    # The counter does not count our attention operators.
     built = build_gpt(model, ParallelConfig(), ComputeConfig(experts="loop", cpu_kernels="off"), seed=0)
     tokens = torch.randint(0, 50, (3, model.seq_length))
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # nor does torch's fused one on CPUs
+    with counter, sdpa_kernel(SDPBackend.MATH):  # nor torch's fused attention on CPUs
         loss = built(tokens, torch.arange(model.seq_length).expand(3, -1), None, labels=tokens)
     forward = counter.get_total_flops()
     assert forward == count_flops(model).dense * tokens.numel()
     with counter, sdpa_kernel(SDPBackend.MATH):
         loss.sum().backward()
-    # The input of the first layer needs no gradient of its own only where nothing below has weights: there is none.
+    # The input of the first layer needs a gradient, since the embedding has weights.
     assert counter.get_total_flops() == 2 * forward
 
 
@@ -148,7 +148,7 @@ def test_model_configs_build_at_their_size(name: str, total: float | None, ratio
         assert model.shared_expert_ffn_hidden_size > 0
 
 
-def test_the_readme_tells_the_sizes() -> None:
+def test_the_readme_has_the_sizes() -> None:
     rows = re.findall(r"\| `(mone_\w+)` \| (\d+) \| (.*) \|", (ROOT / "README.md").read_text())
     assert len(rows) == 4
     for name, vocabulary, cells in rows:
@@ -216,7 +216,7 @@ def test_activations_are_what_autograd_keeps(precision: str, variant: dict[str, 
     computed = ComputeConfig(**{"precision": precision, "experts": "grouped"} | compute)
     built = build_gpt(model, ParallelConfig(), computed, seed=0)
     weights = {weight.untyped_storage().data_ptr() for weight in built.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # held here, lest an address be used again
+    kept: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that addresses stay unique
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -230,12 +230,12 @@ def test_activations_are_what_autograd_keeps(precision: str, variant: dict[str, 
     size = sum(storage.nbytes() for storage in kept.values())
     loss.sum().backward()
     memory = estimate_memory(model, ParallelConfig(), computed, micro_batch_size=2, data_parallel_size=1)
-    # What the formula leaves out: statistics of the norms, the targets of the loss.
+    # The formula omits statistics of the norms and targets of the loss.
     assert 0.96 * size < memory.activations < size
 
 
 def test_messages_of_each_parallel_dimension() -> None:
-    model = ModelConfig(**TINY_MODEL)  # D 32, H 32, 4 experts, top 2, 2 layers, 16 tokens a sequence
+    model = ModelConfig(**TINY_MODEL)  # D 32, H 32, 4 experts, top 2, 2 layers, 16 tokens per sequence
 
     def sent(parallel: ParallelConfig, data: int, **compute: Any) -> dict[str, tuple[int, int, int]]:
         found = count_communication(
@@ -248,13 +248,13 @@ def test_messages_of_each_parallel_dimension() -> None:
     # fp32 gradients reduced to their owners, and new weights gathered: 4 + 4 bytes of each weight, to one of two ranks.
     dense, experts = 4 * (counted.total - counted.experts), 4 * counted.experts
     assert sent(ParallelConfig(), 2) == {"data": (2, 2, dense), "expert data": (2, 2, experts)}
-    # 3 x 2 x 16 tokens, each to 2 experts, one in two of which is on the other rank; 32 fp32 numbers, there and back,
+    # 3 x 2 x 16 tokens, each to 2 experts, half of which are on the other rank; 32 fp32 numbers, sent and returned,
     # forward and backward, in 2 layers.
     rows = 3 * 2 * 16 * 2 // 2 * 32 * 4 * 4 * 2
     assert sent(ParallelConfig(expert=2), 2) == {"data": (2, 2, dense), "expert": (2, 2, rows)}
     assert sent(ParallelConfig(expert=2), 2, recompute="full")["expert"] == (2, 2, rows * 3 // 2)
     assert sent(ParallelConfig(expert=2), 4)["expert data"] == (2, 4, experts // 2)
-    # The residual stream to the next stage, its gradient back.
+    # The residual stream is sent to the next stage, and its gradient is returned.
     assert sent(ParallelConfig(pipeline=2), 1)["pipeline"] == (2, 2, 2 * 3 * 2 * 16 * 32 * 4)
     assert sent(ParallelConfig(tensor=2), 1)["tensor"] == (2, 2, (2 * 2 * 5 + 2) * 3 * 2 * 16 * 32 * 4 // 2)
 

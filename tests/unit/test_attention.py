@@ -27,7 +27,7 @@ def attention_of(groups: int = 2, dropout: float = 0.0) -> CoreAttention:
 
 
 def queries_keys_values(groups: int = 2, length: int = 7) -> list[torch.Tensor]:
-    """Each lies in memory in a way of its own."""
+    """Inputs with different memory layouts."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(3, heads, length, 8, generator=generator) for heads in (4, groups, groups))
     return [
@@ -43,7 +43,7 @@ def queries_keys_values(groups: int = 2, length: int = 7) -> list[torch.Tensor]:
 def assert_is_the_formula(
     context: torch.Tensor, qkv: list[torch.Tensor], atol: float = 1e-6, of_gradients: float = 1e-6
 ) -> None:
-    """And so are its gradients."""
+    """Output and gradients equal those of the formula."""
     precise = [tensor.detach().double().requires_grad_() for tensor in qkv]
     expected = formula(*precise)
     context = context.view(expected.shape)
@@ -54,7 +54,7 @@ def assert_is_the_formula(
         torch.testing.assert_close(actual.double(), right, rtol=1e-5, atol=of_gradients)
 
 
-# The longer has several chunks of keys, whose gradients are sums over up to 3600 queries.
+# The longer sequence has several chunks of keys. Gradients of keys are sums over up to 3600 queries.
 @pytest.mark.parametrize(("length", "of_gradients"), [(7, 1e-6), (900, 5e-6)])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_equals_the_formula(groups: int, length: int, of_gradients: float) -> None:
@@ -63,7 +63,7 @@ def test_equals_the_formula(groups: int, length: int, of_gradients: float) -> No
 
 
 @pytest.mark.parametrize("important", [slice(0, 450), slice(450, 900)])
-def test_some_keys_may_count_for_nothing(important: slice) -> None:
+def test_keys_can_be_masked(important: slice) -> None:
     q, k, v = queries_keys_values(length=900)
     with torch.no_grad():
         q[..., 0] = 30.0
@@ -72,12 +72,12 @@ def test_some_keys_may_count_for_nothing(important: slice) -> None:
     context = attention_of()(q, k, v, None)
     # Scores of 318 are rounded to 3e-5; gradients of queries and keys are products with each other.
     assert_is_the_formula(context, [q, k, v], atol=1e-4, of_gradients=1e-3)
-    if important.start == 0:  # the smallest numbers, denormal, would be slow
+    if important.start == 0:  # avoids slow denormal numbers
         assert torch.all(torch.autograd.grad(context.sum(), v)[0][450:] == 0)
 
 
 @pytest.mark.parametrize("length", [64, 900])
-def test_scores_that_are_all_large_change_nothing(length: int) -> None:
+def test_large_scores_do_not_overflow(length: int) -> None:
     q, k, v = queries_keys_values(length=length)
     with torch.no_grad():
         q[..., 0], k[..., 0] = 38.0, 38.0  # scores of 500
@@ -85,11 +85,11 @@ def test_scores_that_are_all_large_change_nothing(length: int) -> None:
     context = attention_of()(q, k, v, None)
     torch.testing.assert_close(context, torch.ones_like(context), rtol=0, atol=2e-6)
     dq, dk = torch.autograd.grad(context, [q, k], torch.ones_like(context))
-    for gradient in (dq, dk):  # both products of 38 and what rounding leaves
+    for gradient in (dq, dk):  # both are products of 38 and rounding errors
         assert gradient.abs().max() < 2e-3
 
 
-def test_nan_stays() -> None:
+def test_nan_propagates() -> None:
     q, k, v = queries_keys_values(length=900)
     with torch.no_grad():
         k[100, 1, 0, 3] = torch.nan

@@ -1,4 +1,4 @@
-"""What a manifest says of its run is read from every version, and nonsense is named."""
+"""Facts in manifests of all versions are read, and invalid facts are reported."""
 
 import json
 from typing import Any
@@ -34,15 +34,15 @@ def test_the_earlier_name_of_a_backend_is_read() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": "new"}, "cannot be right about version: new"),
-        ({"seed": "1234"}, "cannot be right about seed: 1234"),
-        ({"samples": 3}, "cannot be right about samples: 3"),
-        ({"optimizer": OPTIMIZER, "steps": None}, "cannot be right about optimizer"),
-        ({"optimizer": OPTIMIZER | {"warmup_steps": 9}, "steps": 9}, "cannot be right about optimizer"),
-        ({"order": [], "seed": None}, "cannot be right about order"),
+        ({"version": "new"}, "has an invalid value of version: new"),
+        ({"seed": "1234"}, "has an invalid value of seed: 1234"),
+        ({"samples": 3}, "has an invalid value of samples: 3"),
+        ({"optimizer": OPTIMIZER, "steps": None}, "has an invalid value of optimizer"),
+        ({"optimizer": OPTIMIZER | {"warmup_steps": 9}, "steps": 9}, "has an invalid value of optimizer"),
+        ({"order": [], "seed": None}, "has an invalid value of order"),
     ],
 )
-def test_a_fact_that_cannot_be_right_is_named(changes: dict[str, Any], message: str) -> None:
+def test_an_invalid_fact_is_reported(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CheckpointFacts.from_dict(facts_of(4).to_dict() | changes, step=4)
 
@@ -50,5 +50,5 @@ def test_a_fact_that_cannot_be_right_is_named(changes: dict[str, Any], message: 
 def test_missing_facts_are_named() -> None:
     noted = facts_of(4).to_dict()
     del noted["order"], noted["guard"]
-    with pytest.raises(ValueError, match="is of no run: its manifest says nothing of guard, order"):
+    with pytest.raises(ValueError, match="not a checkpoint of a run: its manifest lacks guard, order"):
         CheckpointFacts.from_dict(noted, step=4)

@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: whatever lies there, one that loads stays, and what is not the run's is kept."""
+"""The checkpoint folder: a loadable checkpoint always remains, and entries of others are kept."""
 
 import json
 import os
@@ -30,7 +30,7 @@ RUN, OTHER = "ours", "another"
 
 
 def save(folder: Path, step: int, *, run: str | None = RUN, **how: Any) -> list[str]:
-    """As a run publishes a checkpoint, of files of a few bytes."""
+    """Publish a checkpoint with files of a few bytes, like a run."""
     notes = remove_leftovers(folder)
     unfinished = free_name(folder / f".unfinished-{name_of(step)}")
     unfinished.mkdir(parents=True)
@@ -42,7 +42,7 @@ def save(folder: Path, step: int, *, run: str | None = RUN, **how: Any) -> list[
 
 @pytest.fixture(autouse=True)
 def fast_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing here is about what a disk forgets."""
+    """Skip fsync, which these tests do not need."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -57,7 +57,7 @@ def names_in(folder: Path) -> list[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's checkpoints of steps 2 and 4."""
+    """A folder with a run's checkpoints of steps 2 and 4."""
     folder = tmp_path / "checkpoints"
     for step in (2, 4):
         save(folder, step)
@@ -80,13 +80,13 @@ def replace_manifest(path: Path, make: Callable[[Path], Any]) -> None:
 
 
 def both(first: Callable[[Path], Any], second: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """One after the other."""
+    """Run several changes in sequence."""
     return lambda path: [act(path) for act in (first, second)]
 
 
 ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "a manifest that is a folder": (lambda path: replace_manifest(path, Path.mkdir), "no regular file"),
-    "a manifest that is a pipe": (lambda path: replace_manifest(path, os.mkfifo), "no regular file"),
+    "a manifest that is a folder": (lambda path: replace_manifest(path, Path.mkdir), "not a regular file"),
+    "a manifest that is a pipe": (lambda path: replace_manifest(path, os.mkfifo), "not a regular file"),
     "a manifest that is a link": (
         lambda path: replace_manifest(path, lambda name: name.symlink_to(path.parent / name_of(4) / MANIFEST)),
         "mone.json cannot be read",
@@ -100,10 +100,10 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: (path / MANIFEST).write_text('{"step": ' + "9" * 5000),
         "cannot be read",
     ),
-    "a manifest that is a number": (lambda path: (path / MANIFEST).write_text("6"), "holds no object"),
-    "a manifest larger than any": (lambda path: os.truncate(path / MANIFEST, 2**40), "more than"),
+    "a manifest that is a number": (lambda path: (path / MANIFEST).write_text("6"), "not a JSON object"),
+    "a manifest larger than any": (lambda path: os.truncate(path / MANIFEST, 2**40), "larger than"),
     "a step that is true": (lambda path: write_manifest(path, step=True), "cannot be read"),
-    "a step of another name": (lambda path: write_manifest(path, step=7), "its name is of another step"),
+    "a step of another name": (lambda path: write_manifest(path, step=7), "its name does not match the step"),
     "a step below zero": (lambda path: write_manifest(path, step=-6), "cannot be read"),
     "no files": (lambda path: write_manifest(path, files={}), "does not list .metadata, metadata.json"),
     "files that are text": (lambda path: write_manifest(path, files="all"), "cannot be read"),
@@ -113,19 +113,19 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cannot be read",
     ),
     "a file name of 5000 characters": (lambda path: name_a_file(path, "a" * 5000), "cannot be read"),
-    "a file name with a null": (lambda path: name_a_file(path, "a\0b"), "no file of its folder"),
+    "a file name with a null": (lambda path: name_a_file(path, "a\0b"), "not a file name"),
     "a file name of half a character": (lambda path: name_a_file(path, "\ud800"), "cannot be read"),
-    "a file without a name": (lambda path: name_a_file(path, ""), "no file of its folder"),
-    "the folder itself as a file": (lambda path: name_a_file(path, "."), "no file of its folder"),
-    "an absolute file": (lambda path: name_a_file(path, "/dev/zero"), "no file of its folder"),
-    "a file of the folder above": (lambda path: name_a_file(path, f"../{name_of(4)}/{COMMON}"), "no file of its folder"),
+    "a file without a name": (lambda path: name_a_file(path, ""), "not a file name"),
+    "the folder itself as a file": (lambda path: name_a_file(path, "."), "not a file name"),
+    "an absolute file": (lambda path: name_a_file(path, "/dev/zero"), "not a file name"),
+    "a file of the folder above": (lambda path: name_a_file(path, f"../{name_of(4)}/{COMMON}"), "not a file name"),
     "a file that is a folder": (
         both(lambda path: (path / "more").mkdir(), lambda path: name_a_file(path, "more")),
-        "more is no regular file",
+        "more is not a regular file",
     ),
     "a file that is a pipe": (
         both(lambda path: os.mkfifo(path / "more"), lambda path: name_a_file(path, "more")),
-        "more is no regular file",
+        "more is not a regular file",
     ),
     "a file that is a link to a device": (
         both(lambda path: (path / "more").symlink_to("/dev/zero"), lambda path: name_a_file(path, "more")),
@@ -139,7 +139,7 @@ ODD: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_an_odd_checkpoint_is_named_and_passed_over(folder: Path, kind: str) -> None:
+def test_an_invalid_checkpoint_is_reported_and_skipped(folder: Path, kind: str) -> None:
     save(folder, 6)
     spoil, message = ODD[kind]
     spoil(folder / name_of(6))
@@ -151,7 +151,7 @@ def test_an_odd_checkpoint_is_named_and_passed_over(folder: Path, kind: str) -> 
     assert len(problems[0]) < 600
 
 
-def test_odd_entries_are_named_and_never_touched(folder: Path, tmp_path: Path) -> None:
+def test_other_entries_are_reported_and_not_changed(folder: Path, tmp_path: Path) -> None:
     (folder / "step-00000006.tar").write_text("packed")
     (folder / "step-00000007").write_text("a file")
     (folder / "step-loop").symlink_to("step-loop")
@@ -174,7 +174,7 @@ def test_odd_entries_are_named_and_never_touched(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["a link to nowhere", "a file", "a link to itself"])
-def test_a_folder_that_cannot_be_listed_is_a_problem(tmp_path: Path, kind: str) -> None:
+def test_an_unreadable_folder_is_a_problem(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "checkpoints"
     if kind == "a file":
         folder.write_text("")
@@ -187,14 +187,14 @@ def test_a_folder_that_cannot_be_listed_is_a_problem(tmp_path: Path, kind: str) 
     assert list_checkpoints(tmp_path / "none") == ([], [])
 
 
-def test_a_linked_folder_of_checkpoints_is_as_good_as_any(folder: Path, tmp_path: Path) -> None:
+def test_a_linked_folder_of_checkpoints_works(folder: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(folder)
     save(link, 6)
     assert steps_in(link) == steps_in(folder) == [4, 6]
 
 
-def test_a_checkpoint_that_is_a_link_loads_and_stays(folder: Path, tmp_path: Path) -> None:
+def test_a_linked_checkpoint_loads_and_is_not_deleted(folder: Path, tmp_path: Path) -> None:
     (folder / name_of(2)).rename(tmp_path / "elsewhere")
     (folder / name_of(2)).symlink_to(tmp_path / "elsewhere")
     assert steps_in(folder) == [2, 4]
@@ -207,23 +207,23 @@ def test_a_checkpoint_that_is_a_link_loads_and_stays(folder: Path, tmp_path: Pat
     assert (folder / f"replaced-{name_of(2)}" / MANIFEST).exists()
 
 
-def test_checkpoints_of_another_run_are_not_listed_where_the_run_is_known_and_never_deleted(folder: Path) -> None:
+def test_checkpoints_of_another_run_are_neither_listed_nor_deleted(folder: Path) -> None:
     save(folder, 3, run=OTHER, keep_last=9)
-    save(folder, 5, run=None, keep_last=9)  # of a version that gave runs no id
+    save(folder, 5, run=None, keep_last=9)  # of a version without run ids
     found, problems = list_checkpoints(folder, run=RUN)
     assert [checkpoint.step for checkpoint in found] == [2, 4, 5]
     assert len(problems) == 1
-    assert f"{folder / name_of(3)}: foreign: of the run with the id another" in problems[0]
+    assert f"{folder / name_of(3)}: foreign: it belongs to the run with id another" in problems[0]
     for step in (6, 8):
         save(folder, step, keep_last=1)
     assert names_in(folder) == [name_of(step) for step in (3, 5, 8)]
 
 
-def test_the_new_checkpoint_and_the_one_resumed_from_stay_whatever_else_is_there(folder: Path) -> None:
+def test_the_new_checkpoint_and_the_one_resumed_from_are_never_deleted(folder: Path) -> None:
     for step in (6, 8, 10):
         save(folder, step, keep_last=9)
     (folder / name_of(10) / COMMON).unlink()
-    # 10 is damaged, 6 and 8 could not be used: the run has continued from 4.
+    # 10 is damaged, 6 and 8 cannot be used: the run continued from 4.
     save(folder, 5, keep_last=1, spared=[4], uncounted=[6, 8])
     assert steps_in(folder) == [4, 5, 6, 8]
     assert (folder / name_of(10)).exists()
@@ -231,7 +231,7 @@ def test_the_new_checkpoint_and_the_one_resumed_from_stay_whatever_else_is_there
     assert steps_in(folder) == [4, 6, 7, 8]
 
 
-def test_what_is_in_the_way_is_kept_under_another_name(folder: Path) -> None:
+def test_an_entry_with_the_name_of_a_checkpoint_is_renamed(folder: Path) -> None:
     for number in (1, 2):
         (folder / name_of(6)).mkdir()
         (folder / name_of(6) / "notes").write_text(f"precious {number}")
@@ -245,11 +245,11 @@ def test_what_is_in_the_way_is_kept_under_another_name(folder: Path) -> None:
     save(folder, 8)
     (folder / name_of(8) / COMMON).write_text("")
     assert "is kept as" in save(folder, 8)[0]  # damaged, but ours
-    assert save(folder, 8) == []  # whole and ours
+    assert save(folder, 8) == []  # complete and ours
     assert steps_in(folder) == [4, 8]
 
 
-def test_leftovers_that_cannot_be_removed_are_named_and_block_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leftovers_that_cannot_be_removed_are_reported_and_do_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / ".unfinished-step-00000006").mkdir()
     (folder / ".unfinished-delete-step-00000002").symlink_to(folder / name_of(2))
     remove = shutil.rmtree
@@ -288,14 +288,14 @@ ACTIONS = st.lists(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS, keep_last=st.integers(1, 3), keep_every=st.sampled_from([None, 4]))
-def test_after_anything_a_checkpoint_loads_and_the_run_goes_on(
+def test_after_any_fault_a_checkpoint_loads_and_the_run_continues(
     tmp_path_factory: pytest.TempPathFactory, actions: list[Any], keep_last: int, keep_every: int | None
 ) -> None:
     """Saves, damage, copies, links, checkpoints of other runs and kills in any order."""
     folder = tmp_path_factory.mktemp("property")
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     good: set[int] = set()
-    """Steps of checkpoints whose content is as this run wrote it."""
+    """Steps of checkpoints with the content that this run wrote."""
     precious: dict[Path, str] = {}
     for number, (action, first, second) in enumerate(actions):
         path = folder / name_of(first)
@@ -315,9 +315,9 @@ def test_after_anything_a_checkpoint_loads_and_the_run_goes_on(
                     uncounted=passed - {at},
                 )
                 good = {step for step in {*good, at} if intact(folder / name_of(step))}
-                assert at in good, "what was just published"
+                assert at in good, "the checkpoint just published"
                 if usable:
-                    assert intact(usable[-1].path), "what was resumed from"
+                    assert intact(usable[-1].path), "the checkpoint resumed from"
         elif action == "damage" and intact(path) and len(good) > 1 and not path.is_symlink():
             spoil(path, second)
             good.discard(first)

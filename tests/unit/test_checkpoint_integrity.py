@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, foreign or dangerous are named and passed over; a save that fails leaves no trace."""
+"""Damaged, foreign and unsafe checkpoints are reported and skipped; a failed save leaves nothing behind."""
 
 import json
 import os
@@ -49,14 +49,14 @@ def save(folder: Path, step: int, state: dict[str, Any] | None = None, *, async_
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run's checkpoints of steps 1 and 2."""
+    """A folder with a run's checkpoints of steps 1 and 2."""
     for step in (1, 2):
         save(tmp_path / "checkpoints", step)
     return tmp_path / "checkpoints"
 
 
 def choose(folder: Path, *, trust: bool = False) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint to continue from, and everything that is wrong with others."""
+    """The checkpoint to continue from, and the problems of the others."""
     found, problems = list_checkpoints(folder)
     newest, more = newest_intact(found, trust=trust)
     return newest, problems + more
@@ -83,11 +83,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a truncated file": (lambda path: os.truncate(tensors_of(path), 100), r"damaged: __0_\d.distcp has 100 bytes, not \d+"),
     "a flipped byte": (
         lambda path: flip_a_byte(tensors_of(path)),
-        r"damaged: the content of __0_\d.distcp is not what was written",
+        r"damaged: the content of __0_\d.distcp does not match its sha256",
     ),
     "a flipped byte in the metadata": (
         lambda path: flip_a_byte(path / METADATA),
-        r"damaged: the content of .metadata is not what was written",
+        r"damaged: the content of .metadata does not match its sha256",
     ),
     "no manifest": (lambda path: (path / MANIFEST).unlink(), "foreign: no mone.json"),
     "a garbled manifest": (lambda path: (path / MANIFEST).write_text('{"step": 2, '), "mone.json cannot be read"),
@@ -103,7 +103,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_chosen(folder: Path, kind: str) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_chosen(folder: Path, kind: str) -> None:
     damage, message = DAMAGE[kind]
     damage(folder / "step-00000002")
     newest, problems = choose(folder)
@@ -125,7 +125,7 @@ def test_the_newest_of_intact_checkpoints_is_chosen(folder: Path) -> None:
     assert problems == []
 
 
-def test_a_foreign_folder_is_named_and_others_are_no_concern(folder: Path) -> None:
+def test_a_shadowing_folder_is_reported_and_others_are_ignored(folder: Path) -> None:
     (folder / "step-00000003").mkdir()
     (folder / "step-00000003" / "weights.pt").write_bytes(b"0")
     (folder / "notes").mkdir()
@@ -135,7 +135,7 @@ def test_a_foreign_folder_is_named_and_others_are_no_concern(folder: Path) -> No
     assert problems == [f"{folder / 'step-00000003'}: foreign: no mone.json"]
 
 
-def test_without_an_intact_checkpoint_there_is_none(folder: Path) -> None:
+def test_no_intact_checkpoint(folder: Path) -> None:
     for path in folder.iterdir():
         flip_a_byte(tensors_of(path))
     newest, problems = choose(folder)
@@ -156,7 +156,7 @@ def bring_code_in_common_pt(folder: Path, marker: Path) -> None:
 
 
 def replace_pickle(path: Path, name: str, marker: Path) -> None:
-    """Put code into one file of a checkpoint, and what it is now into the manifest."""
+    """Put code into one file of a checkpoint, and update the manifest."""
     if name == METADATA:
         metadata = pickle.loads((path / METADATA).read_bytes())
         metadata.planner_data = Dangerous(marker)
@@ -172,7 +172,7 @@ BRINGING = [bring_code_in_an_object, bring_code_in_the_metadata, bring_code_in_c
 
 
 @pytest.mark.parametrize("bring", BRINGING)
-def test_a_checkpoint_that_would_execute_code_is_refused_unexecuted(
+def test_a_checkpoint_with_code_is_refused_without_executing_it(
     folder: Path, tmp_path: Path, bring: Callable[[Path, Path], None]
 ) -> None:
     marker = tmp_path / "executed"
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_would_execute_code_is_refused_unexecuted(
     assert "checkpoint.trust=true" in problems[0]
 
 
-# Code in common.pt is never executed: Megatron-Core itself reads that with weights_only.
+# Code in common.pt is never executed, since Megatron-Core loads it with weights_only.
 @pytest.mark.parametrize("bring", [bring_code_in_an_object, bring_code_in_the_metadata])
 def test_a_trusted_checkpoint_is_loaded_with_its_code(
     folder: Path, tmp_path: Path, bring: Callable[[Path, Path], None]
@@ -204,12 +204,12 @@ def test_a_trusted_checkpoint_is_loaded_with_its_code(
     assert torch.equal(loaded["weight"], torch.full((64, 8), 3.0))
 
 
-def test_what_a_run_saves_executes_no_code(folder: Path) -> None:
+def test_saved_checkpoints_execute_no_code(folder: Path) -> None:
     check_executes_no_code(folder / "step-00000002")
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints_only(
+def test_a_save_without_disk_space_fails_and_keeps_older_checkpoints(
     folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
 ) -> None:
     def nearly_full(path: Any) -> Any:
@@ -218,13 +218,13 @@ def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints
     saver = Saver(folder, CheckpointConfig(keep_last=1, async_save=async_save))
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", nearly_full)
-        with pytest.raises(SaveFailed, match="are free and about"):
+        with pytest.raises(SaveFailed, match="are free, about"):
             saver.save(step=3, state=state_of(3.0), facts=facts_of(3))
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     assert saver.finish(wait=True) is None
     assert choose(folder)[0] is not None
 
-    # The next one has its room again.
+    # The next save has space again.
     saver.save(step=4, state=state_of(4.0), facts=facts_of(4))
     assert saver.finish(wait=True) is not None
     assert [path.name for path in folder.iterdir()] == ["step-00000004"]
@@ -232,7 +232,7 @@ def test_a_save_without_enough_disk_space_fails_and_leaves_the_older_checkpoints
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype: torch.dtype, value: float) -> None:
+def test_non_finite_state_is_reported_and_not_saved(folder: Path, dtype: torch.dtype, value: float) -> None:
     state = {"count": torch.ones(3, dtype=torch.int64), "none": torch.ones(0), "fine": torch.full((4, 4), 3e4, dtype=dtype)}
     assert find_not_finite(state) is None
     state["fine"][2, 3] = value
@@ -244,21 +244,19 @@ def test_numbers_that_are_not_finite_are_named_and_not_saved(folder: Path, dtype
     assert saver.finish(wait=True) is None
 
 
-def test_a_save_whose_collecting_process_was_killed_fails_and_the_next_one_does_not(folder: Path) -> None:
+def test_a_save_after_a_killed_collecting_process_succeeds(folder: Path) -> None:
     for async_save in (False, True):
         saver = Saver(folder, CheckpointConfig(async_save=async_save))
         saver.save(step=3, state=state_of(3.0), facts=facts_of(3))
         assert saver.finish(wait=True) is not None
         kill_collector()
         saver.save(step=4, state=state_of(4.0), facts=facts_of(4))
-        assert saver.finish(wait=True) is not None, "it was started again"
+        assert saver.finish(wait=True) is not None, "the process was started again"
         assert choose(folder)[0] is not None
 
 
 @pytest.mark.parametrize("async_save", [False, True])
-def test_a_save_in_which_the_collecting_process_is_killed_fails_in_good_order(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
-) -> None:
+def test_a_killed_collecting_process_fails_the_save(folder: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool) -> None:
     write = checkpoint._write_and_digest
 
     def write_and_lose(*args: Any, **kwargs: Any) -> None:
@@ -267,14 +265,14 @@ def test_a_save_in_which_the_collecting_process_is_killed_fails_in_good_order(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_write_and_digest", write_and_lose)
-        with pytest.raises(SaveFailed, match="the process that collects results is gone"):
+        with pytest.raises(SaveFailed, match="the process that collects results has ended"):
             save(folder, 3, async_save=async_save)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000001", "step-00000002"]
     save(folder, 4, async_save=async_save)
 
 
 def kill_collector() -> None:
-    """Kill -9 the process through which writers report."""
+    """Kill -9 the process that collects results of writers."""
     manager = checkpoint_private._manager
     assert manager is not None
     process = manager._process  # type: ignore[attr-defined]

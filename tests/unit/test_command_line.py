@@ -1,4 +1,4 @@
-"""Command lines: mistakes on one line with exit code 2, text as it was typed, help by section."""
+"""Command lines: one-line errors with exit code 2, text that is not read as numbers, help by section."""
 
 import re
 import shlex
@@ -138,7 +138,7 @@ WITH_FLAGS: dict[str, Callable[[], None]] = {"status": status.main, "report": re
         ("calibrate", ["run=x", "ratio=nan"], ["ratio=nan: must be in (0, 1]"]),
     ],
 )
-def test_mistakes_are_told_on_one_line(
+def test_errors_are_printed_on_one_line(
     call_main: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -157,7 +157,7 @@ def test_mistakes_are_told_on_one_line(
         assert advice not in err
 
 
-def test_a_mistake_in_a_file_of_ones_own_is_told_with_its_name(call_main: Callable[..., Any], tmp_path: Path) -> None:
+def test_an_error_in_a_users_file_names_the_file(call_main: Callable[..., Any], tmp_path: Path) -> None:
     folder = tmp_path / "experiment"
     folder.mkdir()
     for name, text, words in [
@@ -259,7 +259,7 @@ def test_help_of_a_launcher_is_of_the_one_chosen(call_main: Callable[..., Any]) 
     assert "hydra.launcher.nodes=" in call_main(pretrain.main, "--help", "hydra.launcher", "hydra/launcher=slurm")[1]
 
 
-def test_a_reader_that_leaves_early_is_no_mistake() -> None:
+def test_a_reader_that_ends_early_is_not_an_error() -> None:
     command = subprocess.Popen(
         [sys.executable, "-m", "data_prep.verify", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -270,7 +270,7 @@ def test_a_reader_that_leaves_early_is_no_mistake() -> None:
     assert command.wait() == 0
 
 
-def test_the_traceback_can_be_had(call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_error_prints_the_traceback(call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     code, _, err = call_main(plan.main, "tokens=many")
     assert code == 2
@@ -303,16 +303,16 @@ def test_text_stays_as_it_was_typed_in_the_points_of_a_sweep(call_main: Callable
         ('hydra.sweeper.params={model: "glob(mone_*b)"}', ["model=mone_2p8b"]),
     ],
 )
-def test_what_hydra_can_sweep_over(
+def test_sweep_syntax(
     call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep: str, points: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    code, out, err = call_main(pretrain.main, "--multirun", sweep)  # refused, and told by name, for want of data
+    code, out, err = call_main(pretrain.main, "--multirun", sweep)  # refused, since data is missing
     assert (code, out) == (2, "")
     assert [line.strip().partition(": ")[0] for line in err.splitlines()[1:]] == points
 
 
-def test_data_is_never_assumed(call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_has_no_default(call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for command, *options in (["pretrain"], ["pretrain", "model=mone_2p8b"], ["slurm", "--dry-run"]):
         code, _, err = call_main(COMMANDS[command], *options)

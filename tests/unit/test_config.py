@@ -1,4 +1,4 @@
-"""Bad options are refused by name, with their value and a way out."""
+"""Invalid options are refused; the error names the option, its value and a way out."""
 
 import re
 from collections.abc import Callable
@@ -135,7 +135,7 @@ def run_config(**sections: Any) -> RunConfig:
         ({"parallel": ParallelConfig(expert_tensor=128)}, 128, ["parallel.expert_tensor=128", "4 neurons a rank"]),
         ({"parallel": ParallelConfig(tensor=8)}, 8, ["parallel.tensor=8", "num_attention_heads=4"]),
         ({"parallel": ParallelConfig(pipeline=3)}, 3, ["parallel.pipeline=3", "num_layers=4"]),
-        # What is proposed obeys all other rules: 6 divides the heads, but not the length; 12 processes leave no whole batch.
+        # Proposals satisfy all other rules: 6 divides the heads, but not the length; 12 processes do not divide the batch.
         (
             {"parallel": ParallelConfig(tensor=5), "model": ModelConfig(hidden_size=240, num_attention_heads=12)},
             5,
@@ -192,13 +192,13 @@ def test_the_blend_needs_all_weights_or_none() -> None:
         validate(config, 1)
 
 
-def test_no_neurons_no_heatmaps_and_names_that_wandb_takes_pass() -> None:
+def test_valid_logging_options_pass() -> None:
     validate(run_config(logging=LoggingConfig(neuron_interval=0)), 1)
     LoggingConfig(wandb_group=r"a/b: $\x$", wandb_project="mone, neurons")
     LoggingConfig(wandb_mode="disabled", wandb_project="a/b")
 
 
-def test_the_memory_that_is_told_at_the_start_counts_the_process_too() -> None:
+def test_the_printed_memory_includes_the_process() -> None:
     config = run_config()
     text = describe_run(config, 1)
     model, resident, both = (
@@ -209,7 +209,7 @@ def test_the_memory_that_is_told_at_the_start_counts_the_process_too() -> None:
     assert abs(model + resident - both) < 0.02
 
 
-def test_layouts_that_are_right_pass() -> None:
+def test_valid_layouts_pass() -> None:
     for parallel, world_size in [
         (ParallelConfig(), 1),
         (ParallelConfig(expert=2), 2),
@@ -220,7 +220,7 @@ def test_layouts_that_are_right_pass() -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_more_processes_are_no_way_out_where_the_model_does_not_allow_the_degree(world_size: int) -> None:
+def test_more_processes_are_not_proposed_for_a_degree_that_does_not_fit_the_model(world_size: int) -> None:
     with pytest.raises(ValueError, match="must divide the number of processes") as error:
         validate(run_config(parallel=ParallelConfig(tensor=3)), world_size)
     assert "parallel.tensor=3: must divide model.num_attention_heads=4; nearest: " in str(error.value)
@@ -264,19 +264,19 @@ NOT_NAMES = (
 
 
 @pytest.mark.parametrize("name", NOT_NAMES)
-def test_names_that_are_no_folders_below_runs_are_refused(name: str) -> None:
+def test_invalid_run_names_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.name=.*names a folder below runs/") as error:
         ExecutionConfig(name=name)
     assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize("name", ["mone", "k_sweep/activation_ratio=0.5,seed=1", "it's a name", "über", "a..b", "x" * 255])
-def test_names_of_folders_are_taken(name: str) -> None:
+def test_valid_run_names_are_accepted(name: str) -> None:
     assert ExecutionConfig(name=name).name == name
 
 
 @pytest.mark.parametrize("folder", ["", " ", "runs/a\nb", "runs/a\0b", "runs/\x7f"])
-def test_a_run_folder_is_a_path_of_one_line(folder: str) -> None:
+def test_a_run_folder_is_a_printable_path(folder: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.dir=.*must be the path of a folder"):
         ExecutionConfig(dir=folder)
 
@@ -290,7 +290,7 @@ def test_a_run_folder_is_a_path_of_one_line(folder: str) -> None:
         (ParallelConfig(), 1.0, "alltoall"),
     ],
 )
-def test_rows_are_sent_only_where_somebody_else_has_experts(
+def test_rows_are_sent_only_to_ranks_with_other_experts(
     parallel: ParallelConfig, capacity: float | None, dispatcher: str
 ) -> None:
     model = ModelConfig(**TINY_MODEL, expert_capacity_factor=capacity)

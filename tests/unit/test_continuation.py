@@ -1,4 +1,4 @@
-"""From which checkpoint a run continues, and whether it may; runs of a second, in this process."""
+"""The checkpoint that a run continues from, tested with short runs in this process."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
-    """Of a tiny run that saves every second step; sections: dicts of options that differ."""
+    """The config of a tiny run that saves every second step; sections: options to change."""
     options: dict[str, dict[str, Any]] = {
         "run": {"name": "run", "dir": str(folder)},
         "model": TINY_MODEL,
@@ -88,7 +88,7 @@ def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
 
 @pytest.fixture
 def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Train]:
-    """Train as train.pretrain does, in the group of this process; what was printed."""
+    """Train like train.pretrain in the process group of this process; returns the output."""
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     }
@@ -119,7 +119,7 @@ def train(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Runs that were made once, by engine and precision."""
+    """Cached runs, by engine and precision."""
     return {}
 
 
@@ -143,7 +143,7 @@ def edit_facts(path: Path, **changes: Any) -> None:
 
 
 def sign(path: Path, *names: str) -> None:
-    """Put what files are now into the manifest."""
+    """Update the manifest to the current files."""
     files = json.loads((path / MANIFEST).read_text())["files"]
     edit_facts(path, files=files | {name: digest(path / name) for name in names})
 
@@ -175,7 +175,7 @@ def edit_backend(path: Path, text: str) -> None:
 
 
 def save_again(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any], **sections: Any) -> None:
-    """Write a checkpoint anew, as a run of other options or with another state would have; its facts stay."""
+    """Rewrite a checkpoint with other options or another state; its facts do not change."""
     manifest = json.loads((path / MANIFEST).read_text())
     config = config_of(path, shards, **sections)
     engine = build_engine(config, Runtime(0, 1, torch.device("cpu")))
@@ -190,7 +190,7 @@ def save_again(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any]
 
 
 def drop(tree: dict[str, Any], ending: str) -> None:
-    """One weight's optimizer state of a kind."""
+    """The optimizer state of one kind of one weight."""
     optimizer = tree["optimizer"]
     del optimizer[next(key for key in optimizer if key.endswith(ending))]
 
@@ -211,7 +211,7 @@ def point_to(index: Any, name: str, offset: int = 0) -> None:
 
 
 def swap_pieces(index: Any) -> None:
-    """Two weights of other shapes have each other's content."""
+    """Swap the content of two weights of different shapes."""
     one, other = (
         next(place for place in index.storage_data if place.fqn == name)
         for name in ("decoder.layers.mlp.router.weight", "output_layer.weight")
@@ -238,8 +238,8 @@ NONSENSE: dict[str, tuple[dict[str, Any], str]] = {
     "a model that is text": ({"model": "mone_tiny"}, "model"),
     "a world without processes": ({"world_size": 0}, "world_size: 0"),
     "an optimizer of nonsense": ({"optimizer": {"lr": "high"}}, "optimizer"),
-    "the id of another run": ({"run": "another"}, "foreign: of the run with the id another"),
-    "another model": ({"model": {"num_layers": 7}}, "is of another run: model.num_layers=2 (saved: 7)"),
+    "the id of another run": ({"run": "another"}, "foreign: it belongs to the run with id another"),
+    "another model": ({"model": {"num_layers": 7}}, "belongs to another run: model.num_layers=2 (saved: 7)"),
 }
 MISFITS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a backend of nonsense": (lambda path, shards: edit_backend(path, "[" * 10**5), "does not fit"),
@@ -258,11 +258,11 @@ MISFITS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda path, shards: replace_common(path),
         "does not fit",
     ),
-    "an index without a piece": (lambda path, shards: edit_index(path, forget_a_piece), "has no place for a part of"),
-    "an index without a chunk": (lambda path, shards: edit_index(path, forget_a_chunk), "has no place for a part of"),
+    "an index without a piece": (lambda path, shards: edit_index(path, forget_a_piece), "does not locate a part of"),
+    "an index without a chunk": (lambda path, shards: edit_index(path, forget_a_chunk), "does not locate a part of"),
     "an index to a device": (
         lambda path, shards: edit_index(path, lambda index: point_to(index, "/dev/zero")),
-        "none of its",
+        "not one of its",
     ),
     "an index beyond a file": (
         lambda path, shards: edit_index(path, lambda index: point_to(index, "__0_0.distcp", 10**9)),
@@ -314,20 +314,20 @@ if importlib.metadata.version("megatron-core").startswith("0.16."):  # 0.19 igno
 
 
 def spoil(entries: dict[str, Any], value: float) -> None:
-    """One number of the last tensor."""
+    """Change one number of the last tensor."""
     [*_, entry] = (entry for entry in entries.values() if torch.is_tensor(getattr(entry, "data", None)))
     entry.data.detach().view(-1)[-1] = value
 
 
 def save_without_check(path: Path, shards: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """As an earlier version did, which published whatever the weights were."""
+    """Publish without the check of the weights, like an earlier version."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("train.checkpoint.find_not_finite", lambda state: None)
         save_again(path, shards, change)
 
 
 def edit_random(path: Path) -> None:
-    """Write other objects in the place of the generators, of the same length."""
+    """Replace the state of the generators by other objects of the same length."""
     index = pickle.loads((path / METADATA).read_bytes())
     place = next(place for place in index.storage_data if place.fqn.startswith("random/"))
     where = index.storage_data[place]
@@ -349,20 +349,20 @@ ENGINES: dict[str, Any] = {}
 
 
 def fill(config: RunConfig, checkpoints: list[Checkpoint]) -> Checkpoint | None:
-    """Fill an engine of this process, one for all tests that ask for its kind."""
+    """Load into an engine that all tests of this kind share."""
     if config.engine not in ENGINES:
         ENGINES[config.engine] = build_engine(config, Runtime(0, 1, torch.device("cpu")))
     return training_run.fill_engine(config, ENGINES[config.engine], checkpoints, Quiet())  # type: ignore[arg-type]
 
 
 def weights(engine: str) -> dict[str, torch.Tensor]:
-    """Of the engine that was filled."""
+    """The state of the loaded engine."""
     state = ENGINES[engine].modules[0].state_dict()
     return {name: tensor.clone() for name, tensor in state.items() if torch.is_tensor(tensor)}
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
-def test_facts_of_nonsense_are_named_and_the_checkpoint_before_is_taken(
+def test_a_checkpoint_with_invalid_facts_is_skipped(
     run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     changes, message = NONSENSE[kind]
@@ -373,7 +373,7 @@ def test_facts_of_nonsense_are_named_and_the_checkpoint_before_is_taken(
 
 
 @pytest.mark.parametrize("kind", MISFITS)
-def test_a_signed_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_taken(
+def test_an_intact_checkpoint_that_does_not_fit_is_skipped(
     run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     spoil, message = MISFITS[kind]
@@ -387,7 +387,7 @@ def test_a_signed_checkpoint_that_does_not_fit_is_named_and_the_one_before_it_ta
 
 @pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
 @pytest.mark.parametrize("kind", ["one moment missing", "weights that are no numbers"])
-def test_what_was_tried_leaves_nothing_in_the_model(
+def test_a_failed_load_leaves_the_model_unchanged(
     run_folder: Path, shards: Path, capsys: pytest.CaptureFixture[str], engine: str, kind: str
 ) -> None:
     spoil, message = MISFITS[kind]
@@ -405,36 +405,36 @@ def test_what_was_tried_leaves_nothing_in_the_model(
 def assert_named(capsys: pytest.CaptureFixture[str], run_folder: Path, message: str) -> None:
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1, told
-    assert told.startswith(f"passed over {run_folder / 'checkpoints' / name_of(4)}: ")
+    assert told.startswith(f"skipped {run_folder / 'checkpoints' / name_of(4)}: ")
     assert message in told
 
 
 class Quiet:
-    """A watchdog that does not watch."""
+    """A watchdog that does nothing."""
 
     def enter(self, step: int, phase: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[int]:
-    """The steps on record."""
+    """The steps in the metrics."""
     lines = (folder / name).read_text().splitlines()
     return [record["step"] for record in map(json.loads, lines) if "train/loss" in record]
 
 
-def test_a_damaged_newest_checkpoint_costs_its_steps_and_no_other(run_folder: Path, shards: Path, train: Train) -> None:
+def test_a_damaged_newest_checkpoint_loses_only_its_steps(run_folder: Path, shards: Path, train: Train) -> None:
     saves = run_folder / "checkpoints"
     next((saves / name_of(4)).glob("*.distcp")).write_bytes(b"")
-    # Its first save is at a lower step than the damaged one, and would keep no other.
+    # The first save is of an earlier step than the damaged checkpoint, which must not count for keep_last.
     keep = {"checkpoint": {"interval": 1, "keep_last": 1}}
     output = train(config_of(run_folder, shards, run={"stop_at_step": 3}, **keep))
-    assert f"passed over {saves / name_of(4)}: damaged" in output
+    assert f"skipped {saves / name_of(4)}: damaged" in output
     assert names_in(saves) == [name_of(step) for step in (2, 3, 4)]
     assert "records of steps after 2 are kept in" in output
     assert records(run_folder, "metrics.later-1.jsonl") == [3, 4]
     output = train(config_of(run_folder, shards, **keep))
     assert f"resumed from {saves / name_of(3)} at step 3" in output
-    assert f"{saves / name_of(4)} was no whole checkpoint of this run; it is kept as" in output
+    assert f"{saves / name_of(4)} was not a complete checkpoint of this run; it is kept as" in output
     assert names_in(saves) == [f"replaced-{name_of(4)}", name_of(3), name_of(6)]
     assert records(run_folder) == list(range(1, STEPS + 1))
     output = train(config_of(run_folder, shards, **keep))
@@ -464,7 +464,7 @@ def hide(saves: Path) -> None:
 
 @pytest.mark.parametrize("lose", [remove, leave_a_link, empty, hide])
 @pytest.mark.parametrize("version", ["this", "an earlier one", "one that was killed", "without records"])
-def test_a_run_whose_checkpoints_vanished_does_not_begin_anew(
+def test_a_run_with_missing_checkpoints_does_not_start_again(
     run_folder: Path, shards: Path, lose: Callable[[Path], None], version: str
 ) -> None:
     lose(run_folder / "checkpoints")
@@ -480,7 +480,7 @@ def test_a_run_whose_checkpoints_vanished_does_not_begin_anew(
     assert before == {path.name: path.read_bytes() for path in run_folder.iterdir() if path.is_file()}
 
 
-def test_a_run_killed_before_its_first_save_begins_anew_and_its_records_stay(
+def test_a_run_killed_before_its_first_save_starts_again_and_keeps_its_records(
     tmp_path: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Trainer, *, must: bool) -> None:
@@ -497,7 +497,7 @@ def test_a_run_killed_before_its_first_save_begins_anew_and_its_records_stay(
     assert records(tmp_path / "run") == records(tmp_path / "run", "metrics.later-1.jsonl") == [1, 2]
 
 
-def test_a_jump_of_the_learning_rate_is_told_and_what_keeps_it(run_folder: Path, shards: Path, train: Train) -> None:
+def test_a_higher_learning_rate_after_a_resume_is_reported(run_folder: Path, shards: Path, train: Train) -> None:
     output = train(config_of(run_folder, shards))
     assert "schedule  cosine, 1 steps of warm-up to 0.001, 0.0001 at step 6; 0.000186 at step 5\n" in output
     longer = {"steps": 20}
@@ -509,7 +509,7 @@ def test_a_jump_of_the_learning_rate_is_told_and_what_keeps_it(run_folder: Path,
     assert re.search(
         r"warning: the learning rate jumps from 0.0001 to 0.0007\d+; optimizer.decay_steps=6 would keep", output
     )
-    assert re.search(r"validation loss \d.* at step 7; knowing", output), "the run stopped at step 8"
+    assert re.search(r"validation loss \d.* at step 7; token frequencies", output), "the run stopped at step 8"
     kept = {"training": longer, "optimizer": {"warmup_steps": 1, "decay_steps": 20}}
     output = train(config_of(run_folder, shards, **kept, run={"stop_at_step": 9}))
     assert "before the resume" not in output
@@ -523,11 +523,11 @@ def test_checkpoints_of_earlier_versions_load_and_are_not_deleted(run_folder: Pa
         facts = json.loads(path.read_text())
         path.write_text(json.dumps({name: facts[name] for name in facts.keys() - {"run", "optimizer", "steps"}}))
     output = train(config_of(run_folder, shards, checkpoint={"interval": 1, "keep_last": 1}))
-    assert "does not say what it was before" in output
+    assert "does not record the schedule" in output
     assert names_in(run_folder / "checkpoints") == [name_of(step) for step in (2, 4, 6)]
 
 
-def test_weights_that_are_no_numbers_are_never_saved(
+def test_non_finite_weights_are_never_saved(
     tmp_path: Path, shards: Path, train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inner = Trainer.train_step
@@ -555,7 +555,7 @@ def test_a_run_whose_last_steps_were_all_dropped_fails(
         for _ in range(2):
             with pytest.raises(Diverged, match=r"all of the last 2 steps were dropped .*not finite"):
                 train(config_of(run_folder, shards))
-        # Checkpoints after which no step was applied do not push older ones out.
+        # If no step was applied since the last checkpoint, no new one replaces older ones.
         many = {"training": {"steps": 20}, "guard": {"max_dropped": 5}, "checkpoint": {"interval": 2, "keep_last": 1}}
         with pytest.raises(Diverged, match="No step was applied since the checkpoint of step 4, .* move it away"):
             train(config_of(run_folder, shards, **many))

@@ -1,4 +1,4 @@
-"""Matrix products by oneDNN in place of MKL: the same numbers, whatever the strides, and only while they are wanted."""
+"""Matrix products with oneDNN instead of MKL: equal results for all strides, and only when enabled."""
 
 from collections.abc import Iterator
 
@@ -42,12 +42,12 @@ MATRICES = {
 
 @pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("name", MATRICES)
-def test_products_and_gradients_are_right(name: str) -> None:
+def test_products_and_gradients_equal_the_reference(name: str) -> None:
     a, b = (matrix.detach().requires_grad_() for matrix in MATRICES[name])
     precise = [matrix.detach().double().requires_grad_() for matrix in (a, b)]
     product, expected = a @ b, precise[0] @ precise[1]
     assert product.dtype == a.dtype
-    gradients = torch.autograd.grad(product.sum(), [a, b])  # of a number that is everywhere: strides of 0
+    gradients = torch.autograd.grad(product.sum(), [a, b])  # an expanded scalar: strides of 0
     right = torch.autograd.grad(expected.sum(), precise)
     for actual, wanted in zip((product, *gradients), (expected, *right), strict=True):
         torch.testing.assert_close(actual.double(), wanted, rtol=1e-5, atol=1e-4)

@@ -1,4 +1,4 @@
-"""The operators of the CPU kernels: schemas and fake tensors describe the kernels; wrong arguments are refused."""
+"""The operators of the CPU kernels: schemas and fake tensors match the kernels; invalid arguments are refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -62,7 +62,7 @@ def test_operators_are_what_their_schemas_and_fake_tensors_say() -> None:
 
 
 def transposed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, columns first."""
+    """The same numbers in column-major order."""
     return tensor.mT.contiguous().mT
 
 

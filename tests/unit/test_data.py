@@ -1,4 +1,4 @@
-"""The order of samples is a function of the seed and the sample's number alone."""
+"""The order of samples depends only on the seed and the number of the sample."""
 
 import json
 import re
@@ -90,7 +90,7 @@ def test_another_seed_and_another_epoch_give_another_order(folder: Path) -> None
     assert epochs[0] != epochs[1]
 
 
-def test_validation_is_the_same_whatever_the_seeds(folder: Path) -> None:
+def test_validation_does_not_depend_on_seeds(folder: Path) -> None:
     first, other = load(folder, seed=1), load(folder, seed=2, data_seed=3)
     assert list(first.validation) == list(other.validation) == ["a", "b"]
     for name, source in first.validation.items():
@@ -99,13 +99,13 @@ def test_validation_is_the_same_whatever_the_seeds(folder: Path) -> None:
             assert torch.equal(source[i]["tokens"], other.validation[name][i]["tokens"])
 
 
-def test_data_seed_alone_decides_the_order_where_it_is_given(folder: Path) -> None:
+def test_data_seed_overrides_run_seed_for_the_order(folder: Path) -> None:
     first = samples(load(folder, seed=5), 0, 64, data_size=1, micro_batch_size=8)
     assert samples(load(folder, seed=1, data_seed=5), 0, 64, data_size=1, micro_batch_size=8) == first
     assert samples(load(folder, seed=5, data_seed=1), 0, 64, data_size=1, micro_batch_size=8) != first
 
 
-def test_epochs_of_each_source_are_told_and_many_are_warned_of(folder: Path) -> None:
+def test_epochs_of_each_source_are_printed_with_a_warning_for_many(folder: Path) -> None:
     few = load(folder, steps=20)
     for source, number in zip(few.reading, (120, 40), strict=True):
         assert source.read == number * 32
@@ -116,7 +116,7 @@ def test_epochs_of_each_source_are_told_and_many_are_warned_of(folder: Path) -> 
     assert re.search(r"^warning: this run reads b \d.\d times\. Beyond 4 epochs", text, re.MULTILINE)
 
 
-def test_weights_are_kept_all_along_the_run(folder: Path) -> None:
+def test_blend_weights_hold_throughout_the_run(folder: Path) -> None:
     blend = load(folder, steps=50).train
     for count in (40, 200, 400):
         assert (blend.source_of[:count] == 0).mean() == pytest.approx(0.75, abs=0.03)
@@ -145,9 +145,7 @@ WEIGHTS = st.dictionaries(st.sampled_from("ab"), st.sampled_from([0.2, 1.0, 3.0]
 
 @given(blends=st.lists(st.tuples(WEIGHTS, st.integers(1, 40)), min_size=1, max_size=5))
 @settings(max_examples=15, deadline=None)
-def test_however_often_the_blend_changes_no_source_repeats_or_loses_a_sample(
-    folder: Path, blends: list[tuple[dict[str, float], int]]
-) -> None:
+def test_changes_of_the_blend_repeat_and_lose_no_sample(folder: Path, blends: list[tuple[dict[str, float], int]]) -> None:
     order, total = None, 0
     seen: dict[str, list[int]] = {"a": [], "b": []}
     for weights, count in blends:
@@ -164,7 +162,7 @@ def test_however_often_the_blend_changes_no_source_repeats_or_loses_a_sample(
     assert sum(map(len, seen.values())) == total
 
 
-def test_a_changed_blend_is_told_and_what_has_no_meaning_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_blend_is_reported_and_an_invalid_one_refused(folder: Path, tmp_path: Path) -> None:
     config = blended(folder, {"a": 3.0, "b": 1.0})
     manifests = load_manifests(config)
     before = plan_order(config, manifests, None, 0)
@@ -207,7 +205,7 @@ def test_a_resumed_run_keeps_both_seeds(folder: Path) -> None:
     config.run.seed, config.data.seed = 5, None
     with pytest.raises(ValueError, match=r"run.seed=5 \(saved: 6\): it decides the order of samples"):
         check_continues(config, manifests, checkpoint)
-    # A checkpoint of an earlier version, whose one seed was both.
+    # A checkpoint of an earlier version, which had one seed for both.
     del facts["seed"]
     checkpoint = Checkpoint(folder / "step-1", 1, facts, {})
     config.run.seed, config.data.seed = 6, None
@@ -216,7 +214,7 @@ def test_a_resumed_run_keeps_both_seeds(folder: Path) -> None:
     assert check_continues(config, manifests, checkpoint)[1:] == (1, 8)
 
 
-def test_a_shard_that_changes_while_a_run_reads_it_is_noticed(folder: Path, tmp_path: Path) -> None:
+def test_a_shard_that_changes_during_a_run_is_detected(folder: Path, tmp_path: Path) -> None:
     shards = make_shards(tmp_path / "c", name="c")
     config = config_of(folder)
     config.data.blend = [SourceConfig(path=str(shards))]
@@ -248,7 +246,7 @@ def test_a_partial_last_batch_is_filled_with_masked_samples(folder: Path) -> Non
     assert counted == 5 * 32
 
 
-def test_bad_sources_are_refused_by_name(folder: Path, tmp_path: Path) -> None:
+def test_invalid_sources_are_refused(folder: Path, tmp_path: Path) -> None:
     config = config_of(folder)
     config.data.blend[1].path = str(folder / "missing")
     with pytest.raises(ValueError, match="missing"):

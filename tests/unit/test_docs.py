@@ -28,7 +28,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def problem_of(page: Path, link: str) -> str | None:
-    """What is wrong with a link of a page; None if it resolves or leaves the repository."""
+    """The problem of a link; None if it resolves or points outside the repository."""
     if re.match(r"[a-z]+:", link):
         return None
     path, _, anchor = link.partition("#")

@@ -38,7 +38,7 @@ def make_engine(
 
 
 def counting_batches() -> Iterator[Batch]:
-    """Sequences that count upwards: easy to learn."""
+    """Sequences that count upwards, which are easy to learn."""
     generator = torch.Generator().manual_seed(0)
     while True:
         first = torch.randint(0, 64, (4, 1), generator=generator)
@@ -97,7 +97,7 @@ def test_the_loss_is_over_the_tokens_of_the_vocabulary_and_not_its_padding(tied:
     assert not logits_BSV.softmax(-1)[..., 100:].any()
 
 
-def test_a_token_does_not_see_the_future() -> None:
+def test_attention_is_causal() -> None:
     gpt = make_engine().modules[0].eval()
     tokens_BS = torch.arange(16)[None]
     changed_BS = tokens_BS.clone()
@@ -105,7 +105,7 @@ def test_a_token_does_not_see_the_future() -> None:
     positions_BS = torch.arange(16)[None]
     with torch.no_grad():
         before, after = (gpt(tokens, positions_BS, None)[0] for tokens in (tokens_BS, changed_BS))
-    # Not bit-equal: the changed token goes to other experts, whose GEMMs then have another number of rows.
+    # Not bit-equal: the changed token is routed to other experts, which changes the number of rows of their GEMMs.
     torch.testing.assert_close(before[:10], after[:10], rtol=0, atol=1e-6)
     assert ((before[10:] - after[10:]).abs().amax(-1) > 1e-4).all()
 
@@ -134,13 +134,13 @@ def test_clipping_bounds_the_update_but_not_the_reported_norm() -> None:
         first_moment = torch.cat([state["exp_avg"].flatten() for state in states]).norm().item()
         updates[clip] = first_moment / (1 - OptimizerConfig().beta1)
     assert norms[0.1] > 0.5
-    # Without clipping the optimizer does not compute a norm on the way: it must be reported all the same.
+    # Without clipping the optimizer does not compute the norm, but it must be reported.
     assert list(norms.values()) == pytest.approx([norms[0.1]] * 3)
     assert updates == pytest.approx({0.0: norms[0.0], 0.1: 0.1, 100.0: norms[0.0]}, rel=1e-5)
 
 
 @pytest.mark.parametrize("engine_name", ["megatron", "deepspeed"])
-def test_weight_decay_is_of_all_matrices_and_of_no_norm(engine_name: str) -> None:
+def test_weight_decay_applies_to_matrices_and_not_to_norms(engine_name: str) -> None:
     weights: dict[float, dict[str, torch.Tensor]] = {}
     for weight_decay in (0.0, 0.5):
         config = RunConfig(
@@ -161,7 +161,7 @@ def test_weight_decay_is_of_all_matrices_and_of_no_norm(engine_name: str) -> Non
     assert "decoder.final_layernorm.weight" in weights[0.0].keys() - decayed
 
 
-def test_experts_that_no_backward_pass_reaches_keep_no_gradient_of_the_step_before() -> None:
+def test_experts_without_a_backward_pass_have_no_stale_gradient() -> None:
     engine = make_engine({"activation_ratio": 0.25}, experts="sparse")
     train(engine, 1)
     layers = [experts for _, experts, _ in moe_layers(engine.modules[0])]
@@ -219,9 +219,7 @@ def test_training_is_the_same_without_the_cpu_kernels(compute: dict[str, Any]) -
 @pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("model", [{}, {"neuron_balance_coeff": 0.01}, {"shared_expert_neuron_ratio": 0.5}], ids=str)
 @pytest.mark.parametrize("compute", [{"experts": "loop"}, {"experts": "sparse"}, {"precision": "bf16"}], ids=str)
-def test_a_token_that_is_not_a_number_costs_a_step_and_nothing_else(
-    cpu_kernels: str, model: dict[str, Any], compute: dict[str, Any]
-) -> None:
+def test_a_nan_token_drops_one_step(cpu_kernels: str, model: dict[str, Any], compute: dict[str, Any]) -> None:
     if cpu_kernels == "off" and compute == {"experts": "sparse"}:
         pytest.skip("they are kernels")
     engine = make_engine(model, **{"experts": "grouped", "cpu_kernels": cpu_kernels} | compute)

@@ -30,7 +30,7 @@ NARROW = ModelConfig(hidden_size=24, num_attention_heads=2)
         (MODEL, ParallelConfig(expert_tensor=2), {}, "needs whole experts: parallel.expert_tensor=1, not 2"),
     ],
 )
-def test_skipping_where_it_cannot_be_had_is_refused_by_name(
+def test_an_unavailable_sparse_backend_is_refused(
     model: ModelConfig, parallel: ParallelConfig, compute: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(ValueError, match=f"compute.experts=sparse: {reason}"):
@@ -38,7 +38,7 @@ def test_skipping_where_it_cannot_be_had_is_refused_by_name(
     assert choose_backend(model, parallel, ComputeConfig(**compute)) in ("grouped", "loop")
 
 
-def test_the_first_backend_is_left_only_for_one_that_is_much_faster() -> None:
+def test_the_default_backend_is_replaced_only_by_a_much_faster_one() -> None:
     assert Measured({"grouped": 1.0, "loop": 0.9, "sparse": 0.87}).fastest == "grouped"
     assert Measured({"grouped": 1.0, "loop": 0.5, "sparse": 0.45}).fastest == "loop"
     assert Measured({"grouped": 1.0, "loop": 0.5, "sparse": 0.2}).fastest == "sparse"
@@ -52,7 +52,7 @@ def test_every_backend_is_measured() -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_resumed_run_computes_as_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_keeps_its_expert_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(expert_backends, "measure", lambda *_, **__: Measured({"grouped": 1.0, "loop": 0.1}))
     config = RunConfig(model=MODEL)
 

@@ -62,7 +62,7 @@ def assert_relative(actual: torch.Tensor, expected: torch.Tensor, relative: floa
 
 
 def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
-    """Token by token and neuron by neuron, in float64: the definition."""
+    """The definition: a loop over tokens and neurons in float64."""
     gate_up = experts.gate_up_weight.detach().double().requires_grad_()
     down = experts.down_weight.detach().double().requires_grad_()
     x_ND, probs_N = (tensor.double().requires_grad_() for tensor in rows())
@@ -102,7 +102,7 @@ def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, b
     for fast, loop in zip(*results, strict=True):
         assert_relative(fast, loop, 1e-6)
     for fast, loop in zip(*counted, strict=True):
-        torch.testing.assert_close(fast, loop, rtol=1e-6, atol=1e-6)  # the smallest gates are differences of larger
+        torch.testing.assert_close(fast, loop, rtol=1e-6, atol=1e-6)  # the smallest gates are differences of larger numbers
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, b
         ([64, 128], 48, 1000, 1),
     ],
 )
-def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: int, neurons: int, kept: int) -> None:
+def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, neurons: int, kept: int) -> None:
     generator = torch.Generator().manual_seed(sum(tokens))
 
     def random(*shape: int) -> torch.Tensor:
@@ -138,9 +138,7 @@ def test_skipping_equals_the_loop_whatever_the_shape(tokens: list[int], width: i
 @pytest.mark.parametrize("frozen", [None, "gate_up_weight", "down_weight"])
 @pytest.mark.parametrize("balance", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["loop", "sparse"])
-def test_gradients_of_micro_batches_add_up_and_those_of_the_step_before_are_gone(
-    backend: str, balance: float, frozen: str | None
-) -> None:
+def test_gradients_accumulate_over_micro_batches_and_are_reset(backend: str, balance: float, frozen: str | None) -> None:
     experts = make_experts(kept=6, backend=backend, balance=balance)
     twin = make_experts(kept=6, balance=balance)
     names, of_twin = zip(*twin.named_parameters(), strict=True)

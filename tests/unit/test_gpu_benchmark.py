@@ -1,4 +1,4 @@
-"""`python -m benchmarks.gpu` without a GPU: each check can fail, every result is recorded, and nothing is half written."""
+"""`python -m benchmarks.gpu` without a GPU: each check can fail, all results are recorded, and files are atomic."""
 
 import json
 import os
@@ -26,7 +26,7 @@ Results = list[torch.Tensor]
 
 
 class Kernels:
-    """torch's operations in the place of the Triton kernels, and what spoils their results."""
+    """torch's operations instead of the Triton kernels, with functions that corrupt their results."""
 
     def __init__(self, forward: Callable[[Results], None] | None = None, backward: Callable[[Results], None] | None = None):
         self.spoil_forward, self.spoil_backward = forward, backward
@@ -46,7 +46,7 @@ class Kernels:
 
 @pytest.fixture(autouse=True)
 def torch_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No kernels, neither compiled nor interpreted."""
+    """Disable the kernels, compiled and interpreted."""
     monkeypatch.setattr(neuron_selection, "_kernels_for", lambda tensor: None)
 
 
@@ -63,14 +63,14 @@ def test_right_kernels_pass(dtype: str, activation: str) -> None:
 
 
 def other_neurons(results: Results) -> None:
-    """In the first row, the neurons that are dropped in place of some that are kept."""
+    """In the first row, keep some of the dropped neurons instead of kept ones."""
     mask_NH = unpack(results[1], SHAPE.neurons)
     mask_NH[0] = torch.zeros_like(mask_NH[0]).scatter(0, (~mask_NH[0]).nonzero().flatten()[:K], True)
     results[1] = pack(mask_NH)
 
 
 def last_of_equals(results: Results) -> None:
-    """Among equals, the higher index wins."""
+    """Break ties by the higher index."""
     mask_NH = unpack(results[1], SHAPE.neurons)
     names = checks.make_inputs(SHAPE, torch.float32, 0, "cpu").names
     mask_NH[names.index("equal")] = torch.arange(SHAPE.neurons) >= SHAPE.neurons - K
@@ -78,20 +78,20 @@ def last_of_equals(results: Results) -> None:
 
 
 def one_fewer(results: Results) -> None:
-    """A mask without the first word."""
+    """Clear the first word of the mask."""
     results[1] = results[1].clone()
     results[1][0] = 0
 
 
 def outside(results: Results) -> None:
-    """A write beyond the end."""
+    """Write beyond the end."""
     result = results[0].new_empty(results[0].shape).copy_(results[0])
     result.as_strided((1,), (1,), result.storage_offset() + result.numel()).fill_(0)
     results[0] = result
 
 
 def add(position: int, amount: float) -> Callable[[Results], None]:
-    """More in the first row, where something is kept."""
+    """Increase the kept values of the first row."""
 
     def spoil(results: Results) -> None:
         results[position] = results[position].clone()
@@ -101,7 +101,7 @@ def add(position: int, amount: float) -> Callable[[Results], None]:
 
 
 def in_dropped(position: int) -> Callable[[Results], None]:
-    """Something in the place of a zero."""
+    """Replace a zero."""
 
     def spoil(results: Results) -> None:
         results[position] = torch.where(results[position] == 0, 1e-30, results[position])
@@ -159,7 +159,7 @@ def test_a_kernel_that_raises_fails_its_check_only() -> None:
     assert "an illegal memory access" in first["error"]
 
 
-def test_an_operator_that_is_not_its_kernels_fails() -> None:
+def test_an_operator_that_differs_from_its_kernel_fails() -> None:
     names, *tensors = checks.make_inputs(SHAPE, torch.float32, 1, "cpu")
     inputs = checks.Inputs(names[-4:], *(tensor[-4:] for tensor in tensors))
 
@@ -187,7 +187,7 @@ def test_wrong_experts_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [record["passed"] for record in records] == [False] * 4
 
 
-def test_a_task_that_raises_dies_or_hangs_is_a_failure() -> None:
+def test_a_task_that_raises_crashes_or_hangs_fails() -> None:
     (raised,) = run(Task("it", "check", int, ("x",)), timeout=60)  # type: ignore[arg-type]
     (died,) = run(Task("it", "check", os._exit, (3,)), timeout=60)
     (hung,) = run(Task("it", "check", time.sleep, (1000,)), timeout=0.1)  # type: ignore[arg-type]
@@ -197,7 +197,7 @@ def test_a_task_that_raises_dies_or_hangs_is_a_failure() -> None:
     assert hung["error"] == "no result for 0.1 s: killed"
 
 
-def test_the_file_is_whole_after_each_part_and_says_whether_it_is_complete(tmp_path: Path) -> None:
+def test_the_file_is_valid_after_each_part_and_marks_completion(tmp_path: Path) -> None:
     path = tmp_path / "report" / "gpu.json"
     report = Report(path, {"gpu": None}, interpreted=True)
     wrong = {"name": "one", "passed": False, "worst": "infinite", "quantity": "ties", "row": "equal", "shares": {}}
@@ -252,7 +252,7 @@ def test_a_gpu_gets_every_kernel_block_dtype_and_activation() -> None:
 
 
 def test_in_the_interpreter_it_records_everything(tmp_path: Path) -> None:
-    pytest.importorskip("triton", minversion="3.7")  # those before it fail with numpy 2.4
+    pytest.importorskip("triton", minversion="3.7")  # earlier versions fail with numpy 2.4
     output = tmp_path / "gpu.json"
     command = [sys.executable, "-m", "benchmarks.gpu", "--interpret", "--minutes", "60", "--output", str(output)]
     done = subprocess.run(command, cwd=Path(gpu.__file__).parents[2], capture_output=True, text=True, timeout=900)

@@ -1,4 +1,4 @@
-"""Which steps are dropped, and when that is too much."""
+"""Dropped steps, and the limit of their number."""
 
 import json
 import math
@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_what_is_not_finite_is_dropped(loss: float, norm: float) -> None:
+def test_a_non_finite_step_is_dropped(loss: float, norm: float) -> None:
     guard = StepGuard(GuardConfig(), CPU)
     assert guard.accepts(1, 2.0, 1.0)
     assert not guard.accepts(2, loss, norm)
@@ -37,7 +37,7 @@ def test_the_budget_counts_the_last_steps_only() -> None:
         guard.check_budget(13, since=10)
 
 
-def test_a_run_has_come_to_nothing_if_its_whole_last_window_was_dropped() -> None:
+def test_a_run_fails_if_its_last_window_was_dropped() -> None:
     guard = StepGuard(GuardConfig(max_dropped=9, window=3), CPU)
     guard.accepts(1, 2.0, 1.0)
     for step in (2, 3):
@@ -52,22 +52,22 @@ def test_a_run_has_come_to_nothing_if_its_whole_last_window_was_dropped() -> Non
     guard.check_progress(5, since=3)
 
 
-def test_a_spike_is_dropped_and_does_not_widen_what_is_usual() -> None:
+def test_a_spike_is_dropped_and_not_counted_in_the_deviation() -> None:
     config = GuardConfig(spike_sigma=6.0, spike_window=20)
     guard = StepGuard(config, CPU)
-    assert guard.accepts(0, 99.0, 99.0), "nothing is unusual at first"
+    assert guard.accepts(0, 99.0, 99.0), "there are no spikes before there is a history"
     for step in range(1, 31):
         assert guard.accepts(step, 3.0 + 0.01 * (step % 5), 1.0 + 0.01 * (step % 3))
     for step in range(31, 40):
         assert not guard.accepts(step, 3.02, 2.0)
         assert "gradient norm 2 " in guard.reason
         assert not guard.accepts(step, 5.0, 1.0)
-    assert guard.accepts(41, 2.0, 0.5), "a fall is no spike"
+    assert guard.accepts(41, 2.0, 0.5), "a decrease is not a spike"
     again = StepGuard(config, CPU, json.loads(json.dumps(guard.state())))
-    assert again.state() == guard.state(), "a checkpoint carries it over exactly"
+    assert again.state() == guard.state(), "the state survives a checkpoint exactly"
 
 
-def test_without_a_threshold_spikes_pass_and_nothing_is_kept() -> None:
+def test_without_spike_sigma_no_step_is_recorded() -> None:
     guard = StepGuard(GuardConfig(), CPU)
     for step in range(300):
         assert guard.accepts(step, 3.0, 1.0)
@@ -75,7 +75,7 @@ def test_without_a_threshold_spikes_pass_and_nothing_is_kept() -> None:
     assert guard.state() == {"dropped": [], "recent": []}
 
 
-def test_steps_that_are_dropped_after_a_save_began_are_not_in_what_it_keeps() -> None:
+def test_steps_dropped_during_a_save_are_not_in_the_checkpoint() -> None:
     guard = StepGuard(GuardConfig(), CPU)
     kept = guard.state()
     guard.accepts(1, math.nan, 1.0)

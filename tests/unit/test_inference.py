@@ -1,4 +1,4 @@
-"""A trained model that writes: experts for a few rows, selection by thresholds, the cache of keys and values."""
+"""Generation: experts for few rows, selection by thresholds, the key-value cache."""
 
 import contextlib
 import time
@@ -43,7 +43,7 @@ def few(tokens: list[int], width: int, neurons: int, dtype: torch.dtype = torch.
 
 
 def dense(inputs: Few, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gates after their activation and ups, [N, H] fp32."""
+    """Activated gates, and ups, [N, H] fp32."""
     x, gate_up, _, _, tokens_E = inputs
     both_N2H = expert_gemm_loop(x.float(), gate_up.float().flatten(1, 2).transpose(1, 2), tokens_E)
     gate_NH, up_NH = both_N2H.chunk(2, dim=-1)
@@ -65,7 +65,7 @@ def test_a_few_rows_equal_the_reference(tokens: list[int], words: int, neurons: 
     mask_NH = unpack(decoded.masks_NW, neurons)
     assert (mask_NH.sum(-1) == k).all()
     gate_NH, up_NH = dense(inputs, activation)
-    # Gates of other rounding order near ties otherwise: which neurons are best is judged with some slack.
+    # Rounding can change the order near ties: the choice of neurons is compared with a tolerance.
     kept, dropped = gate_NH.abs().masked_fill(~mask_NH, torch.inf), gate_NH.abs().masked_fill(mask_NH, -1)
     assert (kept.amin(-1) >= dropped.amax(-1) - 1e-5).all()
     expected = expert_gemm_loop(gate_NH * up_NH * mask_NH * probs[:, None], down, tokens_E)
@@ -74,7 +74,7 @@ def test_a_few_rows_equal_the_reference(tokens: list[int], words: int, neurons: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-def test_a_threshold_keeps_all_that_reach_it(activation: str, dtype: torch.dtype) -> None:
+def test_a_threshold_keeps_all_gates_that_reach_it(activation: str, dtype: torch.dtype) -> None:
     inputs = few([1, 0, 3], 48, 70, dtype)
     gate_NH, up_NH = dense(inputs, activation)
     # Between two magnitudes, so that rounding does not matter.
@@ -90,9 +90,9 @@ def test_a_threshold_keeps_all_that_reach_it(activation: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("threshold", [None, 0.5])
-def test_a_row_that_is_not_a_number_keeps_what_it_should(threshold: float | None) -> None:
+def test_a_nan_row_selects_like_the_reference(threshold: float | None) -> None:
     inputs = few([2, 1], 32, 70)
-    inputs[0][1, 3] = torch.nan  # every gate of this row, while the others are as they were
+    inputs[0][1, 3] = torch.nan  # every gate of this row; other rows do not change
     mask_NH = unpack(cpu.decode(*inputs, 20, "silu", threshold=threshold).masks_NW, 70)
     gate_NH = scores_of(dense(inputs, "silu")[0])
     expected_NH = gate_NH >= threshold if threshold is not None else select_neurons_reference(gate_NH, 20).mask_NH
@@ -135,7 +135,7 @@ def logits_of(model: GPTModel, tokens_BS: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def watching_decode() -> Iterator[list[cpu.Decoded]]:
-    """What `cpu.decode` gives inside the block."""
+    """Record the results of `cpu.decode` in the block."""
     given_back: list[cpu.Decoded] = []
     decode = cpu.decode
 
@@ -160,9 +160,7 @@ def random_tokens(rows: int, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("by_threshold", [False, True])
-def test_few_rows_change_nothing_but_the_rounding(
-    model: GPTModel, monkeypatch: pytest.MonkeyPatch, by_threshold: bool
-) -> None:
+def test_few_rows_change_only_the_rounding(model: GPTModel, monkeypatch: pytest.MonkeyPatch, by_threshold: bool) -> None:
     tokens_BS = random_tokens(2, 0)
     thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25) if by_threshold else None
     results, served = [], []
@@ -176,7 +174,7 @@ def test_few_rows_change_nothing_but_the_rounding(
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
 
 
-def test_training_does_not_take_the_path_for_few_rows(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_does_not_use_the_decode_path(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "measure_max_decode_rows", lambda *_: 10_000)
     prepare_inference(model)
     monkeypatch.setattr(cpu, "decode", None)
@@ -186,7 +184,7 @@ def test_training_does_not_take_the_path_for_few_rows(model: GPTModel, monkeypat
 
 
 @pytest.mark.parametrize("per", ["layer", "model"])
-def test_thresholds_keep_the_share_asked_for(model: GPTModel, per: str) -> None:
+def test_thresholds_keep_the_requested_share(model: GPTModel, per: str) -> None:
     counts_LM = count_magnitudes(model, [random_tokens(8, seed) for seed in range(2)])
     rows = 2 * 8 * 16 * MODEL.router_topk
     assert counts_LM.sum(-1).tolist() == [rows * MODEL.moe_ffn_hidden_size] * MODEL.num_layers
@@ -236,7 +234,7 @@ def test_the_switch_is_where_the_dense_experts_become_faster(monkeypatch: pytest
 
 
 class Words:
-    """A tokenizer of numbers."""
+    """A tokenizer whose words are numbers."""
 
     vocab_size, eod_id = 64, -1
 
@@ -247,7 +245,7 @@ class Words:
         return "".join(f"{token} " for token in tokens)
 
 
-def test_what_a_model_writes_does_not_depend_on_the_cache(model: GPTModel) -> None:
+def test_generated_text_does_not_depend_on_the_cache(model: GPTModel) -> None:
     options = SampleConfig(run="", temperature=0, max_new_tokens=11)
     prompt = "3 1 4 1 5"
     written = continue_text(model, Words(), prompt, options, torch.Generator())  # type: ignore[arg-type]
@@ -257,8 +255,8 @@ def test_what_a_model_writes_does_not_depend_on_the_cache(model: GPTModel) -> No
     assert written == Words().decode(tokens[5:])
 
 
-def test_a_model_writes_more_than_its_window_holds(model: GPTModel) -> None:
+def test_generation_continues_beyond_the_context_window(model: GPTModel) -> None:
     options = SampleConfig(run="", temperature=0, max_new_tokens=40)
-    prompt = " ".join(map(str, range(1, 21)))  # longer than seq_length, too
+    prompt = " ".join(map(str, range(1, 21)))  # longer than seq_length
     written = continue_text(model, Words(), prompt, options, torch.Generator())  # type: ignore[arg-type]
     assert len(written.split()) == 40

@@ -1,4 +1,4 @@
-"""The CPU kernels: compiled for other processors they compute the same; what is damaged or killed is compiled anew."""
+"""Builds of the CPU kernels: equal results on other processors; damaged and interrupted builds are repeated."""
 
 import fcntl
 import math
@@ -27,7 +27,7 @@ from tests.conftest import ROOT
 
 
 def everything() -> list[torch.Tensor]:
-    """Outputs, masks and gradients of all kernels on numbers that are always the same."""
+    """Outputs, masks and gradients of all kernels for fixed inputs."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def everything() -> list[torch.Tensor]:
         gate, up = (random(9, 100).to(dtype).requires_grad_() for _ in range(2))
         gated = select_and_gate(gate, up, torch.rand(9, generator=generator), 33, "sigmoid")
         results += [*gated, *torch.autograd.grad(gated.hidden_NH, [gate, up], random(9, 100).to(dtype))]
-        # Infinite, not a number, and where exponentials leave the range of fp32.
+        # Infinity, NaN, and values whose exponentials exceed the range of fp32.
         scales = [0.0, 1.0, 40.0, 88.5, 88.8, 1e4, 1e38, math.inf]
         gate = torch.tensor([[math.nan, *scales, *(-scale for scale in scales)]]).to(dtype).requires_grad_()
         up = torch.ones_like(gate)
@@ -68,7 +68,7 @@ def everything() -> list[torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library compiled as the kernels are, of one line."""
+    """Compile a one-line library like the kernels."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "sources").mkdir()
     (folder / "sources/answer.cpp").write_text('extern "C" int answer() { return 42; }')
@@ -82,7 +82,7 @@ def tiny_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tiny_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cached library in a folder of its own; whoever compiles it anew gets a copy, and notes that."""
+    """The cached library in a temporary folder; a new compilation copies it and is counted."""
 
     def compile_quickly(folder: Path) -> Path:
         (tmp_path / "compiled").open("a").write("once\n")
@@ -119,7 +119,7 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["empty", "truncated", "another bit", "a folder", "a dangling link"])
-def test_a_damaged_library_is_compiled_anew(cache: Path, how: str) -> None:
+def test_a_damaged_library_is_compiled_again(cache: Path, how: str) -> None:
     assert answer() == 42
     assert times_compiled(cache) == 0
     damage(cache, how)
@@ -131,12 +131,12 @@ def test_a_damaged_library_is_compiled_anew(cache: Path, how: str) -> None:
         assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_a_cache_that_cannot_be_written_costs_compiling_at_every_start(
+def test_an_unwritable_cache_compiles_at_every_start(
     cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(cache.parent.parent))
     shutil.rmtree(cache.parent)
-    cache.parent.write_text("")  # to the superuser every folder is writable, but not a file
+    cache.parent.write_text("")  # root can write to every folder, but a file is not a folder
     for _ in range(2):
         assert answer() == 42
         assert "cannot be kept" in capsys.readouterr().err
@@ -151,7 +151,7 @@ def test_processes_that_compile_at_once_all_get_whole_libraries(cache: Path) -> 
     assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_what_killed_builds_left_is_removed_but_not_what_is_in_use(cache: Path) -> None:
+def test_leftovers_of_killed_builds_are_removed(cache: Path) -> None:
     damage(cache, "empty")
     left, used = cache.parent / "build-left", cache.parent / "build-used"
     for folder in (left, used):
@@ -202,7 +202,7 @@ def test_another_version_of_torch_compiles_its_own_library(cache: Path, monkeypa
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86 processors")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
-def test_processors_without_wide_registers_compute_the_same(processor: str, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_register_width(processor: str, tmp_path: Path) -> None:
     code = f"""
 import torch
 from torch.utils import cpp_extension
@@ -212,7 +212,7 @@ cpu_library.FLAGS[-1] = "-march={processor}"
 cpp_extension.get_default_build_root = lambda: {str(tmp_path)!r}
 torch.save(everything(), {str(tmp_path / "results.pt")!r})
 """
-    # In a process of its own: operators are registered once.
+    # In a separate process, since operators can be registered only once.
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert list(tmp_path.glob("mone/cpu-*.so"))
     for ours, theirs in zip(torch.load(tmp_path / "results.pt"), everything(), strict=True):

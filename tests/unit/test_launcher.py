@@ -1,4 +1,4 @@
-"""Variables of a launcher that are left over or damaged are refused at once, and what torchrun leaves behind is removed."""
+"""Incomplete or inconsistent launcher variables are refused, and leftovers of torchrun are removed."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def give(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("variables", [{}, WHOLE, WHOLE | LOCAL, WHOLE | {"LOCAL_RANK": "1"}])
-def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+def test_launcher_variables_are_all_set_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     give(monkeypatch, variables)
     check_launcher()
 
@@ -43,10 +43,10 @@ def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str])
         ({"MASTER_ADDR": "localhost"}, ["RANK and WORLD_SIZE and MASTER_PORT missing"]),
         ({"LOCAL_RANK": "0"}, ["LOCAL_RANK='0'", "unset LOCAL_RANK"]),
         (WHOLE | {"MASTER_PORT": ""}, ["MASTER_PORT missing"]),
-        (WHOLE | {"RANK": "one"}, ["RANK is no number"]),
-        (WHOLE | {"RANK": "-1"}, ["RANK is no number"]),
-        (WHOLE | {"RANK": "1.0"}, ["RANK is no number"]),
-        (WHOLE | {"LOCAL_RANK": ""}, ["LOCAL_RANK is no number"]),
+        (WHOLE | {"RANK": "one"}, ["RANK is not a number"]),
+        (WHOLE | {"RANK": "-1"}, ["RANK is not a number"]),
+        (WHOLE | {"RANK": "1.0"}, ["RANK is not a number"]),
+        (WHOLE | {"LOCAL_RANK": ""}, ["LOCAL_RANK is not a number"]),
         (WHOLE | {"RANK": "4"}, ["RANK must be below WORLD_SIZE"]),
         (WHOLE | {"WORLD_SIZE": "0"}, ["RANK must be below WORLD_SIZE"]),
         (WHOLE | {"MASTER_PORT": "0"}, ["MASTER_PORT must be from 1 to 65535"]),
@@ -55,7 +55,7 @@ def test_all_or_none(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str])
         (WHOLE | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, ["at most WORLD_SIZE"]),
     ],
 )
-def test_anything_else_is_refused_by_name(
+def test_inconsistent_launcher_variables_are_refused(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: list[str]
 ) -> None:
     give(monkeypatch, variables)
@@ -65,7 +65,7 @@ def test_anything_else_is_refused_by_name(
         assert word in str(error.value)
 
 
-def test_a_command_of_one_process_refuses_to_be_several(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_process_command_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     check_alone("train.sample")
     give(monkeypatch, WHOLE)
     with pytest.raises(UserError, match="WORLD_SIZE=4: train.sample is one process"):
@@ -73,10 +73,10 @@ def test_a_command_of_one_process_refuses_to_be_several(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("main", [pretrain.main, sample.main, calibrate.main])
-def test_the_commands_check_before_anything_else(
+def test_commands_check_versions_first(
     main: Callable[[], None], call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A run that is not there, and nobody to meet.
+    # The run does not exist, and there are no other processes.
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, printed = call_main(main, *([] if main is pretrain.main else ["run=nowhere"]))
     assert code == 2
@@ -84,7 +84,7 @@ def test_the_commands_check_before_anything_else(
     assert printed.count("\n") == 1
 
 
-def test_a_mistake_in_the_command_line_is_told_once_on_a_machine(
+def test_a_command_line_error_is_printed_once_per_machine(
     call_main: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     give(monkeypatch, WHOLE | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"})
@@ -94,7 +94,7 @@ def test_a_mistake_in_the_command_line_is_told_once_on_a_machine(
         assert (code, printed.count("error: ")) == (2, lines)
 
 
-def test_the_empty_log_folders_of_torchrun_go_and_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_log_folders_of_torchrun_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, others, filled = tmp_path / "torchelastic_1", tmp_path / "logs", tmp_path / "torchelastic_2"
     for folder in (ours, others, filled):
         for rank in "01":
@@ -119,7 +119,7 @@ print("left behind", flush=True)
 """
 
 
-def test_a_rank_whose_launcher_goes_while_it_starts_ends() -> None:
+def test_a_starting_rank_ends_with_its_launcher() -> None:
     agent = f"""
 import os, subprocess, sys, signal
 environment = {{**os.environ, "RANK": "0", "WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "a"}}
@@ -127,6 +127,6 @@ rank = subprocess.Popen([sys.executable, "-c", {ORPHAN!r}], env=environment, std
 print(rank.stdout.readline().decode(), end="", flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    # Returns when every process that holds the pipe of stderr has ended.
+    # Returns when all processes with the pipe of stderr have ended.
     done = subprocess.run([sys.executable, "-c", agent], cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert (done.stdout, done.stderr) == ("starts\n", "error: torchrun has gone while the run started\n")
+    assert (done.stdout, done.stderr) == ("starts\n", "error: torchrun ended while the run started\n")

@@ -1,4 +1,4 @@
-"""The processes of a job go on together or end together; here each is a thread with a connection of its own."""
+"""All processes of a job continue, or all end. In these tests a process is a thread with its own connection."""
 
 import threading
 from collections.abc import Callable
@@ -24,9 +24,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def play(act: Callable[[Meeting], Any], hosts: str, world_size: int | None = None) -> list[Any]:
-    """Let a rank on each of these hosts act: "went on", or its exit code."""
+    """Run `act` as one rank on each of these hosts; returns "went on" or the exit code of each."""
     outcomes: list[Any] = ["hangs"] * len(hosts)
-    # The store ends with the first of them.
+    # Keep all meetings: the store ends with that of rank 0.
     meetings = [Meeting(rank, world_size or len(hosts)) for rank in range(len(hosts))]
 
     def run(rank: int) -> None:
@@ -47,7 +47,7 @@ def play(act: Callable[[Meeting], Any], hosts: str, world_size: int | None = Non
 
 
 def checking(wrong: dict[int, str]) -> Callable[[Meeting], None]:
-    """A check that fails on some ranks, after one that does not."""
+    """A check that passes, then one that fails on some ranks."""
 
     def act(meeting: Meeting) -> None:
         with meeting.together("nothing"):
@@ -63,7 +63,7 @@ def checking(wrong: dict[int, str]) -> Callable[[Meeting], None]:
     ("wrong", "lines"),
     [
         ({}, []),
-        # One line for all, and otherwise each reason with its ranks, on the first machine and where it was found.
+        # One line if all ranks fail; otherwise each reason with its ranks, on the first machine and on that of the failure.
         (dict.fromkeys(range(4), "no data"), ["no data", "no data"]),
         ({3: "no data"}, ["rank 3 on b: no data"] * 2),
         ({2: "no data", 3: "no data"}, ["ranks 2, 3 on b: no data"] * 2),
@@ -72,15 +72,15 @@ def checking(wrong: dict[int, str]) -> Callable[[Meeting], None]:
         ({0: "locked", 3: "no data"}, ["rank 0 on a: locked", "rank 3 on b: no data", "rank 3 on b: no data"]),
     ],
 )
-def test_a_check_that_fails_on_any_rank_ends_all_by_rank_host_and_reason(
+def test_a_failed_check_ends_all_ranks_with_rank_host_and_reason(
     capsys: pytest.CaptureFixture[str], wrong: dict[int, str], lines: list[str]
 ) -> None:
     assert play(checking(wrong), "aabb") == (["went on"] * 4 if not wrong else [2] * 4)
     assert sorted(capsys.readouterr().err.splitlines()) == sorted(f"error: {line}" for line in lines)
 
 
-def test_a_rank_that_never_comes_keeps_nobody(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Ranks 2 and 3 of the job are not there; what rank 1 found is told all the same.
+def test_a_missing_rank_ends_the_others(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ranks 2 and 3 are missing; the failure of rank 1 is printed nevertheless.
     monkeypatch.setattr(module, "MEETING_SECONDS", 2.0)
     monkeypatch.setattr(module, "PATIENCE_SECONDS", 1.0)
 
@@ -95,10 +95,10 @@ def test_a_rank_that_never_comes_keeps_nobody(capsys: pytest.CaptureFixture[str]
     assert play(checking({}), "ab", world_size=4) == [1, 1]
     printed = capsys.readouterr().err
     assert "waiting for ranks 2, 3 of 4 processes" in printed
-    assert "error: rank 0 on a: ranks 2, 3 did not come within 2 s" in printed
+    assert "error: rank 0 on a: ranks 2, 3 did not connect within 2 s" in printed
 
 
-def test_a_failure_is_told_also_where_the_first_rank_cannot_be_met(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_reported_if_rank_0_is_unreachable(capsys: pytest.CaptureFixture[str]) -> None:
     meeting = Meeting(1, 2)
     with pytest.raises(SystemExit) as exit, meeting.together("checks"):
         raise UserError("no data")
@@ -106,12 +106,12 @@ def test_a_failure_is_told_also_where_the_first_rank_cannot_be_met(capsys: pytes
     assert f"error: rank 1 on {meeting.host}: no data\n" in capsys.readouterr().err
 
 
-def test_one_process_fails_at_once_with_its_own_exception() -> None:
+def test_a_single_process_raises_its_own_exception() -> None:
     with pytest.raises(UserError, match="no data"), Meeting(0, 1).together("checks"):
         raise UserError("no data")
 
 
-def test_a_folder_that_is_not_shared_is_named_with_the_machine_that_lacks_it(
+def test_a_folder_that_is_not_shared_is_reported_with_the_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def act(shared: bool) -> Callable[[Meeting], None]:
@@ -126,13 +126,11 @@ def test_a_folder_that_is_not_shared_is_named_with_the_machine_that_lacks_it(
     assert [path.name for path in (tmp_path / "runs").rglob("*")] == ["index_cache"]
     monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
     assert play(act(shared=False), "ab") == [2, 2]
-    told = f"error: rank 1 on b: run.dir={tmp_path}/runs-of-b: what rank 0 on a writes there cannot be seen here"
+    told = f"error: rank 1 on b: run.dir={tmp_path}/runs-of-b: a file that rank 0 on a wrote there is not visible here"
     assert told in capsys.readouterr().err
 
 
-def test_of_those_that_end_for_one_reason_one_prints_it(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_rank_prints_a_common_reason(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[int, bool] = {}
 
     def act(wrong: dict[int, str], kind: type[ReportedError] = UserError) -> Callable[[Meeting], None]:
@@ -140,7 +138,7 @@ def test_of_those_that_end_for_one_reason_one_prints_it(
             with meeting.together("start"):
                 pass
             if meeting.rank in wrong:
-                told[meeting.rank] = meeting.tell(kind(wrong[meeting.rank]))
+                told[meeting.rank] = meeting.report(kind(wrong[meeting.rank]))
 
         return end
 
@@ -152,7 +150,7 @@ def test_of_those_that_end_for_one_reason_one_prints_it(
     play(act({2: "out of memory"}), "aab")
     assert told == {2: True}
     assert capsys.readouterr().err == "error: rank 2 on b: out of memory\n"
-    # All raise it, each with the free space that it found.
+    # All ranks raise it, each with its own number of free bytes.
     monkeypatch.setenv("MASTER_PORT", str(get_free_port()))
     play(act({rank: f"{rank} GiB are free" for rank in range(3)}, SaveFailed), "aab")
     assert told == {0: True, 1: False, 2: False}

@@ -1,4 +1,4 @@
-"""What is computed otherwise on CPUs, from RMSNorm to the norm of gradients, against torch and Megatron-Core."""
+"""CPU replacements, from RMSNorm to the gradient norm, compared with torch and Megatron-Core."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ def assert_equal(fast: Layer, reference: Layer, *inputs: torch.Tensor, threads: 
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     y, expected = fast(*leaves), reference(*doubles)
-    # As the backward pass of attention gives it: not contiguous.
+    # Not contiguous, like the gradient from attention.
     target = torch.randn(y.shape[::-1], generator=torch.Generator().manual_seed(1)).permute(*range(y.dim() - 1, -1, -1))
     results = y, *torch.autograd.grad(y, leaves, target)
     torch.set_num_threads(before)
@@ -45,7 +45,7 @@ def assert_equal(fast: Layer, reference: Layer, *inputs: torch.Tensor, threads: 
 )
 def test_rms_norm_equals_its_formula(seed: int, rows: int, width: int, more: int, threads: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 3, width + more, generator=generator)[:, :, :width]  # rows that lie apart
+    x = torch.randn(rows, 3, width + more, generator=generator)[:, :, :width]  # rows with gaps in memory
     weight = torch.randn(width, generator=generator)
     assert_equal(
         lambda x, weight: cpu_rms_norm.rms_norm(x, weight, 1e-5),
@@ -71,7 +71,7 @@ def test_norms_of_layers_are_the_same_with_and_without_the_kernel(
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    length=st.one_of(st.integers(1, 100), st.integers(380, 800)),  # of which the longer have several chunks of keys
+    length=st.one_of(st.integers(1, 100), st.integers(380, 800)),  # long sequences have several chunks of keys
     groups=st.integers(1, 3),
     heads_of_group=st.integers(1, 3),
     width=st.integers(8, 70),
@@ -84,7 +84,7 @@ def test_attention_equals_its_formula(
     generator = torch.Generator().manual_seed(seed)
     heads = heads_of_group * groups
     q, k, v = (torch.randn(length, 2, n, width + more, generator=generator)[..., :width] for n in (heads, groups, groups))
-    # Smaller values, lest a query's gradient be a difference of sums over a head's channels that are larger than the rest.
+    # Small values, so that gradients of queries are not small differences of large sums.
     assert_equal(cpu_attention.attend, formula, q, k, v / width**0.5, threads=threads)
 
 

@@ -9,7 +9,7 @@ FORMS = ["normalised", "unmasked", "masked"]
 
 
 def by_the_formula(gate_NH: torch.Tensor, mask_NH: torch.Tensor, tokens: list[int], form: str) -> torch.Tensor:
-    """Token by token and neuron by neuron, as the formula is written."""
+    """The formula as a loop over tokens and neurons."""
     losses, start = [], 0
     for count in tokens:
         rows = range(start, start + count)
@@ -60,7 +60,7 @@ def test_without_any_token_the_loss_is_zero_and_finite() -> None:
 
 
 def test_balanced_neurons_give_one() -> None:
-    # Each neuron leads in three of eight tokens, and all gates are of one size up to what breaks the tie.
+    # Each neuron is selected in three of eight tokens, and all gates have the same size up to a tie-breaking difference.
     gate_NH = torch.stack([torch.ones(H).index_add(0, torch.arange(x, x + K) % H, torch.full((K,), 1e-4)) for x in range(H)])
     assert loss_of(gate_NH, [H], "normalised").item() == pytest.approx(1, abs=1e-5)
 

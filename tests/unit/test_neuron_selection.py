@@ -18,7 +18,7 @@ from mone_model.neuron_selection import (
     unpack,
 )
 
-# Few distinct values, so that ties are the rule.
+# Few distinct values, so that there are many ties.
 TIED_ROWS = st.integers(1, 40).flatmap(
     lambda neurons: st.lists(
         st.lists(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0, 3.0]), min_size=neurons, max_size=neurons),
@@ -57,7 +57,7 @@ def test_the_score_is_taken_after_the_activation() -> None:
     assert select_neurons(torch.nn.functional.silu(before), 1).mask_NH.tolist() == [[False, True]]
 
 
-def test_no_rows_is_no_trouble() -> None:
+def test_no_rows() -> None:
     kept = select_neurons(torch.empty(0, 8), 3)
     assert kept.mask_NH.shape == (0, 8)
     assert kept.threshold_N.shape == (0,)
@@ -70,7 +70,7 @@ def test_refuses_impossible_k(k: int) -> None:
 
 
 EXACT = ("relu", "relu_squared")
-"""Activations that all round alike. Others differ in the last bit, torch's own even between places of a row."""
+"""Activations with identical rounding in all implementations. Others can differ in the last bit."""
 
 
 def unambiguous(gate_NH: torch.Tensor, k: int, activation: str) -> bool:
@@ -114,9 +114,9 @@ def test_gating_equals_its_reference(
     generator = torch.Generator().manual_seed(seed)
     k = max(1, round(kept * neurons))
     gates_and_ups = torch.randn(5, 2 * neurons, generator=generator)
-    if activation in EXACT:  # few distinct values: ties are the rule
+    if activation in EXACT:  # few distinct values: many ties
         gates_and_ups = (gates_and_ups * values).round() / values
-    # The halves of one tensor have rows that lie apart.
+    # Halves of a tensor have rows with gaps in memory.
     gate_NH, up_NH = gates_and_ups.to(dtype).chunk(2, dim=1)
     assume(unambiguous(gate_NH, k, activation))
     with pytest.MonkeyPatch.context() as patch:
@@ -140,7 +140,7 @@ def test_gating_finds_thresholds_of_any_scale(scale: float) -> None:
 
 
 NAN, INFINITY = float("nan"), float("inf")
-LAST_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()  # of all NaN the one with the largest bits
+LAST_NAN = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32).item()  # the NaN with the largest bit pattern
 # All NaN, some, fewer or more than are kept, and infinities among them.
 BROKEN_ROWS = st.tuples(
     st.integers(1, 40),
@@ -162,9 +162,7 @@ def best_of(scores: list[float], k: int) -> set[int]:
 
 @settings(deadline=None, max_examples=60)
 @given(rows=BROKEN_ROWS, data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_selection_keeps_exactly_k_whatever_a_row_holds(
-    rows: list[list[float]], data: st.DataObject, dtype: torch.dtype
-) -> None:
+def test_selection_keeps_exactly_k_for_any_row(rows: list[list[float]], data: st.DataObject, dtype: torch.dtype) -> None:
     gate_NH = torch.tensor(rows).to(dtype)
     k = data.draw(st.integers(1, gate_NH.size(1)))
     for select in (select_neurons, select_neurons_reference):
@@ -181,7 +179,7 @@ def test_selection_keeps_exactly_k_whatever_a_row_holds(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     activation=st.sampled_from(list(ACTIVATIONS)),
 )
-def test_gating_keeps_exactly_k_whatever_a_row_holds(
+def test_gating_keeps_exactly_k_for_any_row(
     kernels: bool, rows: list[list[float]], data: st.DataObject, dtype: torch.dtype, activation: str
 ) -> None:
     gate_NH = torch.tensor(rows).to(dtype).requires_grad_()
@@ -257,7 +255,7 @@ def test_masks_are_packed_and_unpacked(rows: list[list[bool]]) -> None:
     assert torch.equal(unpack(pack(mask_NH), 37), mask_NH)
 
 
-def test_without_a_compiler_torch_serves_and_says_so_once(
+def test_without_a_compiler_torch_is_used_with_one_warning(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:

@@ -67,12 +67,12 @@ def test_experts_that_use_the_same_neurons_overlap_fully() -> None:
 
 
 def test_overlap_breaks_ties_by_index_and_leaves_out_what_is_never_used() -> None:
-    # Counts of 3 in 40 places are equal: the first 8 of them count, whatever else the other expert uses.
+    # The first expert used 40 neurons equally often: its top 8 are the first 8.
     tied, first = torch.full((40,), 3.0), torch.zeros(40)
     first[:8] = torch.arange(8, 0, -1.0)
     assert top_neuron_overlap(torch.stack([tied, first]), k=8) == 1
     assert top_neuron_overlap(torch.stack([tied, first.flip(0)]), k=8) == 0
-    # Of three most used, these have used one or two.
+    # Some experts used fewer than k = 3 neurons.
     assert top_neuron_overlap(torch.tensor([[5.0, 0, 0, 0], [0, 7.0, 0, 0]]), k=3) == 0
     assert top_neuron_overlap(torch.tensor([[5.0, 0, 0, 0], [7.0, 0, 0, 0]]), k=3) == 1
     assert top_neuron_overlap(torch.tensor([[5.0, 0, 0, 0], [7.0, 0, 2.0, 0]]), k=3) == pytest.approx(2 / 3)

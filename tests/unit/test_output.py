@@ -1,4 +1,4 @@
-"""Whatever becomes of the output, training goes on and ends as it would; other commands end with their reader."""
+"""Training does not depend on its output; other commands end when their reader ends."""
 
 import os
 import re
@@ -30,7 +30,7 @@ open(sys.argv[1], "w").write("complete")
 
 
 def train(tmp_path: Path, **how: Any) -> None:
-    """A run whose output may go nowhere is complete, with exit code 0."""
+    """A run completes with exit code 0 even if its output cannot be written."""
     done = subprocess.run(
         [sys.executable, "-c", TRAINING, str(tmp_path / "done")],
         cwd=ROOT,
@@ -42,7 +42,7 @@ def train(tmp_path: Path, **how: Any) -> None:
 
 
 def pipe(*, read: bool, blocking: bool = True) -> tuple[IO[bytes] | None, IO[bytes]]:
-    """A pipe whose reader has gone, or is there and does not read."""
+    """A pipe whose reader has ended, or does not read."""
     reading, writing = os.pipe()
     os.set_blocking(writing, blocking)
     if not read:
@@ -65,21 +65,21 @@ def test_a_full_disk_or_a_closed_descriptor_stops_nothing(tmp_path: Path) -> Non
         train(tmp_path, stdout=full, stderr=full)
     command = [sys.executable, "-c", TRAINING, str(tmp_path / "closed")]
     assert subprocess.run(["bash", "-c", '"$@" >&- 2>&-', "bash", *command], cwd=ROOT, timeout=60).returncode == 0
-    # What is opened next does not get the number of the standard output, and with it what libraries print.
+    # The next opened file must not get the descriptor of the standard output.
     assert (tmp_path / "closed").read_text() == "complete"
 
 
-def test_what_can_be_written_is_written_in_order_in_any_encoding(tmp_path: Path) -> None:
+def test_output_is_written_in_order_in_any_encoding(tmp_path: Path) -> None:
     with open(tmp_path / "log", "wb") as log:
         train(tmp_path, stdout=log, stderr=log, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     text = (tmp_path / "log").read_text()
     assert re.findall(r"step (\d+) \\u03b1", text) == [str(number) for number in range(3000)]
     assert text.count("a word") >= 3000
     assert "of a fork" in text
-    assert text.count("no end of line") == 2  # the fork had it, too
+    assert text.count("no end of line") == 2  # once from the fork
 
 
-def test_text_that_is_left_out_is_counted(tmp_path: Path) -> None:
+def test_dropped_text_is_counted(tmp_path: Path) -> None:
     script = """
 import os, sys, time
 from mone_common.output import unblock_output, drain_output
@@ -110,7 +110,7 @@ print("after", flush=True)
         lines = process.stdout.read().splitlines()
     assert 10_000 <= lines.count("step") < 20_000
     lost = (20_000 - lines.count("step")) * len("step\n")
-    assert f"[{lost} bytes of output are missing here: nobody read it]" in lines
+    assert f"[{lost} bytes of output are missing here: not read]" in lines
     assert lines[-1] == "after"
 
 
@@ -136,7 +136,7 @@ def test_a_command_ends_quietly_with_its_reader() -> None:
     assert (done.stdout, done.stderr) == ("line 0\n141\n", "")
 
 
-def test_an_error_of_a_process_of_any_rank_is_told() -> None:
+def test_an_error_of_any_rank_is_printed() -> None:
     script = """
 from mone_common.console import UserError, reporting_errors
 

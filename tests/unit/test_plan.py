@@ -1,4 +1,4 @@
-"""The plan as a user gets it."""
+"""The output of mone-plan."""
 
 import re
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def test_proposals_fit_run_and_come_fastest_first() -> None:
 
 def test_time_follows_from_flops_and_the_stated_mfu() -> None:
     cluster = ClusterConfig(nodes=2, mfu=0.5, peak_tflops=100)
-    # As many nodes again: half the time; half the utilisation: twice.
+    # Twice the nodes: half the time. Half the utilization: twice the time.
     seconds = estimate_run(config(expert=8), cluster).compute_seconds
     assert estimate_run(config(expert=8), ClusterConfig(nodes=4, mfu=0.5, peak_tflops=100)).compute_seconds == seconds / 2
     assert estimate_run(config(expert=8), ClusterConfig(nodes=2, mfu=0.25, peak_tflops=100)).compute_seconds == 2 * seconds
@@ -77,12 +77,12 @@ def test_the_plan_in_docs_is_what_the_command_prints(call_main: Call) -> None:
     assert (code, out) == (0, printed)
 
 
-def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
+def test_a_plan_that_does_not_fit_proposes_alternatives(call_main: Call) -> None:
     options = ("model=mone_2p8b", "compute.precision=bf16", "cluster.gpu=a100_40gb", "training.global_batch_size=256")
     code, out, _ = call_main(main, *options)
     assert code == 1
     assert re.search(r"WARNING: [\d.]+ GiB do not fit in 34 GiB", out)
-    # What it proposes, typed as it stands, fits.
+    # The proposed options fit.
     (first, *_) = re.findall(r"^  \S+ s, \S+ GiB  (parallel.*)$", out, re.MULTILINE)
     code, out, _ = call_main(main, *options, *first.replace("'", "").split())
     assert code == 0, out
@@ -109,7 +109,7 @@ def test_a_plan_that_does_not_fit_says_so_and_proposes(call_main: Call) -> None:
         (["model=mone_tiny", "data.blend=[]"], "model.vocab_size=null: set it"),
     ],
 )
-def test_mistakes_are_told_by_name(call_main: Call, arguments: list[str], message: str) -> None:
+def test_errors_name_the_option(call_main: Call, arguments: list[str], message: str) -> None:
     code, _, error = call_main(main, *arguments)
     assert code == 2
     assert message in error

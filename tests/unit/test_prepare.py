@@ -1,4 +1,4 @@
-"""`mone_model.megatron.prepare`: Megatron-Core runs on CPUs, and nothing changes for others in the process."""
+"""`mone_model.megatron.prepare`: Megatron-Core runs on CPUs, and other modules are not changed."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 
 
 def run(*arguments: str, before: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, with packages of the folder `before` before all others."""
+    """Run code in a new interpreter, with the folder `before` first on the path."""
     environment = {**os.environ, "PYTHONPATH": f"{before}{os.pathsep}{ROOT}"}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300)
 
@@ -87,7 +87,7 @@ print([name for name, module in modules.items() if any(value in (torch, torch.cu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="then it replaces nothing")
-def test_it_must_come_before_megatron_core() -> None:
+def test_prepare_refuses_to_run_after_megatron_core() -> None:
     result = run("-c", "import megatron.core, mone_model.megatron; mone_model.megatron.prepare()")
     assert result.returncode == 1
     assert "RuntimeError: call mone_model.megatron.prepare() before you import megatron.core" in result.stderr
@@ -108,7 +108,7 @@ def test_versions_that_were_not_run_are_refused(version: str, supported: bool, m
 @pytest.mark.parametrize(
     "arguments", [("-m", "train.pretrain"), ("-c", "from mone_common.commands import pretrain; pretrain()")]
 )
-def test_a_command_with_another_version_ends_with_one_line(arguments: tuple[str, str], tmp_path: Path) -> None:
+def test_a_command_with_an_unsupported_version_prints_one_line(arguments: tuple[str, str], tmp_path: Path) -> None:
     (tmp_path / "megatron_core-0.17.0.dist-info").mkdir()
     (tmp_path / "megatron_core-0.17.0.dist-info/METADATA").write_text("Name: megatron-core\nVersion: 0.17.0\n")
     result = run(*arguments, before=tmp_path)
@@ -118,7 +118,7 @@ def test_a_command_with_another_version_ends_with_one_line(arguments: tuple[str,
 
 
 def exchange(rank: int, store: str) -> None:
-    """Two ranks with 1 and 2 rows, by the functions of Megatron-Core that its token dispatchers call."""
+    """Two ranks with 1 and 2 rows, with the functions that Megatron-Core's token dispatchers call."""
     from megatron.core.tensor_parallel import mappings
 
     dist.init_process_group("gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)

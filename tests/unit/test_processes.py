@@ -1,4 +1,4 @@
-"""Processes end with the one that started them, also if that was faster."""
+"""Child processes end with their parent, even if it ends first."""
 
 import os
 import subprocess
@@ -63,9 +63,9 @@ def read():
     get_temp_dir()
     ready.put(1)
     for number in signal.SIGHUP, signal.SIGUSR2:
-        os.kill(os.getpid(), number)  # the terminal's, somebody's
+        os.kill(os.getpid(), number)  # as from a terminal or another process
     while True:
-        ready.put(bytes(100_000))  # nobody reads it
+        ready.put(bytes(100_000))  # not read
 
 manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
 if __name__ == "__main__":
@@ -81,7 +81,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
-def test_helpers_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) -> None:
+def test_children_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "helpers.py").write_text(HELPERS)
     environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}

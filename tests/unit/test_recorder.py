@@ -1,4 +1,4 @@
-"""What is recorded and drawn may fail; the run may not."""
+"""Errors in recording and drawing do not end the run."""
 
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def test_text_that_looks_like_a_formula_is_drawn_as_it_is(tmp_path: Path, capsys
     assert "no figure" not in capsys.readouterr().out
 
 
-def test_no_exception_of_a_figure_or_a_sink_leaves_the_recorder(
+def test_the_recorder_catches_errors_of_figures_and_writers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*arguments: Any, **options: Any) -> None:
@@ -62,7 +62,7 @@ def test_no_exception_of_a_figure_or_a_sink_leaves_the_recorder(
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
 
 
-def test_an_offline_record_that_is_cut_short_is_told_of_once(
+def test_an_incomplete_offline_record_is_reported_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "run-1.wandb"
@@ -82,7 +82,7 @@ def test_an_offline_record_that_is_cut_short_is_told_of_once(
     assert capsys.readouterr().out.count("is incomplete: the disk is full; metrics.jsonl has every record") == 1
 
 
-def test_lines_that_are_no_records_are_put_aside_and_none_is_lost(tmp_path: Path) -> None:
+def test_invalid_lines_are_moved_to_another_file(tmp_path: Path) -> None:
     odd = ['{"step": NaN, "x": 1}', "[" * 200_000, '{"step": 1' + 400 * "0" + "}", '{"step": null}', "", "[]"]
     lines = ['{"step": 1}', *odd, '{"step": 2}', '{"step": 3}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

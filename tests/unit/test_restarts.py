@@ -36,9 +36,9 @@ def failed(step: int) -> Attempt:
         ({"state": "failed", "reason": "RuntimeError", "exit_code": 1}, {}, "failed", True),
         ({"state": "failed", "reason": "Diverged", "exit_code": 3}, {}, "failed", False),
         ({"state": "running"}, {}, "failed", True),  # killed
-        (None, {}, "failed", True),  # did not come so far
+        (None, {}, "failed", True),  # ended before it wrote a status
         ({"state": "stopped", "reason": "LAUNCHER"}, {}, "stopped", True),
-        # What an earlier attempt said is not this one's; a clock that was set back in between matters to neither.
+        # The status of an earlier attempt does not count, even if the clock was set back in between.
         ({"state": "stopped", "reason": "SIGNAL", "time": 100.0}, {}, "failed", True),
         ({"state": "stopped", "reason": "STEP", "time": 60.0}, {}, "stopped", False),
         ({"state": "running"}, {"earlier": [failed(20)]}, "failed", False),
@@ -46,7 +46,7 @@ def failed(step: int) -> Attempt:
         ({"state": "stopped", "reason": "SIGNAL"}, {"earlier": [failed(20)]}, "stopped", True),
     ],
 )
-def test_a_job_goes_on_unless_that_is_in_vain(
+def test_a_job_restarts_unless_it_makes_no_progress(
     tmp_path: Path, status: dict[str, Any] | None, how: dict[str, Any], outcome: str, requeued: bool
 ) -> None:
     options: dict[str, Any] = {"restart": 1, "runs": True, "earlier": []} | how
@@ -55,7 +55,7 @@ def test_a_job_goes_on_unless_that_is_in_vain(
     assert (attempt.outcome, attempt.requeued, attempt.step) == (outcome, requeued, 20)
 
 
-def test_damaged_files_do_not_keep_a_job_from_going_on(tmp_path: Path) -> None:
+def test_damaged_files_do_not_prevent_a_restart(tmp_path: Path) -> None:
     folder = folder_of_a_run(tmp_path / "run", step=20, status=None, earlier=[failed(10)])
     (folder.parent / "status.json").write_text('{"state": "stop')
     with open(folder / ATTEMPTS, "a") as file:

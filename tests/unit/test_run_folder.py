@@ -1,4 +1,4 @@
-"""Which folders a run can have."""
+"""Folders that a run can use."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def make_run(folder: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder: one run, a sweep of one point, and a job that is queued; home lies elsewhere."""
+    """A current folder with a run, a sweep of one point and a queued job; the home folder is elsewhere."""
     here = tmp_path / "work"
     make_run(here / "runs/one")
     make_run(here / "runs/sweep/seed=1")
@@ -46,17 +46,17 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("link", "is where all runs lie"),
         ("runs/sweep", "holds other runs, such as"),
         ("others", "holds other runs, such as"),
-        ("runs/one/checkpoints", "lies within the run"),
-        ("runs/queued/launch", "lies within the run"),
-        ("link/one/x/y", "lies within the run"),
+        ("runs/one/checkpoints", "is within the run"),
+        ("runs/queued/launch", "is within the run"),
+        ("link/one/x/y", "is within the run"),
         ("file", "file is not a folder"),
         ("file/run", "file is not a folder"),
         ("loop", "loop is not a folder"),
         ("runs/" + "x" * 300, "cannot be a folder (File name too long)"),
     ],
 )
-def test_folders_that_a_run_cannot_have_alone(folder: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=r"^run\.dir=.*; give a folder of its own, e\.g\. run\.dir=runs/mine$") as error:
+def test_folders_that_a_run_cannot_use(folder: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=r"^run\.dir=.*; give another folder, e\.g\. run\.dir=runs/mine$") as error:
         check_free(Path(folder))
     assert problem in str(error.value)
 
@@ -68,14 +68,14 @@ def test_new_folders_and_those_of_runs_are_free(folder: str) -> None:
     check_free(Path(folder))
 
 
-def test_a_folder_with_files_of_its_user_is_free(here: Path) -> None:
+def test_a_folder_with_other_files_is_free(here: Path) -> None:
     (here / "notes").mkdir()
     (here / "notes/config.yaml").touch()
     check_free(Path("notes"))
     check_free(Path("notes/run"))
 
 
-def test_a_run_that_was_begun_in_the_current_folder_goes_on(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_the_current_folder_can_resume(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(here / "runs/one")
     check_free(Path())
 
@@ -86,6 +86,6 @@ def test_a_sweep_joins_its_earlier_runs(folder: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [".", "/", "runs/one/points", "file"])
-def test_folders_that_a_sweep_cannot_have(folder: str) -> None:
+def test_folders_that_a_sweep_cannot_use(folder: str) -> None:
     with pytest.raises(ValueError, match=r"^run\.dir="):
         check_free(Path(folder), sweep=True)

@@ -1,4 +1,4 @@
-"""A run keeps its tokenizer, and finds it wherever it is moved to."""
+"""A run folder has its own copy of the tokenizer, which works after a move."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ from train.trained_model import load_run_config, load_thresholds
 
 
 def with_tokenizer(folder: Path, vocab_size: int) -> Manifest:
-    """Shards that have a tokenizer, which never saw their tokens."""
+    """Shards with a tokenizer that did not create their tokens."""
     make_shards(folder, name=folder.name, vocab_size=vocab_size)
     (folder.parent / "text.txt").write_text("\n\n".join(f"The number {n} and the number {n * n}." for n in range(300)))
     corpus = CorpusConfig(path=str(folder.parent / "text.txt"))
@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> Manifest:
 
 
 def run_on(data: Manifest, folder: Path) -> RunConfig:
-    """A run's configuration, noted in its folder."""
+    """The configuration of a run, written to its folder."""
     config = RunConfig(run=ExecutionConfig(dir=str(folder)))
     config.data.blend, config.data.index_cache = [SourceConfig(path=str(data.folder))], str(folder / "index_cache")
     folder.mkdir()
@@ -47,7 +47,7 @@ def run_on(data: Manifest, folder: Path) -> RunConfig:
     return config
 
 
-def test_a_run_that_was_moved_from_its_data_has_its_tokenizer(data: Manifest, tmp_path: Path) -> None:
+def test_a_moved_run_has_its_tokenizer(data: Manifest, tmp_path: Path) -> None:
     run_on(data, tmp_path / "run")
     keep_tokenizer(tmp_path / "run", data, begun=False)
     moved = (tmp_path / "run").rename(tmp_path / "moved")
@@ -65,15 +65,15 @@ def test_a_run_that_was_moved_from_its_data_has_its_tokenizer(data: Manifest, tm
     assert find_manifests(config, CalibrateConfig(run=str(moved), data=[str(again.folder)])) == [again]
 
 
-def test_a_run_of_an_earlier_version_takes_the_tokenizer_of_its_data(data: Manifest, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_uses_the_tokenizer_of_its_data(data: Manifest, tmp_path: Path) -> None:
     config = run_on(data, tmp_path / "run")
     assert find_tokenizer(tmp_path / "run", config).sha256 == data.tokenizer_sha256
     shutil.rmtree(data.folder)
-    with pytest.raises(UserError, match=r"there is no .*run/tokenizer, and the run's data has no tokenizer either \(.*data"):
+    with pytest.raises(UserError, match=r"neither .*run/tokenizer nor a tokenizer of the run's data exists \(.*data"):
         find_tokenizer(tmp_path / "run", config)
 
 
-def test_a_run_goes_on_with_its_tokenizer_only(data: Manifest, tmp_path: Path) -> None:
+def test_a_resume_requires_the_same_tokenizer(data: Manifest, tmp_path: Path) -> None:
     other = with_tokenizer(tmp_path / "other", 310)
     keep_tokenizer(tmp_path / "run", data, begun=False)
     keep_tokenizer(tmp_path / "run", data, begun=True)
@@ -83,7 +83,7 @@ def test_a_run_goes_on_with_its_tokenizer_only(data: Manifest, tmp_path: Path) -
     assert find_tokenizer(tmp_path / "run", RunConfig()).sha256 == other.tokenizer_sha256
 
 
-def test_a_tokenizer_that_is_not_the_manifests_is_refused(data: Manifest, tmp_path: Path) -> None:
+def test_a_tokenizer_that_does_not_match_the_manifest_is_refused(data: Manifest, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"tokenizer_sha256": "0" * 64, "vocab_size": 400}
     for name, value in changes.items():
         with pytest.raises(DataError, match=f"data: the manifest's {name} is {value}.*mone-verify"):
@@ -94,11 +94,11 @@ def test_a_tokenizer_that_is_not_the_manifests_is_refused(data: Manifest, tmp_pa
 def test_data_without_a_tokenizer_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = load_manifest(make_shards(tmp_path / "data"))
     keep_tokenizer(tmp_path / "run", manifest, begun=False)
-    assert "data/tokenizer is missing, so train.sample will have no tokenizer" in capsys.readouterr().err
+    assert "data/tokenizer is missing, so mone-sample will have no tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", [b"", b"a: [", b"\xff\xfe\x00", b"model: {num_layers: two}", b"foo: 1", None])
-def test_a_configuration_that_is_damaged_is_named(tmp_path: Path, text: bytes | None) -> None:
+def test_a_damaged_configuration_is_reported(tmp_path: Path, text: bytes | None) -> None:
     if text is None:
         (tmp_path / "config.yaml").mkdir()
     else:
@@ -107,7 +107,7 @@ def test_a_configuration_that_is_damaged_is_named(tmp_path: Path, text: bytes | 
         load_run_config(tmp_path)
 
 
-def test_what_is_in_the_way_of_the_tokenizer_is_named(data: Manifest, tmp_path: Path) -> None:
+def test_a_file_at_the_path_of_the_tokenizer_is_reported(data: Manifest, tmp_path: Path) -> None:
     (tmp_path / "tokenizer").write_text("mine")
     with pytest.raises(DataError, match="tokenizer is not a folder; remove it"):
         keep_tokenizer(tmp_path, data, begun=True)
@@ -115,7 +115,7 @@ def test_what_is_in_the_way_of_the_tokenizer_is_named(data: Manifest, tmp_path: 
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 200_000])
-def test_thresholds_that_are_none_are_named(tmp_path: Path, text: str) -> None:
+def test_invalid_thresholds_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "thresholds.json").write_text(text)
     with pytest.raises(UserError, match="no such file of mone-calibrate"):
         load_thresholds(tmp_path / "thresholds.json", RunConfig())

@@ -1,4 +1,4 @@
-"""A run saves and stops when its terminal is closed, and goes on under nohup."""
+"""A run saves and stops when its terminal is closed, and continues under nohup."""
 
 import math
 import os
@@ -22,7 +22,7 @@ def _restored_handlers() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("before", "reason"), [(signal.SIG_DFL, StopReason.SIGNAL), (signal.SIG_IGN, StopReason.NONE)], ids=["terminal", "nohup"]
 )
-def test_a_closed_terminal_is_a_reason_to_stop_unless_it_is_ignored(before: Any, reason: StopReason) -> None:
+def test_sighup_stops_a_run_unless_it_is_ignored(before: Any, reason: StopReason) -> None:
     signal.signal(signal.SIGHUP, before)
     request = StopRequest(math.inf)
     os.kill(os.getpid(), signal.SIGHUP)

@@ -1,4 +1,4 @@
-"""The order of a source is Megatron-Core's, takes few files and descriptors, and what is damaged is named."""
+"""The order of a source equals Megatron-Core's and needs few files and descriptors; damage is reported."""
 
 import multiprocessing
 import os
@@ -39,7 +39,7 @@ def texts(of: Source, start: int, stop: int) -> list[list[int]]:
 
 
 class Vocabulary:
-    """What GPTDataset asks of a tokenizer."""
+    """The tokenizer attributes that GPTDataset needs."""
 
     vocab_size, eod = 64, 0
     unique_identifiers = {"name": "tiny"}
@@ -96,7 +96,7 @@ def test_the_orders_of_a_large_source_are_files_made_when_they_are_read(
     large = source(folder, cache=tmp_path)
     epochs = -(-700 // large.size)
     large[0]
-    assert len(list(tmp_path.glob("*.npy"))) == 2  # the turns of the shards, and the first epoch
+    assert len(list(tmp_path.glob("*.npy"))) == 2  # the interleaving of the shards, and the order of the first epoch
     assert texts(large, 0, 700) == expected
     assert len(list(tmp_path.glob("*.npy"))) == 1 + epochs
     descriptors = len(os.listdir("/dev/fd"))
@@ -138,7 +138,7 @@ def no_locks(file: Any, operation: int) -> None:
     raise OSError(38, "Function not implemented")
 
 
-def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unwritable_cache_is_reported(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DataError, match=r"data.index_cache=.*cache: cannot write there"):
@@ -149,7 +149,7 @@ def test_a_cache_that_cannot_be_written_is_named(folder: Path, tmp_path: Path, m
 
 @pytest.fixture
 def few_descriptors() -> Iterator[None]:
-    """Room for 20 more open files, until the limit is raised."""
+    """Limit the process to 20 more open files."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 20, limits[1]))
     yield
@@ -171,13 +171,13 @@ def test_many_shards_raise_the_limit_of_open_files(tmp_path: Path, num_workers: 
 
 def test_more_shards_than_the_system_allows_open_files_are_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources.resource, "getrlimit", lambda kind: (64, 64))
-    message = r"data.blend: its 3 shards take \d+ open files, and a process may have 64 here.*ulimit -Hn.*shard_tokens"
+    message = r"data.blend: its 3 shards need \d+ open files, but the hard limit is 64.*ulimit -Hn.*shard_tokens"
     with pytest.raises(DataError, match=message):
         reserve_descriptors([source(folder)])
 
 
 def forged(folder: Path, file: str, at: int, value: Any) -> None:
-    """Overwrite some bytes, which keeps the file's size."""
+    """Overwrite some bytes without changing the size."""
     content = bytearray((folder / file).read_bytes())
     written = value.tobytes()
     content[at : at + len(written)] = written
@@ -185,7 +185,7 @@ def forged(folder: Path, file: str, at: int, value: Any) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_token_beyond_the_vocabulary_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
+def test_a_token_beyond_the_vocabulary_is_reported_on_one_line(tmp_path: Path, num_workers: int) -> None:
     folder = make_shards(tmp_path / "a", name="a")
     forged(folder, "train-00000.bin", 200, np.uint16(900))
     with pytest.raises(ReadError) as caught:
@@ -200,7 +200,7 @@ def test_a_token_beyond_the_vocabulary_is_named_in_one_line(tmp_path: Path, num_
     )
 
 
-def test_an_index_that_is_damaged_behind_its_header_is_named(tmp_path: Path) -> None:
+def test_an_index_damaged_after_its_header_is_reported(tmp_path: Path) -> None:
     for number, (at, value) in enumerate({34: np.int32(5), 38: np.int32(-7), 34 + 4 * 200: np.int64(8)}.items()):
         folder = make_shards(tmp_path / str(number))
         forged(folder, "train-00000.idx", at, value)
@@ -210,7 +210,7 @@ def test_an_index_that_is_damaged_behind_its_header_is_named(tmp_path: Path) -> 
 
 
 def pointing_nowhere(folder: Path) -> None:
-    """Damage that comes when the order is known already."""
+    """Damage after the order was stored."""
     for document in range(200):
         forged(folder, "train-00000.idx", 34 + 4 * 200 + 8 * document, np.int64(10**9))
 
@@ -220,7 +220,7 @@ def no_last_bound(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [pointing_nowhere, no_last_bound])
-def test_an_index_that_is_damaged_behind_a_known_order_is_named(
+def test_a_damaged_index_with_a_stored_order_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]
 ) -> None:
     monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)
@@ -233,7 +233,7 @@ def test_an_index_that_is_damaged_behind_a_known_order_is_named(
 
 @pytest.mark.parametrize("kind", ["order", "turns"])
 @pytest.mark.parametrize("value", [2**31 - 1, -(2**31), -1, 7])
-def test_an_order_file_of_other_content_is_named(
+def test_a_damaged_order_file_is_reported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, value: int
 ) -> None:
     monkeypatch.setattr(sources, "SMALL_ORDER_BYTES", 0)

@@ -1,4 +1,4 @@
-"""Planning and launching start without torch and Megatron-Core, whose imports take seconds."""
+"""Planning and launching do not import torch and Megatron-Core, which takes seconds."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ print(*({"torch", "megatron.core"} & sys.modules.keys()))
 
 
 def heavy_modules(program: str, *arguments: str) -> str:
-    """Which of them a program has imported at its end, in a fresh interpreter; the last line of what it prints."""
+    """The last line of a program's output in a new interpreter: which of the two it has imported."""
     command = [sys.executable, "-c", program + HEAVY, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -34,10 +34,10 @@ def heavy_modules(program: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_the_modules_of_planning_and_launching_import_neither(module: str) -> None:
+def test_planning_and_launching_import_neither_torch_nor_megatron_core(module: str) -> None:
     assert heavy_modules(f"import {module}") == ""
 
 
-def test_a_plan_imports_neither() -> None:
+def test_a_plan_imports_neither_torch_nor_megatron_core() -> None:
     options = ("model=mone_925m", "model.vocab_size=32000", "cluster.gpu=h100", "compute.precision=bf16")
     assert heavy_modules("from launch.plan import main; main()", *options) == ""

@@ -23,7 +23,7 @@ def made(run: Path, state: str, **more: object) -> Path:
     return run
 
 
-def test_a_line_a_run(tmp_path: Path, call_main: Call) -> None:
+def test_one_line_per_run(tmp_path: Path, call_main: Call) -> None:
     alive, killed = made(tmp_path / "alive", "running"), made(tmp_path / "killed", "running")
     stopped = made(tmp_path / "stopped", "stopped", reason="SIGNAL")
     attempts = [{"job": "7", "restart": n, "time": 1.0, "outcome": "failed", "step": 3, "reason": "", "requeued": n == 0}
@@ -42,7 +42,7 @@ def test_a_line_a_run(tmp_path: Path, call_main: Call) -> None:
     assert "3.2500" in table.splitlines()[1]
 
 
-def test_a_sweeps_folder_stands_for_its_points(tmp_path: Path, call_main: Call) -> None:
+def test_a_sweep_folder_selects_its_points(tmp_path: Path, call_main: Call) -> None:
     (tmp_path / "sweep").mkdir()
     for seed, state in ((1, "complete"), (2, "failed")):
         made(tmp_path / f"sweep/seed={seed}", state)
@@ -50,13 +50,13 @@ def test_a_sweeps_folder_stands_for_its_points(tmp_path: Path, call_main: Call) 
     assert [json.loads(line)["run"] for line in out.splitlines()] == [f"{tmp_path}/sweep/seed={seed}" for seed in (1, 2)]
 
 
-def test_what_is_no_run_is_named(tmp_path: Path, call_main: Call) -> None:
+def test_a_folder_without_a_run_is_reported(tmp_path: Path, call_main: Call) -> None:
     code, _, error = call_main(main, str(tmp_path / "nothing"))
     assert code == 2
     assert "nothing: no run there" in error
     (tmp_path / "refused").mkdir()
     assert call_main(main, str(tmp_path / "refused"))[0] == 2
-    # Beside others it is nothing to speak of.
+    # Beside other runs it is not reported.
     assert call_main(main, str(tmp_path / "refused"), str(made(tmp_path / "run", "complete")))[0] == 0
 
 
@@ -77,7 +77,7 @@ DAMAGE = {
 
 
 def told(call_main: Call, folder: Path) -> tuple[dict[str, Any], str]:
-    """What is said of the run called `damaged` beside a good one, as an object and in words."""
+    """The status of the run `damaged` beside a valid run, as JSON and as text."""
     code, out, error = call_main(main, "--json", str(folder))
     rows = {Path(row["run"]).name: row for row in map(json.loads, out.splitlines())}
     assert code == 0
@@ -89,7 +89,7 @@ def told(call_main: Call, folder: Path) -> tuple[dict[str, Any], str]:
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "status.json", "launch/attempts.jsonl"])
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_a_damaged_file_is_named_and_the_rest_is_told(
+def test_a_damaged_file_is_reported_and_the_rest_is_shown(
     tmp_path: Path, call_main: Call, name: str, damage: Callable[[Path], object]
 ) -> None:
     made(tmp_path / "good", "complete")
@@ -122,7 +122,7 @@ def test_a_status_of_other_types_is_damaged(tmp_path: Path, call_main: Call, sta
     assert "damaged/status.json: " in error
 
 
-def test_a_damaged_record_costs_no_other(tmp_path: Path, call_main: Call) -> None:
+def test_a_damaged_record_does_not_affect_others(tmp_path: Path, call_main: Call) -> None:
     made(tmp_path / "good", "complete")
     lines = [RECORDS, b'{"step": 6\n', b"\xff\n", b'{"train/loss": 1}\n', b'{"step": "7"}\n', b'{"step": 1e999}\n']
     lines += [b'{"step": 8, "train/loss": NaN, "validation/loss": "x", "time": [], "speed/tokens_per_second": true}\n']
@@ -130,11 +130,11 @@ def test_a_damaged_record_costs_no_other(tmp_path: Path, call_main: Call) -> Non
     (made(tmp_path / "damaged", "complete") / "metrics.jsonl").write_bytes(b"".join(lines))
     row, error = told(call_main, tmp_path)
     assert (row["step"], row["loss"], row["validation"], row["tokens/s"]) == (9, None, 4.25, None)
-    assert error == f"{tmp_path}/damaged/metrics.jsonl: 5 lines are damaged and left out, first line 2\n"
+    assert error == f"{tmp_path}/damaged/metrics.jsonl: 5 lines are damaged and skipped, first line 2\n"
     assert [record["step"] for record in read_metrics(tmp_path / "damaged")] == [5, 8, 9]
 
 
-def test_what_is_no_checkpoint_of_ours_is_none(tmp_path: Path, call_main: Call) -> None:
+def test_foreign_folders_are_not_checkpoints(tmp_path: Path, call_main: Call) -> None:
     made(tmp_path / "good", "complete")
     run = made(tmp_path / "damaged", "complete")
     for name in ("step-best", "step-00000200.bak", "step-", "step-00000007x"):
@@ -152,7 +152,7 @@ def test_what_is_no_checkpoint_of_ours_is_none(tmp_path: Path, call_main: Call) 
     assert "damaged/checkpoints: cannot be read" in error
 
 
-def test_a_run_without_configuration_is_named(tmp_path: Path, call_main: Call) -> None:
+def test_a_run_without_configuration_is_reported(tmp_path: Path, call_main: Call) -> None:
     made(tmp_path / "good", "complete")
     (made(tmp_path / "damaged", "stopped") / "config.yaml").unlink()
     row, error = told(call_main, tmp_path)
@@ -160,7 +160,7 @@ def test_a_run_without_configuration_is_named(tmp_path: Path, call_main: Call) -
     assert error == f"{tmp_path}/damaged: no config.yaml\n"
 
 
-def test_each_run_is_found_once_whatever_links_lead_there(tmp_path: Path) -> None:
+def test_each_run_is_found_once_despite_links(tmp_path: Path) -> None:
     made(tmp_path / "run", "complete")
     deep = tmp_path / "a/b"
     deep.mkdir(parents=True)
@@ -174,11 +174,11 @@ def test_each_run_is_found_once_whatever_links_lead_there(tmp_path: Path) -> Non
     assert find_runs([tmp_path, tmp_path / "a"]) == [tmp_path / "a/b/run", tmp_path / "run"]
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_folder_is_reported(tmp_path: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path / "good", "complete")
     (tmp_path / "damaged").mkdir()
 
-    def refuse(call: Callable[[Any], Any]) -> Callable[[Any], Any]:  # root may read everything
+    def refuse(call: Callable[[Any], Any]) -> Callable[[Any], Any]:  # root can read everything
         def instead(path: Any) -> Any:
             if Path(path).name == "damaged":
                 raise PermissionError(13, "Permission denied")
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, call_main: Call
     assert row["problems"] == [f"{tmp_path}/damaged: cannot be read (Permission denied)"]
 
 
-def test_a_name_cannot_act_on_a_terminal_or_break_the_table(tmp_path: Path, call_main: Call) -> None:
+def test_control_characters_in_names_are_escaped(tmp_path: Path, call_main: Call) -> None:
     made(tmp_path / "good", "complete")
     made(tmp_path / "a\x1b[31m\nb", "complete")
     made(Path(os.fsdecode(os.fsencode(tmp_path) + b"/c\xff")), "complete")

@@ -1,7 +1,7 @@
-"""The GPU kernels: their numerics in Triton's interpreter, and their compilation.
+"""The Triton kernels: numerics in Triton's interpreter, and compilation.
 
-Whether Triton interprets is decided when it is first imported, and torch imports it as well. The interpreter has a process
-of its own.
+Triton reads at its first import whether to interpret, and torch imports Triton. The interpreter therefore runs in a separate
+process.
 """
 
 import multiprocessing
@@ -19,18 +19,18 @@ from benchmarks.gpu.checks import EXTREMES, Guarded
 from mone_model.activations import ACTIVATIONS
 from mone_model.neuron_selection import select_and_gate_reference, unpack
 
-# The interpreters before it fail with numpy 2.4; their compilers do not.
+# Earlier interpreters fail with numpy 2.4; earlier compilers do not.
 pytest.importorskip("triton", minversion="3.7")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The interpreter cuts fp32 to bf16 where a GPU rounds: a last bit of difference.
+# The interpreter truncates fp32 to bf16, and a GPU rounds: the last bit can differ.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 Interpreter = Callable[..., Any]
 
 
 def call_guarded(pickled: bytes) -> bytes:
-    """Call a function of the kernels here and check that it wrote into its results only."""
+    """Call a function of the kernels in this process and check that it writes only to its results."""
     from mone_model.kernels.triton import selection as triton
 
     name, arguments = pickle.loads(pickled)
@@ -115,7 +115,7 @@ def test_equals_its_reference(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     k = max(1, round(kept * neurons))
-    # With few distinct values ties are the rule. The halves of one tensor have rows that lie apart.
+    # Few distinct values, so that there are many ties. Halves of a tensor have rows with gaps in memory.
     grid_NG = torch.randint(-values, values + 1, (rows, 2 * neurons), generator=generator) * (4 / values)
     gate_NH, up_NH = grid_NG.to(dtype).chunk(2, dim=1)
     assume(unambiguous(gate_NH, k, activation))
@@ -123,7 +123,7 @@ def test_equals_its_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scales_that_no_first_guess_expects(interpreter: Interpreter, dtype: torch.dtype) -> None:
+def test_extreme_scales(interpreter: Interpreter, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     scales_N1 = torch.tensor([1e-30, 1e-4, 1.0, 300.0, 1.0, 1.0])[:, None]
     gate_NH = scales_N1 * torch.randn(6, 200, generator=generator)
@@ -150,7 +150,7 @@ def test_the_longest_rows(interpreter: Interpreter) -> None:
     check(interpreter, gate_NH, up_NH, torch.rand(2, generator=generator), 5000, "silu")
 
 
-def test_no_rows_is_no_trouble(interpreter: Interpreter) -> None:
+def test_no_rows(interpreter: Interpreter) -> None:
     none_NH, none_N = torch.empty(0, 40), torch.empty(0)
     hidden_NH, masks_NW, gates_NK, ups_NK, threshold_N = interpreter("select_and_gate", none_NH, none_NH, none_N, 7, "silu")
     assert [tuple(tensor.shape) for tensor in (hidden_NH, masks_NW, gates_NK, ups_NK, threshold_N)] == [
@@ -161,7 +161,7 @@ def test_no_rows_is_no_trouble(interpreter: Interpreter) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_keeps_exactly_k_and_stays_in_bounds_whatever_a_row_holds(interpreter: Interpreter, dtype: torch.dtype) -> None:
+def test_keeps_exactly_k_and_stays_in_bounds_for_any_row(interpreter: Interpreter, dtype: torch.dtype) -> None:
     nan, infinity = float("nan"), float("inf")
     rows = [[nan], [nan, 1.0, -nan, 2.0, 0.5], [infinity, -infinity, 1.0], [0.0], [-nan, infinity], [3.0, 2.0, 1.0]]
     gate_NH = torch.tensor([(row * 37)[:37] for row in rows], dtype=dtype)
@@ -197,7 +197,7 @@ def test_activations_and_their_gradients_reach_their_limits(interpreter: Interpr
         assert slope_1H[0, -2:].tolist() == [0.0, 0.0 if activation == "sigmoid" else 1.0]
 
 
-def test_says_what_it_can_serve(interpreter: Interpreter) -> None:
+def test_availability_of_the_kernel(interpreter: Interpreter) -> None:
     from mone_model.kernels.triton import selection as triton
 
     assert not triton.selects(torch.empty(1, 8))  # neither a GPU nor the interpreter
@@ -212,8 +212,8 @@ def test_compiles_for_gpus_without_spilling_rows(kernel: str, capability: int) -
     from benchmarks.triton_resources import NEURONS, resources
 
     for dtype in (torch.float32, torch.bfloat16):
-        for neurons in NEURONS if capability < 100 else NEURONS[-1:]:  # the longest need most registers
+        for neurons in NEURONS if capability < 100 else NEURONS[-1:]:  # the longest rows need most registers
             launches = list(resources(kernel, dtype, neurons, capability))
             assert launches
-            # With some versions ptxas saves two registers, 8 bytes, to have room for one program more.
+            # Some versions of ptxas spill two registers, 8 bytes, to fit one more program.
             assert [launch for launch in launches if launch.stack > 16] == []

@@ -1,4 +1,4 @@
-"""A run that hangs is ended, whatever the clock of the machine does, and one that does not is left alone."""
+"""The watchdog ends a run that hangs, and only such a run, even if the clock changes."""
 
 import os
 import subprocess
@@ -42,10 +42,10 @@ def test_a_run_that_hangs_ends_with_code_4_and_neither_a_clock_that_jumps_nor_a_
     assert done.returncode == 4, done.stderr
     assert done.stdout.startswith("still there\nnoted: no progress for 1 s (run.timeout_minutes): ")
     assert "step 9, training, for " in done.stderr
-    assert "in <module>" in done.stderr  # the stack says where
+    assert "in <module>" in done.stderr  # from the stack
 
 
-def test_a_rank_that_waits_for_one_that_has_failed_ends(
+def test_a_rank_that_waits_for_a_failed_rank_ends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     codes, ended = list[int](), threading.Event()
@@ -64,4 +64,4 @@ def test_a_rank_that_waits_for_one_that_has_failed_ends(
     store.add(FAILED, 1)
     assert ended.wait(10)
     assert codes == [1]
-    assert "rank 0 ends in saving of step 3: another rank has ended" in capsys.readouterr().err
+    assert "rank 0 ends in saving of step 3: another rank has failed" in capsys.readouterr().err

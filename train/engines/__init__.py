@@ -1,4 +1,4 @@
-"""What computes a step: one module for each engine, behind one protocol."""
+"""Training engines. All implement the protocol `train.engines.base.Engine`."""
 
 from train.config import RunConfig
 from train.engines.base import Engine

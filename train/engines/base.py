@@ -1,4 +1,4 @@
-"""What an engine does, and what the engines share: the loss, the learning-rate schedule, the form of a saved state."""
+"""The protocol of engines, and their common parts: loss, learning-rate schedule, form of the saved state."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,63 +13,63 @@ from train.config_sections import OptimizerConfig
 from train.sources import Batch
 
 Accept = Callable[[float, float], bool]
-"""Says, given the loss and the gradient norm of a step, whether the step may change the weights."""
+"""Decides from the loss and the gradient norm of a step whether the step may change the weights."""
 
-# The form in which weights and optimizer state move between layouts and engines.
+# The form of weights and optimizer state that all layouts and engines can load.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """The result of one optimizer step; the same on every rank."""
 
     loss: float
     """Mean cross-entropy of the global batch, in nats per token."""
     grad_norm: float
     """L2 norm of the gradient over all parameters, before clipping."""
     learning_rate: float
-    """The rate that this step used."""
+    """Learning rate of this step."""
     applied: bool
-    """Whether the weights changed."""
+    """Whether the step changed the weights."""
 
 
 class Engine(Protocol):
-    """The model of this rank, its optimizer and its schedule; every verb is a collective on every rank."""
+    """The model of this rank, its optimizer and its schedule. All methods are collectives on every rank."""
 
     modules: list[GPTModel]
-    """The bare model chunks of this rank, one for each virtual pipeline stage."""
+    """The unwrapped model chunks of this rank, one for each virtual pipeline stage."""
 
     def train_step(self, batches: Iterator[Batch], *, micro_batches: int, accept: Accept) -> StepResult:
         """One optimizer step over the next micro_batches.
 
-        accept: is asked with the loss and the norm before anything changes. A step that it refuses leaves weights and
-        optimizer as they were; only the learning-rate schedule goes on.
+        accept: called with the loss and the gradient norm before anything changes. If it returns False, weights and
+        optimizer state do not change; only the learning-rate schedule advances.
         """
         ...
 
     def evaluate(self, batches: Iterator[Batch], *, micro_batches: int) -> float:
-        """Mean cross-entropy of the next micro_batches in nats per token, without training."""
+        """Mean cross-entropy of the next micro_batches in nats per token; does not change the model."""
         ...
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
-        """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled.
+        """Weights, optimizer and schedule as a Megatron-Core sharded state, to save or (loading) to fill.
 
-        The form is the same for every engine and layout: docs/checkpoints.md.
+        The form is the same for all engines and layouts; see docs/checkpoints.md.
         """
         ...
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
+        """Load the state that `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
         ...
 
 
 def sums_of_losses(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The summed loss in nats, with a gradient, and the number of tokens that count."""
+    """The sum of the losses in nats, with a gradient, and the number of tokens in the mask."""
     return (losses_BS.float() * mask_BS).sum(), mask_BS.sum()
 
 
 def make_scheduler(section: OptimizerConfig, steps: int, optimizer: Any) -> OptimizerParamScheduler:
-    """Megatron-Core's schedule of the learning rate over anything with `param_groups`."""
+    """Megatron-Core's learning-rate schedule for an object with `param_groups`."""
     last = section.decay_steps or steps
     return OptimizerParamScheduler(
         optimizer,
@@ -85,14 +85,14 @@ def make_scheduler(section: OptimizerConfig, steps: int, optimizer: Any) -> Opti
         end_wd=section.weight_decay,
         wd_incr_steps=0,
         wd_incr_style="constant",
-        # The config rules: a resumed run may stretch its schedule.
+        # The config overrides the checkpoint, so that a resumed run can change its schedule.
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,
     )
 
 
 def learning_rate(section: OptimizerConfig, steps: int, step: int) -> float:
-    """The rate that `make_scheduler`'s schedule gives a step, counted from 1."""
+    """The learning rate of `make_scheduler`'s schedule at a step, counted from 1."""
     group = {"lr": 0.0, "weight_decay": 0.0}
     make_scheduler(section, steps, SimpleNamespace(param_groups=[group])).step(increment=step)
     return group["lr"]

@@ -1,12 +1,12 @@
-"""The DeepSpeed engine: its ZeRO stages around the same Megatron-Core model, with Megatron-Core's schedule.
+"""The DeepSpeed engine: ZeRO for the same Megatron-Core model, with Megatron-Core's learning-rate schedule.
 
 engine = DeepSpeedEngine(config, runtime)
 result = engine.train_step(batches, micro_batches=8, accept=lambda loss, grad_norm: True)
 loss = engine.evaluate(batches, micro_batches=4)
 engine.load_state(dist_checkpointing.load(engine.sharded_state(loading=True), folder))
 
-Data, expert and expert-tensor parallelism. DeepSpeed must not sum over what it takes for replicas of one weight and are
-different experts: it is told which ranks hold which (`tell_of_experts`).
+It supports data, expert and expert-tensor parallelism. `register_expert_groups` registers which ranks hold which experts, so
+that DeepSpeed does not sum the gradients of different experts.
 """
 
 import dataclasses
@@ -37,8 +37,8 @@ from train.engines.deepspeed_private import (
     create_moments,
     global_norm,
     refresh_partitions,
+    register_expert_groups,
     start,
-    tell_of_experts,
     whole_parameters,
 )
 from train.runtime import Runtime
@@ -48,7 +48,7 @@ from train.sources import Batch
 class DeepSpeedEngine:
     """The model of this rank, its optimizer and its schedule.
 
-    `modules` is the one bare model chunk of this rank.
+    `modules` holds the unwrapped model of this rank.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
@@ -58,17 +58,17 @@ class DeepSpeedEngine:
         self.precise = config.compute.precision == "fp32"
         module = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
         self.modules = [module]
-        # DeepSpeed's ZeRO 3 hides the names of the parameters' own shapes.
+        # Collect the parameters before ZeRO 3 partitions them.
         self.parameters = dict(module.named_parameters())
-        expert_group = tell_of_experts(self.parameters.values(), self.stage)
-        self.optimizer = _AskingAdamW(
+        expert_group = register_expert_groups(self.parameters.values(), self.stage)
+        self.optimizer = _ConditionalAdamW(
             _parameter_groups(self.parameters.values(), config.optimizer.weight_decay, expert_group),
             lr=config.optimizer.lr,
             betas=(config.optimizer.beta1, config.optimizer.beta2),
             eps=config.optimizer.eps,
             fused=True,
         )
-        self.optimizer.ask = self._decide
+        self.optimizer.should_step = self._decide
         self.scheduler = make_scheduler(config.optimizer, config.training.steps, self.optimizer)
         self.engine = start(module, self.optimizer, deepspeed_config(config, self.micro_batches))
         create_moments(self.engine, self.optimizer)
@@ -79,11 +79,11 @@ class DeepSpeedEngine:
     def train_step(self, batches: Iterator[Batch], *, micro_batches: int, accept: Accept) -> StepResult:
         """One optimizer step over the next micro_batches; a collective on every rank.
 
-        A step whose gradient is not finite is never applied. ValueError unless micro_batches is what the config says.
+        A step with a non-finite gradient is never applied. ValueError unless micro_batches has the value of the config.
         """
         check(micro_batches == self.micro_batches, "micro_batches", micro_batches, f"was built for {self.micro_batches}")
         self.engine.train()
-        # DeepSpeed divides the loss by the micro-batches, and the auxiliary losses do not pass through there.
+        # DeepSpeed divides the loss by the number of micro-batches, but not the auxiliary losses.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=self.device) / micro_batches)
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for index in range(micro_batches):
@@ -98,7 +98,7 @@ class DeepSpeedEngine:
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.engine.step()
         grad_norm = self.grad_norm
-        if self.applied is None:  # DeepSpeed found the gradient not finite and did not get to the optimizer
+        if self.applied is None:  # DeepSpeed found a non-finite gradient and did not call the optimizer
             self.accept(self.loss, grad_norm)
             self.applied = False
         megatron = self.modules[0].config
@@ -109,7 +109,7 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], *, micro_batches: int) -> float:
-        """Mean cross-entropy of the next micro_batches, without training; a collective on every rank."""
+        """Mean cross-entropy of the next micro_batches in nats per token; a collective on every rank."""
         self.engine.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for _ in range(micro_batches):
@@ -118,7 +118,7 @@ class DeepSpeedEngine:
 
     @property
     def grad_norm(self) -> float:
-        """Of the last gradient, before clipping; inf if it was not finite."""
+        """Norm of the last gradient, before clipping; inf if it was not finite."""
         if self.stage == 0:
             return self.optimizer.grad_norm
         return global_norm(self.engine)
@@ -130,17 +130,17 @@ class DeepSpeedEngine:
         )
 
     def _decide(self) -> bool:
-        """Whether this step is applied; DeepSpeed steps the optimizer once for each of its parameter groups."""
+        """Whether to apply this step. DeepSpeed calls the optimizer once for each parameter group."""
         if self.applied is None:
             if self.stage == 0:
-                # Without ZeRO nobody has; DeepSpeed's own clipping takes the experts for replicas.
+                # Without ZeRO the gradient is not clipped yet: DeepSpeed's clipping treats experts as replicas.
                 norm = _clip(list(self.parameters.values()), self.clip_grad)
                 self.optimizer.grad_norm = norm if math.isfinite(norm) else math.inf
             self.applied = self.accept(self.loss, self.grad_norm) and math.isfinite(self.grad_norm)
         return self.applied
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
-        """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled."""
+        """Weights, optimizer and schedule as a Megatron-Core sharded state, to save or (loading) to fill."""
         with whole_parameters(self.parameters, self.stage):
             weights = self.modules[0].sharded_state_dict(metadata=SHARDING)
             names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -153,7 +153,7 @@ class DeepSpeedEngine:
                     )
                     for name, entry in sharded.items()
                 }
-            if self.stage == 3:  # the whole weights are gone when this context ends
+            if self.stage == 3:  # the whole weights are freed when this context ends
                 for key, entry in weights.items():
                     if id(entry.data) in names:
                         weights[key] = dataclasses.replace(entry, data=entry.data.detach().clone().cpu())
@@ -166,7 +166,7 @@ class DeepSpeedEngine:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
+        """Load the state that `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
         weights, optimizer = state["model0"], state["optimizer"]
         if self.stage < 3:
             self.modules[0].load_state_dict(weights)
@@ -185,11 +185,11 @@ class DeepSpeedEngine:
         self.scheduler.load_state_dict(state["scheduler"])
 
     def _kinds(self) -> tuple[str, ...]:
-        """What is saved of each weight: in fp32 the weight is its own master."""
+        """The optimizer tensors that are saved for each weight; fp32 weights have no separate master weight."""
         return MOMENTS if self.precise else (*MOMENTS, "param")
 
     def _state_of(self, parameter: torch.nn.Parameter, kind: str) -> torch.Tensor:
-        """A whole moment, or the fp32 master, of a weight; a collective on the ranks that share it."""
+        """A whole moment or the fp32 master of a weight; a collective on the ranks that partition it."""
         if self.stage == 0:
             return self.optimizer.state[parameter][kind]
         if kind == "param":
@@ -205,18 +205,18 @@ class DeepSpeedEngine:
             safe_set_full_optimizer_state(parameter, value, kind)
 
 
-class _AskingAdamW(torch.optim.AdamW):
-    """AdamW that asks before it changes anything: DeepSpeed has reduced and clipped the gradient by then."""
+class _ConditionalAdamW(torch.optim.AdamW):
+    """AdamW that skips a step if `should_step` returns False. DeepSpeed has reduced and clipped the gradient before."""
 
-    ask: Callable[[], bool]
+    should_step: Callable[[], bool]
     grad_norm = math.nan
 
     def step(self, closure: Any = None) -> Any:
-        return super().step(closure) if self.ask() else None
+        return super().step(closure) if self.should_step() else None
 
 
 def _parameter_groups(parameters: Any, weight_decay: float, expert_group: str) -> list[dict[str, Any]]:
-    """As Megatron-Core groups them: experts on their own, and no weight decay for what has one axis."""
+    """Parameter groups as in Megatron-Core: experts are separate, and tensors with one axis have no weight decay."""
     found: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for parameter in parameters:
         found.setdefault((not getattr(parameter, "allreduce", True), parameter.dim() > 1), []).append(parameter)
@@ -233,13 +233,13 @@ def _parameter_groups(parameters: Any, weight_decay: float, expert_group: str) -
 
 
 def _mean(sums: torch.Tensor) -> float:
-    """The mean over all ranks, of this rank's summed loss and tokens."""
+    """The mean loss over all ranks, from this rank's sums of losses and tokens."""
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
 
 
 def _clip(parameters: list[torch.nn.Parameter], largest: float) -> float:
-    """Clip the reduced gradients in place by the norm of them all, and return that; every expert counts once."""
+    """Clip the reduced gradients in place by their global norm and return the norm; every expert counts once."""
     squares = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
     for parameter in parameters:
         if parameter.grad is not None:

@@ -1,11 +1,11 @@
-"""What the DeepSpeed engine makes of a run's config, and refuses of it."""
+"""The DeepSpeed configuration of a run, and the options that the DeepSpeed engine refuses."""
 
 from typing import Any
 
 from mone_common.checks import check
 from train.config import RunConfig
 
-# What other sections of the config say, or what this engine would not survive.
+# Keys that other sections of the config set, or that this engine does not support.
 RESERVED = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "managed_gradient_accumulation"),
     *("gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast", "data_types"),
@@ -15,7 +15,7 @@ RESERVED_ZERO = ("stage", "offload_optimizer.device", "contiguous_gradients", "r
 
 
 def check_config(config: RunConfig) -> None:
-    """ValueError, naming the option, for what this engine does not do."""
+    """ValueError that names the option, for options that this engine does not support."""
     section, parallel = config.deepspeed, config.parallel
     for name in ("tensor", "pipeline", "context"):
         check(getattr(parallel, name) == 1, f"parallel.{name}", getattr(parallel, name), "engine=deepspeed needs 1")
@@ -52,7 +52,7 @@ def deepspeed_config(config: RunConfig, micro_batches: int) -> dict[str, Any]:
         "gradient_accumulation_steps": micro_batches,
         "steps_per_print": None,
         "zero_optimization": zero,
-        # Its own is compiled when a run starts, and knows no `ask`.
+        # DeepSpeed's own optimizer is compiled at the start of a run and cannot skip a step.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "gradient_clipping": config.optimizer.clip_grad if section.zero_stage > 0 else 0.0,

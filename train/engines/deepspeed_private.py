@@ -1,6 +1,6 @@
-"""The one place for names that DeepSpeed does not promise to keep: it offers no other way to bring one's own experts.
+"""Uses of private DeepSpeed APIs, which are needed for experts that are not DeepSpeed's own layers.
 
-Written for deepspeed 0.19.8.
+For deepspeed 0.19.8.
 """
 
 import contextlib
@@ -20,36 +20,36 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Engine(deepspeed.DeepSpeedEngine):
-    """DeepSpeed's engine, told that a model without its own MoE layers has experts."""
+    """DeepSpeed's engine for a model with experts but without DeepSpeed's MoE layers."""
 
     def _configure_distributed_model(self, model: Any) -> None:
         super()._configure_distributed_model(model)
         self.has_moe_layers, self.num_experts = True, [model.config.num_moe_experts]
 
     def _validate_zero3_moe_compatibility(self) -> None:
-        """It would refuse every layer that is not its own."""
+        """Skip the check, which accepts only DeepSpeed's own MoE layers."""
 
     def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """NotImplementedError: it would keep the experts of one rank only. See `DeepSpeedEngine.sharded_state`."""
+        """NotImplementedError, since DeepSpeed would save only the experts of one rank. Use `sharded_state`."""
         raise NotImplementedError("save DeepSpeedEngine.sharded_state()")
 
 
 def start(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
-    """DeepSpeed's engine around the model, over the process groups that are there; nothing is compiled."""
+    """DeepSpeed's engine for the model, on the existing process groups; compiles nothing."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.setdefault("LOCAL_RANK", "0")  # which it asserts, also of one process without a launcher
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, also without a launcher
     if not torch.cuda.is_available():
-        # Compiled at every start, and not needed.
+        # DeepSpeed would compile it at every start; it is not needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False)
     return Engine(args=None, model=module, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
 
 
-def tell_of_experts(parameters: Any, stage: int) -> str:
-    """Mark the experts' weights and name the ranks that hold other experts (or neurons of them) and the same ones."""
+def register_expert_groups(parameters: Any, stage: int) -> str:
+    """Register the expert-parallel and expert-data-parallel groups, and mark the experts' weights; return the name."""
     others = parallel_state.get_expert_tensor_and_model_parallel_group()
     same = parallel_state.get_expert_data_parallel_group()
-    name = f"ep_size_{others.size()}"  # the number is read out of the name
+    name = f"ep_size_{others.size()}"  # DeepSpeed parses the number
     for registry, value in (
         (groups._EXPERT_PARALLEL_GROUP, others),
         (groups._EXPERT_DATA_PARALLEL_GROUP, same),
@@ -69,9 +69,9 @@ def tell_of_experts(parameters: Any, stage: int) -> str:
 
 
 def create_moments(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
-    """Create the moments before the first step: a checkpoint may be loaded, or that step not applied.
+    """Create the moments before the first step, for loading a checkpoint and for a first step that is dropped.
 
-    DeepSpeed connects weights with their moments after it has stepped its first group, when the others' are not there.
+    DeepSpeed links weights to moments after the step of its first parameter group, when the other moments do not exist.
     """
     zero = engine.optimizer
     partitions = getattr(zero, "fp32_partitioned_groups_flat", None)
@@ -86,13 +86,13 @@ def create_moments(engine: Engine, optimizer: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def whole_parameters(parameters: dict[str, torch.nn.Parameter], stage: int) -> Iterator[None]:
-    """Within, every parameter has its whole data; with ZeRO 3 that is a copy, gone afterwards."""
+    """Context in which every parameter has its whole data; with ZeRO 3 a copy that is freed at the end."""
     with deepspeed.zero.GatheredParameters(list(parameters.values()), enabled=stage == 3):
         yield
 
 
 def refresh_partitions(zero: Any) -> None:
-    """Copy ZeRO 3's fp32 master partitions into those of the weights."""
+    """Copy ZeRO 3's fp32 master partitions to the partitions of the weights."""
     zero.checkpoint_event_prologue()
     for group in range(len(zero.fp16_groups)):
         zero._reassign_or_swap_out_partitioned_parameters(group)
@@ -100,5 +100,5 @@ def refresh_partitions(zero: Any) -> None:
 
 
 def global_norm(engine: Engine) -> float:
-    """ZeRO's norm of the last gradient, before clipping; inf if it was not finite."""
+    """Norm of the last gradient with ZeRO, before clipping; inf if it was not finite."""
     return float(engine.optimizer._global_grad_norm)

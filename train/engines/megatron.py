@@ -32,7 +32,7 @@ from train.sources import Batch
 class MegatronEngine:
     """The model of this rank, its optimizer and its schedule.
 
-    `modules` are the bare model chunks of this rank, one for each virtual pipeline stage.
+    `modules` are the unwrapped model chunks of this rank, one for each virtual pipeline stage.
     """
 
     def __init__(self, config: RunConfig, runtime: Runtime) -> None:
@@ -49,7 +49,7 @@ class MegatronEngine:
                 config=module.config,
                 ddp_config=_ddp_config(config),
                 module=Float16Module(module.config, module) if module.config.bf16 else module,
-                # Later chunks of an interleaved pipeline are reduced while earlier ones still compute.
+                # Gradients of later chunks of an interleaved pipeline are reduced while earlier chunks compute.
                 disable_bucketing=index > 0,
             )
             for index, module in enumerate(self.modules)
@@ -57,7 +57,7 @@ class MegatronEngine:
         self.optimizer = get_megatron_optimizer(_optimizer_config(config), self.model)
         for optimizer in self.optimizers():
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                # One pass over memory in place of a dozen; what Megatron-Core takes on GPUs does so anyway.
+                # One pass over memory instead of a dozen, as with Megatron-Core's optimizer on GPUs.
                 for group in optimizer.optimizer.param_groups:
                     group["fused"] = True
         self.scheduler = make_scheduler(config.optimizer, config.training.steps, self.optimizer)
@@ -90,7 +90,7 @@ class MegatronEngine:
         if applied:
             self._step(grad_norm)
         else:
-            # Gradients are not all that a micro-batch leaves behind.
+            # A micro-batch also changes the expert biases.
             for bias, before in biases:
                 bias.copy_(before)
         return StepResult(loss, grad_norm, learning_rate, applied)
@@ -100,11 +100,11 @@ class MegatronEngine:
         return [router.expert_bias for router in routers if router.expert_bias is not None]
 
     def _step(self, grad_norm: float) -> None:
-        """Clip and step, as Megatron-Core's optimizers do after they have prepared the gradients."""
+        """Clip the prepared gradients and step, as Megatron-Core's optimizers do."""
         excess = (grad_norm + 1e-6) / self.clip_grad if self.clip_grad > 0 else 1.0
         for optimizer in self.optimizers():
             if isinstance(optimizer.optimizer, torch.optim.AdamW):
-                # Fused, it divides the gradients on its way, as GradScaler asks it to: a pass over memory less.
+                # Fused AdamW divides the gradients by `grad_scale`, as for GradScaler; that saves a pass over memory.
                 optimizer.optimizer.grad_scale = torch.tensor(excess) if excess > 1 else None  # type: ignore[attr-defined]
             elif excess > 1 and (weights := optimizer.get_parameters()):
                 clip_grad_by_total_norm_fp32(weights, max_norm=self.clip_grad, total_norm=grad_norm)
@@ -112,14 +112,14 @@ class MegatronEngine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[Batch], *, micro_batches: int) -> float:
-        """Mean cross-entropy of the next micro_batches, without training; a collective on every rank."""
+        """Mean cross-entropy of the next micro_batches in nats per token; a collective on every rank."""
         for chunk in self.model:
             chunk.eval()
         return self._run(batches, micro_batches, forward_only=True)
 
     def _run(self, batches: Iterator[Batch], micro_batches: int, *, forward_only: bool) -> float:
         seq_length, micro_batch_size = self.sequence
-        # Each model chunk of an interleaved pipeline walks through the same micro-batches.
+        # All model chunks of an interleaved pipeline read the same micro-batches.
         read = [next(batches) for _ in range(micro_batches)]
         iterators: Any = [iter(read) for _ in self.model]
         parts = get_forward_backward_func()(
@@ -132,7 +132,7 @@ class MegatronEngine:
             forward_only=forward_only,
         )
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        # Only the last pipeline stage has losses, and its tensor-parallel ranks all have the same.
+        # Only the last pipeline stage has losses. Its tensor-parallel ranks have equal losses.
         if parallel_state.get_tensor_model_parallel_rank() == 0:
             for part in parts:
                 total += part["loss_and_tokens"]
@@ -146,7 +146,7 @@ class MegatronEngine:
         return losses_BS, functools.partial(_loss, batch["loss_mask"])
 
     def sharded_state(self, *, loading: bool = False) -> dict[str, Any]:
-        """Weights, optimizer and schedule in Megatron-Core's sharded form: to save, or (loading) to be filled."""
+        """Weights, optimizer and schedule as a Megatron-Core sharded state, to save or (loading) to fill."""
         self._gather_parameters()
         state: dict[str, Any] = {
             f"model{index}": module.sharded_state_dict(metadata=SHARDING) for index, module in enumerate(self.modules)
@@ -158,7 +158,7 @@ class MegatronEngine:
 
     def _optimizer_state(self, loading: bool) -> dict[str, Any]:
         if loading:
-            # torch's AdamW has no state before its first step, and there would be nothing to load into.
+            # torch's AdamW has no state before its first step; create the state to load into.
             for optimizer in self.optimizers():
                 if isinstance(optimizer, DistributedOptimizer) and not optimizer.optimizer.state:
                     optimizer._init_optimizer_states_with_dummy_values()
@@ -167,7 +167,7 @@ class MegatronEngine:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `dist_checkpointing.load` filled `sharded_state(loading=True)` with."""
+        """Load the state that `dist_checkpointing.load` returned for `sharded_state(loading=True)`."""
         for index, module in enumerate(self.modules):
             module.load_state_dict(state[f"model{index}"])
         nested = self._optimizer_state(loading=True)
@@ -175,20 +175,20 @@ class MegatronEngine:
         self.optimizer.load_state_dict(nested)
         for optimizer in self.optimizers():
             for of_parameter in optimizer.optimizer.state.values():
-                # Megatron-Core gives torch's AdamW one step counter for all parameters, which each would then advance.
+                # Megatron-Core loads one step counter that all parameters share. Each parameter would then advance it.
                 if torch.is_tensor(of_parameter.get("step")):
                     of_parameter["step"] = of_parameter["step"].clone()
         self.scheduler.load_state_dict(state["scheduler"])
         self._gather_parameters()
 
     def _gather_parameters(self) -> None:
-        """Complete every weight: with overlap, a step leaves gathering the other ranks' parts to the next forward pass."""
+        """Gather the parts of every weight. With overlap, a step leaves this to the next forward pass."""
         for chunk in self.model:
             if chunk.ddp_config.overlap_param_gather:
                 chunk.start_param_sync(force_sync=True)
 
     def optimizers(self) -> list[Any]:
-        """The optimizers of dense and of expert weights."""
+        """The optimizers of the dense and of the expert weights."""
         return list(getattr(self.optimizer, "chained_optimizers", [self.optimizer]))
 
 
@@ -199,7 +199,7 @@ def _loss(mask_BS: torch.Tensor, losses_BS: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _context_slice(batch: Batch) -> Batch:
-    """This context-parallel rank's part of each sequence: two of 2 x size pieces, so that causal work is balanced."""
+    """This context-parallel rank's part of each sequence: two of 2 x size chunks, which balances causal attention."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return batch

@@ -1,9 +1,9 @@
-"""The state of Megatron-Core's optimizers in the form of `docs/checkpoints.md`, which no engine has to itself.
+"""Convert the state of Megatron-Core's optimizers to the form of docs/checkpoints.md, which all engines share.
 
-On disk there are, for each weight, `optimizer.state.exp_avg.<weight>`, `optimizer.state.exp_avg_sq.<weight>` and, unless
-the weights themselves are fp32, `optimizer.state.param.<weight>`, sharded as the weight is; and one number of steps.
-Megatron-Core writes nearly that, but wraps it in the hyperparameters of its parameter groups, has two names for the
-master weights, and keeps them in fp32 with one kind of optimizer and not with the other.
+For each weight the checkpoint has `optimizer.state.exp_avg.<weight>`, `optimizer.state.exp_avg_sq.<weight>` and, unless the
+weights are fp32, `optimizer.state.param.<weight>`, sharded like the weight, and one number of steps. Megatron-Core's form
+differs: it includes the hyperparameters of parameter groups, uses two names for the master weights, and for fp32 weights
+stores master weights with one of its optimizers but not with the other.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ PREFIX = "optimizer.state"
 
 
 def common_form(nested: dict[str, Any], *, mixed_precision: bool) -> dict[str, Any]:
-    """What is to be saved or loaded, by its place in Megatron-Core's own sharded state."""
+    """The entries to save or load, by their path in Megatron-Core's sharded state."""
     entries = {path: entry for path, _, _, entry in _leaves(nested) if isinstance(entry, Entry)}
     for path, entry in entries.items():
         if entry.key.startswith(f"{PREFIX}.fp32_param."):
@@ -29,9 +29,9 @@ def common_form(nested: dict[str, Any], *, mixed_precision: bool) -> dict[str, A
 
 
 def fill(nested: dict[Any, Any], loaded: dict[str, torch.Tensor], step: int, optimizers: list[Any]) -> None:
-    """Put what was loaded into Megatron-Core's own sharded state, with this run's hyperparameters.
+    """Put the loaded tensors into Megatron-Core's sharded state, with the hyperparameters of this run.
 
-    The weights of the model must have been loaded before: in fp32 they are the master weights.
+    Load the weights of the model first: in fp32 they are the master weights.
     """
     for path, container, key, value in list(_leaves(nested)):
         if isinstance(value, Entry):
@@ -53,7 +53,7 @@ def fill(nested: dict[Any, Any], loaded: dict[str, torch.Tensor], step: int, opt
 
 
 def steps_taken(optimizers: list[Any]) -> int:
-    """Steps that changed the weights; torch's AdamW counts them for each weight, Transformer Engine's for each group."""
+    """Number of applied steps. torch's AdamW counts them per weight, Transformer Engine's per parameter group."""
     states = [state for optimizer in optimizers for state in optimizer.optimizer.state.values()]
     groups = [group for optimizer in optimizers for group in optimizer.optimizer.param_groups]
     return max((int(counted["step"]) for counted in states + groups if "step" in counted), default=0)
@@ -64,7 +64,7 @@ def _is_master(entry: Any) -> bool:
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any, Any, Any]]:
-    """(path, container, key in it, value) of everything in nested dicts and lists."""
+    """(path, container, key, value) of all leaves of nested dicts and lists."""
     for key, value in list(tree.items() if isinstance(tree, dict) else enumerate(tree)):
         if isinstance(value, dict | list):
             yield from _leaves(value, f"{path}/{key}")
