@@ -1,4 +1,4 @@
-"""Do the fields of a JSON object have the types of the dataclass that it is a stored form of?
+"""Check that the fields of a JSON object have the types of the dataclass that it stores.
 
 for problem in field_problems(Shard, {"name": 3}, {}, "shards.0."): ...    # shards.0.name is 3, must be a text; ...
 """

@@ -133,8 +133,10 @@ def _is_encodable(text: str) -> bool:
 
 
 def _read_json(lines: TextIO, field: str) -> Iterator[Any]:
-    """Fields of values that stand one on a line, or over several lines. A list stands for its elements, a string in
-    one for an object with the field alone."""
+    """Yield `field` of each JSON value, one value on a line or over several lines.
+
+    A list stands for its elements, and a string in a list for an object with the field alone.
+    """
     start = ""
     for line in lines:
         start += line

@@ -92,8 +92,7 @@ def training_lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
-    """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the
-    latter.
+    """Train and publish `<output>/tokenizer.model`, then `<output>/tokenizer_training.json`; return the latter.
 
     The text is taken as it is (no normalisation, all spaces kept), unknown characters are spelt in bytes, so
     that decoding gives back what was encoded. Raises DataError for an empty corpus and a vocabulary too large

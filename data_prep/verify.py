@@ -1,4 +1,4 @@
-"""Is a folder of token shards what mone-tokenize wrote?
+"""Check that a folder of token shards is what mone-tokenize wrote.
 
 mone-verify path=data/demo/shards/wikipedia
 for damage in damages(load_manifest("data/demo/shards/wikipedia")): print(damage)

@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class LocalLauncherConfig(LocalOptions):
-    """hydra/launcher=local"""
+    """Options of hydra/launcher=local."""
 
     _target_: str = "hydra_plugins.mone_launchers.LocalLauncher"
 
 
 @dataclass
 class SlurmLauncherConfig(SlurmOptions):
-    """hydra/launcher=slurm"""
+    """Options of hydra/launcher=slurm."""
 
     section: ClassVar[str] = "hydra.launcher"
 
@@ -131,6 +131,7 @@ class LocalLauncher(_SweepLauncher):
     """A queue on this machine."""
 
     def run(self, options: LocalOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        """Check all points, then run them side by side; returns when all have ended."""
         from launch.local_queue import run_points, shares
         from launch.sweep import plan_points
         from train.pretrain import prepare
@@ -148,9 +149,11 @@ class SlurmLauncher(_SweepLauncher):
     """A Slurm job a point, submitted and left to themselves."""
 
     def read_options(self, node: DictConfig) -> SlurmOptions:
+        """The launcher's options, typed; ValueError for a wrong one and one that takes a secret into a job script."""
         return read_slurm_options(node)
 
     def run(self, options: SlurmOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        """Check all points, then submit a job for each; returns when Slurm has them."""
         from launch.slurm import check_run
         from launch.sweep import plan_points, submit_points
 
