@@ -5,7 +5,7 @@ DATA := data/demo
 RUN := runs/demo
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/mone-pretrain experiment=demo
 
-.PHONY: install demo data train test lint clean
+.PHONY: install demo data train test lint docs clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
 	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/mone-sample run=$(RUN)
@@ -45,6 +45,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed  ## the documentation and the API reference as a site in build/site; a broken link fails
+	$(BIN)/mkdocs build --strict
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
