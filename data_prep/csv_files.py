@@ -5,11 +5,13 @@ with open_text(Path("table.csv"), newline="") as lines:
 """
 
 import csv
+import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
 
 from data_prep.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 QUOTINGS = ("minimal", "none")
 OTHER_SEPARATORS = ",;\t|"
@@ -116,7 +118,7 @@ class _Table(Iterator[list[str]]):
             raise DataError(message)
         if not self._told and (width > 1 or len(rows) > MOST_ROWS_OF_ONE_CELL):
             self._told = True
-            print(f"warning: {message}", file=sys.stderr)
+            logger.warning(message)
 
 
 def _column(header: list[str], field: str, separator: str) -> int:

@@ -7,7 +7,7 @@ progress.add(tokens=12345)
 progress.close()
 """
 
-import sys
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from data_prep.corpora import Corpus, Position, Record
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 
 
 def counted(items: Sequence[Item], what: str, every_seconds: float) -> Iterator[Item]:
-    """The items; a line to stderr, `what` and their number, every few seconds."""
-    printed = time.monotonic()
+    """The items; logs a line, `what` and their number, every few seconds."""
+    logged = time.monotonic()
     for number, item in enumerate(items):
-        if time.monotonic() - printed >= every_seconds:
-            printed = time.monotonic()
-            print(f"{what}: {number:,} of {len(items):,}", file=sys.stderr)
+        if time.monotonic() - logged >= every_seconds:
+            logged = time.monotonic()
+            logger.info(f"{what}: {number:,} of {len(items):,}")
         yield item
 
 
 class Progress:
-    """Prints a line to stderr every few seconds."""
+    """Logs a line every few seconds."""
 
     def __init__(self, corpus: "Corpus", every_seconds: float, start: "Position") -> None:
         self._corpus, self._every_seconds = corpus, every_seconds
@@ -37,7 +39,7 @@ class Progress:
         self._text_per_byte = 1.0
         self._file_text = self._text = 0
         self._tokens = 0
-        self._begin = self._printed = time.monotonic()
+        self._begin = self._logged = time.monotonic()
         self._share_at_begin = self.share()
 
     def watch(self, records: Iterable["Record"]) -> Iterator["Record"]:
@@ -52,13 +54,13 @@ class Progress:
             self._file_text += len(record.text)
             self._text += len(record.text)
             if another_file or number % 1000 == 999:
-                self._print_when_due()
+                self._log_when_due()
             yield record
 
     def add(self, tokens: int) -> None:
         """Count tokens that were made of the records."""
         self._tokens += tokens
-        self._print_when_due()
+        self._log_when_due()
 
     def share(self) -> float:
         """Estimated share of the corpus's bytes that are read; 0 where the size is unknown.
@@ -72,17 +74,17 @@ class Progress:
         return (sum(sizes[: self._file]) + here) / sum(sizes)
 
     def close(self) -> None:
-        """Print the last line."""
+        """Log the last line."""
         self._file_text, self._file = 0, len(self._corpus.sizes)
-        self._print()
+        self._log()
 
-    def _print_when_due(self) -> None:
-        if time.monotonic() - self._printed >= self._every_seconds:
-            self._print()
+    def _log_when_due(self) -> None:
+        if time.monotonic() - self._logged >= self._every_seconds:
+            self._log()
 
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        seconds = max(self._printed - self._begin, 1e-9)
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        seconds = max(self._logged - self._begin, 1e-9)
         line = f"{self._corpus.name}: "
         if (files := len(self._corpus.sizes)) > 1:
             line += f"file {min(self._file + 1, files):,} of {files:,}, "
@@ -92,4 +94,4 @@ class Progress:
         if (gained := self.share() - self._share_at_begin) > 0:
             left = int((1 - self.share()) * seconds / gained)
             line += f", {self.share():.0%}, {left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
-        print(line, file=sys.stderr)
+        logger.info(line)

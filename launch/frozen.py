@@ -11,12 +11,12 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mone_common.commands import PACKAGES
 from mone_common.console import UserError
 from mone_common.files import writing
 from train.config import RunConfig, describe
 from train.pretrain import commit
 
-PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
 FROZEN = """# Composed and checked before it was queued; the job runs exactly this. Code: ./code, commit {commit}.
 defaults:
   - run_config

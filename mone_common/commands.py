@@ -18,7 +18,7 @@ PARENT = os.getppid()
 """Process id of what started this process, noted before the seconds in which everything else is imported."""
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of all our packages."""
-PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_model", "train")
+PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
 
 
 class UnusablePackage(ImportError):
@@ -57,7 +57,10 @@ verify = _command("data_prep.verify")
 
 def tokenizer() -> None:
     """`mone-train-tokenizer` under the name that it had before version 0.2."""
-    deprecated("mone-tokenizer", "mone-train-tokenizer")
+    from mone_common.console import showing_log
+
+    with showing_log():
+        deprecated("mone-tokenizer", "mone-train-tokenizer")
     train_tokenizer()
 
 

@@ -10,11 +10,12 @@ given, and each process says so once.
 
 import fcntl
 import functools
-import sys
+import logging
 from pathlib import Path
 from typing import IO, Any
 
 LOCK_FILE = ".lock"
+logger = logging.getLogger(__name__)
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:
@@ -44,8 +45,6 @@ def is_locked(path: Path) -> bool:
 
 @functools.cache
 def _tell_once(folder: Path, reason: str) -> None:
-    print(
-        f"{folder}: this file system has no locks ({reason}): see to it that one process alone works there at a time",
-        file=sys.stderr,
-        flush=True,
+    logger.warning(
+        "%s: this file system has no locks (%s): see to it that one process alone works there at a time", folder, reason
     )

@@ -70,15 +70,15 @@ def test_a_quote_that_takes_in_other_rows_is_named(tmp_path: Path, changes: dict
     assert read(tmp_path / "a.csv", "\n".join(["id,text", *rows]), quoting="none") == texts
 
 
-def test_cells_of_several_lines_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_of_several_lines_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cells = ['Dear Sir,\nthe "machine", as you say,\n\nworks.', "Capitals:\r\nParis, France\r\nRome", "x\ry", "\n\n", "NA\0"]
     quoted = [cell.replace('"', '""') for cell in cells]
     content = "id,text\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(quoted))
     assert read(tmp_path / "a.csv", content) == [cell if cell.strip() else "" for cell in cells]
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     list_of_cities = "Capitals\nParis, France\nRome, Italy\nBern, Switzerland\nLima, Peru"
     assert read(tmp_path / "a.csv", f'title,text\nEurope,"{list_of_cities}"\n') == [list_of_cities]
-    assert "warning: a quote opens a cell that ends 4 lines later" in capsys.readouterr().err
+    assert "a quote opens a cell that ends 4 lines later" in caplog.text
     numbers = "Winners\n1, Ann\n2, Bob"
     with pytest.raises(DataError, match=r"corpus\.quoting=minimal if this is one cell"):
         read(tmp_path / "a.csv", f'id,text\n7,"{numbers}"\n')
@@ -87,7 +87,7 @@ def test_cells_of_several_lines_are_read(tmp_path: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize(("taken_in", "warns"), [(0, False), (1, True), (2, True), (3, True), (10, True)])
 def test_a_quote_that_takes_in_few_rows_is_warned_of_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], taken_in: int, warns: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, taken_in: int, warns: bool
 ) -> None:
     rows = [f"{'x y' if n % 2 else 'z'},words" for n in range(40)]
     for start in (5, 20):
@@ -95,18 +95,19 @@ def test_a_quote_that_takes_in_few_rows_is_warned_of_once(
         if taken_in:
             rows[start + taken_in] = 'x y,closes"'
     assert len(read(tmp_path / "a.csv", "\n".join(["source,text", *rows]))) == 40 - 2 * taken_in
-    assert capsys.readouterr().err.count("warning: a quote opens a cell") == warns
+    assert caplog.text.count("a quote opens a cell") == warns
+    caplog.clear()
     assert len(read(tmp_path / "a.csv", "\n".join(["source,text", *rows]), quoting="minimal")) == 40 - 2 * taken_in
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(("lines", "separators", "warns"), [(30, 0, True), (10, 0, False), (30, 1, False)])
 def test_a_quote_in_a_table_of_one_column(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: int, separators: int, warns: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lines: int, separators: int, warns: bool
 ) -> None:
     cell = "\n".join(f"line {n}" for n in range(lines)) + "," * separators
     assert read(tmp_path / "a.csv", f'text\nfirst\n"{cell}"\n"{cell}"\nlast') == ["first", cell, cell, "last"]
-    assert capsys.readouterr().err.count(f"warning: a quote opens a cell that ends {lines - 1} lines later") == warns
+    assert caplog.text.count(f"a quote opens a cell that ends {lines - 1} lines later") == warns
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])

@@ -481,7 +481,7 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
 def test_a_file_system_without_locks_is_told_of_once(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+    options: Options, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     def flock(file: Any, operation: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -491,7 +491,7 @@ def test_a_file_system_without_locks_is_told_of_once(
     assert tokenize(options()).documents("train")
     with lock_run_folder(folder):  # as a run locks its folder
         pass
-    assert capsys.readouterr().err.count(f"{folder}: this file system has no locks ({os.strerror(number)})") == 1
+    assert caplog.text.count(f"{folder}: this file system has no locks ({os.strerror(number)})") == 1
 
 
 @pytest.mark.usefixtures("inline_pool")

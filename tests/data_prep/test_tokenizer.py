@@ -1,6 +1,7 @@
 """Training gives the same bytes, encoding loses nothing, other people's tokenizers are accepted."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def test_the_settings_stand_beside_the_model(corpus_file: Path, tmp_path: Path) 
     "reserved", ["\0", "\u2585", "\t", "\x1f", "\u2581", "\ufffd", "<unk>", "<s>", "<0x0A>", "x" * 20_000]
 )
 def test_lines_of_every_content_are_learnt_from(
-    documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, reserved: str
+    documents: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str, reserved: str
 ) -> None:
     texts = [*documents, *(f"{number}ж{reserved}" for number in range(9))]
     report = train(
@@ -54,18 +55,18 @@ def test_lines_of_every_content_are_learnt_from(
     assert len(ids) <= 2  # were it unknown, two bytes behind a space
     left_out = 9 if reserved in ("\0", "\u2585") else 0
     assert report["sample"]["documents_with_reserved_characters"] == left_out
-    assert ("left out of 9 documents" in capsys.readouterr().err) == bool(left_out)
+    assert ("left out of 9 documents" in caplog.text) == bool(left_out)
 
 
 def test_documents_longer_than_the_sample_are_counted(
-    documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    documents: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     corpus = write_jsonl(tmp_path / "a.jsonl", [*documents, "long " * 10_000, "longer " * 10_000])
     report = train(corpus, tmp_path, vocab_size=400, sample_bytes=30_000)
     assert report["sample"]["documents_longer_than_sample"] == 2
-    error = capsys.readouterr().err
-    assert error.startswith("a: 1 file (1 jsonl), ")
-    assert "a: 2 documents left out, longer than sample_bytes=30000" in error
+    assert caplog.messages[0].startswith("a: 1 file (1 jsonl), ")
+    assert "a: 2 documents left out, longer than sample_bytes=30000" in caplog.messages
 
 
 @given(st.integers(1, 3000), st.randoms(use_true_random=False))

@@ -32,7 +32,7 @@ from tests.tiny import make_shards
 
 FEW_SAVES = "checkpoint.interval=4"
 HUNG = ("run.timeout_minutes=0.3", "checkpoint.interval=0")
-"""18 seconds are several times the longest phase; the first save would be it, and is left out for busy machines."""
+"""18 seconds are several times the longest phase, which is one of the start; no save, for busy machines."""
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +185,11 @@ def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_conti
 @pytest.fixture(scope="module")
 def hung(folder: Path) -> Iterator[dict[str, Job]]:
     """Two runs that hang, at the same time: most of it is waiting."""
+    impatient = fault("lose_patience", step=2, seconds=5)
     # One of them waits for the other's processors; it hangs all the later.
-    with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3)]) as asleep:
+    with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3), impatient]) as asleep:
         asleep.wait_for_step(2)
-        with Job(folder, "frozen", *HUNG) as frozen:
+        with Job(folder, "frozen", *HUNG, faults=[fault("slow", seconds=0.2), impatient]) as frozen:
             frozen.wait_for_step(3)
             victim = frozen.ranks()[0]
             victim.send_signal(signal.SIGSTOP)

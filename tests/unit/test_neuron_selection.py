@@ -258,7 +258,7 @@ def test_masks_are_packed_and_unpacked(rows: list[list[bool]]) -> None:
 
 
 def test_without_a_compiler_torch_serves_and_says_so_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise RuntimeError("no compiler\nat all")
@@ -270,6 +270,6 @@ def test_without_a_compiler_torch_serves_and_says_so_once(
         assert not cpu_library.available()
     finally:
         cpu_library._compiles.cache_clear()
-    assert capsys.readouterr().err.splitlines() == [
+    assert caplog.messages == [
         "CPU kernels: not built (no compiler); torch's own operations serve, slower. A C++ compiler helps."
     ]

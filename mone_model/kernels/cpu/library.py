@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 
 from mone_model.kernels.cpu import build as cpu_build
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 # No -ffast-math: the exponential relies on the order of its additions.
@@ -57,10 +60,7 @@ def _compiles() -> bool:
         _library()
     except Exception as error:  # whatever a compiler or a linker may have to say
         reason = str(error).strip().splitlines()[0]
-        print(
-            f"CPU kernels: not built ({reason}); torch's own operations serve, slower. A C++ compiler helps.",
-            file=sys.stderr,
-        )
+        logger.warning("CPU kernels: not built (%s); torch's own operations serve, slower. A C++ compiler helps.", reason)
         return False
     return True
 
@@ -105,7 +105,7 @@ def _build(folder: Path, name: str) -> ctypes.CDLL:
         _remove_abandoned(folder)
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING, ignore_cleanup_errors=True)
     except OSError as error:
-        print(f"CPU kernels: cannot be kept ({error}); compiled for this process alone", file=sys.stderr)
+        logger.warning("CPU kernels: cannot be kept (%s); compiled for this process alone", error)
         temporary = tempfile.TemporaryDirectory(prefix=BUILDING, ignore_cleanup_errors=True)
     # Not in place, nor by torch's own cache: its lock outlives a build that is killed, and then all wait for ever.
     with temporary, _mark_in_use(Path(temporary.name)):
