@@ -1,4 +1,4 @@
-"""Collectives that Megatron-Core needs and gloo lacks: an average, and gathers and scatters of uneven parts."""
+"""Collectives over gloo as Megatron-Core calls them: averages, uneven gathers and scatters, groups of one rank."""
 
 import datetime
 from pathlib import Path
@@ -26,25 +26,31 @@ def act(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", f"file://{folder}/store", timeout=datetime.timedelta(seconds=60), rank=rank, world_size=SIZE
     )
-    pair = dist.new_group([0, 2])
+    from megatron.core.tensor_parallel import mappings
+
+    seen: Any = mappings.torch.distributed  # as Megatron-Core sees it
+    pair, alone = dist.new_group([0, 2]), [dist.new_group([other]) for other in range(SIZE)][rank]
     found: dict[str, Any] = {}
     for name, op in (("average", dist.ReduceOp.AVG), ("sum", dist.ReduceOp.SUM), ("max", dist.ReduceOp.MAX)):
         found[name] = torch.tensor([1.0, 10.0]) * (rank + 1)
-        dist.all_reduce(found[name], op=op)
+        seen.all_reduce(found[name], op=op)
     if rank != 1:
         found["average of two"] = torch.tensor([1.0]) * (rank + 1)
-        work = dist.all_reduce(found["average of two"], op=dist.ReduceOp.AVG, group=pair, async_op=True)
+        work = seen.all_reduce(found["average of two"], op=dist.ReduceOp.AVG, group=pair, async_op=True)
         assert work is not None
         work.wait()
+    found["alone"] = torch.tensor([1.0]) * (rank + 1)
+    work = seen.all_reduce(found["alone"], group=alone, async_op=True)
+    assert work is not None
+    work.wait()
     found["gathered"] = [torch.empty(rows, 4) for rows in ROWS]
-    dist.all_gather(found["gathered"], part(rank, ROWS[rank]))
+    seen.all_gather(found["gathered"], part(rank, ROWS[rank]))
     found["gathered evenly"] = [torch.empty(2, 4) for _ in ROWS]
-    dist.all_gather(found["gathered evenly"], part(rank, 2))
+    seen.all_gather(found["gathered evenly"], part(rank, 2))
     found["scattered"] = torch.empty(ROWS[rank], 4)
-    dist.reduce_scatter(found["scattered"], [part(rank, rows) for rows in ROWS])
+    seen.reduce_scatter(found["scattered"], [part(rank, rows) for rows in ROWS])
     found["scattered evenly"] = torch.empty(2, 4)
-    dist.reduce_scatter(found["scattered evenly"], [part(rank, 2) + 1000 * to for to in range(SIZE)])
-    dist.barrier(device_ids=[rank])
+    seen.reduce_scatter(found["scattered evenly"], [part(rank, 2) + 1000 * to for to in range(SIZE)])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -68,6 +74,7 @@ def test_reductions(found: list[dict[str, Any]]) -> None:
         torch.testing.assert_close(of_rank["average"], torch.tensor([2.0, 20.0]))
         assert of_rank["sum"].tolist() == [6.0, 60.0]
         assert of_rank["max"].tolist() == [3.0, 30.0]
+    assert [of_rank["alone"].item() for of_rank in found] == [1.0, 2.0, 3.0]
     assert found[0]["average of two"].tolist() == found[2]["average of two"].tolist() == [2.0]
 
 
@@ -80,5 +87,7 @@ def test_gathers_of_uneven_and_even_parts(found: list[dict[str, Any]]) -> None:
 
 def test_scatters_of_uneven_and_even_parts(found: list[dict[str, Any]]) -> None:
     for rank, of_rank in enumerate(found):
-        assert torch.equal(of_rank["scattered"], sum(part(other, ROWS[rank]) for other in range(SIZE)))
-        assert torch.equal(of_rank["scattered evenly"], sum(part(other, 2) + 1000 * rank for other in range(SIZE)))
+        assert torch.equal(of_rank["scattered"], torch.stack([part(other, ROWS[rank]) for other in range(SIZE)]).sum(0))
+        assert torch.equal(
+            of_rank["scattered evenly"], torch.stack([part(other, 2) + 1000 * rank for other in range(SIZE)]).sum(0)
+        )
