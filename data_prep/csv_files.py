@@ -5,11 +5,13 @@ with open_text(Path("table.csv"), newline="") as lines:
 """
 
 import csv
+import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
 
 from data_prep.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 QUOTINGS = ("minimal", "none")
 OTHER_SEPARATORS = ",;\t|"

@@ -7,7 +7,7 @@ progress.add(tokens=12345)
 progress.close()
 """
 
-import sys
+import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -17,6 +17,8 @@ from mone_common.text import clock
 if TYPE_CHECKING:
     from data_prep.corpora import Corpus, Position, Record
 
+logger = logging.getLogger(__name__)
+
 Item = TypeVar("Item")
 
 
@@ -24,9 +26,9 @@ def counted(items: Sequence[Item], what: str, every_seconds: float) -> Iterator[
     """Yield the items; report `what` and the number of items done every `every_seconds`."""
     printed = time.monotonic()
     for number, item in enumerate(items):
-        if time.monotonic() - printed >= every_seconds:
-            printed = time.monotonic()
-            print(f"{what}: {number:,} of {len(items):,}", file=sys.stderr)
+        if time.monotonic() - logged >= every_seconds:
+            logged = time.monotonic()
+            logger.info(f"{what}: {number:,} of {len(items):,}")
         yield item
 
 
@@ -39,7 +41,7 @@ class Progress:
         self._text_per_byte = 1.0
         self._file_text = self._text = 0
         self._tokens = 0
-        self._begin = self._printed = time.monotonic()
+        self._begin = self._logged = time.monotonic()
         self._share_at_begin = self.share()
 
     def watch(self, records: Iterable["Record"]) -> Iterator["Record"]:
@@ -54,13 +56,13 @@ class Progress:
             self._file_text += len(record.text)
             self._text += len(record.text)
             if another_file or number % 1000 == 999:
-                self._print_when_due()
+                self._log_when_due()
             yield record
 
     def add(self, tokens: int) -> None:
         """Add encoded tokens to the count."""
         self._tokens += tokens
-        self._print_when_due()
+        self._log_when_due()
 
     def share(self) -> float:
         """Estimated share of the corpus's bytes that have been read; 0 if the size is unknown.
@@ -76,15 +78,15 @@ class Progress:
     def close(self) -> None:
         """Report the last line."""
         self._file_text, self._file = 0, len(self._corpus.sizes)
-        self._print()
+        self._log()
 
-    def _print_when_due(self) -> None:
-        if time.monotonic() - self._printed >= self._every_seconds:
-            self._print()
+    def _log_when_due(self) -> None:
+        if time.monotonic() - self._logged >= self._every_seconds:
+            self._log()
 
-    def _print(self) -> None:
-        self._printed = time.monotonic()
-        seconds = max(self._printed - self._begin, 1e-9)
+    def _log(self) -> None:
+        self._logged = time.monotonic()
+        seconds = max(self._logged - self._begin, 1e-9)
         line = f"{self._corpus.name}: "
         if (files := len(self._corpus.sizes)) > 1:
             line += f"file {min(self._file + 1, files):,} of {files:,}, "

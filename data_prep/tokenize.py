@@ -9,8 +9,8 @@ Documents keep the order of the corpus. They are collected until a group has `sh
 train shard and one validation shard, independent of the number of workers, and is then recorded in progress.json.
 """
 
+import logging
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +44,8 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from mone_common.console import command, to_dataclass
 from mone_common.files import writing_folder
 from mone_common.locks import LOCK_FILE, lock
+
+logger = logging.getLogger(__name__)
 
 ROUND_TRIP_FIRST, ROUND_TRIP_EVERY = 32, 100
 """The first documents of each group and every n-th of the others are decoded and compared with their text."""
@@ -187,7 +189,7 @@ def tokenize(config: TokenizeConfig) -> Manifest:
     names = [JOURNAL_NAME, MANIFEST_NAME, "train-00000.bin", "train-00000.idx"]
     names += [f"{TOKENIZER_NAME}/{name}" for name in tokenizer.file_names()]
     corpus.refuse_to_hold([output / name for name in names], f"output={output}")
-    print(corpus.describe(), file=sys.stderr)
+    logger.info(corpus.describe())
     settings = {
         "corpus": corpus.fingerprint(config.progress_seconds) | {"name": corpus.name},
         "tokenizer_sha256": tokenizer.sha256,
@@ -275,11 +277,10 @@ def main(config: DictConfig) -> None:
     for fate, count in manifest.records.items():
         print(f"{manifest.folder}: {count:,} records {fate}")
     if not manifest.documents("validation") and options.validation_fraction > 0:
-        print(
-            f"warning: {manifest.folder}: no document is held out for validation, so training cannot validate on it. "
+        logger.warning(
+            f"{manifest.folder}: no document is held out for validation, so training cannot validate on it. "
             f"validation_fraction={options.validation_fraction:g} of {manifest.documents('train'):,} documents is none: "
-            "raise it, or split the text into more documents (corpus.sample_by=paragraph or line for plain text)",
-            file=sys.stderr,
+            "raise it, or split the text into more documents (corpus.sample_by=paragraph or line for plain text)"
         )
     if not manifest.round_trip:
         print(f"{manifest.folder}: this tokenizer does not give back its text exactly (it normalises)")

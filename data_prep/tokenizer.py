@@ -94,18 +94,23 @@ class SentencePieceTokenizer(Tokenizer):
         self.sha256 = sha256_of(path)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; the model encodes in one thread."""
         return self._model.encode(texts, num_threads=1)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text as an array [length]; the model appends `eod_id`."""
         return self._model.encode(texts, num_threads=1, return_type="numpy", add_eos=True)
 
     def decode(self, tokens: list[int]) -> str:
+        """The text of token ids; control pieces leave nothing."""
         return self._model.decode(tokens)
 
     def file_names(self) -> list[str]:
+        """The model file alone."""
         return [MODEL_NAME]
 
     def copy_to(self, folder: Path) -> None:
+        """Copy the model file into an existing folder."""
         shutil.copyfile(self._path, folder / MODEL_NAME)
 
 
@@ -148,15 +153,19 @@ class HuggingFaceTokenizer(Tokenizer):
         )["input_ids"]
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray]:
+        """Token ids of each text as an int64 array [length] that ends with `eod_id`."""
         return [np.array([*ids, self.eod_id], np.int64) for ids in self.encode(texts)]
 
     def decode(self, tokens: list[int]) -> str:
+        """The text of token ids, without special tokens and with all spaces."""
         return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def file_names(self) -> list[str]:
+        """The names of the tokenizer's own files, sorted."""
         return [path.name for path in self._files()]
 
     def copy_to(self, folder: Path) -> None:
+        """Copy the tokenizer's own files into an existing folder, and no weights beside them."""
         for path in self._files():
             shutil.copyfile(path, folder / path.name)
 

@@ -8,8 +8,8 @@ report = train_tokenizer(TrainTokenizerConfig(corpus=CorpusConfig(path="text"), 
 import hashlib
 import heapq
 import io
+import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from data_prep.shards import publish_json
 from data_prep.tokenizer import MODEL_NAME, SentencePieceTokenizer
 from mone_common.console import command, to_dataclass
 from mone_common.files import writing
+
+logger = logging.getLogger(__name__)
 
 REPORT_NAME = "tokenizer_training.json"
 PROGRESS_SECONDS = 5.0
@@ -101,7 +103,7 @@ def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
     if config.model_type not in ("bpe", "unigram"):
         raise DataError(f"model_type={config.model_type}: must be bpe or unigram")
     corpus = Corpus(config.corpus)
-    print(corpus.describe(), file=sys.stderr)
+    logger.info(corpus.describe())
     progress = Progress(corpus, PROGRESS_SECONDS, START)
     longer = 0
 
@@ -120,13 +122,10 @@ def train_tokenizer(config: TrainTokenizerConfig) -> dict[str, Any]:
         )
     reserved = sum(text.translate(RESERVED) != text for text in sample)
     if longer:
-        print(
-            f"{corpus.name}: {longer:,} documents left out, longer than sample_bytes={config.sample_bytes}", file=sys.stderr
-        )
+        logger.warning(f"{corpus.name}: {longer:,} documents left out, longer than sample_bytes={config.sample_bytes}")
     if reserved:
-        print(
-            f"{corpus.name}: NUL and U+2585, which sentencepiece reserves, are left out of {reserved:,} documents",
-            file=sys.stderr,
+        logger.warning(
+            f"{corpus.name}: NUL and U+2585, which sentencepiece reserves, are left out of {reserved:,} documents"
         )
     model = io.BytesIO()
     try:

@@ -132,6 +132,7 @@ class LocalLauncher(_SweepLauncher):
     """Runs the points in a queue on this machine."""
 
     def run(self, options: LocalOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        """Check all points, then run them side by side; returns when all have ended."""
         from launch.local_queue import run_points, shares
         from launch.sweep import plan_points
         from train.preparation import prepare_run
@@ -149,9 +150,11 @@ class SlurmLauncher(_SweepLauncher):
     """Submits one Slurm job for each point and does not wait for them."""
 
     def read_options(self, node: DictConfig) -> SlurmOptions:
+        """The launcher's options, typed; ValueError for a wrong one and one that takes a secret into a job script."""
         return read_slurm_options(node)
 
     def run(self, options: SlurmOptions, jobs: Mapping[int, Sequence[str]]) -> tuple[list["Point"], list["Outcome"]]:
+        """Check all points, then submit a job for each; returns when Slurm has them."""
         from launch.slurm import check_run
         from launch.sweep import plan_points, submit_points
 

@@ -1,9 +1,11 @@
 """Checks of options, and deprecation warnings."""
 
 import functools
+import logging
 import os
-import sys
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def check(condition: bool, option: str, value: Any, right: str) -> None:
@@ -19,6 +21,4 @@ def check(condition: bool, option: str, value: Any, right: str) -> None:
 def deprecated(old: str, new: str) -> None:
     """Warn on stderr, once and on rank 0, that a command or an option's value has a new name."""
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"warning: {old} is deprecated and will be removed in the next version; use {new}", file=sys.stderr, flush=True
-        )
+        logger.warning("%s is deprecated and will be removed in the next version; use %s", old, new)

@@ -9,8 +9,10 @@ sections, ${sections_help:train.config.RunConfig} adds an overview; --help SECTI
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import os
 import sys
@@ -21,6 +23,7 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mone_common.commands import PACKAGES
 from mone_common.options_help import options_help, sections_help
 from mone_common.output import ending_with_reader
 from mone_common.text import printable
@@ -98,6 +101,38 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
             yield from _numbers(inner, f"{name}[{place}]")
 
 
+class _ToStderr(logging.Handler):
+    """Prints a note as it is, and a warning as `warning: <message>`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        print(f"{prefix}{record.getMessage()}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def showing_log() -> Iterator[None]:
+    """Show what our packages log, from INFO on, on stderr.
+
+    A program of somebody else's that imports them decides by itself: each module logs under its own name, such as
+    `data_prep.progress`.
+    """
+    loggers = [logging.getLogger(package) for package in PACKAGES]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    handler = _ToStderr()
+    for logger in loggers:
+        if not any(isinstance(other, _ToStderr) for other in logger.handlers):
+            logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+
+
 def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Wrap a `main`: a ReportedError is printed as `error: <message>` on stderr, and its exit code is used.
 
@@ -106,7 +141,7 @@ def reporting_errors(main: Callable[Arguments, Result]) -> Callable[Arguments, R
 
     @functools.wraps(main)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with ending_with_reader():
+        with ending_with_reader(), showing_log():
             try:
                 return main(*args, **kwargs)
             except ReportedError as error:

@@ -10,11 +10,12 @@ prints one warning.
 
 import fcntl
 import functools
-import sys
+import logging
 from pathlib import Path
 from typing import IO, Any
 
 LOCK_FILE = ".lock"
+logger = logging.getLogger(__name__)
 
 
 def lock(file: IO[Any], *, wait: bool = False) -> bool:

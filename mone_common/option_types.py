@@ -70,6 +70,7 @@ def members_of(kind: Any) -> tuple[Any, ...]:
 
 
 def origin_of(kind: Any) -> Any:
+    """The class of a generic type, such as list of list[int]; any other type itself."""
     return typing.get_origin(kind) or kind
 
 

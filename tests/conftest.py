@@ -1,12 +1,14 @@
 """Shared fixtures: one-process groups for unit tests, and runs of real processes."""
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,6 +21,14 @@ ROOT = Path(__file__).parent.parent
 def _cpu_kernels() -> Iterator[None]:
     yield
     library.allowed = True  # a test may have built a model with compute.cpu_kernels=off
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Seed what tests draw without a seed of their own."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

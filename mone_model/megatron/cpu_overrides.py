@@ -80,4 +80,5 @@ def all_reduce_several(
 class Finished:
     """The handle of a finished operation."""
 
-    def wait(self) -> None: ...
+    def wait(self) -> None:
+        """Return at once."""

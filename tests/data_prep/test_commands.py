@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -106,8 +105,7 @@ def test_a_killed_run_continues_to_the_same_bytes(
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     run = [sys.executable, "-m", "data_prep.tokenize", f"output={killed}", *arguments]
     process = subprocess.Popen(run, stderr=subprocess.DEVNULL, start_new_session=True)
-    target = random.randint(1, 20)
-    while process.poll() is None and groups_on_record(killed) < target:
+    while process.poll() is None and groups_on_record(killed) < 5:
         time.sleep(0.002)
     workers = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 
 from data_prep.corpora import Corpus, CorpusConfig
 from data_prep.errors import DataError
-from data_prep.readers import read_file
+from data_prep.readers import read_file, read_hub
 from data_prep.text_files import INVALID
 from tests.data_prep.conftest import write_jsonl
 
@@ -125,6 +125,39 @@ def test_a_dataset_that_load_dataset_finds_by_itself(tmp_path: Path) -> None:
     corpus = Corpus(CorpusConfig(hub=str(tmp_path)))
     assert [record.text for record in corpus.records()] == TEXTS
     assert corpus.files == []
+
+
+def test_one_split_of_one_subset_is_read(tmp_path: Path) -> None:
+    for subset in ("en", "de"):
+        for split in ("train", "test"):
+            write_jsonl(tmp_path / f"{subset}-{split}.jsonl", [f"{subset} {split} {n}" for n in range(1500)])
+    entries = "".join(
+        f"- config_name: {subset}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {subset}-{split}.jsonl\n" for split in ("train", "test"))
+        for subset in ("en", "de")
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    assert list(read_hub(str(tmp_path), "de", "test", None, "text")) == [f"de test {n}" for n in range(1500)]
+    assert list(read_hub(str(tmp_path), "en", "train", None, "id")) == list(range(1500))
+    with pytest.raises(DataError, match="no field 'words'.*id, text"):
+        next(read_hub(str(tmp_path), "en", "train", None, "words"))
+    with pytest.raises(ValueError, match="Config name is missing"):
+        next(read_hub(str(tmp_path), None, "train", None, "text"))
+
+
+def test_a_dataset_of_the_hub_is_streamed_at_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load_dataset(*args: Any, **options: Any) -> datasets.IterableDataset:
+        asked.append((args, options))
+        return datasets.Dataset.from_dict({"text": [*TEXTS, None]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    corpus = Corpus(CorpusConfig(hub="some/set", subset="en", split="test", revision="abc123"))
+    records = list(corpus.records())
+    assert [record.text for record in records] == [*TEXTS, ""]
+    assert list(corpus.records(start=records[1].next)) == records[2:]
+    assert asked == [(("some/set", "en"), {"split": "test", "revision": "abc123", "streaming": True})] * 2
 
 
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=30), st.data())

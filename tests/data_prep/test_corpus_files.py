@@ -2,6 +2,7 @@
 
 import glob
 import json
+import logging
 import os
 import socket
 from collections.abc import Callable
@@ -233,14 +234,15 @@ def test_shards_next_to_the_corpus_are_not_read(
 
 @pytest.mark.usefixtures("inline_pool")
 def test_many_small_files_show_progress(
-    options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+    options: Callable[..., TokenizeConfig], documents: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     (tmp_path / "text").mkdir()
     for number, text in enumerate(documents):
         write_jsonl(tmp_path / f"text/{number:03}.jsonl", [text])
     manifest = tokenize(options({"path": str(tmp_path / "text")}, progress_seconds=0))
     assert manifest.records == {"kept": 300}
-    lines = capsys.readouterr().err.splitlines()
+    lines = caplog.messages
     assert lines[0].startswith("text: 300 files (300 jsonl), ")
     assert "text: ends of files hashed: 150 of 300" in lines
     assert any(line.startswith("text: file 150 of 300, ") and "%" in line for line in lines)

@@ -70,12 +70,12 @@ def test_a_quote_that_spans_rows_is_an_error(tmp_path: Path, changes: dict[int, 
     assert read(tmp_path / "a.csv", "\n".join(["id,text", *rows]), quoting="none") == texts
 
 
-def test_cells_of_several_lines_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_of_several_lines_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cells = ['Dear Sir,\nthe "machine", as you say,\n\nworks.', "Capitals:\r\nParis, France\r\nRome", "x\ry", "\n\n", "NA\0"]
     quoted = [cell.replace('"', '""') for cell in cells]
     content = "id,text\n" + "".join(f'{n},"{cell}"\n' for n, cell in enumerate(quoted))
     assert read(tmp_path / "a.csv", content) == [cell if cell.strip() else "" for cell in cells]
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
     list_of_cities = "Capitals\nParis, France\nRome, Italy\nBern, Switzerland\nLima, Peru"
     assert read(tmp_path / "a.csv", f'title,text\nEurope,"{list_of_cities}"\n') == [list_of_cities]
     assert "warning: a quoted cell ends 4 lines after its start" in capsys.readouterr().err
@@ -97,12 +97,12 @@ def test_a_quote_that_spans_few_rows_gives_one_warning(
     assert len(read(tmp_path / "a.csv", "\n".join(["source,text", *rows]))) == 40 - 2 * taken_in
     assert capsys.readouterr().err.count("warning: a quoted cell ends") == warns
     assert len(read(tmp_path / "a.csv", "\n".join(["source,text", *rows]), quoting="minimal")) == 40 - 2 * taken_in
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(("lines", "separators", "warns"), [(30, 0, True), (10, 0, False), (30, 1, False)])
 def test_a_quote_in_a_table_of_one_column(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], lines: int, separators: int, warns: bool
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, lines: int, separators: int, warns: bool
 ) -> None:
     cell = "\n".join(f"line {n}" for n in range(lines)) + "," * separators
     assert read(tmp_path / "a.csv", f'text\nfirst\n"{cell}"\n"{cell}"\nlast') == ["first", cell, cell, "last"]

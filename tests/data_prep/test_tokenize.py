@@ -491,7 +491,7 @@ def test_a_file_system_without_locks_gives_one_warning(
     assert tokenize(options()).documents("train")
     with lock_run_folder(folder):  # as a run locks its folder
         pass
-    assert capsys.readouterr().err.count(f"{folder}: this file system has no locks ({os.strerror(number)})") == 1
+    assert caplog.text.count(f"{folder}: this file system has no locks ({os.strerror(number)})") == 1
 
 
 @pytest.mark.usefixtures("inline_pool")

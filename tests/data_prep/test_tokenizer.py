@@ -1,6 +1,7 @@
 """Reproducible training, lossless encoding, and tokenizers of Hugging Face."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -54,18 +55,18 @@ def test_lines_of_any_content_are_used(
     assert len(ids) <= 2  # were it unknown, two bytes behind a space
     left_out = 9 if reserved in ("\0", "\u2585") else 0
     assert report["sample"]["documents_with_reserved_characters"] == left_out
-    assert ("left out of 9 documents" in capsys.readouterr().err) == bool(left_out)
+    assert ("left out of 9 documents" in caplog.text) == bool(left_out)
 
 
 def test_documents_longer_than_the_sample_are_counted(
-    documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    documents: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     corpus = write_jsonl(tmp_path / "a.jsonl", [*documents, "long " * 10_000, "longer " * 10_000])
     report = train(corpus, tmp_path, vocab_size=400, sample_bytes=30_000)
     assert report["sample"]["documents_longer_than_sample"] == 2
-    error = capsys.readouterr().err
-    assert error.startswith("a: 1 file (1 jsonl), ")
-    assert "a: 2 documents left out, longer than sample_bytes=30000" in error
+    assert caplog.messages[0].startswith("a: 1 file (1 jsonl), ")
+    assert "a: 2 documents left out, longer than sample_bytes=30000" in caplog.messages
 
 
 @given(st.integers(1, 3000), st.randoms(use_true_random=False))

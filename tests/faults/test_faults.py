@@ -188,7 +188,7 @@ def hung(folder: Path) -> Iterator[dict[str, Job]]:
     # The runs compete for processors, so that one hangs later.
     with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3)]) as asleep:
         asleep.wait_for_step(2)
-        with Job(folder, "frozen", *HUNG) as frozen:
+        with Job(folder, "frozen", *HUNG, faults=[fault("slow", seconds=0.2), impatient]) as frozen:
             frozen.wait_for_step(3)
             victim = frozen.ranks()[0]
             victim.send_signal(signal.SIGSTOP)

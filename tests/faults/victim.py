@@ -90,6 +90,20 @@ def slow(seconds: float) -> None:
     before_steps(lambda number: time.sleep(seconds))
 
 
+def lose_patience(step: int, seconds: float) -> None:
+    """Let the watchdog wait so long only from a step on: the phases before it may be longer."""
+    from train.loop import Trainer
+
+    inner = Trainer.train_step
+
+    def train_step(self: Any, batches: Any) -> None:
+        if self.step >= step:
+            self.watchdog.timeout = seconds
+        inner(self, batches)
+
+    Trainer.train_step = train_step  # type: ignore[method-assign]
+
+
 def fill_disk(path: str, step: int, until: int, leave: int) -> None:
     """Before a step, fill the disk of a folder except for some bytes; free the space before another step."""
     filler = Path(path) / "filler"

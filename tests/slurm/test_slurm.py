@@ -145,7 +145,9 @@ def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(s
     subprocess.run(["scancel", job], check=True)
     assert slurm.wait(job, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
     until(lambda: read_status(folder / "runs/endless")["state"] == "stopped", log)
-    time.sleep(3)
+    # What would queue the job again has decided, which ends the attempt.
+    until(lambda: len(attempts(folder, "endless")) == 2, log)
+    assert not attempts(folder, "endless")[-1].requeued
     assert slurm.state(job) == "CANCELLED", "a cancelled job does not come back"
 
 

@@ -70,7 +70,7 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
     outs = []
     for x, prob, e in zip(x_ND, probs_N, expert_of, strict=True):
         gates = [experts.config.activation_func(gate_up[e, 0, j] @ x) for j in range(NEURONS)]
-        best = sorted(range(NEURONS), key=lambda j: (-abs(float(gates[j])), j))[:kept]
+        best = sorted(range(NEURONS), key=lambda j: (-float(gates[j].detach().abs()), j))[:kept]
         outs.append(prob * sum((gates[j] * (gate_up[e, 1, j] @ x) * down[e, j] for j in best), torch.zeros(WIDTH)))
     out_ND = torch.stack(outs)
     target = torch.randn(out_ND.shape, generator=torch.Generator().manual_seed(6)).double()

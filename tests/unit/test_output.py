@@ -1,5 +1,6 @@
 """Training does not depend on its output; other commands end when their reader ends."""
 
+import logging
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from typing import IO, Any
 
 import pytest
 
+from mone_common.console import reporting_errors
 from tests.conftest import ROOT
 
 TRAINING = """
@@ -151,3 +153,15 @@ main()
             [sys.executable, "-c", script], cwd=ROOT, env={**os.environ, "RANK": rank}, capture_output=True, text=True
         )
         assert (done.returncode, done.stderr) == (2, "error: corpus.path=x: not there\n")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_what_modules_log_is_shown_by_commands_alone(capsys: pytest.CaptureFixture[str], shown: bool) -> None:
+    def log() -> None:
+        logging.getLogger("mone_model.module").warning("%d%% is odd", 5)
+        logging.getLogger("data_prep.module").info("a note")
+        logging.getLogger("elsewhere").info("of another package")
+
+    (reporting_errors(reporting_errors(log)) if shown else log)()
+    assert capsys.readouterr().err == ("warning: 5% is odd\na note\n" if shown else "")
+    assert logging.getLogger("mone_model").handlers == []

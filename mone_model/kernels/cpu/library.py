@@ -12,6 +12,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 
 from mone_model.kernels.cpu import build as cpu_build
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
 # No -ffast-math: the exponential relies on the order of its additions.

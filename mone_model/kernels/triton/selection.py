@@ -128,6 +128,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Write hidden [H], the mask [W], the K kept gates and ups, and the threshold of one row."""
     # int64: rows times neurons may exceed 2^31.
     row = tl.program_id(0).to(tl.int64)
     gate_ptr += row * gate_stride
@@ -186,6 +187,7 @@ def backward_kernel(
     ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    """Write the gradients of gate [H], up [H] and the probability of one row; 0 at neurons that were dropped."""
     row = tl.program_id(0).to(tl.int64)
     dhidden_ptr += row * dhidden_stride
     masks_ptr += row * ((neurons + 15) // 16)
