@@ -118,7 +118,7 @@ class _Table(Iterator[list[str]]):
             raise DataError(message)
         if not self._warned and (width > 1 or len(rows) > MOST_ROWS_OF_ONE_CELL):
             self._warned = True
-            print(f"warning: {message}", file=sys.stderr)
+            logger.warning(message)
 
 
 def _column(header: list[str], field: str, separator: str) -> int:

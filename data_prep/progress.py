@@ -23,8 +23,8 @@ Item = TypeVar("Item")
 
 
 def counted(items: Sequence[Item], what: str, every_seconds: float) -> Iterator[Item]:
-    """Yield the items; report `what` and the number of items done every `every_seconds`."""
-    printed = time.monotonic()
+    """Yield the items; log `what` and the number of items done every `every_seconds`."""
+    logged = time.monotonic()
     for number, item in enumerate(items):
         if time.monotonic() - logged >= every_seconds:
             logged = time.monotonic()
@@ -96,4 +96,4 @@ class Progress:
         if (gained := self.share() - self._share_at_begin) > 0:
             left = int((1 - self.share()) * seconds / gained)
             line += f", {self.share():.0%}, {clock(left)} left"
-        print(line, file=sys.stderr)
+        logger.info(line)

@@ -133,8 +133,10 @@ def _is_encodable(text: str) -> bool:
 
 
 def _read_json(lines: TextIO, field: str) -> Iterator[Any]:
-    """The field of each JSON value of a file; values may span lines. A list is replaced by its elements, and a string in
-    it by an object with the field only."""
+    """The field of each JSON value of a file; values may span lines.
+
+    A list is replaced by its elements, and a string in it by an object with the field only.
+    """
     start = ""
     for line in lines:
         start += line

@@ -142,6 +142,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return [path for path in sorted(self._folder.iterdir()) if path.name in own]
 
     def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; the text of a special token is encoded as plain text."""
         if not texts:  # transformers cannot encode an empty list
             return []
         return self._tokenizer(

@@ -45,8 +45,6 @@ def is_locked(path: Path) -> bool:
 
 @functools.cache
 def _warn_once(folder: Path, reason: str) -> None:
-    print(
-        f"{folder}: this file system has no locks ({reason}): make sure that only one process uses the folder at a time",
-        file=sys.stderr,
-        flush=True,
+    logger.warning(
+        "%s: this file system has no locks (%s): make sure that only one process uses the folder at a time", folder, reason
     )

@@ -481,7 +481,7 @@ def test_only_one_run_writes_to_a_folder(options: Options) -> None:
 @pytest.mark.usefixtures("inline_pool")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EIO])
 def test_a_file_system_without_locks_gives_one_warning(
-    options: Options, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+    options: Options, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
 ) -> None:
     def flock(file: Any, operation: int) -> None:
         raise OSError(number, os.strerror(number))

@@ -45,7 +45,7 @@ def test_the_settings_are_saved_with_the_model(corpus_file: Path, tmp_path: Path
     "reserved", ["\0", "\u2585", "\t", "\x1f", "\u2581", "\ufffd", "<unk>", "<s>", "<0x0A>", "x" * 20_000]
 )
 def test_lines_of_any_content_are_used(
-    documents: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str, reserved: str
+    documents: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str, reserved: str
 ) -> None:
     texts = [*documents, *(f"{number}ж{reserved}" for number in range(9))]
     report = train(

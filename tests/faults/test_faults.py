@@ -185,8 +185,9 @@ def test_a_run_that_only_diverges_ends_with_code_3_and_its_last_checkpoint_conti
 @pytest.fixture(scope="module")
 def hung(folder: Path) -> Iterator[dict[str, Job]]:
     """Two runs that hang, at the same time, since they mostly wait."""
+    impatient = fault("lose_patience", step=2, seconds=5)
     # The runs compete for processors, so that one hangs later.
-    with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3)]) as asleep:
+    with Job(folder, "asleep", *HUNG, faults=[fault("sleep_reading", rank=1, step=3), impatient]) as asleep:
         asleep.wait_for_step(2)
         with Job(folder, "frozen", *HUNG, faults=[fault("slow", seconds=0.2), impatient]) as frozen:
             frozen.wait_for_step(3)

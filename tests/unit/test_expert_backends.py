@@ -7,7 +7,7 @@ import torch
 
 from mone_model import expert_backends
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
-from mone_model.expert_backends import Measured, choose_backend, measure
+from mone_model.expert_backends import BACKENDS, ExpertOutput, Measured, choose_backend, measure
 from tests.tiny import facts_of
 from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig

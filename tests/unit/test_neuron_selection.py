@@ -256,7 +256,7 @@ def test_masks_are_packed_and_unpacked(rows: list[list[bool]]) -> None:
 
 
 def test_without_a_compiler_torch_is_used_with_one_warning(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail() -> None:
         raise RuntimeError("no compiler\nat all")
@@ -268,6 +268,6 @@ def test_without_a_compiler_torch_is_used_with_one_warning(
         assert not cpu_library.available()
     finally:
         cpu_library._compiles.cache_clear()
-    assert capsys.readouterr().err.splitlines() == [
+    assert caplog.messages == [
         "CPU kernels: not built (no compiler); using slower operations of torch. Install a C++ compiler (g++)."
     ]

@@ -49,7 +49,7 @@ allowed = True
 
 
 def available() -> bool:
-    """Whether the kernels are enabled and work on this machine. Prints the reason once if they do not."""
+    """Whether the kernels are enabled and work on this machine. Logs the reason once if they do not."""
     return allowed and _compiles()
 
 
@@ -59,9 +59,8 @@ def _compiles() -> bool:
         _library()
     except Exception as error:  # any error of the compiler or the linker
         reason = str(error).strip().splitlines()[0]
-        print(
-            f"CPU kernels: not built ({reason}); using slower operations of torch. Install a C++ compiler (g++).",
-            file=sys.stderr,
+        logger.warning(
+            "CPU kernels: not built (%s); using slower operations of torch. Install a C++ compiler (g++).", reason
         )
         return False
     return True
@@ -107,7 +106,7 @@ def _build(folder: Path, name: str) -> ctypes.CDLL:
         _remove_abandoned(folder)
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=BUILDING, ignore_cleanup_errors=True)
     except OSError as error:
-        print(f"CPU kernels: cannot be cached ({error}); compiled for this process only", file=sys.stderr)
+        logger.warning("CPU kernels: cannot be cached (%s); compiled for this process only", error)
         temporary = tempfile.TemporaryDirectory(prefix=BUILDING, ignore_cleanup_errors=True)
     # Not in torch's own cache: its lock remains after a killed build, and all later builds wait for it.
     with temporary, _mark_in_use(Path(temporary.name)):
