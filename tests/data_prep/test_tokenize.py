@@ -350,7 +350,7 @@ def test_a_position_after_the_end_of_a_file_is_an_error(options: Options, corpus
     content["records"]["empty"] = 1000
     content["position"][1] += 1000
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError, match=r"made_up\.jsonl, record \d+: .* the file has 300 records.*Remove that folder"):
+    with pytest.raises(DataError, match=r"made_up\.jsonl, record \d+: .* the file has only 300 records.*Remove that folder"):
         tokenize(options())
 
 
