@@ -156,7 +156,7 @@ INDEX_DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header truncated": (lambda f: truncate_index(f, 20), "20 bytes, too short for an index"),
     "length": (lambda f: forge_index(f, 34, np.int32(5)), r"\d+ tokens, the manifest says"),
     "negative length": (lambda f: forge_index(f, 34, np.int32(-5)), "document 0 has -5 tokens"),
-    "places": (lambda f: forge_index(f, -16 - 8 * documents_in(f), np.int64(2**50)), "document .* does not start at the end of"),
+    "places": (lambda f: forge_index(f, -16 - 8 * documents_in(f), np.int64(2**50)), "document .* does not start"),
     "last bound": (lambda f: forge_index(f, -8, np.int64(3)), "the bounds of its documents are not 0"),
 }
 
