@@ -24,6 +24,15 @@ def _cpu_kernels() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Restore environment variables: DeepSpeed sets those of a launcher, which commands in later tests would read."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _same_random_numbers() -> None:
     """Seed what tests draw without a seed of their own."""
     random.seed(0)
