@@ -35,8 +35,7 @@ class RunConfig:
     engine: str = "megatron"
     """Training engine: megatron (Megatron-Core's optimizers) or deepspeed (ZeRO)."""
     resume: str = "auto"
-    """auto: continue from the newest complete checkpoint in run.dir, if there is one; never: refuse a run.dir that holds a
-    run."""
+    """auto: continue from the newest complete checkpoint in run.dir, if any; never: refuse a run.dir that holds a run."""
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

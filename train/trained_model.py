@@ -101,7 +101,7 @@ def load_thresholds(path: Path, config: RunConfig) -> list[float]:
     try:
         thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"thresholds={path}: is not an output file of mone-calibrate ({error})") from error
+        raise UserError(f"thresholds={path}: is missing or not an output file of mone-calibrate ({error})") from error
     if len(thresholds_L) != config.model.num_layers:
         raise UserError(
             f"thresholds={path}: has {len(thresholds_L)} layers; the model of the run has {config.model.num_layers}"

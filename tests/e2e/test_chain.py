@@ -61,4 +61,4 @@ def test_from_raw_text_to_generated_text(command: Callable[..., subprocess.Compl
     (tmp_path / "words").rename(tmp_path / "runs/words")
     refused = command("train.sample", "run=runs/words", "thresholds=runs/words/config.yaml")
     assert refused.returncode == 2
-    assert "error: thresholds=runs/words/config.yaml: is not an output file of mone-calibrate" in refused.stderr
+    assert "error: thresholds=runs/words/config.yaml: is missing or not an output file of mone-calibrate" in refused.stderr

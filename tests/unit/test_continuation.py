@@ -557,7 +557,7 @@ def test_a_run_whose_last_steps_were_all_dropped_fails(
                 train(config_of(run_folder, shards))
         # If no step was applied since the last checkpoint, no new one replaces older ones.
         many = {"training": {"steps": 20}, "guard": {"max_dropped": 5}, "checkpoint": {"interval": 2, "keep_last": 1}}
-        with pytest.raises(Diverged, match="No step was applied since the checkpoint of step 4, .* move it away"):
+        with pytest.raises(Diverged, match="No step was applied since the checkpoint of step 4; .* move it away"):
             train(config_of(run_folder, shards, **many))
     assert names_in(run_folder / "checkpoints") == [name_of(2), name_of(4)]
     assert "\ncomplete\n" in train(config_of(run_folder, shards))

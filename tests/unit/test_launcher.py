@@ -68,7 +68,7 @@ def test_inconsistent_launcher_variables_are_refused(
 def test_a_single_process_command_refuses_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     check_alone("train.sample")
     give(monkeypatch, WHOLE)
-    with pytest.raises(UserError, match="WORLD_SIZE=4: train.sample is one process"):
+    with pytest.raises(UserError, match="WORLD_SIZE=4: train.sample runs in one process"):
         check_alone("train.sample")
 
 

@@ -117,7 +117,7 @@ def test_a_file_at_the_path_of_the_tokenizer_is_reported(data: Manifest, tmp_pat
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 200_000])
 def test_invalid_thresholds_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "thresholds.json").write_text(text)
-    with pytest.raises(UserError, match="no such file of mone-calibrate"):
+    with pytest.raises(UserError, match="is missing or not an output file of mone-calibrate"):
         load_thresholds(tmp_path / "thresholds.json", RunConfig())
     with pytest.raises(UserError, match="not a regular file"):
         load_thresholds(Path("/dev/zero"), RunConfig())
