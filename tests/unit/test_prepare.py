@@ -24,7 +24,7 @@ def run(*arguments: str, before: Path = ROOT) -> subprocess.CompletedProcess[str
 
 def test_nothing_of_torch_changes_and_a_second_call_changes_nothing() -> None:
     program = """
-import sys, torch, torch.distributed as dist
+import sys, torch, torch._dynamo, torch.distributed as dist  # the import of torch._dynamo replaces torch.manual_seed
 from mone_model import megatron
 
 def attributes(*owners):
