@@ -13,7 +13,7 @@ L layers, s sequence length, a query heads, g key/value heads, c channels of a h
 import dataclasses
 from dataclasses import dataclass
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, top_k
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,22 @@ class Parameters:
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """Count weights as `build_gpt` makes them."""
-    width, neurons, kept = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
+    width, neurons, k = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     attention = width * (queries + 2 * groups) + queries * width
     router = model.num_experts * width
-    shared, shared_kept = model.shared_expert_ffn_hidden_size, _shared_kept(model)
-    active_moe = router + width * (model.router_topk * (neurons + 2 * kept) + shared + 2 * shared_kept)
+    shared, shared_k = model.shared_expert_ffn_hidden_size, _shared_k(model)
+    active_moe = router + width * (model.router_topk * (neurons + 2 * k) + shared + 2 * shared_k)
     embeddings = model.padded_vocab_size * width * (1 if model.tie_embeddings else 2)
     experts = 3 * width * neurons * model.num_experts * model.num_layers
-    active_experts = model.router_topk * model.num_layers * width * (neurons + 2 * kept)
+    active_experts = model.router_topk * model.num_layers * width * (neurons + 2 * k)
     rest = embeddings + _norms(model) + model.num_layers * (attention + router)
     return Parameters(
         total=rest + experts + model.num_layers * 3 * width * shared,
         experts=experts,
-        active=rest + active_experts + model.num_layers * width * (shared + 2 * shared_kept),
+        active=rest + active_experts + model.num_layers * width * (shared + 2 * shared_k),
         active_experts=active_experts,
-        active_expert_params=(1 + 2 * kept / neurons) / 3,
+        active_expert_params=(1 + 2 * k / neurons) / 3,
         active_moe_params=active_moe / (router + 3 * width * (model.router_topk * neurons + shared)),
     )
 
@@ -79,19 +79,18 @@ class Flops:
 
 def count_flops(model: ModelConfig) -> Flops:
     """2 per weight of every matrix product, and 4 s a c for the scores and their application in each layer."""
-    width, neurons, kept = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
+    width, neurons, k = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     projections = 2 * (width * (queries + 2 * groups) + queries * width)
     scores = 4 * model.seq_length * queries
     router = 2 * model.num_experts * width
-    shared, shared_kept = model.shared_expert_ffn_hidden_size, _shared_kept(model)
+    shared, shared_k = model.shared_expert_ffn_hidden_size, _shared_k(model)
     every_layer = projections + scores + router
     logits = 2 * width * model.padded_vocab_size
     return Flops(
         dense=logits + model.num_layers * (every_layer + 6 * width * (model.router_topk * neurons + shared)),
         sparse=logits
-        + model.num_layers
-        * (every_layer + 2 * width * (model.router_topk * (neurons + 2 * kept) + shared + 2 * shared_kept)),
+        + model.num_layers * (every_layer + 2 * width * (model.router_topk * (neurons + 2 * k) + shared + 2 * shared_k)),
     )
 
 
@@ -189,7 +188,7 @@ def _layer_activations(
     if compute.recompute == "full":
         return tokens * width * item
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
-    norm = tokens * width * _kept_by_norm(item, fused)  # and then comes what the projections read
+    norm = tokens * width * _saved_by_norm(item, fused)  # and then comes what the projections read
     # What the projections read, the rotated queries and keys, the projection itself for its values, and the context.
     attention = tokens * (width + 3 * queries + 3 * groups) * item
     # Cosines and sines of the positions, for queries and for keys.
@@ -197,18 +196,18 @@ def _layer_activations(
     if not fused and model.qk_layernorm:
         # In fp32 their norm reads the projection, out of which the queries of a group are copied.
         copied = queries if groups < queries else 0
-        attention += tokens * (copied * 4 if item == 4 else (queries + groups) * _kept_by_norm(item, fused))
+        attention += tokens * (copied * 4 if item == 4 else (queries + groups) * _saved_by_norm(item, fused))
     if not fused and "core_attn" not in modules:
         # The logarithm of the sum of exponentials for each head.
         attention += tokens * model.num_attention_heads * 4
     rows = tokens * model.router_topk
-    routed = rows * (width * parallel.expert_tensor * item + _kept_by_neurons(model, parallel, compute, item))
+    routed = rows * (width * parallel.expert_tensor * item + _saved_by_neurons(model, parallel, compute, item))
     # Logits, probabilities, the routing map; for each row its expert, position and weight.
     routed += tokens * model.num_experts * 9 + rows * 24
     dense = 5 * tokens * shared * item
-    if _shared_kept(model) < shared and parallel.tensor == 1:
-        dense = tokens * (_compressed(shared, _shared_kept(model), item) + shared * item)
-    elif _shared_kept(model) == shared and model.activation == "silu":  # gate, up and their product in one operation
+    if _shared_k(model) < shared and parallel.tensor == 1:
+        dense = tokens * (_compressed(shared, _shared_k(model), item) + shared * item)
+    elif _shared_k(model) == shared and model.activation == "silu":  # gate, up and their product in one operation
         dense = 3 * tokens * shared * item
     moe = tokens * width * item
     if "moe" not in modules:
@@ -216,7 +215,7 @@ def _layer_activations(
     return 2 * norm + attention + moe
 
 
-def _kept_by_norm(item: int, fused: bool) -> int:
+def _saved_by_norm(item: int, fused: bool) -> int:
     """Bytes that a norm keeps of each number: its input. In bf16, the local layers' keep that and the normalised in fp32.
 
     In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu.rms_norm`) or torch's own of GPUs.
@@ -224,23 +223,23 @@ def _kept_by_norm(item: int, fused: bool) -> int:
     return item if fused or item == 4 else 8
 
 
-def _kept_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
+def _saved_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
     """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
-    neurons, kept = model.moe_ffn_hidden_size, model.active_neurons
+    neurons, k = model.moe_ffn_hidden_size, model.active_neurons
     balancing = model.neuron_balance_coeff > 0
-    compressed = _compressed(neurons, kept, item)
+    compressed = _compressed(neurons, k, item)
     if compute.experts == "sparse":
         # The balance loss has a gate of its own, that activated, its size, and that as a share of the row's sum.
         return compressed + (4 * neurons * item if balancing else 0)
-    if kept < neurons and parallel.expert_tensor == 1 and not balancing:
+    if k < neurons and parallel.expert_tensor == 1 and not balancing:
         return compressed + neurons * item
     # Gate and up, the activated gate, its product with up, that times the routing weight; the mask.
-    return 5 * neurons * item + (neurons if kept < neurons else 0)
+    return 5 * neurons * item + (neurons if k < neurons else 0)
 
 
-def _compressed(neurons: int, kept: int, item: int) -> float:
+def _compressed(neurons: int, k: int, item: int) -> float:
     """Bytes of gate and up where they count, and a bit for each neuron."""
-    return 2 * kept * item + neurons / 8
+    return 2 * k * item + neurons / 8
 
 
 def _loss_activations(
@@ -248,7 +247,7 @@ def _loss_activations(
 ) -> float:
     """The same of the last norm, the output projection and the loss, which keeps the probabilities in fp32."""
     item = 2 if compute.precision == "bf16" else 4
-    norm = model.hidden_size * _kept_by_norm(item, fused)
+    norm = model.hidden_size * _saved_by_norm(item, fused)
     return tokens / parallel.tensor * (norm + model.hidden_size * item + model.padded_vocab_size * 4)
 
 
@@ -336,6 +335,6 @@ def _groups(model: ModelConfig) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
-def _shared_kept(model: ModelConfig) -> int:
+def _shared_k(model: ModelConfig) -> int:
     neurons = model.shared_expert_ffn_hidden_size
-    return neurons_kept(model.shared_expert_neuron_ratio, neurons) if neurons else 0
+    return top_k(model.shared_expert_neuron_ratio, neurons) if neurons else 0

@@ -191,7 +191,7 @@ class ModelConfig:
     @property
     def active_neurons(self) -> int:
         """K: neurons that a token keeps in each routed expert."""
-        return neurons_kept(self.activation_ratio, self.moe_ffn_hidden_size)
+        return top_k(self.activation_ratio, self.moe_ffn_hidden_size)
 
     @property
     def padded_vocab_size(self) -> int:
@@ -201,7 +201,7 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 
-def neurons_kept(ratio: float, num_neurons: int) -> int:
+def top_k(ratio: float, num_neurons: int) -> int:
     """K = max(1, round(ratio * H)), halves rounded up."""
     return max(1, int(ratio * num_neurons + 0.5))
 

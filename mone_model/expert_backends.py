@@ -246,7 +246,7 @@ class Measured:
 
 
 @functools.cache
-def measure(width: int, neurons: int, kept: int, activation: str, dtype: torch.dtype, *, sparse: bool) -> Measured:
+def measure(width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, *, sparse: bool) -> Measured:
     """Time each backend on random experts of this shape, 256 tokens for each; the best of interleaved rounds.
 
     sparse: time that backend too.
@@ -261,7 +261,7 @@ def measure(width: int, neurons: int, kept: int, activation: str, dtype: torch.d
     x_ND, gate_up_E2HD = random(experts * rows, width), random(experts, 2, neurons, width)
     down_EHD = random(experts, neurons, width)
     probs_N = torch.rand(experts * rows, generator=generator).requires_grad_()
-    inputs, request = [x_ND, gate_up_E2HD, down_EHD, probs_N], Request(TopK(kept), activation)
+    inputs, request = [x_ND, gate_up_E2HD, down_EHD, probs_N], Request(TopK(k), activation)
 
     seconds = dict.fromkeys([*DENSE_BACKENDS, "sparse"] if sparse else DENSE_BACKENDS, math.inf)
     with torch.enable_grad():
@@ -277,7 +277,7 @@ def measure(width: int, neurons: int, kept: int, activation: str, dtype: torch.d
 
 
 @torch.no_grad()
-def measure_max_decode_rows(width: int, neurons: int, kept: int, activation: str, dtype: torch.dtype, backend: str) -> int:
+def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, backend: str) -> int:
     """Up to how many rows (tokens times their experts) `decode` is faster here than this backend; 0: never.
 
     The weights that each takes its turn with are larger than caches, as those of a model that generates text are.
@@ -296,7 +296,7 @@ def measure_max_decode_rows(width: int, neurons: int, kept: int, activation: str
     def seconds(name: str, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor) -> float:
         start = time.perf_counter()
         for layer in weights:
-            BACKENDS[name].compute(layer, x_ND, tokens_E, probs_N, Request(TopK(kept), activation))
+            BACKENDS[name].compute(layer, x_ND, tokens_E, probs_N, Request(TopK(k), activation))
         return time.perf_counter() - start
 
     fastest = 0

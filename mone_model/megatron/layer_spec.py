@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from mone_model.config import ComputeConfig, ModelConfig, neurons_kept
+from mone_model.config import ComputeConfig, ModelConfig, top_k
 from mone_model.kernels.cpu import library as cpu_library
 from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
 from mone_model.megatron import versions
@@ -66,11 +66,11 @@ def block_spec(
         backend=backend,
     )
     if model.shared_expert_neuron_ratio < 1:
-        kept = neurons_kept(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)
+        k = top_k(model.shared_expert_neuron_ratio, model.shared_expert_ffn_hidden_size)
         moe.shared_experts = versions.moe_part(
             SharedNeuronExpert,
             submodules=versions.submodules_of(moe.shared_experts),
-            active_neurons=kept,
+            active_neurons=k,
             activation=model.activation,
         )
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)

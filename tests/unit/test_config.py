@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, neurons_kept
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, top_k
 from mone_model.megatron.transformer_config import transformer_config
 from tests.tiny import TINY_MODEL
 from train.config import RunConfig, describe, load_config
@@ -307,8 +307,8 @@ def test_a_described_config_loads_again() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "neurons", "kept"), [(1, 512, 512), (0.25, 512, 128), (0.5, 5, 3), (0.001, 8, 1)])
-def test_neurons_kept(ratio: float, neurons: int, kept: int) -> None:
-    assert neurons_kept(ratio, neurons) == kept
+def test_top_k_rounds_halves_up(ratio: float, neurons: int, kept: int) -> None:
+    assert top_k(ratio, neurons) == kept
 
 
 @pytest.mark.parametrize(
