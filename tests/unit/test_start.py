@@ -38,6 +38,7 @@ def test_planning_and_launching_import_neither_torch_nor_megatron_core(module: s
     assert heavy_modules(f"import {module}") == ""
 
 
-def test_a_plan_imports_neither_torch_nor_megatron_core() -> None:
-    options = ("model=mone_925m", "model.vocab_size=32000", "cluster.gpu=h100", "compute.precision=bf16")
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_a_plan_imports_neither_torch_nor_megatron_core(engine: str) -> None:
+    options = ("model=mone_925m", "model.vocab_size=32000", "cluster.gpu=h100", "compute.precision=bf16", f"engine={engine}")
     assert heavy_modules("from launch.plan import main; main()", *options) == ""

@@ -1,11 +1,15 @@
 """Training engines. All implement the protocol `train.engines.base.Engine`."""
 
+from typing import TYPE_CHECKING
+
 from train.config import RunConfig
-from train.engines.base import Engine
-from train.runtime import Runtime
+
+if TYPE_CHECKING:  # importing the options of an engine (deepspeed_config) must not import Megatron-Core
+    from train.engines.base import Engine
+    from train.runtime import Runtime
 
 
-def build_engine(config: RunConfig, runtime: Runtime) -> Engine:
+def build_engine(config: RunConfig, runtime: "Runtime") -> "Engine":
     """The engine that `config.engine` names."""
     if config.engine == "deepspeed":
         from train.engines.deepspeed import DeepSpeedEngine
