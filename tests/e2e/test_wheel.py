@@ -164,6 +164,8 @@ def test_dependencies_are_bounded_by_what_was_run() -> None:
     """A plain `pip install` does not install an untested series."""
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     for requirement in map(Requirement, PROJECT["dependencies"]):
+        if requirement.name == "triton":  # each torch for CUDA pins its own
+            continue
         major, minor, *_ = Version(tested[requirement.name]).release
         assert requirement.specifier.contains(tested[requirement.name])
         assert not requirement.specifier.contains(f"{major + 1}.0"), requirement
