@@ -233,7 +233,7 @@ def test_a_full_disk_loses_checkpoints_but_no_records(folder: Path, disk: Path) 
     assert output.count("W&B's offline record") == 1
     assert re.search(r"step 4: cannot prepare .*; training continues", output)
     assert "records stay in memory" in output
-    assert re.search(r"error: cannot prepare .*checkpoints: .* are free and about", output)
+    assert re.search(r"error: cannot prepare .*checkpoints: .* are free, about", output)
     assert status(folder, disk.name)["state"] == "failed"
     assert checkpoints(folder, disk.name) == [2]
     assert list(recorded(disk, "train/loss")) == list(range(1, STEPS + 1))
