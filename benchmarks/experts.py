@@ -22,6 +22,7 @@ from mone_model import megatron
 megatron.prepare()  # also in the processes of the contenders, which import this module
 # ruff: noqa: E402
 
+from mone_model.config import EXPERT_BACKENDS
 from mone_model.expert_backends import BACKENDS, Request
 from mone_model.neuron_selection import TopK
 from train.runtime import keep_freed_memory
@@ -112,12 +113,10 @@ def kept_bytes(options: BenchmarkConfig, backend: str, share: float) -> int:
 def main(hydra_config: DictConfig) -> None:
     """Print time and memory of each ratio and backend, relative to ratio 1."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
-    cases = [(backend, share) for share in options.ratios for backend in ("grouped", "loop", "sparse")]
+    cases = [(backend, share) for share in options.ratios for backend in EXPERT_BACKENDS]
     contenders = {f"{backend} {share:g}": functools.partial(build, options, backend, share) for backend, share in cases}
     seconds = time_interleaved(contenders, options.rounds)
-    best = min(
-        (f"{backend} 1" for backend in ("grouped", "loop", "sparse")), key=lambda name: statistics.median(seconds[name])
-    )
+    best = min((f"{backend} 1" for backend in EXPERT_BACKENDS), key=lambda name: statistics.median(seconds[name]))
     plain = kept_bytes(options, "grouped", 1.0)
     print(f"D {options.width}, H {options.neurons}, {options.experts} experts, {options.rows} rows; ratio 1 at best: {best}")
     print("  ratio  backend       ms   over ratio 1         memory over ratio 1 grouped")

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
 """Gate activations; `mone_model.activations` defines each of them."""
+EXPERT_BACKENDS = ("grouped", "loop", "sparse")
+"""Values of `compute.experts` beside auto; `mone_model.expert_backends` defines each of them."""
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
 
@@ -271,7 +273,7 @@ class ComputeConfig:
         for name, choices in {
             "precision": ("fp32", "bf16"),
             "transformer_impl": ("auto", "local", "transformer_engine"),
-            "experts": ("auto", "grouped", "loop", "sparse"),
+            "experts": ("auto", *EXPERT_BACKENDS),
             "cpu_kernels": ("auto", "off"),
             "token_dispatcher": ("alltoall", "allgather"),
             "recompute": ("none", "selective", "full"),

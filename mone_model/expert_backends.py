@@ -11,6 +11,10 @@ decode   (CPU, no gradients) for a few rows: reads up and down only of the neuro
 
 `compute.experts` chooses among the first three; `auto` measures them. Inference uses `decode` for few rows.
 
+To add one, write an `ExpertBackend`, a row in `BACKENDS`, and its name in `mone_model.config.EXPERT_BACKENDS`. If not all
+configurations support it, refuse the others in `choose_backend`; if `auto` is to try it, add it to `measure`.
+`tests/unit/test_experts.py` compares every backend with `loop`.
+
 Shapes: N rows (a token in one of its experts) sorted by expert, D model width, E experts, H neurons of an expert, h of them
 on this rank.
 """
@@ -212,7 +216,7 @@ def choose_backend(model: ModelConfig, parallel: ParallelConfig, compute: Comput
     Switches the CPU kernels of this process on or off, as `compute.cpu_kernels` says.
     """
     library.allowed = compute.cpu_kernels == "auto"
-    if compute.experts in DENSE_BACKENDS:
+    if compute.experts not in ("auto", "sparse"):
         return compute.experts
     obstacle = why_not_sparse(model, parallel, compute)
     if obstacle is None and torch.cuda.is_available():
@@ -278,9 +282,9 @@ def measure(width: int, neurons: int, k: int, activation: str, dtype: torch.dtyp
 
 @torch.no_grad()
 def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, backend: str) -> int:
-    """Up to how many rows (tokens times their experts) `decode` is faster here than this backend; 0: never.
+    """The largest number of rows (tokens times their experts) for which `decode` is faster here than this backend.
 
-    The weights that each takes its turn with are larger than caches, as those of a model that generates text are.
+    0 if it never is. Both cycle through weights that are larger than the caches, as in generation.
     """
     size = 3 * neurons * width * dtype.itemsize
     experts = min(16, max(2, _BEYOND_CACHES // size))

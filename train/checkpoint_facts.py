@@ -11,6 +11,7 @@ from typing import Any
 
 from mone_common.run_records import is_number
 from mone_common.text import excerpt
+from mone_model.config import EXPERT_BACKENDS
 from train.config_sections import OptimizerConfig
 
 VERSION = 1
@@ -89,7 +90,7 @@ class CheckpointFacts:
             "parallel": isinstance(self.parallel, dict),
             "precision": isinstance(self.precision, str),
             "engine": self.engine in ("megatron", "deepspeed"),
-            "experts": self.experts in ("auto", "grouped", "loop", "sparse"),
+            "experts": self.experts in ("auto", *EXPERT_BACKENDS),
             "samples": is_count(self.samples) and step <= self.samples <= step * LARGEST_BATCH,
             "order": _is_order(self.order) and is_count(self.samples) and self.order["start"] <= self.samples,
             "seed": type(self.seed) is int,

@@ -1,7 +1,6 @@
 """Hooks of the training loop: functions in three lists, called in list order on all ranks.
 
-    hooks = usual_hooks()
-    hooks.after_step.append(evaluate_tasks)          # def evaluate_tasks(trainer: Trainer) -> None
+    hooks = usual_hooks()                            # those of every run: add a hook to one of its lists there
     Trainer(config, runtime, engine, data, watchdog, stop, hooks)
 
 after_step  after each step, including dropped ones, and before the checkpoint of that step:
@@ -10,7 +9,8 @@ after_save  after each published checkpoint: record_save, note_published
 on_end      once, after the last checkpoint, when the run is complete or stops on request: close_records
 
 A hook that calls a collective must call it on every rank. An exception in a hook ends the run on all ranks. Call
-`trainer.watchdog.enter(trainer.step, "NAME")` before a long operation.
+`trainer.watchdog.enter(trainer.step, "NAME")` before a long operation. With checkpoint.async_save, after_save runs some
+steps after the save began: the step of the checkpoint is `saved.step`, not `trainer.step`.
 """
 
 import contextlib

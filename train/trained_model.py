@@ -1,9 +1,13 @@
 """Load a trained model, for sampling, calibration, evaluation and export.
 
+    from mone_model import megatron                   # not NVIDIA's package `megatron`
+    from train.trained_model import load_model, load_run_config, one_process
+
     megatron.prepare()
     config = load_run_config(Path("runs/demo"))
     with one_process(config):
         model = load_model(config)                    # the newest checkpoint, of a run with any layout
+        logits_BSV = model(tokens_BS, position_ids_BS, None)
 
 Importing this module imports neither torch nor Megatron-Core.
 """

@@ -1,10 +1,10 @@
-"""Make Megatron-Core run on CPUs with gloo: one table of what is replaced, why, and what would let us delete it.
+"""Make Megatron-Core run on CPUs with gloo. `TABLE` lists what is replaced, why, and when the replacement can be deleted.
 
     cpu_support.apply()               # `mone_model.megatron.prepare` does, where CUDA is not available
     cpu_support.current_device()      # the device on which the model is built, with and without CUDA
 
-A target under `torch` is replaced for Megatron-Core alone: its modules get objects of their own in the place of the modules
-torch, torch.cuda and torch.distributed. torch itself stays as it is for everybody else in the process.
+A target under `torch` is replaced for Megatron-Core only: its modules get objects of their own instead of the modules torch,
+torch.cuda and torch.distributed. This module does not change torch for other code in the process.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ class Replacement(NamedTuple):
     """Makes the replacement from the original."""
     reason: str
     until: str
-    """What would let us delete this row."""
+    """When this row can be deleted."""
     upstream: str = ""
     """Number of the issue, where there is one."""
     before_import: bool = False
@@ -65,7 +65,7 @@ def _value(value: Any) -> Callable[[Any], Any]:
 
 
 def _around(function: Callable[..., Any]) -> Callable[[Any], Any]:
-    """To be given the original as its first argument."""
+    """Wrap `function`, which gets the original as its first argument."""
 
     def replace(original: Any) -> Any:
         @functools.wraps(original)
@@ -268,7 +268,7 @@ _MODULES = (
     "megatron.core.pipeline_parallel.schedules",
     "megatron.core.transformer.moe.moe_layer",
 )
-"""With what these import, all of Megatron-Core that a run uses. A module imported later would find torch unchanged."""
+"""These modules and their imports are the part of Megatron-Core that a run uses. Later modules would use torch itself."""
 
 
 def apply() -> None:
@@ -279,7 +279,7 @@ def apply() -> None:
         if row.before_import:
             sys.modules[row.target] = row.by(None)
     with warnings.catch_warnings():
-        # That Transformer Engine and Apex are missing is no news on a machine without CUDA.
+        # Without CUDA, Transformer Engine and Apex are expected to be missing.
         warnings.simplefilter("ignore", UserWarning)
         for name in _MODULES:
             importlib.import_module(name)

@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.config import EXPERT_BACKENDS, ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import expert_gemm_loop
 from mone_model.kernels.cpu import experts as cpu
 from mone_model.megatron import versions
@@ -78,7 +78,7 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
     return [tensor.float() for tensor in (out_ND.detach(), *gradients)]
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop", "sparse"])
+@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, backend: str) -> None:
     experts = make_experts(kept=NEURONS // 4, activation=activation, backend=backend)
@@ -87,7 +87,7 @@ def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, bac
         assert_relative(actual, expected, 1e-6)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "sparse"])
+@pytest.mark.parametrize("backend", [name for name in EXPERT_BACKENDS if name != "loop"])
 @pytest.mark.parametrize("balance", [0.0, 0.1])
 @pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4, 1])
 def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, backend: str) -> None:
@@ -211,7 +211,7 @@ def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
         assert torch.equal(ours, other)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "loop", "sparse"])
+@pytest.mark.parametrize("backend", EXPERT_BACKENDS)
 def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(backend: str) -> None:
     experts = make_experts(kept=6, balance=0.1, backend=backend)
     experts.counting_neurons = True
