@@ -4,7 +4,8 @@
     saver.save(step=200, state=engine.sharded_state(), facts=CheckpointFacts(...))
     saver.finish(wait=False)                     # between steps, while a checkpoint is written in the background
 
-`train.checkpoint_folder` defines the files on disk. `train.checkpoint_integrity` chooses the checkpoint to continue from.
+`mone_common.checkpoint_folder` defines the files on disk. `train.checkpoint_integrity` chooses the checkpoint to continue
+from.
 """
 
 import contextlib
@@ -27,6 +28,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, is_main_replic
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mone_common.checkpoint_folder import MANIFEST as MANIFEST
+from mone_common.checkpoint_folder import digest, free_name, name_of, prune, publish, remove_leftovers
 from mone_common.console import ReportedError
 from mone_common.files import writing
 from mone_common.processes import forks_end_with_this_process
@@ -34,8 +37,6 @@ from mone_common.text import excerpt
 from mone_model.megatron import versions
 from mone_model.megatron.cpu_support import current_device
 from train.checkpoint_facts import CheckpointFacts
-from train.checkpoint_folder import MANIFEST as MANIFEST
-from train.checkpoint_folder import digest, free_name, name_of, prune, publish, remove_leftovers
 from train.checkpoint_private import noted_errors, open_results_queue
 from train.config_sections import CheckpointConfig
 from train.random_state import random_state

@@ -1,6 +1,6 @@
 """Typed and checked facts about the run that wrote a checkpoint, from its manifest. Imports no torch.
 
-facts = CheckpointFacts.from_dict(manifest, step=200)     # also of earlier versions; ValueError for an invalid fact
+facts = read_facts(checkpoint)                 # also of earlier versions; ValueError for an invalid fact
 facts.samples, facts.model["hidden_size"], facts.optimizer
 manifest |= facts.to_dict()
 """
@@ -9,6 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from mone_common.checkpoint_folder import Checkpoint
 from mone_common.run_records import is_number
 from mone_common.text import excerpt
 from mone_model.config import EXPERT_BACKENDS
@@ -100,6 +101,11 @@ class CheckpointFacts:
             "optimizer": self.optimizer is None or _is_optimizer(self.optimizer, self.steps),
         }
         return next((name for name, is_sound in sound.items() if not is_sound), None)
+
+
+def read_facts(checkpoint: Checkpoint) -> CheckpointFacts:
+    """The facts in the manifest of a checkpoint; ValueError for a missing or invalid fact."""
+    return CheckpointFacts.from_dict(checkpoint.noted, step=checkpoint.step)
 
 
 def _seed_of(order: Any) -> Any:

@@ -13,11 +13,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_sharded_metadata
 
+from mone_common.checkpoint_folder import Checkpoint
 from mone_common.run_records import is_number
 from mone_common.text import excerpt
 from train.checkpoint import gather_problems
 from train.checkpoint_facts import is_count
-from train.checkpoint_folder import Checkpoint
 
 STORED_ONCE = {"optimizer_step", "scheduler"}
 """Entries of an engine's state that are not sharded."""

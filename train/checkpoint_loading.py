@@ -11,8 +11,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mone_common.checkpoint_folder import Checkpoint
 from train.checkpoint import find_not_finite, gather_problems, reason_of
-from train.checkpoint_folder import Checkpoint
+from train.checkpoint_facts import read_facts
 from train.random_state import random_state, restore_random_state
 
 
@@ -22,7 +23,7 @@ def load_checkpoint(checkpoint: Checkpoint, state: dict[str, Any], *, same_layou
     same_layout: whether this run has the layout of the checkpoint; if not, the generators keep their new seeds. ValueError
     on every rank, with the state partly filled, if a file is damaged or numbers are not finite.
     """
-    same_layout = same_layout and checkpoint.facts.world_size == dist.get_world_size()
+    same_layout = same_layout and read_facts(checkpoint).world_size == dist.get_world_size()
     if same_layout:
         state = state | {"random": random_state()}
     try:

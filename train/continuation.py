@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.shards import Manifest
+from mone_common.checkpoint_folder import Checkpoint, list_checkpoints
 from mone_common.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE
 from mone_common.run_records import last_published, read_published
-from train.checkpoint_facts import optimizer_of
-from train.checkpoint_folder import Checkpoint, list_checkpoints
+from train.checkpoint_facts import optimizer_of, read_facts
 from train.config import RunConfig, describe
 from train.config_sections import OptimizerConfig
 from train.launcher import rank_and_world_size
@@ -40,7 +40,7 @@ def find_checkpoints(config: RunConfig, manifests: list[Manifest]) -> list[Check
     sound = []
     for checkpoint in listed:
         try:
-            _ = checkpoint.facts
+            _ = read_facts(checkpoint)
             sound.append(checkpoint)
         except ValueError as error:
             problems.append(f"{checkpoint.path}: {error}")
@@ -91,7 +91,7 @@ def _notes(folder: Path) -> list[str]:
 
 def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> list[str]:
     """Options and sources of this config that differ from those of the run that wrote the checkpoint."""
-    facts, described = checkpoint.facts, describe(config)
+    facts, described = read_facts(checkpoint), describe(config)
     saved = {f"model.{name}": value for name, value in facts.model.items()} | {"compute.precision": facts.precision}
     ours = {f"model.{name}": value for name, value in described["model"].items()}
     ours["compute.precision"] = config.compute.precision
@@ -120,7 +120,7 @@ def check_continues(
         )
     if checkpoint.step > config.training.steps:
         raise ValueError(f"training.steps={config.training.steps}: {checkpoint.path} is already at step {checkpoint.step}")
-    facts = checkpoint.facts
+    facts = read_facts(checkpoint)
     return plan_order(config, manifests, facts.order, facts.samples), checkpoint.step, facts.samples
 
 
@@ -164,7 +164,7 @@ Schedule = tuple[OptimizerConfig, int]
 
 
 def _earlier_schedule(checkpoint: Checkpoint) -> Schedule | None:
-    facts = checkpoint.facts
+    facts = read_facts(checkpoint)
     if facts.optimizer is None or facts.steps is None:
         return None
     return optimizer_of(facts.optimizer), facts.steps

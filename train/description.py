@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from mone_common.checkpoint_folder import list_checkpoints
 from mone_model.accounting import count_flops, count_parameters
 from mone_model.megatron.transformer_engine import uses_transformer_engine
-from train.checkpoint_folder import list_checkpoints
 from train.config import RunConfig
 
 if TYPE_CHECKING:

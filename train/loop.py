@@ -18,10 +18,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from data_prep.errors import DataError
+from mone_common.checkpoint_folder import Checkpoint
 from mone_common.run_records import read_published
 from train.checkpoint import NotFinite, SaveFailed, Saver
-from train.checkpoint_facts import CheckpointFacts
-from train.checkpoint_folder import Checkpoint
+from train.checkpoint_facts import CheckpointFacts, read_facts
 from train.config import RunConfig, describe
 from train.data import RunData, micro_batches
 from train.engines.base import Engine
@@ -73,7 +73,7 @@ class Trainer:
         checkpoint: the one that the engine was loaded from; None for a new run. skipped_steps: steps of newer checkpoints
         that were skipped.
         """
-        facts = checkpoint.facts if checkpoint is not None else None
+        facts = read_facts(checkpoint) if checkpoint is not None else None
         if checkpoint is not None and facts is not None:
             self.step, self.samples = checkpoint.step, facts.samples
             self.saver.resumed(checkpoint.step, skipped_steps=skipped_steps)

@@ -10,9 +10,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from data_prep.shards import Manifest
+from mone_common.checkpoint_folder import Checkpoint
 from mone_common.console import UserError
 from mone_common.run_folder import check_free
-from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, load_config
 from train.config_rules import PROCESSES, validate
 from train.continuation import find_checkpoints

@@ -23,10 +23,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mone_common.checkpoint_folder import list_checkpoints
 from mone_common.console import UserError
 from mone_common.run_folder import CONFIG_FILE, read_file
 from mone_common.run_records import read_published
-from train.checkpoint_folder import list_checkpoints
 from train.config import RunConfig
 
 if TYPE_CHECKING:

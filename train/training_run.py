@@ -12,9 +12,10 @@ from typing import Any
 import torch.distributed as dist
 
 from data_prep.shards import Manifest
+from mone_common.checkpoint_folder import Checkpoint
 from mone_common.console import UserError
 from mone_model.expert_backends import choose_backend
-from train.checkpoint_folder import Checkpoint
+from train.checkpoint_facts import read_facts
 from train.checkpoint_integrity import load_newest
 from train.config import RunConfig, describe
 from train.continuation import check_continues, describe_schedule, report_problems
@@ -61,7 +62,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
             write_reading(config, data.reading)
             print(describe_reading(data.reading), flush=True)
             print(describe_schedule(config, checkpoint), flush=True)
-            changed = describe_order(order, checkpoint.facts.order if checkpoint is not None else None)
+            changed = describe_order(order, read_facts(checkpoint).order if checkpoint is not None else None)
             if changed:
                 print(changed, flush=True)
             if data.unvalidated:
@@ -93,7 +94,7 @@ def fill_engine(config: RunConfig, engine: Engine, checkpoints: list[Checkpoint]
         checkpoints,
         state_to_fill,
         trust=config.checkpoint.trust,
-        same_layout=lambda checkpoint: checkpoint.facts.parallel == parallel,
+        same_layout=lambda checkpoint: read_facts(checkpoint).parallel == parallel,
     )
     report_problems(problems)
     if checkpoint is not None:
@@ -113,7 +114,7 @@ def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:
         return choose_backend(model, parallel, compute)
     chosen = [""]
     if dist.get_rank() == 0:
-        before = "auto" if checkpoint is None else checkpoint.facts.experts
+        before = "auto" if checkpoint is None else read_facts(checkpoint).experts
         try:
             chosen = [choose_backend(model, parallel, dataclasses.replace(compute, experts=before))]
         except ValueError:  # this machine does not support the earlier backend

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from train import checkpoint_folder
-from train.checkpoint_folder import (
+from mone_common import checkpoint_folder
+from mone_common.checkpoint_folder import (
     BACKEND,
     COMMON,
     MANIFEST,

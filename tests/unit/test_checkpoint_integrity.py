@@ -13,11 +13,13 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 
+from mone_common.checkpoint_folder import MANIFEST, METADATA, Checkpoint, digest
+from mone_common.checkpoint_index import check_executes_no_code
 from tests.tiny import facts_of
 from train import checkpoint, checkpoint_private
 from train.checkpoint import SaveFailed, Saver, find_not_finite
-from train.checkpoint_folder import MANIFEST, Checkpoint, digest
-from train.checkpoint_integrity import METADATA, check_executes_no_code, list_checkpoints, newest_intact
+from train.checkpoint_facts import read_facts
+from train.checkpoint_integrity import list_checkpoints, newest_intact
 from train.checkpoint_loading import load_checkpoint
 from train.config_sections import CheckpointConfig
 
@@ -121,7 +123,7 @@ def test_the_newest_of_intact_checkpoints_is_chosen(folder: Path) -> None:
     newest, problems = choose(folder)
     assert newest is not None
     assert newest.step == 2
-    assert newest.facts == facts_of(2)
+    assert read_facts(newest) == facts_of(2)
     assert problems == []
 
 

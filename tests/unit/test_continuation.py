@@ -18,13 +18,13 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from omegaconf import OmegaConf
 
+from mone_common.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
 from mone_common.console import ReportedError
 from mone_model.config import ComputeConfig, ModelConfig
 from tests.tiny import TINY_MODEL, make_shards
 from train import training_run
 from train.checkpoint import NotFinite, Saver
 from train.checkpoint_facts import CheckpointFacts
-from train.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
 from train.config import RunConfig
 from train.config_sections import (
     CheckpointConfig,

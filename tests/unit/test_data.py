@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mone_common.checkpoint_folder import Checkpoint
 from tests.tiny import facts_of, make_shards
-from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig, describe
 from train.config_sections import SourceConfig
 from train.continuation import check_continues

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 import torch
 
+from mone_common.checkpoint_folder import Checkpoint
 from mone_model import expert_backends
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import BACKENDS, ExpertOutput, Measured, choose_backend, measure
 from tests.tiny import facts_of
-from train.checkpoint_folder import Checkpoint
 from train.config import RunConfig
 from train.training_run import agree_on_experts
 

@@ -20,7 +20,6 @@ import shutil
 import stat
 from collections.abc import Collection
 from dataclasses import dataclass
-from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from typing import Any
 from mone_common.files import sha256_of, writing
 from mone_common.run_folder import CHECKPOINT_NAME
 from mone_common.text import excerpt
-from train.checkpoint_facts import CheckpointFacts
 
 MANIFEST = "mone.json"
 FORMAT = "mone-checkpoint-3"
@@ -45,14 +43,9 @@ class Checkpoint:
     path: Path
     step: int
     noted: dict[str, Any]
-    """Other entries of the manifest, unchecked; `facts` has them checked."""
+    """Other entries of the manifest, unchecked; `train.checkpoint_facts.read_facts` checks them."""
     files: dict[str, dict[str, Any]]
     """`size` in bytes and `sha256` by file name."""
-
-    @cached_property
-    def facts(self) -> CheckpointFacts:
-        """Facts about the run; ValueError for a missing or invalid fact."""
-        return CheckpointFacts.from_dict(self.noted, step=self.step)
 
     def is_of(self, run: str | None) -> bool:
         """Whether the run with this id wrote the checkpoint under this name; False for a copy or link made by a user."""
@@ -203,7 +196,7 @@ def free_name(path: Path) -> Path:
 def publish(unfinished: Path, *, step: int, noted: dict[str, Any]) -> tuple[Path, list[str]]:
     """Write the manifest of a complete checkpoint, flush everything to disk, and give the checkpoint its name.
 
-    noted: further entries of the manifest, such as `CheckpointFacts.to_dict()`.
+    noted: further entries of the manifest, such as the facts of `train.checkpoint_facts`.
 
     Returns the path and notes for the user. A checkpoint of the same run and step is deleted; anything else with that name
     is renamed. OSError if the checkpoint cannot be published.

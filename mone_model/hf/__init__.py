@@ -1,0 +1,1 @@
+"""The model in transformers: configuration, classes, weight map, checkpoints, export."""

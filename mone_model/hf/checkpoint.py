@@ -1,0 +1,128 @@
+"""Read the weights of a checkpoint lazily, in one process without process groups and without Megatron-Core.
+
+    checkpoint = find_checkpoint(Path("runs/demo"))          # the newest intact checkpoint of a run, or one checkpoint
+    weights = CheckpointWeights(checkpoint)
+    weights.read("decoder.layers.mlp.experts.down_weight", layer=0)        # [E, H, D]
+
+A checkpoint of any layout and engine has the same tensors. `mone_model.hf.weight_map` says what they are elsewhere.
+"""
+
+import io
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mone_common.checkpoint_folder import Checkpoint, check_content, list_checkpoints, open_regular, read_manifest
+from mone_common.checkpoint_index import check_executes_no_code, check_index, read_index
+from mone_common.console import UserError
+from mone_common.run_records import read_published
+from mone_model.config import ModelConfig
+
+IGNORED = ("optimizer.", "random/", "_extra_state")
+"""Parts of names of entries that are no weights."""
+
+
+def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = False, warn: Any = None) -> Checkpoint:
+    """The newest checkpoint of a run that is intact, the one of `step`, or the checkpoint that `folder` is.
+
+    trust: also accept pickled code, which reading executes. warn: called with a message for each checkpoint that is skipped.
+    Raises UserError if there is none.
+    """
+    if (folder / "checkpoints").is_dir():
+        found, problems = list_checkpoints(folder / "checkpoints", run=read_published(folder).get("run"))
+        asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
+        if not asked:
+            steps = [checkpoint.step for checkpoint in found]
+            also = "".join(f"; {problem}" for problem in problems)
+            raise UserError(f"{folder}: has no checkpoint of step={step}; it has steps {steps or 'none'}{also}")
+    else:
+        try:
+            asked, problems = [read_manifest(folder)], []
+        except ValueError as error:
+            raise UserError(f"{folder}: neither a run with checkpoints nor a checkpoint ({error})") from error
+    for checkpoint in reversed(asked):
+        try:
+            for name in checkpoint.files:
+                check_content(checkpoint, name)
+            if not trust:
+                check_executes_no_code(checkpoint.path)
+                check_index(checkpoint)
+        except ValueError as error:
+            problems.append(f"{checkpoint.path}: {str(error).replace('checkpoint.trust', 'trust')}")
+            continue
+        for problem in problems if warn is not None else ():
+            warn(f"skipped {problem}")
+        return checkpoint
+    raise UserError("; ".join(problems))
+
+
+def model_of(checkpoint: Checkpoint) -> ModelConfig:
+    """The `model` section of the run that wrote a checkpoint; UserError if it is missing or invalid."""
+    noted = checkpoint.noted.get("model")
+    try:
+        if not isinstance(noted, dict):
+            raise ValueError("its manifest has no model section")
+        model = ModelConfig(**noted)
+        _ = model.padded_vocab_size
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: not a model of this version ({error})") from error
+    return model
+
+
+class CheckpointWeights:
+    """The weights of a checkpoint by name; one layer at a time is in memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.path = checkpoint.path
+        index = read_index(checkpoint.path)
+        self._entries: dict[str, Any] = {
+            name: entry
+            for name, entry in index.state_dict_metadata.items()
+            if hasattr(entry, "chunks") and not any(part in name for part in IGNORED)
+        }
+        self._places: dict[str, dict[tuple[int, ...], Any]] = defaultdict(dict)
+        for item, place in index.storage_data.items():
+            if item.fqn in self._entries:
+                self._places[item.fqn][tuple(item.offset)] = place
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor; the first axis of those in `decoder.layers.` is the layer."""
+        return {name: tuple(entry.size) for name, entry in self._entries.items()}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The data type of a tensor."""
+        dtype: torch.dtype = self._entries[name].properties.dtype
+        return dtype
+
+    def read(self, name: str, layer: int | None = None) -> torch.Tensor:
+        """A tensor without its axis of layers: that of one layer, or a tensor that has no such axis (layer=None)."""
+        entry = self._entries[name]
+        chunks = [chunk for chunk in entry.chunks if layer is None or _holds(chunk, layer)]
+        shape = tuple(entry.size) if layer is None else (1, *entry.size[1:])
+        whole: torch.Tensor | None = None
+        for chunk in chunks:
+            part = self._load(self._places[name][tuple(chunk.offsets)])
+            first = list(chunk.offsets)
+            if layer is not None:
+                part, first[0] = part.narrow(0, layer - first[0], 1), 0
+            if part.shape == shape:
+                whole = part
+            else:
+                whole = torch.empty(shape, dtype=part.dtype) if whole is None else whole
+                whole[tuple(slice(at, at + size) for at, size in zip(first, part.shape, strict=True))] = part
+        assert whole is not None, name
+        return whole if layer is None else whole[0]
+
+    def _load(self, place: Any) -> torch.Tensor:
+        with open_regular(self.path, place.relative_path) as file:
+            file.seek(place.offset)
+            tensor: torch.Tensor = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+        return tensor
+
+
+def _holds(chunk: Any, layer: int) -> bool:
+    first: int = chunk.offsets[0]
+    return first <= layer < first + chunk.sizes[0]

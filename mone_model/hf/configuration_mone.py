@@ -1,0 +1,66 @@
+"""Configuration of a Mixture of Neuron Experts model in transformers.
+
+    config = MoneConfig(num_experts=16, num_experts_per_tok=2, moe_intermediate_size=512, activation_ratio=0.25)
+    config.active_neurons        # 128
+
+This file and `modeling_mone.py` need torch and transformers only. `mone-export` copies them beside the weights, so that the
+model loads with `trust_remote_code=True` where MoNE is not installed.
+"""
+
+from transformers import Qwen3MoeConfig
+
+
+class MoneConfig(Qwen3MoeConfig):
+    """Qwen3-MoE's configuration, with the fields in which the models differ."""
+
+    model_type = "mone"
+    # Not the experts: a part of their neurons cannot choose the K best of all. Qwen3-MoE's plan would split them.
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+    }
+
+    activation_ratio: float = 1.0
+    """Share of a routed expert's neurons that a token keeps: K = max(1, round(ratio * H)). 1 is a plain MoE."""
+    neuron_thresholds: list[float] | None = None
+    """One for each layer: keep the neurons whose |act(gate)| is at least this, in place of the K best; None: the K best."""
+    shared_expert_intermediate_size: int = 0
+    """Neurons of the shared expert, which processes every token; 0: no shared expert."""
+    shared_expert_neuron_ratio: float = 1.0
+    """Share of the shared expert's neurons that a token keeps."""
+    qk_layernorm: bool = True
+    """RMSNorm on the queries and keys of each head."""
+    scoring_func: str = "softmax"
+    """Router scores: softmax or sigmoid."""
+    use_expert_bias: bool = False
+    """Whether the router adds a bias to its scores when it chooses experts (arXiv 2408.15664)."""
+    routed_scaling_factor: float = 1.0
+    """Multiplies the routing weights."""
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        for name in ("activation_ratio", "shared_expert_neuron_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be in (0, 1]")
+        if self.scoring_func not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring_func={self.scoring_func!r}: choose softmax or sigmoid")
+        thresholds = self.neuron_thresholds
+        if thresholds is not None and len(thresholds) != self.num_hidden_layers:
+            raise ValueError(f"neuron_thresholds has {len(thresholds)} numbers for {self.num_hidden_layers} layers")
+
+    @property
+    def active_neurons(self) -> int:
+        """K: neurons that a token keeps in each routed expert."""
+        return top_k(self.activation_ratio, self.moe_intermediate_size)
+
+
+def top_k(ratio: float, num_neurons: int) -> int:
+    """K = max(1, round(ratio * H)), halves rounded up."""
+    return max(1, int(ratio * num_neurons + 0.5))
+
+
+__all__ = ["MoneConfig", "top_k"]

@@ -1,0 +1,212 @@
+"""Mixture of Neuron Experts (arXiv 2510.05781) in transformers: Qwen3-MoE's attention with experts that select neurons.
+
+    y = sum over chosen experts i of  p_i(x) * sum over kept neurons j of  G_ij(x) (w_up_ij . x) w_down_ij
+    G_i(x) = act(W_gate_i x)
+
+A token keeps, in each of its experts, the K neurons with the largest |G|; among equals the lower index is kept.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations.moe import use_experts_implementation
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeExperts,
+    Qwen3MoeForCausalLM,
+    Qwen3MoeMLP,
+    Qwen3MoeModel,
+    Qwen3MoePreTrainedModel,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+    Qwen3MoeTopKRouter,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_mone import MoneConfig, top_k
+
+ENGINES = {"vllm.model_executor": "mone_model.vllm", "sglang.srt": "mone_model.sglang"}
+"""Engines that replace the experts by their own, and the plugins that keep the selection."""
+
+
+def check_engine(config: MoneConfig) -> None:
+    """RuntimeError in an engine whose own experts would silently compute all neurons with SiLU."""
+    plain = config.activation_ratio == 1 and config.neuron_thresholds is None and config.hidden_act == "silu"
+    for engine, plugin in ENGINES.items():
+        if not plain and engine in sys.modules and plugin not in sys.modules:
+            name = engine.split(".")[0]
+            raise RuntimeError(
+                f"{name} replaces the experts of this model by its own, which compute all neurons with SiLU: the results "
+                f"would be wrong. Load the plugin {plugin} first, or use transformers without {name}."
+            )
+
+
+def keep_neurons(active: torch.Tensor, k: int, threshold: float | None = None) -> torch.Tensor:
+    """Zero the neurons [..., H] that are not kept: all but the k largest |active|, or those below the threshold."""
+    if threshold is None and k >= active.size(-1):
+        return active
+    # NaN counts as infinity, so that exactly k are kept.
+    score = active.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if threshold is not None:
+        return active.masked_fill(score < threshold, 0)
+    smallest = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = score > smallest, score == smallest
+    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    return active.masked_fill(~kept, 0)
+
+
+@use_experts_implementation
+class MoneExperts(Qwen3MoeExperts):
+    """The routed experts of a layer."""
+
+    def __init__(self, config: MoneConfig, layer_idx: int):
+        super().__init__(config)
+        self.activation = config.hidden_act
+        self.k = config.active_neurons
+        self.threshold = None if config.neuron_thresholds is None else config.neuron_thresholds[layer_idx]
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        # Every implementation of transformers calls this, except Qwen3-MoE's own forward.
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (keep_neurons(self.act_fn(gate), self.k, self.threshold) * up).to(gate_up.dtype)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        """`experts_implementation="eager"`: [N, D], [N, k] and [N, k] -> [N, D]."""
+        out = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            if expert == self.num_experts:  # under expert parallelism: an expert of another rank
+                continue
+            token, slot = torch.where(top_k_index == expert)
+            hidden = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
+            y = F.linear(hidden, self.down_proj[expert]) * top_k_weights[token, slot, None]
+            out.index_add_(0, token, y.to(out.dtype))
+        return out
+
+
+class MoneTopKRouter(Qwen3MoeTopKRouter):
+    """Chooses the experts of each token, in fp32."""
+
+    def __init__(self, config: MoneConfig):
+        super().__init__(config)
+        self.sigmoid, self.scale = config.scoring_func == "sigmoid", config.routed_scaling_factor
+        # A parameter without a gradient, so that it is loaded, saved and moved as the weights are.
+        bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False) if config.use_expert_bias else None
+        self.e_score_correction_bias = bias
+
+    def forward(self, hidden_states):
+        """[N, D] -> logits [N, E], routing weights [N, k], experts [N, k]."""
+        hidden_states = hidden_states.reshape(-1, self.hidden_dim)
+        logits = F.linear(hidden_states.float(), self.weight.float())
+        softmax_later = self.norm_topk_prob and not self.sigmoid
+        scores = logits if softmax_later else logits.sigmoid() if self.sigmoid else logits.softmax(-1)
+        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias.float()
+        experts = biased.topk(self.top_k, dim=-1).indices
+        weights = scores.gather(-1, experts)
+        if softmax_later:  # of the chosen logits: the same as normalised probabilities
+            weights = weights.softmax(-1)
+        elif self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, (weights * self.scale).to(hidden_states.dtype), experts
+
+
+class MoneSharedExpert(Qwen3MoeMLP):
+    """The expert of every token, with a selection of its own."""
+
+    def __init__(self, config: MoneConfig):
+        super().__init__(config, intermediate_size=config.shared_expert_intermediate_size)
+        self.k = top_k(config.shared_expert_neuron_ratio, self.intermediate_size)
+
+    def forward(self, x):
+        """[..., D] -> [..., D]."""
+        active = keep_neurons(self.act_fn(self.gate_proj(x).float()), self.k)
+        return self.down_proj((active * self.up_proj(x).float()).to(x.dtype))
+
+
+class MoneSparseMoeBlock(nn.Module):
+    """Router, routed experts and shared expert of a layer."""
+
+    def __init__(self, config: MoneConfig, layer_idx: int):
+        super().__init__()
+        self.experts = MoneExperts(config, layer_idx)
+        self.gate = MoneTopKRouter(config)
+        self.shared_expert = None
+        if config.shared_expert_intermediate_size:
+            # Without a selection it is the plain class, whose projections engines know how to fuse.
+            plain = config.shared_expert_neuron_ratio == 1
+            self.shared_expert = (
+                Qwen3MoeMLP(config, intermediate_size=config.shared_expert_intermediate_size)
+                if plain
+                else MoneSharedExpert(config)
+            )
+
+    def forward(self, hidden_states):
+        """[B, s, D] -> [B, s, D]."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, experts = self.gate(x)
+        out = self.experts(x, experts, weights)
+        if self.shared_expert is not None:
+            out = out + self.shared_expert(x)
+        return out.reshape(hidden_states.shape)
+
+
+class MoneDecoderLayer(Qwen3MoeDecoderLayer):
+    """A transformer layer."""
+
+    def __init__(self, config: MoneConfig, layer_idx: int):
+        super(Qwen3MoeDecoderLayer, self).__init__()  # its own would build Qwen3-MoE's experts first
+        self.self_attn = Qwen3MoeAttention(config, layer_idx)
+        if not config.qk_layernorm:
+            self.self_attn.q_norm = self.self_attn.k_norm = nn.Identity()
+        self.mlp = MoneSparseMoeBlock(config, layer_idx)
+        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_size = config.hidden_size
+
+
+class MonePreTrainedModel(Qwen3MoePreTrainedModel):
+    """What the classes share."""
+
+    config_class = MoneConfig
+    _no_split_modules = ["MoneDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(MoneTopKRouter, index=0),
+        "hidden_states": MoneDecoderLayer,
+        "attentions": Qwen3MoeAttention,
+    }
+
+
+class MoneModel(MonePreTrainedModel, Qwen3MoeModel):
+    """The transformer without the output projection."""
+
+    def __init__(self, config: MoneConfig):
+        check_engine(config)
+        super(Qwen3MoeModel, self).__init__(config)  # its own would build Qwen3-MoE's layers first
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([MoneDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen3MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class MoneForCausalLM(MonePreTrainedModel, Qwen3MoeForCausalLM):
+    """The language model."""
+
+    def __init__(self, config: MoneConfig):
+        super(Qwen3MoeForCausalLM, self).__init__(config)
+        self.model = MoneModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+
+__all__ = ["MoneForCausalLM", "MoneModel", "MonePreTrainedModel"]
