@@ -54,13 +54,14 @@ def imports_of(path: Path, known: dict[str, Path]) -> Iterator[Import]:
             for alias in node.names:
                 yield Import(alias.name, node.lineno, at_start)
         elif isinstance(node, ast.ImportFrom):
+            source = str(node.module)
             if node.level:
                 # Exported files import each other where this project is not installed.
                 assert path.parent == ROOT / "mone_model/hf", f"{path}:{node.lineno}: a relative import"
-                node = ast.ImportFrom(f"mone_model.hf.{node.module}", node.names, 0, lineno=node.lineno)
+                source = f"mone_model.hf.{source}"
             for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                yield Import(inner if inner in known else node.module, node.lineno, at_start)
+                inner = f"{source}.{alias.name}"
+                yield Import(inner if inner in known else source, node.lineno, at_start)
         elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             for statement in node.body:
                 yield from walk(statement, False)
