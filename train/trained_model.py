@@ -13,7 +13,6 @@ Importing this module imports neither torch nor Megatron-Core.
 """
 
 import io
-import json
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -25,8 +24,8 @@ from yaml import YAMLError
 
 from mone_common.checkpoint_folder import list_checkpoints
 from mone_common.console import UserError
-from mone_common.run_folder import CONFIG_FILE, read_file
-from mone_common.run_records import read_published
+from mone_common.run_folder import CONFIG_FILE, DamagedFile, read_file
+from mone_common.run_records import read_published, read_thresholds
 from train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -103,11 +102,6 @@ def load_model(config: RunConfig, *, step: int | None = None, trust: bool = Fals
 def load_thresholds(path: Path, config: RunConfig) -> list[float]:
     """The thresholds [num_layers] that mone-calibrate wrote for this model; UserError for any other file."""
     try:
-        thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"thresholds={path}: is missing or not an output file of mone-calibrate ({error})") from error
-    if len(thresholds_L) != config.model.num_layers:
-        raise UserError(
-            f"thresholds={path}: has {len(thresholds_L)} layers; the model of the run has {config.model.num_layers}"
-        )
-    return thresholds_L
+        return read_thresholds(path, layers=config.model.num_layers)
+    except DamagedFile as error:
+        raise UserError(str(error)) from error

@@ -1,0 +1,74 @@
+"""Write safetensors files tensor by tensor, so that memory is bounded by the largest tensor and not by a file.
+
+    for name, tensors in plan_shards(specs, largest=5 * 10**9).items():      # "model-00001-of-00003.safetensors"
+        write_shard(folder / name, tensors, read)
+    write_index(folder, shards)
+
+The safetensors library writes a file only from tensors that are all in memory. The format: 8 bytes with the length of a
+JSON header, the header (type, shape and place of each tensor), and the bytes of the tensors.
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Data types by their names in safetensors."""
+
+
+class Spec(NamedTuple):
+    """A tensor to write."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def plan_shards(specs: Sequence[Spec], *, largest: int) -> dict[str, list[Spec]]:
+    """The tensors of each file, in order; a file has at most `largest` bytes, or one larger tensor."""
+    files: list[list[Spec]] = [[]]
+    room = largest
+    for spec in specs:
+        if files[-1] and spec.size > room:
+            files.append([])
+            room = largest
+        files[-1].append(spec)
+        room -= spec.size
+    if len(files) == 1:
+        return {"model.safetensors": files[0]}
+    return {f"model-{number:05}-of-{len(files):05}.safetensors": shard for number, shard in enumerate(files, start=1)}
+
+
+def write_shard(path: Path, specs: Sequence[Spec], read: Callable[[Spec], torch.Tensor]) -> None:
+    """Write a file; `read` makes a tensor of the shape and type of its spec."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for spec in specs:
+        begin, end = end, end + spec.size
+        header[spec.name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for spec in specs:
+            tensor = read(spec)
+            assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec.name
+            tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
+
+
+def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
+    """Write the index of the files, if there are several."""
+    if len(shards) > 1:
+        total = sum(spec.size for specs in shards.values() for spec in specs)
+        places = {spec.name: name for name, specs in shards.items() for spec in specs}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
