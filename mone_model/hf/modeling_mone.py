@@ -44,18 +44,22 @@ def check_engine(config: MoneConfig) -> None:
             )
 
 
-def keep_neurons(active: torch.Tensor, k: int, threshold: float | None = None) -> torch.Tensor:
-    """Zero the neurons [..., H] that are not kept: all but the k largest |active|, or those below the threshold."""
-    if threshold is None and k >= active.size(-1):
-        return active
+def select_neurons(active: torch.Tensor, k: int, threshold: float | None = None) -> torch.Tensor:
+    """Whether each neuron [..., H] is kept: the k with the largest |active|, or those that reach the threshold."""
     # NaN counts as infinity, so that exactly k are kept.
     score = active.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     if threshold is not None:
-        return active.masked_fill(score < threshold, 0)
+        return score >= threshold
     smallest = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
     above, equal = score > smallest, score == smallest
-    kept = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
-    return active.masked_fill(~kept, 0)
+    return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+
+
+def keep_neurons(active: torch.Tensor, k: int, threshold: float | None = None) -> torch.Tensor:
+    """Zero the neurons [..., H] that are not kept."""
+    if threshold is None and k >= active.size(-1):
+        return active
+    return active.masked_fill(~select_neurons(active, k, threshold), 0)
 
 
 @use_experts_implementation
