@@ -80,7 +80,7 @@ def main(hydra_config: DictConfig) -> None:
     if not output.parent.is_dir():
         raise UserError(f"output={output}: the folder {output.parent} does not exist")
     megatron.prepare()
-    from mone_model.megatron.inference import counting_magnitudes, prepare_inference
+    from mone_model.megatron.calibration import counting_magnitudes, select_by_threshold
     from mone_model.thresholds import find_thresholds, shares_reaching
     from train.data import load_data
 
@@ -97,7 +97,7 @@ def main(hydra_config: DictConfig) -> None:
         with counting_magnitudes(model) as counts_LM:
             exact = mean_loss(model, held_out)
         shares_L = shares_reaching(counts_LM, thresholds_L)
-        prepare_inference(model, thresholds_L)
+        select_by_threshold(model, thresholds_L)
         loss = mean_loss(model, held_out)
     with writing(output) as temporary:
         written = {"thresholds": thresholds_L, "ratio": ratio, "per": options.per, "loss": loss, "loss_of_k_best": exact}

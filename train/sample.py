@@ -1,27 +1,33 @@
 """Generate text with a trained model.
 
     mone-sample run=runs/demo 'prompts=["The capital of France", "In the beginning"]'
+    mone-sample run=runs/demo interactive=true
 
-The command runs in one process, for runs of any layout. It loads the newest checkpoint, unless `step` is given.
+The command runs in one process, for runs of any layout and for folders of mone-export. It loads the newest checkpoint,
+unless `step` is given. `transformers` generates.
 """
 
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
-from data_prep.tokenizer import Tokenizer
 from mone_common.console import UserError, command, to_dataclass
-from mone_model import megatron
+from mone_common.run_folder import DamagedFile, read_file
+from mone_common.run_records import read_thresholds
 from train.launcher import check_alone
-from train.run_tokenizer import find_tokenizer
-from train.trained_model import load_model, load_run_config, load_thresholds, one_process
 
 if TYPE_CHECKING:
-    from megatron.core.models.gpt import GPTModel
+    from transformers import GenerationConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -29,21 +35,33 @@ class SampleConfig:
     """Options of mone-sample."""
 
     run: str = MISSING
-    """Folder of the run."""
+    """Folder of the run, of one of its checkpoints, or of an exported model."""
     step: int | None = None
     """Step of the checkpoint to load; null: the newest."""
     prompts: list[str] = field(
         default_factory=lambda: ["The city of", "In the beginning", "The population of", "Mix the flour"]
     )
     """Texts to continue."""
+    file: str | None = None
+    """Text file with a prompt on each line, in place of `prompts`."""
+    interactive: bool = False
+    """Read prompts from the terminal, one line each, until end of file (Ctrl-D)."""
     max_new_tokens: int = 48
     """Maximum number of tokens per continuation; an end-of-document token ends it earlier."""
     temperature: float = 0.8
     """Sampling temperature, which divides the logits; 0: always choose the most probable token."""
     top_k: int = 40
     """Sample from this many most probable tokens; 0: from all."""
+    top_p: float = 1.0
+    """Sample from the fewest most probable tokens whose probabilities add up to this; 1: from all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that occurred before (arXiv 1909.05858); 1: off."""
     seed: int = 0
     """Seed of the sampling."""
+    batch_size: int = 8
+    """Number of prompts that are continued at the same time."""
+    stream: bool = False
+    """Print each token when it is chosen; continues one prompt at a time."""
     thresholds: str | None = None
     """Output file of mone-calibrate: keep the neurons that reach its thresholds; null: keep the K best of each token."""
     trust: bool = False
@@ -56,7 +74,11 @@ class SampleConfig:
             # Outside this range, the scaled logits would not be finite, or would all be equal.
             ("temperature", self.temperature == 0 or 1e-6 <= self.temperature <= 1e6, "must be 0, or from 1e-6 to 1e6"),
             ("top_k", self.top_k >= 0, "must be at least 1, or 0 for all tokens"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "must be positive, 1 for none"),
             ("seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63"),
+            ("batch_size", self.batch_size >= 1, "must be at least 1"),
+            ("interactive", not (self.interactive and self.file), "give either interactive=true or file"),
         ):
             if not right:
                 raise UserError(f"{name}={getattr(self, name)}: {does}")
@@ -70,59 +92,163 @@ def main(hydra_config: DictConfig) -> None:
     """Print a continuation of each prompt."""
     check_alone("train.sample")
     options = to_dataclass(hydra_config, SampleConfig)
-    run = load_run_config(Path(options.run))
-    tokenizer = find_tokenizer(Path(options.run), run)
-    for prompt, tokens in zip(options.prompts, tokenizer.encode(options.prompts), strict=True):
+    prompts = options.prompts if options.file is None else read_prompts(Path(options.file))
+    thresholds = None if options.thresholds is None else Path(options.thresholds)
+    if thresholds is not None and not thresholds.is_file():
+        raise UserError(f"thresholds={thresholds}: is missing or not an output file of mone-calibrate")
+    import transformers
+
+    from mone_model.hf import load
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    model, tokenizer = load(options.run, step=options.step, trust=options.trust)
+    if thresholds is not None:
+        model = with_thresholds(model, thresholds)
+    if tokenizer is None:
+        raise UserError(f"run={options.run}: has no tokenizer; copy the tokenizer of its data to {options.run}/tokenizer")
+    sampler = Sampler(model, tokenizer, options)
+    transformers.set_seed(options.seed % 2**32)
+    if options.interactive:
+        for prompt in typed_prompts():
+            sampler.stream(prompt)
+    elif options.stream:
+        for prompt in prompts:
+            sampler.stream(prompt)
+    else:
+        # Check all prompts before the first is continued.
+        for prompt in prompts:
+            sampler.encode(prompt)
+        for start in range(0, len(prompts), options.batch_size):
+            batch = prompts[start : start + options.batch_size]
+            for prompt, text in zip(batch, sampler.continue_texts(batch), strict=True):
+                print(f"{prompt} ...{text}\n", flush=True)
+    if sampler.tokens:
+        rate = sampler.tokens / sampler.seconds
+        logger.info(f"{sampler.tokens:,} tokens in {sampler.seconds:.1f} s, {rate:,.1f} tokens per second")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty; UserError if there are none."""
+    try:
+        lines = (read_file(path) or b"").decode().splitlines()
+    except (DamagedFile, UnicodeDecodeError) as error:
+        raise UserError(f"file={path}: not a text file in UTF-8 ({error})") from error
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"file={path}: does not exist or has no line with a prompt")
+    return prompts
+
+
+def typed_prompts() -> Iterator[str]:
+    """Lines from the terminal, until end of file."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def with_thresholds(model: Any, path: Path) -> Any:
+    """The model with the thresholds of a file in place of the K best; UserError if it is not for this model."""
+    try:
+        thresholds_L = read_thresholds(path, layers=model.config.num_hidden_layers)
+    except DamagedFile as error:
+        raise UserError(str(error)) from error
+    if not hasattr(model.config, "neuron_thresholds"):
+        raise UserError(f"thresholds={path}: {type(model).__name__} cannot select neurons")
+    model.config.neuron_thresholds = thresholds_L
+    for layer, threshold in zip(model.model.layers, thresholds_L, strict=True):
+        layer.mlp.experts.threshold = threshold
+    return model
+
+
+class Sampler:
+    """A model that continues texts.
+
+    The model reads at most the tokens of its context: a prompt is cut to its last tokens, so that the continuation fits
+    behind it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, options: SampleConfig) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.tokens, self.seconds = 0, 0.0
+        context = model.config.max_position_embeddings
+        self.new_tokens = min(options.max_new_tokens, context - 1)
+        self.longest_prompt = context - self.new_tokens
+        if self.new_tokens < options.max_new_tokens:
+            logger.warning(
+                f"max_new_tokens={options.max_new_tokens}: the model has a context of {context} tokens; "
+                f"continuations end after {self.new_tokens}"
+            )
+        self.generation = self._generation(options)
+
+    def _generation(self, options: SampleConfig) -> "GenerationConfig":
+        from transformers import GenerationConfig
+
+        end = self.tokenizer.eos_token_id
+        sampling: dict[str, Any] = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        return GenerationConfig(
+            do_sample=options.temperature > 0,
+            max_new_tokens=self.new_tokens,
+            repetition_penalty=options.repetition_penalty,
+            eos_token_id=end,
+            pad_token_id=end if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id,
+            **(sampling if options.temperature > 0 else {}),
+        )
+
+    def encode(self, prompt: str) -> list[int]:
+        """The last tokens of a prompt that the model can read; UserError if there are none."""
+        tokens: list[int] = self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
         if not tokens:
             raise UserError(f"prompts={prompt!r}: the tokenizer of the run encodes it as no tokens")
-    generator = torch.Generator().manual_seed(options.seed)
-    thresholds_L = load_thresholds(Path(options.thresholds), run) if options.thresholds is not None else None
-    megatron.prepare()
-    from mone_model.megatron.inference import prepare_inference
+        return tokens[-self.longest_prompt :]
 
-    with one_process(run):
-        model = load_model(run, step=options.step, trust=options.trust)
-        prepare_inference(model, thresholds_L)
-        for prompt in options.prompts:
-            text = continue_text(model, tokenizer, prompt, options, generator)
-            print(f"{prompt} ...{text}\n", flush=True)
+    def continue_texts(self, prompts: list[str]) -> list[str]:
+        """A continuation of each prompt, all at the same time."""
+        encoded = [self.encode(prompt) for prompt in prompts]
+        longest = max(map(len, encoded))
+        written = self._generate(
+            [[self.generation.pad_token_id] * (longest - len(tokens)) + tokens for tokens in encoded],
+            [[0] * (longest - len(tokens)) + [1] * len(tokens) for tokens in encoded],
+        )
+        return [self._text_after(tokens, new.tolist()) for tokens, new in zip(encoded, written[:, longest:], strict=True)]
 
+    def stream(self, prompt: str) -> None:
+        """Print a continuation while it is written."""
+        from transformers import TextStreamer
 
-@torch.no_grad()
-def continue_text(
-    model: "GPTModel", tokenizer: Tokenizer, prompt: str, options: SampleConfig, generator: torch.Generator
-) -> str:
-    """The model's continuation of `prompt`."""
-    from megatron.core.inference.contexts import StaticInferenceContext
+        print(f"{prompt} ...", end="", flush=True)
+        tokens = self.encode(prompt)
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._generate([tokens], [[1] * len(tokens)], streamer=streamer)
+        print()
 
-    device = next(model.parameters()).device
-    tokens: list[int] = tokenizer.encode([prompt])[0]
-    start = len(tokens)
-    window = model.max_sequence_length
-    cache = StaticInferenceContext(max_batch_size=1, max_sequence_length=window)
-    unread = tokens[-window:]
-    while len(tokens) - start < options.max_new_tokens:
-        if cache.sequence_len_offset + len(unread) > window:
-            cache.reset()
-            unread = tokens[-(window + 1) // 2 :]  # drop the older half of the context
-        tokens_BS = torch.tensor([unread], device=device)
-        positions_BS = cache.sequence_len_offset + torch.arange(len(unread), device=device)[None]
-        logits_BSV = model(tokens_BS, positions_BS, None, inference_context=cache, runtime_gather_output=True)
-        cache.sequence_len_offset += len(unread)
-        logits_V = logits_BSV[0, -1, : tokenizer.vocab_size].float().cpu()
-        if options.temperature == 0:
-            token = int(logits_V.argmax())
-        else:
-            if options.top_k > 0:
-                weakest = logits_V.topk(min(options.top_k, len(logits_V))).values[-1]
-                logits_V[logits_V < weakest] = float("-inf")
-            token = int(torch.multinomial((logits_V / options.temperature).softmax(-1), 1, generator=generator))
-        if token == tokenizer.eod_id:
-            break
-        tokens.append(token)
-        unread = [token]
-    # Decode the whole text: a separately decoded continuation would lose its leading space.
-    return tokenizer.decode(tokens)[len(tokenizer.decode(tokens[:start])) :]
+    def _generate(self, tokens: list[list[int]], mask: list[list[int]], **more: Any) -> Any:
+        import torch
+
+        device = self.model.device
+        began = time.monotonic()
+        with torch.no_grad():
+            written = self.model.generate(
+                torch.tensor(tokens, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                generation_config=self.generation,
+                **more,
+            )
+        self.seconds += max(time.monotonic() - began, math.ulp(1.0))
+        self.tokens += int((written[:, len(tokens[0]) :] != self.generation.pad_token_id).sum())
+        return written
+
+    def _text_after(self, prompt: list[int], new: list[int]) -> str:
+        # Decode the whole text: a separately decoded continuation would lose its leading space.
+        end = self.generation.eos_token_id
+        new = new[: new.index(end)] if end in new else new
+        before: str = self.tokenizer.decode(prompt, skip_special_tokens=True)
+        whole: str = self.tokenizer.decode(prompt + new, skip_special_tokens=True)
+        return whole[len(before) :]
 
 
 if __name__ == "__main__":

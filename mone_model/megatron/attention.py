@@ -36,21 +36,17 @@ class CoreAttention(MegatronModule):
         attn_mask_type: AttnMaskType = AttnMaskType.causal,
         **_: Any,
     ) -> torch.Tensor:
-        """[s, b, heads, c] queries, [s, b, groups, c] keys and values -> [s, b, heads * c].
-
-        attn_mask_type: no_mask for the query of the last token, with a cache of the keys and values of all earlier tokens.
-        """
+        """[s, b, heads, c] queries, [s, b, groups, c] keys and values -> [s, b, heads * c]."""
         assert attention_mask is None, "only causal attention is supported"
-        causal = attn_mask_type == AttnMaskType.causal
-        assert len(query) == (len(key) if causal else 1), "a causal mask needs the keys of all queries"
+        assert attn_mask_type == AttnMaskType.causal
         dropout = self.dropout if self.training else 0.0
-        if causal and dropout == 0 and cpu_attention.usable(query, key, value):
+        if dropout == 0 and cpu_attention.usable(query, key, value):
             return cpu_attention.attend(query, key, value).flatten(2)
         # As in DotProductAttention: ranks with different heads need different dropout masks.
         forking = dropout > 0 and not self.config.sequence_parallel
         q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         with tensor_parallel.get_cuda_rng_tracker().fork() if forking else contextlib.nullcontext():
             context = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=causal, enable_gqa=q.size(1) != k.size(1)
+                q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=q.size(1) != k.size(1)
             )
         return context.permute(2, 0, 1, 3).flatten(2)

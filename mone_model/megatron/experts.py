@@ -33,8 +33,7 @@ class NeuronExperts(MegatronModule):
     balance_coeff, balance_form: the neuron balance loss (`mone_model.neuron_balance`).
     backend: grouped, loop or sparse (`mone_model.expert_backends`).
 
-    Inference (`mone_model.megatron.inference`) may set `rule` to thresholds, and `max_decode_rows`: up to so many rows are
-    computed by the backend `decode`.
+    Calibration (`mone_model.megatron.calibration`) may set `rule` to thresholds.
 
     `record` holds the neuron balance loss since it was last read. `counters` holds what each neuron did while
     `counting_neurons` was set. Both count a token once, also with recomputation.
@@ -59,7 +58,6 @@ class NeuronExperts(MegatronModule):
         self.activation, self.backend = activation, backend
         self.top_k = TopK(active_neurons, self.etp_group if self.etp_group.size() > 1 else None)
         self.rule: Rule = self.top_k
-        self.max_decode_rows = 0
         self.balance_coeff, self.balance_form = balance_coeff, balance_form
         self.num_neurons: int = config.moe_ffn_hidden_size
         width, neurons = config.hidden_size, self.num_neurons // self.etp_group.size()
@@ -88,8 +86,7 @@ class NeuronExperts(MegatronModule):
         assert isinstance(self.rule, TopK) or not observing, "thresholds are for inference"
 
         # 1. Select and compute: the backend applies the rule between the gates and the down projection.
-        few = 0 < len(x_ND) <= self.max_decode_rows and not torch.is_grad_enabled()
-        backend = BACKENDS["decode" if few else self.backend]
+        backend = BACKENDS[self.backend]
         request = Request(
             self.rule,
             self.activation,

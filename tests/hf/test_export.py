@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mone_model.config import ACTIVATIONS
 from mone_model.hf import export
-from mone_model.megatron.inference import prepare_inference
+from mone_model.megatron.calibration import select_by_threshold
 from tests.hf.checkpoints import TOKENS, build, logits_of, model_of, save
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -106,7 +106,7 @@ def test_thresholds_replace_the_best_neurons(tmp_path: Path, call_main: Call) ->
     )
     assert code == 0, errors
     best = logits_of(gpt, model)
-    prepare_inference(gpt, [0.05, 0.2])
+    select_by_threshold(gpt, [0.05, 0.2])
     expected = logits_of(gpt, model)
     assert (best - expected).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()

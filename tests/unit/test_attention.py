@@ -103,24 +103,20 @@ def test_nan_propagates() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "threads", "mask"),
+    ("dtype", "threads"),
     [
-        (torch.float32, 6, AttnMaskType.causal),
-        (torch.float32, 4, AttnMaskType.causal),  # six groups of sequences are not divided among four evenly
-        (torch.float32, 8, AttnMaskType.causal),
-        (torch.float32, 1, AttnMaskType.no_mask),
-        (torch.bfloat16, 1, AttnMaskType.causal),
+        (torch.float32, 6),
+        (torch.float32, 4),  # six groups of sequences are not divided among four evenly
+        (torch.float32, 8),
+        (torch.bfloat16, 1),
     ],
 )
-def test_is_the_same_with_and_without_the_kernel(
-    dtype: torch.dtype, threads: int, mask: AttnMaskType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    q, k, v = (x.to(dtype) for x in queries_keys_values())
-    inputs = [q if mask == AttnMaskType.causal else q[-1:], k, v, None]
+def test_is_the_same_with_and_without_the_kernel(dtype: torch.dtype, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [*(x.to(dtype) for x in queries_keys_values()), None]
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    context = attention_of()(*inputs, attn_mask_type=mask)
+    context = attention_of()(*inputs)
     monkeypatch.setattr(cpu_library, "allowed", False)
-    torch.testing.assert_close(attention_of()(*inputs, attn_mask_type=mask), context)
+    torch.testing.assert_close(attention_of()(*inputs), context)
 
 
 def test_dropout_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

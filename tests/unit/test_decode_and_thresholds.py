@@ -1,8 +1,7 @@
-"""Generation: experts for few rows, selection by thresholds, the key-value cache."""
+"""Experts for few rows, and selection by thresholds."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,13 +20,11 @@ from mone_model.expert_backends import (
     measure_max_decode_rows,
 )
 from mone_model.kernels.cpu import experts as cpu
-from mone_model.megatron import inference
+from mone_model.megatron.calibration import counting_magnitudes, select_by_threshold
 from mone_model.megatron.gpt import build_gpt, moe_layers
-from mone_model.megatron.inference import counting_magnitudes, prepare_inference
 from mone_model.neuron_selection import scores_of, select_neurons_reference, unpack
-from mone_model.thresholds import find_thresholds, shares_reaching
+from mone_model.thresholds import AtLeast, find_thresholds, shares_reaching
 from tests.tiny import TINY_MODEL
-from train.sample import SampleConfig, continue_text
 
 MODEL = ModelConfig(**TINY_MODEL)
 Few = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -100,15 +97,12 @@ def test_a_nan_row_selects_like_the_reference(threshold: float | None) -> None:
     assert mask_NH[1].sum() == (70 if threshold is not None else 20)
 
 
-@pytest.mark.parametrize("max_decode_rows", [0, 1000])
-def test_a_model_that_is_not_a_number_can_be_calibrated_and_run_by_thresholds(model: GPTModel, max_decode_rows: int) -> None:
+def test_a_model_that_is_not_a_number_can_be_calibrated_and_run_by_thresholds(model: GPTModel) -> None:
     model.embedding.word_embeddings.weight.data[7] = torch.nan
     tokens_BS = torch.full((1, 16), 7)
     thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25)
     assert thresholds == [torch.inf, torch.inf]
-    prepare_inference(model, thresholds)
-    for _, experts, _ in moe_layers(model):
-        experts.max_decode_rows = max_decode_rows
+    select_by_threshold(model, thresholds)
     assert logits_of(model, tokens_BS)[..., :64].isnan().all()
 
 
@@ -133,21 +127,6 @@ def logits_of(model: GPTModel, tokens_BS: torch.Tensor) -> torch.Tensor:
         return model(tokens_BS, torch.arange(tokens_BS.size(1)).expand_as(tokens_BS), None)
 
 
-@contextlib.contextmanager
-def watching_decode() -> Iterator[list[cpu.Decoded]]:
-    """Record the results of `cpu.decode` in the block."""
-    given_back: list[cpu.Decoded] = []
-    decode = cpu.decode
-
-    def watched(*arguments: Any, **options: Any) -> cpu.Decoded:
-        given_back.append(decode(*arguments, **options))
-        return given_back[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "decode", watched)
-        yield given_back
-
-
 def count_magnitudes(model: GPTModel, batches: list[torch.Tensor]) -> torch.Tensor:
     with counting_magnitudes(model) as counts_LM:
         for tokens_BS in batches:
@@ -157,30 +136,6 @@ def count_magnitudes(model: GPTModel, batches: list[torch.Tensor]) -> torch.Tens
 
 def random_tokens(rows: int, seed: int) -> torch.Tensor:
     return torch.randint(64, (rows, 16), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.mark.parametrize("by_threshold", [False, True])
-def test_few_rows_change_only_the_rounding(model: GPTModel, monkeypatch: pytest.MonkeyPatch, by_threshold: bool) -> None:
-    tokens_BS = random_tokens(2, 0)
-    thresholds = find_thresholds(count_magnitudes(model, [tokens_BS]), ratio=0.25) if by_threshold else None
-    results, served = [], []
-    for rows in (0, 10_000):
-        monkeypatch.setattr(inference, "measure_max_decode_rows", lambda *_, rows=rows: rows)
-        assert prepare_inference(model, thresholds) == rows
-        with watching_decode() as decoded:
-            results.append(logits_of(model, tokens_BS))
-        served.append([len(each.out_ND) for each in decoded])
-    assert served == [[], [2 * 16 * MODEL.router_topk] * MODEL.num_layers]
-    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
-
-
-def test_training_does_not_use_the_decode_path(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "measure_max_decode_rows", lambda *_: 10_000)
-    prepare_inference(model)
-    monkeypatch.setattr(cpu, "decode", None)
-    tokens_BS = random_tokens(1, 0)
-    model(tokens_BS, torch.arange(16)[None], None, labels=tokens_BS).sum().backward()
-    assert all(experts.down_weight.grad is not None for _, experts, _ in moe_layers(model))
 
 
 @pytest.mark.parametrize("per", ["layer", "model"])
@@ -194,13 +149,10 @@ def test_thresholds_keep_the_requested_share(model: GPTModel, per: str) -> None:
         assert len(set(thresholds)) == 1
         shares = shares.mean()
     assert ((shares >= 0.25) & (shares < 0.26)).all()
-    prepare_inference(model, thresholds)
-    for _, experts, _ in moe_layers(model):
-        experts.max_decode_rows = 10_000
-    with watching_decode() as decoded:
-        logits_of(model, random_tokens(8, 0))
-    kept = torch.stack([unpack(each.masks_NW, MODEL.moe_ffn_hidden_size).float().mean() for each in decoded])
-    assert abs(kept.mean() - 0.25) < 0.02
+    before = logits_of(model, random_tokens(8, 0))
+    select_by_threshold(model, thresholds)
+    assert [experts.rule for _, experts, _ in moe_layers(model)] == [AtLeast(value) for value in thresholds]
+    assert not torch.equal(logits_of(model, random_tokens(8, 0)), before)
 
 
 def test_a_threshold_of_zero_keeps_all(model: GPTModel) -> None:
@@ -232,32 +184,3 @@ def test_the_switch_is_where_the_dense_experts_become_faster(monkeypatch: pytest
     assert measured(lambda rows: 1 + rows) == 4
     assert measured(lambda rows: 6) == 0
     assert measured(lambda rows: 1) == 256
-
-
-class Words:
-    """A tokenizer whose words are numbers."""
-
-    vocab_size, eod_id = 64, -1
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        return [[int(word) for word in text.split()] for text in texts]
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(f"{token} " for token in tokens)
-
-
-def test_generated_text_does_not_depend_on_the_cache(model: GPTModel) -> None:
-    options = SampleConfig(run="", temperature=0, max_new_tokens=11)
-    prompt = "3 1 4 1 5"
-    written = continue_text(model, Words(), prompt, options, torch.Generator())  # type: ignore[arg-type]
-    tokens = Words().encode([prompt])[0]
-    for _ in range(11):
-        tokens.append(int(logits_of(model, torch.tensor([tokens]))[0, -1, :64].argmax()))
-    assert written == Words().decode(tokens[5:])
-
-
-def test_generation_continues_beyond_the_context_window(model: GPTModel) -> None:
-    options = SampleConfig(run="", temperature=0, max_new_tokens=40)
-    prompt = " ".join(map(str, range(1, 21)))  # longer than seq_length
-    written = continue_text(model, Words(), prompt, options, torch.Generator())  # type: ignore[arg-type]
-    assert len(written.split()) == 40

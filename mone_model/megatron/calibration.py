@@ -1,10 +1,9 @@
-"""A trained model on one process for inference: for a few tokens its experts read only the neurons that they keep.
+"""Calibration of thresholds on a trained model, on one process.
 
-    prepare_inference(model)                                # exact: the K best of each token in each expert
     with counting_magnitudes(model) as counts_LM:
         model(tokens_BS, position_ids_BS, None)
-    thresholds_L = find_thresholds(counts_LM, ratio=0.25)   # or by thresholds (mone_model.thresholds)
-    prepare_inference(model, thresholds_L)
+    thresholds_L = find_thresholds(counts_LM, ratio=0.25)     # mone_model.thresholds
+    select_by_threshold(model, thresholds_L)                  # to evaluate the model with them
 
 Shapes: L layers, M magnitudes, N rows (a token in one of its experts), D width, B sequences of s tokens.
 """
@@ -16,31 +15,17 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.expert_backends import expert_gemm_loop, measure_max_decode_rows
-from mone_model.kernels.cpu import library
+from mone_model.expert_backends import expert_gemm_loop
 from mone_model.megatron.experts import NeuronExperts
 from mone_model.megatron.gpt import moe_layers
 from mone_model.thresholds import AtLeast, count_magnitudes
 
 
-def prepare_inference(model: torch.nn.Module, thresholds_L: Sequence[float] | None = None) -> int:
-    """Evaluation mode, selection by these thresholds (None: by the K best), and the `decode` backend for few rows.
-
-    Returns up to how many rows `decode` serves, as measured on this machine; 0 where it cannot (GPUs, no compiler).
-    """
+def select_by_threshold(model: torch.nn.Module, thresholds_L: Sequence[float]) -> None:
+    """Evaluation mode, and selection by these thresholds in place of the K best."""
     model.eval()
-    max_decode_rows = 0
     for layer, experts, _ in moe_layers(model):
-        weight, neurons = experts.gate_up_weight, experts.num_neurons
-        width = weight.size(-1)
-        whole = weight.size(2) == neurons and width % library.WORD == 0
-        if layer == 0 and whole and library.usable(weight, dtypes=library.DTYPES):
-            max_decode_rows = measure_max_decode_rows(
-                width, neurons, experts.top_k.k, experts.activation, weight.dtype, experts.backend
-            )
-        experts.rule = experts.top_k if thresholds_L is None else AtLeast(thresholds_L[layer])
-        experts.max_decode_rows = max_decode_rows
-    return max_decode_rows
+        experts.rule = AtLeast(thresholds_L[layer])
 
 
 @contextlib.contextmanager
