@@ -7,12 +7,17 @@
 A checkpoint of any layout and engine has the same tensors. `mone_model.hf.weight_map` says what they are elsewhere.
 """
 
+import functools
 import io
+import mmap
+import os
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mone_common.checkpoint_folder import Checkpoint, check_content, list_checkpoints, open_regular, read_manifest
 from mone_common.checkpoint_index import check_executes_no_code, check_index, read_index
@@ -36,16 +41,18 @@ def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = Fals
         if not asked:
             steps = [checkpoint.step for checkpoint in found]
             also = "".join(f"; {problem}" for problem in problems)
-            raise UserError(f"{folder}: has no checkpoint of step={step}; it has steps {steps or 'none'}{also}")
+            which = "has no checkpoint" if step is None else f"has no checkpoint of step={step}"
+            raise UserError(f"run={folder}: {which}; it has steps {steps or 'none'}{also}")
     else:
         try:
             asked, problems = [read_manifest(folder)], []
         except ValueError as error:
-            raise UserError(f"{folder}: neither a run with checkpoints nor a checkpoint ({error})") from error
+            what = f"neither a run with checkpoints nor a checkpoint ({error})" if folder.is_dir() else "does not exist"
+            raise UserError(f"run={folder}: {what}; give the folder of a run, such as runs/demo") from error
     for checkpoint in reversed(asked):
         try:
-            for name in checkpoint.files:
-                check_content(checkpoint, name)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(functools.partial(check_content, checkpoint), checkpoint.files))
             if not trust:
                 check_executes_no_code(checkpoint.path)
                 check_index(checkpoint)
@@ -55,7 +62,7 @@ def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = Fals
         for problem in problems if warn is not None else ():
             warn(f"skipped {problem}")
         return checkpoint
-    raise UserError("; ".join(problems))
+    raise UserError(f"run={folder}: no checkpoint can be read: {'; '.join(problems)}")
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
@@ -117,10 +124,46 @@ class CheckpointWeights:
         return whole if layer is None else whole[0]
 
     def _load(self, place: Any) -> torch.Tensor:
+        """A part of a tensor as a view of the file, which is read when it is used."""
+        before = place.offset % mmap.ALLOCATIONGRANULARITY
         with open_regular(self.path, place.relative_path) as file:
-            file.seek(place.offset)
-            tensor: torch.Tensor = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
-        return tensor
+            # ACCESS_COPY since torch wants memory that can be written; nothing is.
+            length, start = before + place.length, place.offset - before
+            mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_COPY, offset=start)
+        saved = memoryview(mapped)[before:]
+        with FakeTensorMode():  # reads the shape and the place of the numbers
+            form = torch.load(io.BufferedReader(_View(saved)), weights_only=True)
+        numbers = form.untyped_storage()
+        flat = torch.frombuffer(
+            saved, dtype=form.dtype, count=numbers.nbytes() // form.dtype.itemsize, offset=numbers._checkpoint_offset
+        )
+        return flat.as_strided(form.shape, form.stride(), form.storage_offset())
+
+
+class _View(io.RawIOBase):
+    """Memory as a file for reading, without a copy."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory, self._at = memory, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._memory)}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, target: Any) -> int:
+        found = self._memory[self._at : self._at + len(target)]
+        target[: len(found)] = found
+        self._at += len(found)
+        return len(found)
 
 
 def _holds(chunk: Any, layer: int) -> bool:

@@ -35,7 +35,9 @@ class Conversion:
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A tensor of the format, contiguous, in the data type of the checkpoint."""
-        out = torch.zeros(tensor.shape, dtype=self.dtype(tensor))
+        # The pieces cover the tensor (`weight_map.tensors_of`); one without pieces is zero.
+        make = torch.empty if tensor.pieces else torch.zeros
+        out = make(tensor.shape, dtype=self.dtype(tensor))
         for weight, start, part in tensor.pieces:
             layered = weight.key.startswith(LAYERS)
             whole = self._read(weight.key, weight.place[0] if layered else None)

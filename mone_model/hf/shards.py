@@ -1,4 +1,4 @@
-"""Write safetensors files tensor by tensor, so that memory is bounded by the largest tensor and not by a file.
+"""Write safetensors files tensor by tensor, so that memory is bounded by the largest tensors and not by a file.
 
     for name, tensors in plan_shards(specs, largest=5 * 10**9).items():      # "model-00001-of-00003.safetensors"
         write_shard(folder / name, tensors, read)
@@ -11,6 +11,7 @@ JSON header, the header (type, shape and place of each tensor), and the bytes of
 import json
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,10 +58,14 @@ def write_shard(path: Path, specs: Sequence[Spec], read: Callable[[Spec], torch.
         header[spec.name] = {"dtype": NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    # A second thread reads the next tensor while this one writes.
+    with open(path, "wb") as file, ThreadPoolExecutor(1) as reader:
         file.write(len(text).to_bytes(8, "little") + text)
-        for spec in specs:
-            tensor = read(spec)
+        following = reader.submit(read, specs[0])
+        for number, spec in enumerate(specs):
+            tensor = following.result()
+            if number + 1 < len(specs):
+                following = reader.submit(read, specs[number + 1])
             assert (tuple(tensor.shape), tensor.dtype) == (spec.shape, spec.dtype), spec.name
             tensor.contiguous().flatten().view(torch.uint8).numpy().tofile(file)
 

@@ -180,7 +180,8 @@ def test_an_exported_folder_works_without_this_project(tmp_path: Path, call_main
 
 BAD: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "an output that exists": (lambda path: (path / "out").mkdir(), [], "exists; give another folder or remove it"),
-    "no run": (lambda path: shutil.rmtree(path / "run"), [], "neither a run with checkpoints nor a checkpoint"),
+    "no run": (lambda path: shutil.rmtree(path / "run"), [], "run=run: does not exist"),
+    "no checkpoints": (lambda path: shutil.rmtree(path / "run/checkpoints"), [], "neither a run with checkpoints nor"),
     "another step": (lambda path: None, ["step=7"], "has no checkpoint of step=7; it has steps [1]"),
     "an unknown format": (lambda path: None, ["format=llama"], "format=llama: choose from auto, mone, qwen3_moe"),
     "a format that cannot select": (lambda path: None, ["format=qwen3_moe"], "model.activation_ratio=0.5 (must be 1"),

@@ -138,7 +138,7 @@ def test_engines_that_ignore_the_selection_are_refused(monkeypatch: pytest.Monke
 
 
 def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, run: Path, call_main: Call) -> None:
-    with pytest.raises(UserError, match="neither a run with checkpoints nor a checkpoint"):
+    with pytest.raises(UserError, match="none: does not exist"):
         load(tmp_path / "none")
     assert call_main(export.main, f"run={run}", f"output={tmp_path / 'out'}")[0] == 0
     os.truncate(tmp_path / "out/model.safetensors", 1000)

@@ -108,7 +108,7 @@ BAD = {
     "batch_size=0": "batch_size=0: must be at least 1",
     "file=none.txt": "file=none.txt: does not exist or has no line with a prompt",
     "thresholds=none.json": "thresholds=none.json: is missing",
-    "run=none": "none: neither a run with checkpoints nor a checkpoint",
+    "run=none": "run=none: does not exist",
     "step=9": "has no checkpoint of step=9",
     'prompts=["a", ""]': "must be a list of texts, none of them empty",
 }
