@@ -8,6 +8,7 @@ checkpoint of training also holds the optimizer's state, which an export verifie
 """
 
 import contextlib
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -109,7 +110,11 @@ def main(hydra_config: DictConfig) -> None:
     )
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         run = Path(folder) / "run"
-        write_checkpoint(run, model)
+        # In a process of its own, whose memory the exports would inherit until they start another program.
+        writer = multiprocessing.get_context("spawn").Process(target=write_checkpoint, args=(run, model))
+        writer.start()
+        writer.join()
+        assert writer.exitcode == 0, "the checkpoint was not written"
         size = sum(path.stat().st_size for path in run.rglob("*") if path.is_file())
         copying: list[float] = []
         exporting: list[float] = []

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,6 +165,29 @@ def with_thresholds(model: Any, path: Path) -> Any:
     return model
 
 
+class Printer:
+    """A streamer of transformers that prints a continuation token by token."""
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self._decode = decode
+        self._new: list[int] = []
+        self._printed = 0
+
+    def put(self, tokens: Any) -> None:
+        """Gets the prompt first, [1, s], then each token, [1]."""
+        if tokens.dim() == 1:
+            self._new += tokens.tolist()
+            text = self._decode(self._new)
+            # The bytes of a character may be several tokens.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                print(text[self._printed :], end="", flush=True)
+                self._printed = len(text)
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        print(self._decode(self._new)[self._printed :], flush=True)
+
+
 class Sampler:
     """A model that continues texts.
 
@@ -218,13 +241,9 @@ class Sampler:
 
     def stream(self, prompt: str) -> None:
         """Print a continuation while it is written."""
-        from transformers import TextStreamer
-
         print(f"{prompt} ...", end="", flush=True)
         tokens = self.encode(prompt)
-        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._generate([tokens], [[1] * len(tokens)], streamer=streamer)
-        print()
+        self._generate([tokens], [[1] * len(tokens)], streamer=Printer(lambda new: self._text_after(tokens, new)))
 
     def _generate(self, tokens: list[list[int]], mask: list[list[int]], **more: Any) -> Any:
         import torch
