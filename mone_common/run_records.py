@@ -120,7 +120,7 @@ def read_reading(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def read_thresholds(path: Path, *, layers: int) -> list[float]:
+def read_thresholds(path: Path) -> list[float]:
     """The thresholds of an output file of mone-calibrate, one for each layer; DamagedFile for any other file."""
     try:
         thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
@@ -128,8 +128,6 @@ def read_thresholds(path: Path, *, layers: int) -> list[float]:
             raise ValueError("thresholds must be a list of numbers")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedFile(f"thresholds={path}: is missing or not an output file of mone-calibrate ({error})") from error
-    if len(thresholds_L) != layers:
-        raise DamagedFile(f"thresholds={path}: has {len(thresholds_L)} layers; the model of the run has {layers}")
     return thresholds_L
 
 

@@ -93,18 +93,14 @@ def main(hydra_config: DictConfig) -> None:
     check_alone("train.sample")
     options = to_dataclass(hydra_config, SampleConfig)
     prompts = options.prompts if options.file is None else read_prompts(Path(options.file))
-    thresholds = None if options.thresholds is None else Path(options.thresholds)
-    if thresholds is not None and not thresholds.is_file():
-        raise UserError(f"thresholds={thresholds}: is missing or not an output file of mone-calibrate")
     import transformers
 
     from mone_model.hf import load
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load(options.run, step=options.step, trust=options.trust)
-    if thresholds is not None:
-        model = with_thresholds(model, thresholds)
+    thresholds_L = None if options.thresholds is None else load_thresholds(Path(options.thresholds))
+    model, tokenizer = load(options.run, step=options.step, thresholds_L=thresholds_L, trust=options.trust)
     if tokenizer is None:
         raise UserError(f"run={options.run}: has no tokenizer; copy the tokenizer of its data to {options.run}/tokenizer")
     sampler = Sampler(model, tokenizer, options)
@@ -151,18 +147,12 @@ def typed_prompts() -> Iterator[str]:
             yield line
 
 
-def with_thresholds(model: Any, path: Path) -> Any:
-    """The model with the thresholds of a file in place of the K best; UserError if it is not for this model."""
+def load_thresholds(path: Path) -> list[float]:
+    """The thresholds in an output file of mone-calibrate; UserError for any other file."""
     try:
-        thresholds_L = read_thresholds(path, layers=model.config.num_hidden_layers)
+        return read_thresholds(path)
     except DamagedFile as error:
         raise UserError(str(error)) from error
-    if not hasattr(model.config, "neuron_thresholds"):
-        raise UserError(f"thresholds={path}: {type(model).__name__} cannot select neurons")
-    model.config.neuron_thresholds = thresholds_L
-    for layer, threshold in zip(model.model.layers, thresholds_L, strict=True):
-        layer.mlp.experts.threshold = threshold
-    return model
 
 
 class Printer:

@@ -24,8 +24,8 @@ from yaml import YAMLError
 
 from mone_common.checkpoint_folder import list_checkpoints
 from mone_common.console import UserError
-from mone_common.run_folder import CONFIG_FILE, DamagedFile, read_file
-from mone_common.run_records import read_published, read_thresholds
+from mone_common.run_folder import CONFIG_FILE, read_file
+from mone_common.run_records import read_published
 from train.config import RunConfig
 
 if TYPE_CHECKING:
@@ -97,11 +97,3 @@ def load_model(config: RunConfig, *, step: int | None = None, trust: bool = Fals
         print(f"skipped {problem}", file=sys.stderr, flush=True)
     model.load_state_dict(loaded["model0"])
     return model.eval()
-
-
-def load_thresholds(path: Path, config: RunConfig) -> list[float]:
-    """The thresholds [num_layers] that mone-calibrate wrote for this model; UserError for any other file."""
-    try:
-        return read_thresholds(path, layers=config.model.num_layers)
-    except DamagedFile as error:
-        raise UserError(str(error)) from error

@@ -102,7 +102,7 @@ def export(options: ExportConfig) -> None:
     thresholds_L = None
     if options.thresholds is not None:
         try:
-            thresholds_L = read_thresholds(Path(options.thresholds), layers=model.num_layers)
+            thresholds_L = read_thresholds(Path(options.thresholds))
         except DamagedFile as error:
             raise UserError(str(error)) from error
     format = options.format if options.format != "auto" else choose_format(model, thresholds_L)

@@ -80,6 +80,8 @@ def why_not(model: ModelConfig, format: str, thresholds_L: Sequence[float] | Non
     found = [f"model.{name}={getattr(model, name)} (must be {right})" for name, holds, right in needs if not holds]
     if thresholds_L is not None and format != "mone":
         found.append("thresholds (must be null: it keeps all neurons)")
+    elif thresholds_L is not None and len(thresholds_L) != model.num_layers:
+        found.append(f"thresholds of {len(thresholds_L)} layers (must be model.num_layers={model.num_layers})")
     return found
 
 

@@ -102,6 +102,20 @@ def test_a_record_has_experts_neurons_and_gates(run: Path) -> None:
         pass
 
 
+def test_another_ratio_can_be_loaded(run: Path, tmp_path: Path, call_main: Call) -> None:
+    expected = logits_of(build(model_of(activation_ratio=0.5)), model_of())
+    assert call_main(export.main, f"run={run}", f"output={tmp_path / 'out'}")[0] == 0
+    for path in (run, tmp_path / "out"):
+        model, _ = load(path, activation_ratio=0.5)
+        assert model.config.active_neurons == 16
+        with torch.no_grad():
+            assert (model(TOKENS).logits - expected).abs().max() <= 2e-5 * expected.abs().max()
+        with pytest.raises(UserError, match="activation_ratio=2"):
+            load(path, activation_ratio=2)
+        with pytest.raises(UserError, match="thresholds"):
+            load(path, thresholds_L=[0.1])
+
+
 def test_equal_gates_keep_the_lower_index() -> None:
     active = torch.tensor([[1.0, -2.0, 2.0, 1.0, 1.0], [float("nan"), 0.0, 3.0, 0.0, 0.0]])
     for k in range(1, 6):

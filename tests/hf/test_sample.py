@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -58,7 +59,8 @@ def test_an_interactive_session_streams(run: Path, call_main: Call, monkeypatch:
     monkeypatch.setattr(sys, "stdin", io.StringIO("The\n\nIn\n"))
     code, output, errors = call_main(sample.main, f"run={run}", "temperature=0", "max_new_tokens=9", "interactive=true")
     assert code == 0, errors
-    assert output.replace("\n", "") == expected.replace("\n", "")
+    # A model with random weights writes bytes that are no characters; what they become depends on those that follow.
+    assert re.findall(r"[a-zA-Z ]+", output) == re.findall(r"[a-zA-Z ]+", expected)
 
 
 def test_the_seed_decides_and_the_options_change_the_text(run: Path, call_main: Call) -> None:

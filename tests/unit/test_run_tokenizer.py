@@ -14,12 +14,14 @@ from data_prep.shards import Manifest, load_manifest
 from data_prep.tokenizer_training import TrainTokenizerConfig, train_tokenizer
 from mone_common.console import UserError
 from mone_common.files import sha256_of
+from mone_common.run_folder import DamagedFile
+from mone_common.run_records import read_thresholds
 from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
 from train.config import RunConfig
 from train.config_sections import ExecutionConfig, SourceConfig
 from train.run_tokenizer import find_tokenizer, keep_tokenizer
-from train.trained_model import load_run_config, load_thresholds
+from train.trained_model import load_run_config
 
 
 def with_tokenizer(folder: Path, vocab_size: int) -> Manifest:
@@ -117,7 +119,7 @@ def test_a_file_at_the_path_of_the_tokenizer_is_reported(data: Manifest, tmp_pat
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 200_000])
 def test_invalid_thresholds_are_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "thresholds.json").write_text(text)
-    with pytest.raises(UserError, match="is missing or not an output file of mone-calibrate"):
-        load_thresholds(tmp_path / "thresholds.json", RunConfig())
-    with pytest.raises(UserError, match="not a regular file"):
-        load_thresholds(Path("/dev/zero"), RunConfig())
+    with pytest.raises(DamagedFile, match="is missing or not an output file of mone-calibrate"):
+        read_thresholds(tmp_path / "thresholds.json")
+    with pytest.raises(DamagedFile, match="not a regular file"):
+        read_thresholds(Path("/dev/zero"))
