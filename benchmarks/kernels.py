@@ -64,17 +64,9 @@ def _attention(wrap: Wrap) -> None:
     F.scaled_dot_product_attention = wrap(F.scaled_dot_product_attention)
 
 
-def _rms_norm(wrap: Wrap) -> None:
-    from mone_model.megatron.layer_spec import RMSNorm
-
-    norm = wrap(F.rms_norm)
-    RMSNorm.forward = lambda self, x: norm(x, self.normalized_shape, self.weight, self.eps)  # type: ignore[method-assign]
-
-
 # By kernel: a function that replaces the kernel in this process by wrap(torch's function).
 REPLACEMENTS: dict[str, Callable[[Wrap], None]] = {
     "attention": _attention,
-    "rms_norm": _rms_norm,
 }
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)

@@ -194,9 +194,9 @@ def _layer_activations(
     # Cosines and sines of the positions, for queries and for keys.
     attention += 4 * model.seq_length / parallel.context * model.head_size * item
     if not fused and model.qk_layernorm:
-        # In fp32 their norm reads the projection, out of which the queries of a group are copied.
-        copied = queries if groups < queries else 0
-        attention += tokens * (copied * 4 if item == 4 else (queries + groups) * _saved_by_norm(item, fused))
+        # In fp32 their norm reads the projection itself, out of which the queries of a group are copied.
+        read = 0 if item == 4 and groups == queries else queries + (0 if item == 4 else groups)
+        attention += tokens * (read + queries + groups) * 4
     if not fused and "core_attn" not in modules:
         # The logarithm of the sum of exponentials for each head.
         attention += tokens * model.num_attention_heads * 4
@@ -216,11 +216,8 @@ def _layer_activations(
 
 
 def _saved_by_norm(item: int, fused: bool) -> int:
-    """Bytes that a norm keeps of each number: its input. In bf16, the local layers' keep that and the normalised in fp32.
-
-    In fp32 theirs are the CPU kernel (`mone_model.kernels.cpu.rms_norm`) or torch's own of GPUs.
-    """
-    return item if fused or item == 4 else 8
+    """Bytes that a norm keeps of each number: Transformer Engine's its input, torch's that and the normalised, in fp32."""
+    return item if fused else 8
 
 
 def _saved_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:

@@ -257,8 +257,8 @@ class ComputeConfig:
     """grouped: one grouped GEMM for all local experts; loop: one GEMM for each; sparse (CPU, fp32): up and down only of
     neurons that are kept; auto: grouped on GPUs, on CPUs the fastest in a measurement at the start."""
     cpu_kernels: str = "auto"
-    """auto: on CPUs, the project's kernels compute the selection of neurons, sparse experts, attention and RMSNorm where
-    they can be compiled; off: torch's own operations compute everything, slower. Write "off" in quotes in YAML files."""
+    """auto: on CPUs, the project's kernels compute the selection of neurons, sparse experts and attention where they
+    can be compiled; off: torch's own operations compute everything, slower. Write "off" in quotes in YAML files."""
     token_dispatcher: str = "alltoall"
     """How tokens are sent to their experts: alltoall or allgather. Not used if every rank has all experts."""
     recompute: str = "none"

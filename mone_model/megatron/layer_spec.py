@@ -10,8 +10,6 @@ from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from mone_model.config import ComputeConfig, ModelConfig, top_k
-from mone_model.kernels.cpu import library as cpu_library
-from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
 from mone_model.megatron import versions
 from mone_model.megatron.attention import CoreAttention
 from mone_model.megatron.cpu_support import current_device
@@ -21,19 +19,11 @@ from mone_model.megatron.transformer_engine import uses_transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with sequence parallelism, which Megatron-Core's lacks; in fp32 on CPUs by a kernel of ours."""
-
-    eps: float
+    """torch's RMSNorm with sequence parallelism, which Megatron-Core's lacks."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__(hidden_size, eps=eps, device=current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
-        if cpu_library.usable(x, self.weight):
-            return cpu_rms_norm.rms_norm(x, self.weight, self.eps)
-        return super().forward(x)
 
 
 def block_spec(

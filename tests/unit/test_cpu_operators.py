@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mone_model.kernels.cpu import attention, experts, library, rms_norm, selection
+from mone_model.kernels.cpu import attention, experts, library, selection
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C++ compiler")
 
@@ -34,8 +34,6 @@ def arguments() -> dict[str, dict[str, Any]]:
     few = {"x": x, **weights, "probs": probs, "tokens": torch.tensor([4, 0, 2])}
     qkv = {"q": q, "k": k, "v": v}
     saved_of_attend = {"context": context, "logsumexp": logsumexp}
-    hidden, scale = random(ROWS, 2 * WIDTH)[:, :WIDTH], random(WIDTH)
-    _, scales = torch.ops.mone.rms_norm(hidden, scale, 1e-5)
     return {
         "select_and_gate_cpu": {"gate": gate, "up": up, "probs": probs, "k": K, "activation": 0},
         "select_and_gate_backward_cpu": {"dhidden": random(ROWS, NEURONS), **saved, "probs": probs, "activation": 0},
@@ -46,14 +44,12 @@ def arguments() -> dict[str, dict[str, Any]]:
         "decode": {**few, "k": K, "threshold": None, "activation": 3},
         "attend": qkv,
         "attend_backward": {"dcontext": random(*q.shape), **qkv, **saved_of_attend},
-        "rms_norm": {"x": hidden, "weight": scale, "eps": 1e-5},
-        "rms_norm_backward": {"dy": random(ROWS, WIDTH), "x": hidden, "weight": scale, "scales": scales},
     }  # fmt: skip
 
 
 def test_operators_are_what_their_schemas_and_fake_tensors_say() -> None:
     for name, values in arguments().items():
-        differentiable = name in ("experts", "attend", "rms_norm")
+        differentiable = name in ("experts", "attend")
         for value in values.values():
             if differentiable and isinstance(value, torch.Tensor) and value.is_floating_point():
                 value.requires_grad_()
@@ -101,9 +97,6 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("attend", "v", lambda v: v[1:], "v must be"),
     ("attend_backward", "dcontext", transposed, "dcontext must be"),
     ("attend_backward", "logsumexp", torch.Tensor.double, "logsumexp must be"),
-    ("rms_norm", "x", transposed, "x must be"),
-    ("rms_norm", "weight", lambda weight: weight[1:], "weight must be"),
-    ("rms_norm_backward", "scales", torch.Tensor.double, "scales must be"),
 ]  # fmt: skip
 
 
@@ -143,11 +136,6 @@ def test_second_derivatives_and_those_of_decode_are_refused() -> None:
     leaves = [values[name].requires_grad_() for name in ("x", "gate_up", "down", "probs")]
     out, *_ = torch.ops.mone.experts(*values.values())
     (gradient,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
-    x = torch.ones(2, 16, requires_grad=True)
-    y = rms_norm.rms_norm(x, torch.ones(16), 1e-5)
-    (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
     values = arguments()["decode"]

@@ -21,7 +21,6 @@ from mone_model.activations import ACTIVATIONS
 from mone_model.kernels.cpu import attention as cpu_attention
 from mone_model.kernels.cpu import experts as cpu
 from mone_model.kernels.cpu import library as cpu_library
-from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
 from mone_model.neuron_selection import select_and_gate
 from tests.conftest import ROOT
 
@@ -57,9 +56,6 @@ def everything() -> list[torch.Tensor]:
                 results.append(select_and_gate(gate, up, torch.ones(1), k, activation).masks_NW)
             gated = select_and_gate(gate, up, torch.ones(1), 17, activation)
             results += [gated.hidden_NH[:, 1:], torch.autograd.grad(gated.hidden_NH, gate, up)[0][:, 1:]]
-    x, weight = random(70, 3, 2, 46).requires_grad_(), random(46).requires_grad_()
-    y = cpu_rms_norm.rms_norm(x, weight, 1e-5)
-    results += [y, *torch.autograd.grad(y, [x, weight], random(70, 3, 2, 46))]
     qkv = [random(500, 1, heads, 46).requires_grad_() for heads in (4, 2, 2)]
     context = cpu_attention.attend(*qkv)
     results += [context, *torch.autograd.grad(context, qkv, random(500, 1, 4, 46))]

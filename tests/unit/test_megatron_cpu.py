@@ -1,4 +1,4 @@
-"""CPU replacements, from RMSNorm to the gradient norm, compared with torch and Megatron-Core."""
+"""CPU replacements compared with torch and Megatron-Core."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.kernels.cpu import attention as cpu_attention
-from mone_model.kernels.cpu import library as cpu_library
-from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
-from mone_model.megatron.layer_spec import RMSNorm
-from mone_model.megatron.transformer_config import transformer_config
-from tests.tiny import TINY_MODEL
 from tests.unit.test_attention import formula
 
 Layer = Callable[..., torch.Tensor]
@@ -37,39 +31,6 @@ def assert_equal(fast: Layer, reference: Layer, *inputs: torch.Tensor, threads: 
     for ours, theirs in zip(results, (expected, *torch.autograd.grad(expected, doubles, target.double())), strict=True):
         largest = max([1.0, *theirs.abs().flatten().tolist()])
         torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance * largest)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    rows=st.integers(0, 300),
-    width=st.integers(8, 200),
-    more=st.integers(0, 9),
-    threads=st.sampled_from([1, 2, 7]),
-)
-def test_rms_norm_equals_its_formula(seed: int, rows: int, width: int, more: int, threads: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 3, width + more, generator=generator)[:, :, :width]  # rows with gaps in memory
-    weight = torch.randn(width, generator=generator)
-    assert_equal(
-        lambda x, weight: cpu_rms_norm.rms_norm(x, weight, 1e-5),
-        lambda x, weight: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight,
-        x,
-        weight,
-        threads=threads,
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_of_layers_are_the_same_with_and_without_the_kernel(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = transformer_config(ModelConfig(**TINY_MODEL), ParallelConfig(), ComputeConfig())
-    norm = RMSNorm(config, 32).to(dtype)
-    x = torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
-    by_kernel = norm(x)
-    monkeypatch.setattr(cpu_library, "allowed", False)
-    torch.testing.assert_close(norm(x), by_kernel)
 
 
 @settings(deadline=None, max_examples=60)

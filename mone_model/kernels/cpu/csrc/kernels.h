@@ -69,13 +69,4 @@ void attend_backward(int64_t length, int64_t sequences, int64_t heads, int64_t g
                      Heads<const float> q, Heads<const float> k, Heads<const float> v, const float *context,
                      const float *logsumexp, const float *dcontext, float *dq, float *dk, float *dv, int64_t threads);
 
-// y = x * scale * weight, where scale = 1 / sqrt(mean(x^2) + eps), one of `scales` for each row. The rows
-// of x lie x_stride apart, others side by side.
-void rms_norm(int64_t rows, int64_t width, const float *x, int64_t x_stride, const float *weight, float eps, float *y,
-              float *scales, int64_t threads);
-
-// dx = scale * (dy * weight - x * scale^2 * mean(dy * weight * x)) and dweight = sum over rows of dy * x * scale.
-void rms_norm_backward(int64_t rows, int64_t width, const float *dy, const float *x, int64_t x_stride, const float *weight,
-                       const float *scales, float *dx, float *dweight, int64_t threads);
-
 }  // namespace mone

@@ -295,26 +295,6 @@ std::tuple<Tensor, Tensor, Tensor> attend_backward(const Tensor &dcontext, const
   return {dq, dk, dv};
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor &x, const Tensor &weight, double eps) {
-  check_dims(x, "x", 2);
-  const int64_t rows = x.size(0), width = x.size(1);
-  const float *of_x = input<float>(x, "x", {rows, width}, false), *of_weight = input<float>(weight, "weight", {width});
-  const Tensor y = empty<float>({rows, width}), scales = empty<float>({rows});
-  mone::rms_norm(rows, width, of_x, x.stride(0), of_weight, eps, data<float>(y), data<float>(scales), num_threads());
-  return {y, scales};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor &dy, const Tensor &x, const Tensor &weight, const Tensor &scales) {
-  check_dims(x, "x", 2);
-  const int64_t rows = x.size(0), width = x.size(1);
-  const float *of_dy = input<float>(dy, "dy", {rows, width}), *of_x = input<float>(x, "x", {rows, width}, false);
-  const float *of_weight = input<float>(weight, "weight", {width}), *of_scales = input<float>(scales, "scales", {rows});
-  const Tensor dx = empty<float>({rows, width}), dweight = empty<float>({width});
-  mone::rms_norm_backward(rows, width, of_dy, of_x, x.stride(0), of_weight, of_scales, data<float>(dx), data<float>(dweight),
-                          num_threads());
-  return {dx, dweight};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mone, CPU, m) {
@@ -325,6 +305,4 @@ STABLE_TORCH_LIBRARY_IMPL(mone, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("attend", TORCH_BOX(&attend));
   m.impl("attend_backward", TORCH_BOX(&attend_backward));
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
 }

@@ -27,8 +27,6 @@ constexpr int LANES = 4;
 #endif
 // Bits in a word of a mask; widths of models are multiples of it, and rows of gates are filled up to one.
 constexpr int WORD = 16;
-// Of a layer that does little with each number, so many of them make it worth waking other threads.
-constexpr int64_t WORTH_WAKING = 1 << 14;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef float Unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
