@@ -3,12 +3,28 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/demo
 RUN := runs/demo
+EXPORTED := runs/demo-exported
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/mone-pretrain experiment=demo
 
+define LOAD
+import sys
+sys.modules["mone_model"] = None  # an import of it would fail
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+tokens = model.generate(**tokenizer("The city of", return_tensors="pt"), max_new_tokens=30)
+print(tokenizer.decode(tokens[0], skip_special_tokens=True))
+endef
+export LOAD
+
 .PHONY: install demo data train test gpu lint clean
-demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples
+demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples, export
 	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/mone-sample run=$(RUN)
+	@echo; echo "== The model in transformers, loaded without this project"
+	rm -rf $(EXPORTED)
+	$(BIN)/mone-export run=$(RUN) output=$(EXPORTED)
+	$(BIN)/python -c "$$LOAD" $(EXPORTED)
 	@echo "== Figures: $(RUN)/figures/*.png. Next, try"
 	@echo "  source $(BIN)/activate"
 	@echo "  torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo run.name=plain_moe model.activation_ratio=1     # the plain MoE twin"
@@ -58,4 +74,4 @@ docs: .venv/installed  ## the documentation and the API reference as a site in b
 	touch $@
 
 clean:  ## remove the demo's data and runs
-	rm -rf $(DATA) $(RUN)
+	rm -rf $(DATA) $(RUN) $(EXPORTED)
