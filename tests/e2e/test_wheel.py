@@ -129,6 +129,7 @@ OPTIONS = {
     "mone-status": "--json",
     "mone-report": "--output",
     "mone-sample": "max_new_tokens",
+    "mone-export": "max_shard_size",
     "mone-calibrate": "per=layer",
     "mone-train-tokenizer": "vocab_size",
     "mone-tokenizer": "vocab_size",
@@ -196,7 +197,8 @@ def test_a_plain_install_resolves_to_the_series_that_were_run(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     found = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report.read_text())["install"]}
     tested = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    assert found["megatron-core"] == tested["megatron-core"]
+    series = "0.16" if sys.version_info < (3, 12) else "0.19"  # both were run; 0.19 needs Python 3.12
+    assert found["megatron-core"].startswith(f"{series}.")
     assert {name: Version(version).major for name, version in found.items()} == {
         name: Version(tested[name]).major for name in found
     }
