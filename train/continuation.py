@@ -8,7 +8,7 @@ If the options match no checkpoint, the run ends with an error. If they match so
 damaged ones are.
 """
 
-import sys
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from train.config_sections import OptimizerConfig
 from train.launcher import rank_and_world_size
 from train.sample_order import plan_order
 
+logger = logging.getLogger(__name__)
+
 JUMP = 1.01
 """Warn if the learning rate is more than this many times that of the earlier schedule."""
 
@@ -29,7 +31,7 @@ JUMP = 1.01
 def find_checkpoints(config: RunConfig, manifests: list[Manifest]) -> list[Checkpoint]:
     """The checkpoints in the run folder that the run can continue from, oldest first. Does not write to the folder.
 
-    Prints the others on stderr. ValueError if none of them can be used, if the options are those of another run, or if all
+    Logs the others. ValueError if none of them can be used, if the options are those of another run, or if all
     checkpoints of the run have disappeared: a new start would lose its records.
     """
     folder = Path(config.run.dir)
@@ -70,11 +72,13 @@ def _check_nothing_vanished(folder: Path, saves: Path, found: list[Checkpoint], 
         return
     if found:
         if rank_and_world_size()[0] == 0:
-            print(
-                f"warning: the run saved step {published}, but the newest checkpoint in {saves} is of step "
-                f"{found[-1].step}; records of later steps are kept beside {METRICS_FILE}",
-                file=sys.stderr,
-                flush=True,
+            logger.warning(
+                "the run saved step %d, but the newest checkpoint in %s is of step %d; records of later steps are kept "
+                "beside %s",
+                published,
+                saves,
+                found[-1].step,
+                METRICS_FILE,
             )
         return
     what = "holds no checkpoint" if saves.is_dir() else "does not exist"
@@ -125,10 +129,10 @@ def check_continues(
 
 
 def report_problems(problems: list[str]) -> None:
-    """Print the checkpoints that are skipped, and why, on rank 0."""
+    """Log the checkpoints that are skipped, and why, on rank 0."""
     if rank_and_world_size()[0] == 0:
         for problem in problems:
-            print(f"skipped {problem}", file=sys.stderr, flush=True)
+            logger.info("skipped %s", problem)
 
 
 def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None) -> str:

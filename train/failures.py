@@ -37,5 +37,5 @@ def describe_ranks(ranks: Iterable[int]) -> str:
 
 
 def print_error(text: str) -> None:
-    """Print an error on stderr and flush."""
+    """Print the error with which the process ends, in the form of `mone_common.console`."""
     print(f"error: {text}", file=sys.stderr, flush=True)

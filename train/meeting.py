@@ -12,6 +12,7 @@ torch.
 import contextlib
 import datetime
 import json
+import logging
 import os
 import platform
 import sys
@@ -29,6 +30,8 @@ from train.failures import Failure, describe_failures, describe_ranks, print_err
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
 
 MEETING_SECONDS = 600.0
 """Longest time for which rank 0 waits for the other ranks."""
@@ -192,7 +195,7 @@ class Meeting:
                 break
             if waited > PATIENCE_SECONDS and not printed:
                 printed = True
-                print(f"waiting for {describe_ranks(missing)} of {self.world_size} processes", file=sys.stderr, flush=True)
+                logger.info("waiting for %s of %d processes", describe_ranks(missing), self.world_size)
             time.sleep(0.01)
         if missing and not failures:
             reason = f"{describe_ranks(missing)} did not connect within {MEETING_SECONDS:.0f} s"

@@ -4,8 +4,8 @@ keep_tokenizer(Path("runs/demo"), manifests[0], begun=False)      # at the start
 tokenizer = find_tokenizer(Path("runs/demo"), config)             # the folder may have been moved
 """
 
+import logging
 import shutil
-import sys
 from pathlib import Path
 
 from data_prep.errors import DataError
@@ -14,6 +14,8 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer
 from mone_common.console import UserError
 from mone_common.files import writing_folder
 from train.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 
 def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
@@ -35,7 +37,7 @@ def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
         raise DataError(f"run.dir={folder}: {kept} is not a folder; remove it, since the run copies its tokenizer there")
     if not source.is_dir():
         if not kept.is_dir():
-            print(f"warning: {source} is missing, so mone-sample will have no tokenizer", file=sys.stderr, flush=True)
+            logger.warning("%s is missing, so mone-sample will have no tokenizer", source)
         return
     tokenizer = load_tokenizer(source)
     for name, here, there in (

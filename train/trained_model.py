@@ -13,7 +13,7 @@ Importing this module imports neither torch nor Megatron-Core.
 """
 
 import io
-import sys
+import logging
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
 
     from train.runtime import Runtime
+
+logger = logging.getLogger(__name__)
 
 
 def load_run_config(folder: Path) -> RunConfig:
@@ -72,8 +74,8 @@ def one_process(config: RunConfig) -> AbstractContextManager["Runtime"]:
 def load_model(config: RunConfig, *, step: int | None = None, trust: bool = False) -> "GPTModel":
     """The whole model with the weights of a checkpoint, in evaluation mode; call it within `one_process`.
 
-    config: from `load_run_config`. step: of the checkpoint; None: the newest that can be loaded; those skipped are printed
-    on stderr. trust: also load checkpoints that contain pickled code, which loading executes.
+    config: from `load_run_config`. step: of the checkpoint; None: the newest that can be loaded; those skipped are
+    logged. trust: also load checkpoints that contain pickled code, which loading executes.
 
     Raises UserError if there is no such checkpoint, or it cannot be loaded.
     """
@@ -94,6 +96,6 @@ def load_model(config: RunConfig, *, step: int | None = None, trust: bool = Fals
     if checkpoint is None:
         raise UserError("; ".join(problems))
     for problem in problems:
-        print(f"skipped {problem}", file=sys.stderr, flush=True)
+        logger.info("skipped %s", problem)
     model.load_state_dict(loaded["model0"])
     return model.eval()

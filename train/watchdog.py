@@ -97,6 +97,7 @@ class Watchdog:
         verdict = found[0] if found else f"rank {self.rank} waits, and the job's store does not respond"
         if verdict is not None:
             text = f"no progress for {self.timeout:.0f} s (run.timeout_minutes): {verdict}"
+            # Not logged: the main thread may hang with the lock of the log handler.
             print(f"error: {text}", file=sys.stderr, flush=True)
             self._within_time(lambda: self.note(text.partition("\n")[0]))
         self._within_time(self._print_stacks)

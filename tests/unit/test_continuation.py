@@ -19,7 +19,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from omegaconf import OmegaConf
 
 from mone_common.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
-from mone_common.console import ReportedError
+from mone_common.console import ReportedError, showing_log
 from mone_model.config import ComputeConfig, ModelConfig
 from tests.tiny import TINY_MODEL, make_shards
 from train import training_run
@@ -84,6 +84,12 @@ def config_of(folder: Path, shards: Path, **sections: Any) -> RunConfig:
     engine = sections.pop("engine", "megatron")
     made = {name: kind(**options[name] | sections.get(name, {})) for name, kind in kinds.items()}
     return RunConfig(engine=engine, resume=sections.get("resume", "auto"), **made)
+
+
+@pytest.fixture(autouse=True)
+def _log_on_stderr() -> Iterator[None]:
+    with showing_log():
+        yield
 
 
 @pytest.fixture

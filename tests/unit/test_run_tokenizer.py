@@ -12,7 +12,7 @@ from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from data_prep.shards import Manifest, load_manifest
 from data_prep.tokenizer_training import TrainTokenizerConfig, train_tokenizer
-from mone_common.console import UserError
+from mone_common.console import UserError, showing_log
 from mone_common.files import sha256_of
 from mone_common.run_folder import DamagedFile
 from mone_common.run_records import read_thresholds
@@ -95,8 +95,10 @@ def test_a_tokenizer_that_does_not_match_the_manifest_is_refused(data: Manifest,
 
 def test_data_without_a_tokenizer_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = load_manifest(make_shards(tmp_path / "data"))
-    keep_tokenizer(tmp_path / "run", manifest, begun=False)
-    assert "data/tokenizer is missing, so mone-sample will have no tokenizer" in capsys.readouterr().err
+    with showing_log():
+        keep_tokenizer(tmp_path / "run", manifest, begun=False)
+    warning = f"warning: {manifest.tokenizer_path} is missing, so mone-sample will have no tokenizer\n"
+    assert capsys.readouterr().err == warning
 
 
 @pytest.mark.parametrize("text", [b"", b"a: [", b"\xff\xfe\x00", b"model: {num_layers: two}", b"foo: 1", None])
