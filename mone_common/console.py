@@ -113,7 +113,7 @@ class _ToStderr(logging.Handler):
 def showing_log() -> Iterator[None]:
     """Show what our packages log, from INFO on, on stderr.
 
-    A program of somebody else's that imports them decides by itself: each module logs under its own name, such as
+    A program that imports the packages can configure logging itself: each module logs under its own name, such as
     `data_prep.progress`.
     """
     loggers = [logging.getLogger(package) for package in PACKAGES]

@@ -107,7 +107,7 @@ class Memory:
     activations: int
     """Kept between forward and backward."""
     working: int
-    """The larger of what comes and goes beside them: the gradient of the logits, or one recomputed layer."""
+    """The larger of the two temporary parts: the gradient of the logits, or one recomputed layer."""
 
     @property
     def total(self) -> int:
@@ -255,7 +255,7 @@ class Traffic:
     ranks: int
     """Ranks of one of its groups."""
     span: int
-    """Consecutive ranks within which such a group lies."""
+    """Consecutive ranks that contain such a group."""
     bytes: int
     """That a rank sends in one optimizer step."""
 
@@ -292,7 +292,7 @@ def count_communication(
         routed = layers * 2 * passes * residual // tensor * (expert - 1)
     shared = 1 if model.shared_expert_ffn_hidden_size else 0
     # Sequence parallelism: gather and scatter around attention and the shared expert, and again in the backward pass,
-    # which also gathers the inputs of the projections anew.
+    # which also gathers the inputs of the projections again.
     around = layers * (1 + shared) * (5 + (2 if compute.recompute == "full" else 0))
     groups = _groups(model) * model.head_size
     sent = {

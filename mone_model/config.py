@@ -199,7 +199,7 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding."""
         if self.vocab_size is None:
-            raise ValueError("model.vocab_size=null: give it, or a data source whose manifest knows it")
+            raise ValueError("model.vocab_size=null: set it, or give data whose manifest has the vocabulary size")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
 

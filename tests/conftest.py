@@ -50,7 +50,7 @@ def one_process() -> Iterator[None]:
 
     with distributed(ParallelConfig(), seed=1, timeout_minutes=1):
         torch.set_num_threads(1)  # the models are tiny
-        # The pipeline schedules want this shape; a bare backward before the first of them would choose another.
+        # The shape that the pipeline schedules expect. A backward pass before the first of them would set another.
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
         yield
 

@@ -283,7 +283,7 @@ def _appears(path: Path) -> bool:
     until = time.monotonic() + SHARED_SECONDS
     while True:
         with contextlib.suppress(OSError):
-            # Opening the folders makes a network file system ask its server rather than its cache.
+            # After the folders were opened, a network file system reads from its server rather than its cache.
             os.close(os.open(path.parent.parent, os.O_RDONLY))
             os.close(os.open(path.parent, os.O_RDONLY))
         if path.exists():

@@ -28,7 +28,7 @@ class Task:
 
 
 def run(task: Task, timeout: float) -> Iterator[Record]:
-    """Yield the task's records; where it raises, dies or is silent for `timeout` seconds, a last one with `error`."""
+    """Yield the task's records. If it raises, exits or sends nothing for `timeout` seconds, the last one has `error`."""
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe(duplex=False)
     process = spawn.Process(target=_work, args=(task, there), daemon=True)

@@ -1,4 +1,4 @@
-"""What was found: one JSON, written anew after each part, and tables on the console.
+"""The results: one JSON file, rewritten after each part, and tables on the console.
 
 report = Report(Path("report/gpu.json"), machine)
 report.add({"kind": "check", "group": "silu bf16", "name": "silu bf16 H=37 K=5", "passed": True, "worst": 0.3})
@@ -29,7 +29,7 @@ class Report:
         }  # fmt: skip
 
     def add(self, record: Record) -> None:
-        """Keep a record; tell at once what failed or was skipped."""
+        """Keep a record, and print it now if it failed or was skipped."""
         lists = {"check": "checks", "measurement": "measurements", "skipped": "skipped"}
         with self.lock:
             self.content[lists[record["kind"]]].append({name: value for name, value in record.items() if name != "kind"})
@@ -139,7 +139,7 @@ def _as_number(share: float | str) -> float:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions, and what nvidia-smi says of the GPU; None where it is not known."""
+    """Versions, and the output of nvidia-smi for the GPU; None where a value is not available."""
     import torch
 
     fields = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,memory.total"

@@ -138,7 +138,7 @@ class MoneSparseMoeBlock(nn.Module):
         self.gate = MoneTopKRouter(config)
         self.shared_expert = None
         if config.shared_expert_intermediate_size:
-            # Without a selection it is the plain class, whose projections engines know how to fuse.
+            # Without a selection it is the plain class, whose projections inference engines can fuse.
             plain = config.shared_expert_neuron_ratio == 1
             self.shared_expert = (
                 Qwen3MoeMLP(config, intermediate_size=config.shared_expert_intermediate_size)

@@ -297,7 +297,7 @@ def apply() -> None:
             setattr(_view(path), name, replacement)
         else:
             setattr(owner, name, replacement)
-            if getattr(original, "__module__", None) == path:  # else its other users want the original
+            if getattr(original, "__module__", None) == path:  # else its other users need the original
                 substitutes[id(original)] = replacement
                 originals.append(original)  # which keeps its id from being used again
     substitutes |= {id(pkgutil.resolve_name(name)): view for name, view in _views.items()}

@@ -120,7 +120,7 @@ class NeuronExperts(MegatronModule):
         )
 
     def _attach_balance_loss(self, output: ExpertOutput, tokens_E: torch.Tensor) -> torch.Tensor:
-        """The outputs, whose backward pass adds the gradient of the loss. It sees dropped neurons too."""
+        """The outputs, whose backward pass adds the gradient of the loss. Dropped neurons count too."""
         assert output.active_NH is not None
         assert output.mask_NH is not None
         assert output.load_EH is not None

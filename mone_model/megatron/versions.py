@@ -1,4 +1,4 @@
-"""The only place that knows where Megatron-Core 0.16 and 0.19 differ, and what they lack without Transformer Engine."""
+"""All differences between Megatron-Core 0.16 and 0.19, and what both lack without Transformer Engine."""
 
 import functools
 import importlib.metadata

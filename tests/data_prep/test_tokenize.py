@@ -214,7 +214,7 @@ def test_a_run_stopped_at_any_rename_continues_to_the_same_bytes(options: Option
 
 @pytest.mark.usefixtures("inline_pool")
 def test_files_of_an_unrecorded_group_are_removed(options: Options, tmp_path: Path) -> None:
-    stop_before_rename(options(), 7)  # both shards have their final names, but the journal knows none
+    stop_before_rename(options(), 7)  # both shards have their final names, but the journal has none
     assert (tmp_path / "shards" / "validation-00000.idx").exists()
     other = {"validation_fraction": 0.0}
     tokenize(options(**other))

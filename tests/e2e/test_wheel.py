@@ -93,8 +93,8 @@ def hostile(site: Path) -> Path:
 def test_a_sweep_trains_in_a_folder_with_files_of_our_packages_names(site: Path, hostile: Path) -> None:
     options = ["--multirun", "run.seed=1,2", "data.blend=[{path: shards}]", "model.hidden_size=48", "model.seq_length=32"]
     options += ["training.steps=20", "run.stop_at_step=1", "training.global_batch_size=4", "logging.wandb_mode=disabled"]
-    told = run(site, str(site / "bin/mone-pretrain"), *options, "hydra.launcher.jobs=2", folder=hostile)
-    assert "sweep: 2 stopped" in told
+    output = run(site, str(site / "bin/mone-pretrain"), *options, "hydra.launcher.jobs=2", folder=hostile)
+    assert "sweep: 2 stopped" in output
     assert "2 steps of warm-up" in (hostile / "runs/mone/seed=1/log.txt").read_text()
 
 

@@ -138,7 +138,7 @@ class Job:
         while not what():
             if self.ended():
                 return bool(what())
-            assert time.monotonic() - began < seconds, f"waited in vain\n{self.output()}"
+            assert time.monotonic() - began < seconds, f"timed out\n{self.output()}"
             time.sleep(0.01)
         return True
 

@@ -247,7 +247,7 @@ def test_a_full_disk_loses_checkpoints_but_no_records(folder: Path, disk: Path) 
 def test_a_disk_that_fills_during_a_save_loses_only_that_checkpoint(folder: Path, disk: Path, async_save: str) -> None:
     # Half of a checkpoint fits at step 4, and half of the last one at step 8.
     faults = [
-        fault("believe_in_space"),
+        fault("overstate_free_space"),
         fault("fill_disk", path=str(disk), step=3, until=5, leave=400_000),
         fault("fill_disk", path=str(disk), step=8, until=9, leave=400_000),
     ]

@@ -116,7 +116,7 @@ def fill_disk(path: str, step: int, until: int, leave: int) -> None:
     on_rank(0, until, lambda: filler.unlink())
 
 
-def believe_in_space() -> None:
+def overstate_free_space() -> None:
     """Report free space in all checks, as if the disk filled up afterwards."""
     usage = shutil.disk_usage("/")
     shutil.disk_usage = lambda path: usage._replace(free=2**50)

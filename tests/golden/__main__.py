@@ -1,4 +1,4 @@
-"""Record the losses anew, after a change to the mathematics that is meant to change them.
+"""Record the losses again, after a change to the mathematics that is intended to change them.
 
 python -m tests.golden        # prints what differs from the record, then rewrites losses.json
 """

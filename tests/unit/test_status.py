@@ -76,7 +76,7 @@ DAMAGE = {
 }
 
 
-def told(call_main: Call, folder: Path) -> tuple[dict[str, Any], str]:
+def status_of(call_main: Call, folder: Path) -> tuple[dict[str, Any], str]:
     """The status of the run `damaged` beside a valid run, as JSON and as text."""
     code, out, error = call_main(main, "--json", str(folder))
     rows = {Path(row["run"]).name: row for row in map(json.loads, out.splitlines())}
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_reported_and_the_rest_is_shown(
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     damage(path)
-    row, error = told(call_main, tmp_path)
+    row, error = status_of(call_main, tmp_path)
     (problem,) = row["problems"]
     assert problem.startswith(f"{path}: ")
     assert error.splitlines() == [problem]
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_reported_and_the_rest_is_shown(
 def test_a_status_of_other_types_is_damaged(tmp_path: Path, call_main: Call, status: str) -> None:
     made(tmp_path / "good", "complete")
     (made(tmp_path / "damaged", "complete") / "status.json").write_text(status)
-    row, error = told(call_main, tmp_path)
+    row, error = status_of(call_main, tmp_path)
     assert (row["state"], row["step"]) == ("damaged", 10)
     assert "damaged/status.json: " in error
 
@@ -128,7 +128,7 @@ def test_a_damaged_record_does_not_affect_others(tmp_path: Path, call_main: Call
     lines += [b'{"step": 8, "train/loss": NaN, "validation/loss": "x", "time": [], "speed/tokens_per_second": true}\n']
     lines += [b'{"step": 9, "validation/loss": 4.25}\n', b'{"step": 10, "tra']
     (made(tmp_path / "damaged", "complete") / "metrics.jsonl").write_bytes(b"".join(lines))
-    row, error = told(call_main, tmp_path)
+    row, error = status_of(call_main, tmp_path)
     assert (row["step"], row["loss"], row["validation"], row["tokens/s"]) == (9, None, 4.25, None)
     assert error == f"{tmp_path}/damaged/metrics.jsonl: 5 lines are damaged and skipped, first line 2\n"
     assert [record["step"] for record in read_metrics(tmp_path / "damaged")] == [5, 8, 9]
@@ -141,13 +141,13 @@ def test_foreign_folders_are_not_checkpoints(tmp_path: Path, call_main: Call) ->
         (run / "checkpoints" / name).mkdir()
     (run / "checkpoints/step-00000008").symlink_to("step-00000008")
     (run / "checkpoints/step-00000009").touch()
-    assert told(call_main, tmp_path)[0]["checkpoint"] == 5
+    assert status_of(call_main, tmp_path)[0]["checkpoint"] == 5
     (run / "checkpoints").rename(tmp_path / "elsewhere")
     (run / "checkpoints").symlink_to(tmp_path / "elsewhere")
-    assert told(call_main, tmp_path)[0]["checkpoint"] == 5
+    assert status_of(call_main, tmp_path)[0]["checkpoint"] == 5
     (run / "checkpoints").unlink()
     (run / "checkpoints").symlink_to("checkpoints")
-    row, error = told(call_main, tmp_path)
+    row, error = status_of(call_main, tmp_path)
     assert row["checkpoint"] is None
     assert "damaged/checkpoints: cannot be read" in error
 
@@ -155,7 +155,7 @@ def test_foreign_folders_are_not_checkpoints(tmp_path: Path, call_main: Call) ->
 def test_a_run_without_configuration_is_reported(tmp_path: Path, call_main: Call) -> None:
     made(tmp_path / "good", "complete")
     (made(tmp_path / "damaged", "stopped") / "config.yaml").unlink()
-    row, error = told(call_main, tmp_path)
+    row, error = status_of(call_main, tmp_path)
     assert (row["state"], row["step"], row["of"]) == ("stopped", 10, None)
     assert error == f"{tmp_path}/damaged: no config.yaml\n"
 
@@ -188,7 +188,7 @@ def test_an_unreadable_folder_is_reported(tmp_path: Path, call_main: Call, monke
 
     monkeypatch.setattr(os, "listdir", refuse(os.listdir))
     monkeypatch.setattr(os, "scandir", refuse(os.scandir))
-    row, error = told(call_main, tmp_path)
+    row, error = status_of(call_main, tmp_path)
     assert row["problems"] == [f"{tmp_path}/damaged: cannot be read (Permission denied)"]
 
 

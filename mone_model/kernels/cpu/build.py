@@ -1,9 +1,9 @@
-"""Compiles the CPU kernels, in a process of its own that no compiler and no file outlives.
+"""Compiles the CPU kernels in a separate process, which stops its compilers and removes its files if it is abandoned.
 
     python -P cpu_build.py FOLDER SOURCES FLAG...   # writes FOLDER/mone_cpu.so; its standard input stays open until then
 
-Whoever starts it may be killed at any moment. Then its standard input ends, and it stops the compilers, removes the folder
-and ends too. It must lead a process group of its own. It imports nothing of this package.
+The process that starts it may be killed. Then the standard input of this one ends, and it stops the compilers, removes the
+folder and exits. It must be the leader of a process group. It imports nothing of this package.
 """
 
 import os
@@ -20,8 +20,8 @@ NAME = "mone_cpu"
 def main() -> None:
     """Compile; exit code 1 with the reason as the last line if that fails."""
     folder, sources, *flags = sys.argv[1:]
-    os.environ["TMPDIR"] = folder  # where compilers put what they leave behind when they are killed
-    # A function, which compilers do not inherit, unlike a signal that is ignored.
+    os.environ["TMPDIR"] = folder  # for temporary files, which killed compilers do not remove
+    # Compilers inherit an ignored signal, but not a handler.
     signal.signal(signal.SIGTERM, lambda *_: None)
     abandoned = threading.Event()
     watch = threading.Thread(target=_end_with_input, args=(folder, abandoned), daemon=True)
@@ -38,7 +38,7 @@ def main() -> None:
             is_python_module=False,
             with_cuda=False,
         )
-    except Exception as error:  # whatever a compiler or a linker may have to say
+    except Exception as error:  # any error of the compiler or the linker
         if abandoned.is_set():
             watch.join()
         sys.exit(str(error).strip().splitlines()[0])
@@ -49,7 +49,7 @@ def _end_with_input(folder: str, abandoned: threading.Event) -> None:
     abandoned.set()
     os.killpg(0, signal.SIGTERM)
     for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)  # compilers that still end may be writing there
+        shutil.rmtree(folder, ignore_errors=True)  # compilers that have not ended yet may write there
         if not os.path.exists(folder):
             break
         time.sleep(0.1)

@@ -131,7 +131,7 @@ inline void multiply_panel(int64_t depth, const float *x, int64_t x_row, int64_t
   }
 }
 
-// f(n, together) for so many rows together, which the compiler knows.
+// f(n, together) for `together` rows from row n; a constant.
 template <class F>
 inline void each_tile(int64_t count, F f) {
   int64_t n = 0;

@@ -8,7 +8,7 @@
 
 namespace {
 
-// Which neurons a row keeps stands in a mask: a bit each, in words.
+// A mask has one bit for each neuron of a row, in words: 1 if it is kept.
 
 inline int words_of(int neurons) { return (neurons + WORD - 1) / WORD; }
 
@@ -136,7 +136,7 @@ inline int total(Integers value) {
 #endif
 }
 inline int32_t smallest(Integers value) {
-  value = held(value);  // or the caller's would live in memory, for the sake of its indices
+  value = held(value);  // otherwise the indices would keep the caller's vector in memory
   int32_t result = value[0];
   for (int i = 1; i < LANES; i++) result = std::min(result, value[i]);
   return result;

@@ -1,5 +1,5 @@
-// Vectors as long as the machine's registers, by the extensions of GCC and Clang, so that the compiler knows the machine and
-// this code hardly does; and the activation functions on them.
+// Vectors of the length of the machine's registers, and the activation functions on them. They use the vector extensions of
+// GCC and Clang, so that little of this code depends on the machine.
 #pragma once
 
 #include <algorithm>
@@ -222,7 +222,7 @@ inline void store_first(T *to, Vector value, int64_t count) {
   std::memcpy(to, filled, count * sizeof(T));
 }
 
-// f(j, count) for each vector of a row; only the last may have fewer lanes, and the compiler knows.
+// f(j, count) for each vector of a row; only the last may have fewer lanes. In all others, count is a constant.
 template <class F>
 inline void each_vector(int64_t size, F f) {
   int64_t j = 0;
