@@ -79,7 +79,7 @@ def choices(options: BenchmarkConfig) -> list[list[int]]:
 @torch.no_grad()
 def build_ours(options: BenchmarkConfig, share: float, by_threshold: bool) -> Run:
     """Our experts; by_threshold: with a threshold that keeps this share of neurons on average."""
-    layers, kept = weights_of(options), round(share * options.neurons)
+    layers, k = weights_of(options), round(share * options.neurons)
     chosen = [torch.bincount(torch.tensor(experts), minlength=options.experts) for experts in choices(options)]
     tokens_E = itertools.cycle(chosen)
     x_ND = torch.randn(1, options.width).to(DTYPES[options.dtype]).expand(options.topk, -1).contiguous()
@@ -90,7 +90,7 @@ def build_ours(options: BenchmarkConfig, share: float, by_threshold: bool) -> Ru
     @torch.no_grad()
     def run() -> None:
         for gate_up, down in layers:
-            cpu.decode(x_ND, gate_up, down, probs_N, next(tokens_E), kept, "silu", threshold=threshold)
+            cpu.decode(x_ND, gate_up, down, probs_N, next(tokens_E), k, "silu", threshold=threshold)
 
     return run
 

@@ -73,21 +73,21 @@ def inputs_of(options: BenchmarkConfig) -> tuple[Inputs, torch.Tensor]:
     return (x_ND, gate_up, down, probs_N), tokens_E
 
 
-def compute(name: str, inputs: Inputs, tokens_E: torch.Tensor, kept: int) -> torch.Tensor:
-    """The output of a backend that keeps `kept` neurons of each row."""
+def compute(name: str, inputs: Inputs, tokens_E: torch.Tensor, k: int) -> torch.Tensor:
+    """The output of a backend that keeps `k` neurons of each row."""
     x_ND, gate_up, down, probs_N = inputs
     backend = BACKENDS[name]
-    return backend.compute(backend.prepare(gate_up, down), x_ND, tokens_E, probs_N, Request(TopK(kept), "silu")).out_ND
+    return backend.compute(backend.prepare(gate_up, down), x_ND, tokens_E, probs_N, Request(TopK(k), "silu")).out_ND
 
 
 def build(options: BenchmarkConfig, backend: str, share: float) -> Run:
     """Forward and backward of the experts."""
     inputs, tokens_E = inputs_of(options)
     target = torch.randn(options.rows, options.width)
-    kept = round(share * options.neurons)
+    k = round(share * options.neurons)
 
     def run() -> None:
-        torch.autograd.grad(compute(backend, inputs, tokens_E, kept), inputs, target)
+        torch.autograd.grad(compute(backend, inputs, tokens_E, k), inputs, target)
 
     return run
 

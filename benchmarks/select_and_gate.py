@@ -55,17 +55,17 @@ def build(options: BenchmarkConfig, how: str, neurons: int, share: float) -> Run
     keep_freed_memory()
     torch.manual_seed(0)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
-    rows, kept = options.elements // neurons, round(share * neurons)
+    rows, k = options.elements // neurons, round(share * neurons)
     gate, up = (torch.randn(rows, neurons).to(dtype).requires_grad_() for _ in range(2))
     probs = torch.rand(rows).requires_grad_()
     target = torch.randn(rows, neurons).to(dtype)
 
     def run() -> None:
         if how == "ours":
-            torch.autograd.grad(select_and_gate(gate, up, probs, kept).hidden_NH, [gate, up, probs], target)
+            torch.autograd.grad(select_and_gate(gate, up, probs, k).hidden_NH, [gate, up, probs], target)
         elif how == "topk":
             active = F.silu(gate)
-            hidden = active * up * select_neurons(active, kept).mask_NH * probs[:, None].to(dtype)
+            hidden = active * up * select_neurons(active, k).mask_NH * probs[:, None].to(dtype)
             torch.autograd.grad(hidden, [gate, up, probs], target)
         else:
             torch.autograd.grad(F.silu(gate) * up, [gate, up], target)

@@ -344,8 +344,8 @@ def training_flops(model: ModelConfig) -> dict[str, int]:
 
 def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
     """Training FLOPs per token of all experts; skipping: count one of nine products (the gate) for dropped neurons."""
-    kept = model.active_neurons if skipping else model.moe_ffn_hidden_size
-    routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * kept)
+    k = model.active_neurons if skipping else model.moe_ffn_hidden_size
+    routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * k)
     return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)
 
 

@@ -35,10 +35,10 @@ GUARD, GUARD_CELLS = 85, 64
 
 
 class Shape(NamedTuple):
-    """Rows of so many neurons, and how many of them are kept, one check each."""
+    """Rows of `neurons` neurons; one check for each number K of kept neurons in `ks`."""
 
     neurons: int
-    kept: tuple[int, ...]
+    ks: tuple[int, ...]
     halves: bool = False
     """Whether gate and up are the halves of one tensor, and weights have their dtype: else all is contiguous."""
 
@@ -295,7 +295,7 @@ def check_selection(
         from mone_model.kernels.triton import selection as kernels
     for shape in shapes:
         inputs = make_inputs(shape, DTYPES[dtype], repeats, device)
-        for k in shape.kept:
+        for k in shape.ks:
             name = f"{activation} {dtype} H={shape.neurons} K={k}{' halves' if shape.halves else ''}"
             yield recorded(name, functools.partial(compare, kernels, inputs, k, activation))
 

@@ -101,11 +101,11 @@ def check_experts(device: str, dtypes: tuple[str, ...], width: int, neurons: int
     for dtype in dtypes:
         for share, some in ((1.0, rows), (0.25, rows), (0.25, 0)):
             name = f"experts grouped {dtype} ratio {share:g}, {some} rows"
-            kept = round(share * neurons)
-            yield recorded(name, functools.partial(compare_experts, device, DTYPES[dtype], width, neurons, kept, some))
+            k = round(share * neurons)
+            yield recorded(name, functools.partial(compare_experts, device, DTYPES[dtype], width, neurons, k, some))
 
 
-def compare_experts(device: str, dtype: torch.dtype, width: int, neurons: int, kept: int, rows: int) -> Errors:
+def compare_experts(device: str, dtype: torch.dtype, width: int, neurons: int, k: int, rows: int) -> Errors:
     """`grouped` against float64, for the neurons that it keeps. By norms, since they are products of products."""
     generator = torch.Generator().manual_seed(0)
     tokens_E = torch.tensor([0, 1, 2, 3, 5, 8, 13, 18]) * rows // 50  # one expert has none
@@ -120,13 +120,13 @@ def compare_experts(device: str, dtype: torch.dtype, width: int, neurons: int, k
     probs_N = torch.rand(rows, generator=generator).to(device).requires_grad_()
     inputs, tokens_E = [x_ND, gate_up_E2HD, down_EHD, probs_N], tokens_E.to(device)
     weights = BACKENDS["grouped"].prepare(gate_up_E2HD, down_EHD)
-    out_ND = BACKENDS["grouped"].compute(weights, x_ND, tokens_E, probs_N, Request(TopK(kept), "silu")).out_ND
+    out_ND = BACKENDS["grouped"].compute(weights, x_ND, tokens_E, probs_N, Request(TopK(k), "silu")).out_ND
     gradients = torch.autograd.grad(out_ND, inputs, dout_ND)
 
     # By its own GEMM: one that rounds otherwise would choose otherwise.
     with torch.no_grad():
         gate_NH, up_NH = expert_gemm(x_ND, gate_up_E2HD.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
-        mask_NH = unpack(select_and_gate(gate_NH, up_NH, probs_N, kept).masks_NW, neurons)
+        mask_NH = unpack(select_and_gate(gate_NH, up_NH, probs_N, k).masks_NW, neurons)
     doubles = [tensor.detach().double().requires_grad_() for tensor in inputs]
     x_ND, gate_up_E2HD, down_EHD, probs_N = doubles
     parts = []

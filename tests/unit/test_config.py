@@ -306,9 +306,9 @@ def test_a_described_config_loads_again() -> None:
     assert describe(again) == describe(config)
 
 
-@pytest.mark.parametrize(("ratio", "neurons", "kept"), [(1, 512, 512), (0.25, 512, 128), (0.5, 5, 3), (0.001, 8, 1)])
-def test_top_k_rounds_halves_up(ratio: float, neurons: int, kept: int) -> None:
-    assert top_k(ratio, neurons) == kept
+@pytest.mark.parametrize(("ratio", "neurons", "k"), [(1, 512, 512), (0.25, 512, 128), (0.5, 5, 3), (0.001, 8, 1)])
+def test_top_k_rounds_halves_up(ratio: float, neurons: int, k: int) -> None:
+    assert top_k(ratio, neurons) == k
 
 
 @pytest.mark.parametrize(

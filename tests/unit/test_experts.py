@@ -26,14 +26,14 @@ TOKENS = torch.tensor([5, 0, 9, 2])
 WIDTH, NEURONS = 16, 24
 
 
-def make_experts(*, kept: int, activation: str = "silu", backend: str = "grouped", balance: float = 0.0) -> NeuronExperts:
+def make_experts(*, k: int, activation: str = "silu", backend: str = "grouped", balance: float = 0.0) -> NeuronExperts:
     model = ModelConfig(
         hidden_size=WIDTH, moe_ffn_hidden_size=NEURONS, num_experts=len(TOKENS), activation=activation, vocab_size=8
     )
     config = transformer_config(model, ParallelConfig(), ComputeConfig())
     groups: ProcessGroupCollection = get_default_pg_collection()
     experts = NeuronExperts(
-        len(TOKENS), config, groups, active_neurons=kept, activation=activation, backend=backend, balance_coeff=balance
+        len(TOKENS), config, groups, active_neurons=k, activation=activation, backend=backend, balance_coeff=balance
     )
     generator = torch.Generator().manual_seed(3)
     for weight in experts.parameters():
@@ -61,7 +61,7 @@ def assert_relative(actual: torch.Tensor, expected: torch.Tensor, relative: floa
     assert (actual - expected).norm() <= relative * expected.norm()
 
 
-def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
+def per_token(experts: NeuronExperts, k: int) -> list[torch.Tensor]:
     """The definition: a loop over tokens and neurons in float64."""
     gate_up = experts.gate_up_weight.detach().double().requires_grad_()
     down = experts.down_weight.detach().double().requires_grad_()
@@ -70,7 +70,7 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
     outs = []
     for x, prob, e in zip(x_ND, probs_N, expert_of, strict=True):
         gates = [experts.config.activation_func(gate_up[e, 0, j] @ x) for j in range(NEURONS)]
-        best = sorted(range(NEURONS), key=lambda j: (-float(gates[j].detach().abs()), j))[:kept]
+        best = sorted(range(NEURONS), key=lambda j: (-float(gates[j].detach().abs()), j))[:k]
         outs.append(prob * sum((gates[j] * (gate_up[e, 1, j] @ x) * down[e, j] for j in best), torch.zeros(WIDTH)))
     out_ND = torch.stack(outs)
     target = torch.randn(out_ND.shape, generator=torch.Generator().manual_seed(6)).double()
@@ -81,7 +81,7 @@ def per_token(experts: NeuronExperts, kept: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", EXPERT_BACKENDS)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, backend: str) -> None:
-    experts = make_experts(kept=NEURONS // 4, activation=activation, backend=backend)
+    experts = make_experts(k=NEURONS // 4, activation=activation, backend=backend)
     ours = outputs_and_gradients(experts, list(experts.parameters()))
     for actual, expected in zip(ours, per_token(experts, NEURONS // 4), strict=True):
         assert_relative(actual, expected, 1e-6)
@@ -89,11 +89,11 @@ def test_a_quarter_of_the_neurons_equals_a_loop_over_tokens(activation: str, bac
 
 @pytest.mark.parametrize("backend", [name for name in EXPERT_BACKENDS if name != "loop"])
 @pytest.mark.parametrize("balance", [0.0, 0.1])
-@pytest.mark.parametrize("kept", [NEURONS, NEURONS // 4, 1])
-def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, backend: str) -> None:
+@pytest.mark.parametrize("k", [NEURONS, NEURONS // 4, 1])
+def test_every_backend_equals_the_loop_over_experts(k: int, balance: float, backend: str) -> None:
     results, counted = [], []
     for each in (backend, "loop"):
-        experts = make_experts(kept=kept, backend=each, balance=balance)
+        experts = make_experts(k=k, backend=each, balance=balance)
         experts.counting_neurons = True
         results.append(outputs_and_gradients(experts, list(experts.parameters())))
         counters = experts.counters
@@ -106,7 +106,7 @@ def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, b
 
 
 @pytest.mark.parametrize(
-    ("tokens", "width", "neurons", "kept"),
+    ("tokens", "width", "neurons", "k"),
     [
         ([383, 0, 1, 384, 700], 16, 8, 3),  # the longest block, blocks that share an expert
         ([3, 200], 144, 72, 18),  # pieces of unequal width, an odd tile
@@ -114,7 +114,7 @@ def test_every_backend_equals_the_loop_over_experts(kept: int, balance: float, b
         ([64, 128], 48, 1000, 1),
     ],
 )
-def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, neurons: int, kept: int) -> None:
+def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, neurons: int, k: int) -> None:
     generator = torch.Generator().manual_seed(sum(tokens))
 
     def random(*shape: int) -> torch.Tensor:
@@ -125,9 +125,9 @@ def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, ne
     x_ND, gate_up, down = random(rows, width), random(experts, 2, neurons, width), random(experts, neurons, width)
     probs_N = torch.rand(rows, generator=generator).requires_grad_()
     leaves = [x_ND, gate_up, down, probs_N]
-    out = cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, kept, "silu", counting=False).out_ND
+    out = cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, k, "silu", counting=False).out_ND
     gate_NH, up_NH = expert_gemm_loop(x_ND, gate_up.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
-    hidden_NH = select_and_gate_reference(gate_NH, up_NH, probs_N, kept).hidden_NH
+    hidden_NH = select_and_gate_reference(gate_NH, up_NH, probs_N, k).hidden_NH
     expected = expert_gemm_loop(hidden_NH, down, tokens_E)
     target = random(rows, width).detach()
     gradients = zip(torch.autograd.grad(out, leaves, target), torch.autograd.grad(expected, leaves, target), strict=True)
@@ -139,8 +139,8 @@ def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, ne
 @pytest.mark.parametrize("balance", [0.0, 0.3])
 @pytest.mark.parametrize("backend", ["loop", "sparse"])
 def test_gradients_accumulate_over_micro_batches_and_are_reset(backend: str, balance: float, frozen: str | None) -> None:
-    experts = make_experts(kept=6, backend=backend, balance=balance)
-    twin = make_experts(kept=6, balance=balance)
+    experts = make_experts(k=6, backend=backend, balance=balance)
+    twin = make_experts(k=6, balance=balance)
     names, of_twin = zip(*twin.named_parameters(), strict=True)
     gradients = dict(zip(names, outputs_and_gradients(twin, of_twin)[3:], strict=True))
     if frozen:
@@ -159,7 +159,7 @@ def test_gradients_accumulate_over_micro_batches_and_are_reset(backend: str, bal
 
 
 def test_experts_do_not_train_by_thresholds() -> None:
-    experts = make_experts(kept=6, backend="sparse")
+    experts = make_experts(k=6, backend="sparse")
     experts.rule = AtLeast(0.1)
     with pytest.raises(AssertionError, match="inference"):
         experts(rows()[0], TOKENS, rows()[1])
@@ -173,7 +173,7 @@ def test_skipping_is_a_proper_operator_of_torch() -> None:
 
 
 def test_ratio_one_equals_megatron_cores_own_experts() -> None:
-    experts = make_experts(kept=NEURONS)
+    experts = make_experts(k=NEURONS)
     spec = get_gpt_layer_local_spec(num_experts=len(TOKENS))
     submodules = versions.submodules_of(versions.submodules_of(spec.submodules.mlp).experts)
     theirs = SequentialMLP(len(TOKENS), experts.config, submodules, get_default_pg_collection())
@@ -193,7 +193,7 @@ def test_ratio_one_equals_megatron_cores_own_experts() -> None:
 
 
 def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
-    experts = make_experts(kept=NEURONS)
+    experts = make_experts(k=NEURONS)
 
     class Plain(torch.nn.Module):
         def forward(self, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -213,7 +213,7 @@ def test_ratio_one_selects_nothing_and_changes_no_bit() -> None:
 
 @pytest.mark.parametrize("backend", EXPERT_BACKENDS)
 def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(backend: str) -> None:
-    experts = make_experts(kept=6, balance=0.1, backend=backend)
+    experts = make_experts(k=6, balance=0.1, backend=backend)
     experts.counting_neurons = True
     x_ND = torch.empty(0, WIDTH, requires_grad=True)
     out_ND, _ = experts(x_ND, torch.zeros(len(TOKENS), dtype=torch.long), torch.empty(0))
