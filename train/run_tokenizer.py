@@ -1,7 +1,6 @@
 """The copy of the tokenizer in a run folder, which makes the folder independent of its data.
 
 keep_tokenizer(Path("runs/demo"), manifests[0], begun=False)      # at the start of training
-tokenizer = find_tokenizer(Path("runs/demo"), config)             # the folder may have been moved
 """
 
 import logging
@@ -9,11 +8,9 @@ import shutil
 from pathlib import Path
 
 from data_prep.errors import DataError
-from data_prep.shards import TOKENIZER_NAME, Manifest, load_manifest
-from data_prep.tokenizer import Tokenizer, load_tokenizer
-from mone_common.console import UserError
+from data_prep.shards import TOKENIZER_NAME, Manifest
+from data_prep.tokenizer import load_tokenizer
 from mone_common.files import writing_folder
-from train.config import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -52,20 +49,6 @@ def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
     shutil.rmtree(kept, ignore_errors=True)
     with writing_folder(kept) as unfinished:
         tokenizer.copy_to(unfinished)
-
-
-def find_tokenizer(folder: Path, config: RunConfig) -> Tokenizer:
-    """The tokenizer in a run folder, or else that of its data; UserError if both are missing."""
-    kept = folder / TOKENIZER_NAME
-    if kept.is_dir():
-        return load_tokenizer(kept)
-    try:
-        return load_tokenizer(load_manifest(config.data.blend[0].path).tokenizer_path)
-    except DataError as error:
-        raise UserError(
-            f"run={folder}: neither {kept} nor a tokenizer of the run's data exists ({error}). "
-            f"Copy the tokenizer of that data to {kept}"
-        ) from error
 
 
 def _same_files(kept: Path, source: Path) -> bool:

@@ -106,6 +106,13 @@ def test_thresholds_and_exported_folders(run: Path, tmp_path: Path, call_main: C
         assert call_main(sample.main, f"run={tmp_path / name}", *options)[1] == expected
 
 
+def test_a_run_without_tokenizer_names_the_way_out(run: Path, call_main: Call) -> None:
+    shutil.rmtree(run / "tokenizer")
+    code, _, errors = call_main(sample.main, f"run={run}")
+    assert code == 2
+    assert f"has no tokenizer; copy the tokenizer of its data to {run}/tokenizer" in errors
+
+
 BAD = {
     "top_p=0": "top_p=0.0: must be above 0 and at most 1",
     "repetition_penalty=-1": "repetition_penalty=-1.0: must be positive",

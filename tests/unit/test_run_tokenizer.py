@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from data_prep.shards import Manifest, load_manifest
+from data_prep.tokenizer import load_tokenizer
 from data_prep.tokenizer_training import TrainTokenizerConfig, train_tokenizer
 from mone_common.console import UserError, showing_log
 from mone_common.files import sha256_of
@@ -20,7 +21,7 @@ from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
 from train.config import RunConfig
 from train.config_sections import ExecutionConfig, SourceConfig
-from train.run_tokenizer import find_tokenizer, keep_tokenizer
+from train.run_tokenizer import keep_tokenizer
 from train.trained_model import load_run_config
 
 
@@ -56,7 +57,7 @@ def test_a_moved_run_has_its_tokenizer(data: Manifest, tmp_path: Path) -> None:
     shutil.rmtree(data.folder)
     config = load_run_config(moved)
     assert (config.run.dir, config.data.index_cache) == (str(moved), str(moved / "index_cache"))
-    assert find_tokenizer(moved, config).sha256 == data.tokenizer_sha256
+    assert load_tokenizer(moved / "tokenizer").sha256 == data.tokenizer_sha256
     assert not list(moved.glob(".unfinished*"))
     with pytest.raises(UserError, match=r"data: no such folder of token shards.*on other shards.* data=\[FOLDER\]"):
         find_manifests(config, CalibrateConfig(run=str(moved)))
@@ -67,14 +68,6 @@ def test_a_moved_run_has_its_tokenizer(data: Manifest, tmp_path: Path) -> None:
     assert find_manifests(config, CalibrateConfig(run=str(moved), data=[str(again.folder)])) == [again]
 
 
-def test_a_run_of_an_earlier_version_uses_the_tokenizer_of_its_data(data: Manifest, tmp_path: Path) -> None:
-    config = run_on(data, tmp_path / "run")
-    assert find_tokenizer(tmp_path / "run", config).sha256 == data.tokenizer_sha256
-    shutil.rmtree(data.folder)
-    with pytest.raises(UserError, match=r"neither .*run/tokenizer nor a tokenizer of the run's data exists \(.*data"):
-        find_tokenizer(tmp_path / "run", config)
-
-
 def test_a_resume_requires_the_same_tokenizer(data: Manifest, tmp_path: Path) -> None:
     other = with_tokenizer(tmp_path / "other", 310)
     keep_tokenizer(tmp_path / "run", data, begun=False)
@@ -82,7 +75,7 @@ def test_a_resume_requires_the_same_tokenizer(data: Manifest, tmp_path: Path) ->
     with pytest.raises(DataError, match="other was tokenized with another tokenizer than .*run/tokenizer"):
         keep_tokenizer(tmp_path / "run", other, begun=True)
     keep_tokenizer(tmp_path / "run", other, begun=False)
-    assert find_tokenizer(tmp_path / "run", RunConfig()).sha256 == other.tokenizer_sha256
+    assert load_tokenizer(tmp_path / "run/tokenizer").sha256 == other.tokenizer_sha256
 
 
 def test_a_tokenizer_that_does_not_match_the_manifest_is_refused(data: Manifest, tmp_path: Path) -> None:
