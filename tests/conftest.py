@@ -25,7 +25,7 @@ def _cpu_kernels() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_environment() -> Iterator[None]:
-    """Restore environment variables: DeepSpeed sets those of a launcher, which commands in later tests would read."""
+    """Restore environment variables: the DeepSpeed engine sets LOCAL_RANK, which commands in later tests would read."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -37,7 +37,8 @@ class Engine(deepspeed.DeepSpeedEngine):
 def start(module: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
     """DeepSpeed's engine for the model, on the existing process groups; compiles nothing."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, also without a launcher
+    # DeepSpeed requires it, also without a launcher. It must remain set, because ZeRO 3 reads it again in training steps.
+    os.environ.setdefault("LOCAL_RANK", "0")
     if not torch.cuda.is_available():
         # DeepSpeed would compile it at every start; it is not needed.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
