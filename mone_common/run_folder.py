@@ -126,7 +126,7 @@ def _why_not_free(place: Path, sweep: bool) -> str | None:
     if sweep:
         return None
     if place == here / "runs":
-        return "is where all runs lie"
+        return "is the folder that contains all runs"
     inner = _run_below(place)
     return f"holds other runs, such as {inner}" if inner else None
 

@@ -21,7 +21,7 @@ class LossRecord:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def reset(self) -> None:
-        """Forget all losses."""
+        """Remove all losses."""
         self.sums, self.counts = {}, {}
 
 

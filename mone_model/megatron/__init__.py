@@ -18,7 +18,7 @@ def prepare() -> None:
     (`cpu_support`), and torch's matrix products on processors for which torch chooses a slow library (`cpu_gemm`).
     UserError if the version of Megatron-Core is not supported.
     """
-    # Read when torch's allocator is first used: large tensors on the CPU lie in large pages, if the system lets them.
+    # Read when torch's allocator is first used: large tensors on the CPU use large pages, if the system allows it.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     import torch
 

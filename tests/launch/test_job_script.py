@@ -196,7 +196,7 @@ def test_a_secret_of_a_sweep_is_refused(call_main: Call, monkeypatch: pytest.Mon
         (["run.dir='runs/a\ntouch owned'"], "run.dir='runs/a\\ntouch owned'"),
         (["run.name=../../x"], "run.name=../../x: names a folder below runs/"),
         (["run.dir=."], "run.dir=.: is the current or the home folder"),
-        (["run.dir=runs"], "run.dir=runs: is where all runs lie"),
+        (["run.dir=runs"], "run.dir=runs: is the folder that contains all runs"),
     ],
 )
 def test_invalid_names_and_folders_are_refused(slurm: Call, options: list[str], message: str) -> None:
