@@ -1,5 +1,6 @@
 """Jobs on a real Slurm of two nodes that are stopped, preempted, cancelled or killed end like an undisturbed job."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -86,6 +87,17 @@ def outcomes(folder: Path, name: str) -> list[tuple[str, bool]]:
     return [(attempt.outcome, attempt.requeued) for attempt in attempts(folder, name)]
 
 
+def processes_of(job: str, rank: str | None = None) -> list[psutil.Process]:
+    """The processes of a job, or of one rank of it."""
+    wanted = {"SLURM_JOB_ID": job} | ({} if rank is None else {"RANK": rank})
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if wanted.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+
 @pytest.fixture(scope="module")
 def undisturbed(slurm: Slurm, folder: Path) -> str:
     job = submitted(folder, "undisturbed")
@@ -138,30 +150,23 @@ def test_near_its_time_limit_it_continues_in_a_new_start_until_it_is_cancelled(s
     slurm.wait(job, "RUNNING")
     log = log_of(folder, "endless")
     until(lambda: "resumed from runs/endless/checkpoints" in log.read_text(), log)
-    assert "W&B stopped" not in log.read_text(), "it stays until the run that saves has told it the last records"
+    assert "W&B stopped" not in log.read_text(), "W&B must run until it has the last records of the run, which still saves"
     wait_for_step(folder, "endless", first.step + 3)
     again = submit(folder, "endless")
     assert (again.returncode, f"job {job} is queued or running there" in again.stderr) == (2, True)
     subprocess.run(["scancel", job], check=True)
     assert slurm.wait(job, "CANCELLED", "COMPLETED", "FAILED") == "CANCELLED"
-    until(lambda: read_status(folder / "runs/endless")["state"] == "stopped", log)
-    time.sleep(3)  # a job that is queued again would be by now
-    assert slurm.state(job) == "CANCELLED", "a cancelled job does not come back"
+    # Only a process of the job could requeue it.
+    until(lambda: not processes_of(job), log)
+    assert read_status(folder / "runs/endless")["state"] == "stopped", log.read_text()
+    assert [attempt.requeued for attempt in attempts(folder, "endless")] == [True, False]
+    assert slurm.state(job) == "CANCELLED", "a cancelled job must not be requeued"
 
 
 def test_a_killed_worker_restarts_the_job(slurm: Slurm, folder: Path, undisturbed: str) -> None:
     job = submitted(folder, "hurt", "checkpoint.interval=10", "launch.max_restarts=0")
     wait_for_step(folder, "hurt", 15)
-
-    def of_the_job(process: psutil.Process) -> bool:
-        try:
-            environment = process.environ()
-        except psutil.Error:
-            return False
-        return environment.get("SLURM_JOB_ID") == job and environment.get("RANK") == "1"
-
-    victim = next(process for process in psutil.process_iter() if of_the_job(process))
-    victim.kill()
+    processes_of(job, rank="1")[0].kill()
     assert slurm.wait(job, "COMPLETED", "FAILED") == "COMPLETED", log_of(folder, "hurt").read_text()
     assert outcomes(folder, "hurt") == [("failed", True), ("complete", False)]
     assert differences(folder, "hurt") == []
