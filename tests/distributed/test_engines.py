@@ -153,7 +153,8 @@ def test_an_offloaded_optimizer_trains_the_same(results: dict[str, Any], setting
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_deepspeed_trains_as_megatron_does_in_bf16(results: dict[str, Any], stage: int) -> None:
     actual, expected = results[f"ZeRO {stage}/bf16"], results["megatron/bf16"]
-    # fp32 rounding gives differences of 1e-7 until it changes a weight to the next bf16 number: in step 3 on some processors.
+    # fp32 rounding gives differences of 1e-7 until it changes a weight to the next bf16 number: on some
+    # processors in step 3.
     for part in ("losses", "norms"):
         assert actual[part][:2] == pytest.approx(expected[part][:2], rel=1e-5)
     assert actual["losses"] == pytest.approx(expected["losses"], rel=2**-8)
