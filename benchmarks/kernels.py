@@ -65,7 +65,7 @@ def _attention(wrap: Wrap) -> None:
 
 
 def _rms_norm(wrap: Wrap) -> None:
-    from mone_model.megatron.layer_spec import RMSNorm
+    from mone_model.megatron.norms import RMSNorm
 
     norm = wrap(F.rms_norm)
     RMSNorm.forward = lambda self, x: norm(x, self.normalized_shape, self.weight, self.eps)  # type: ignore[method-assign]

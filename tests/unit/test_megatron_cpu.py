@@ -11,7 +11,7 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.kernels.cpu import attention as cpu_attention
 from mone_model.kernels.cpu import library as cpu_library
 from mone_model.kernels.cpu import rms_norm as cpu_rms_norm
-from mone_model.megatron.layer_spec import RMSNorm
+from mone_model.megatron.norms import RMSNorm
 from mone_model.megatron.transformer_config import transformer_config
 from tests.tiny import TINY_MODEL
 from tests.unit.test_attention import formula
