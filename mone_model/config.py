@@ -21,6 +21,16 @@ EXPERT_BACKENDS = ("grouped", "loop", "sparse")
 """Values of `compute.experts` beside auto; `mone_model.expert_backends` defines each of them."""
 QK_LAYERNORM_SCOPES = ("head", "projection")
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
+CHANGEABLE = (
+    "rotary_base",
+    "norm_epsilon",
+    "activation",
+    "router_topk",
+    "router_score_function",
+    "router_pre_softmax",
+    "router_scaling_factor",
+)
+"""Fields of `ModelConfig` that change no tensor, but what the weights compute."""
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
 
 

@@ -7,6 +7,7 @@
 A checkpoint of any layout and engine has the same tensors. `mone_model.hf.weight_map` says what they are elsewhere.
 """
 
+import functools
 import io
 from collections import defaultdict
 from pathlib import Path
@@ -14,11 +15,11 @@ from typing import Any
 
 import torch
 
-from mone_common.checkpoint_folder import Checkpoint, check_content, list_checkpoints, open_regular, read_manifest
+from mone_common.checkpoint_folder import Checkpoint, check_content, open_regular
 from mone_common.checkpoint_index import check_executes_no_code, check_index, read_index
 from mone_common.console import UserError
-from mone_common.run_records import read_published
-from mone_model.config import ModelConfig
+from mone_model.hf.imported_model import list_saved
+from mone_model.hf.imported_model import model_of as model_of
 
 IGNORED = ("optimizer.", "random/", "_extra_state")
 """Parts of names of entries that are no weights."""
@@ -30,18 +31,7 @@ def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = Fals
     trust: also accept pickled code, which reading executes. warn: called with a message for each checkpoint that is skipped.
     Raises UserError if there is none.
     """
-    if (folder / "checkpoints").is_dir():
-        found, problems = list_checkpoints(folder / "checkpoints", run=read_published(folder).get("run"))
-        asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
-        if not asked:
-            steps = [checkpoint.step for checkpoint in found]
-            also = "".join(f"; {problem}" for problem in problems)
-            raise UserError(f"{folder}: has no checkpoint of step={step}; it has steps {steps or 'none'}{also}")
-    else:
-        try:
-            asked, problems = [read_manifest(folder)], []
-        except ValueError as error:
-            raise UserError(f"{folder}: neither a run with checkpoints nor a checkpoint ({error})") from error
+    asked, problems = list_saved(folder, step=step)
     for checkpoint in reversed(asked):
         try:
             for name in checkpoint.files:
@@ -56,19 +46,6 @@ def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = Fals
             warn(f"skipped {problem}")
         return checkpoint
     raise UserError("; ".join(problems))
-
-
-def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The `model` section of the run that wrote a checkpoint; UserError if it is missing or invalid."""
-    noted = checkpoint.noted.get("model")
-    try:
-        if not isinstance(noted, dict):
-            raise ValueError("its manifest has no model section")
-        model = ModelConfig(**noted)
-        _ = model.padded_vocab_size
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path}: not a model of this version ({error})") from error
-    return model
 
 
 class CheckpointWeights:
@@ -86,6 +63,8 @@ class CheckpointWeights:
         for item, place in index.storage_data.items():
             if item.fqn in self._entries:
                 self._places[item.fqn][tuple(item.offset)] = place
+        # Those who read in parts ask for neighbours next.
+        self._load_again = functools.lru_cache(maxsize=4)(self._load)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -104,7 +83,7 @@ class CheckpointWeights:
         shape = tuple(entry.size) if layer is None else (1, *entry.size[1:])
         whole: torch.Tensor | None = None
         for chunk in chunks:
-            part = self._load(self._places[name][tuple(chunk.offsets)])
+            part = self._load(name, tuple(chunk.offsets))
             first = list(chunk.offsets)
             if layer is not None:
                 part, first[0] = part.narrow(0, layer - first[0], 1), 0
@@ -116,7 +95,22 @@ class CheckpointWeights:
         assert whole is not None, name
         return whole if layer is None else whole[0]
 
-    def _load(self, place: Any) -> torch.Tensor:
+    def read_part(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a tensor, with a slice for each axis; reads only stored shards that overlap it."""
+        sizes = [each.stop - each.start for each in part]
+        whole = torch.zeros(sizes, dtype=self.dtype(name))
+        for chunk in self._entries[name].chunks:
+            here, there = [], []
+            for wanted, offset, size in zip(part, chunk.offsets, chunk.sizes, strict=True):
+                first, last = max(wanted.start, offset), min(wanted.stop, offset + size)
+                here.append(slice(first - wanted.start, last - wanted.start))
+                there.append(slice(first - offset, last - offset))
+            if all(each.start < each.stop for each in here):
+                whole[tuple(here)] = self._load_again(name, tuple(chunk.offsets))[tuple(there)]
+        return whole
+
+    def _load(self, name: str, offsets: tuple[int, ...]) -> torch.Tensor:
+        place = self._places[name][offsets]
         with open_regular(self.path, place.relative_path) as file:
             file.seek(place.offset)
             tensor: torch.Tensor = torch.load(io.BytesIO(file.read(place.length)), weights_only=True)

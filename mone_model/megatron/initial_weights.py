@@ -2,8 +2,9 @@
 
     fill_weights(gpt, RandomWeights(model, seed=1234))          # on each rank, for the part of the model that it holds
 
-Megatron-Core draws the weights of a rank from the random state of that rank, so that they depend on the layout. Here a source
-(`mone_model.weight_sources`) gives each matrix and vector by its name in a checkpoint, and each rank asks for its part.
+Megatron-Core draws the weights of a rank from the random state of that rank, so that they depend on the layout. Here a
+source (`mone_model.weight_sources`) gives each matrix and vector by its name in a checkpoint, and each rank asks for its
+part.
 """
 
 from collections.abc import Iterator
