@@ -39,6 +39,7 @@ def _command(module: str) -> Callable[[], None]:
 pretrain = _command("train.pretrain")
 sample = _command("train.sample")
 calibrate = _command("train.calibrate")
+import_model = _command("mone_model.hf.import_model")
 status = _command("launch.status")
 slurm = _command("launch.slurm")
 report = _command("launch.report")

@@ -161,7 +161,7 @@ def _rotary_base(fields: Fields) -> int:
         scaling = {}
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind != "default":
-        fields.problems.append(f"rope_type={kind!r}: positions are not scaled; only default")
+        fields.problems.append(f"rope_type={kind!r}: must be default: positions are not scaled")
     partial = scaling.get("partial_rotary_factor", 1)
     if partial != 1:
         fields.problems.append(f"partial_rotary_factor={partial!r}: all channels of a head are rotated")

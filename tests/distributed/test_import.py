@@ -101,6 +101,8 @@ def layouts_of(family: str) -> Iterator[tuple[int, str]]:
                 yield processes, name
 
 
+# OLMoE's norm of queries and keys sums over the heads of all tensor-parallel ranks.
+GRADIENTS = [*((family, "one") for family in CLASSES), ("olmoe", "tp2"), ("mone", "tp2_ep2"), ("olmoe", "pp2")]
 IMPORTED = [(family, layout) for family in CLASSES for _, layout in layouts_of(family)]
 
 
@@ -161,9 +163,11 @@ def results(folder: Path, originals: dict[str, Any]) -> dict[str, Any]:
                 "training": {"micro_batch_size": 1, "global_batch_size": 2 * processes},
                 "logits": TOKENS.tolist(),
             }
-        cases[1][f"{family}/gradients"] = {
+    for family, layout in GRADIENTS:
+        processes = 1 if layout == "one" else 2
+        cases[processes][f"{family}/{layout}/gradients"] = {
             "model": model_options(folder, family),
-            "parallel": {"distributed_optimizer": False},
+            "parallel": LAYOUTS[processes][layout] | {"distributed_optimizer": False},
             "init": {"source": str(folder / family)},
             "optimizer": {"clip_grad": 0.0},
             "gradients": True,
@@ -191,10 +195,14 @@ def results(folder: Path, originals: dict[str, Any]) -> dict[str, Any]:
             "init": {"source": str(folder / "saved")},
             "logits": TOKENS[:, :8].tolist(),
         }
+
     # Neighbours with the same layout share processes. The checkpoint is written before it is read.
-    ordered = sorted(
-        cases[2].items(), key=lambda item: (item[1]["parallel"] != EP2, str(item[1]["parallel"]), item[0] != "saved")
-    )
+    def order(item: tuple[str, dict[str, Any]]) -> tuple[bool, str, bool]:
+        name, case = item
+        layout = {degree: size for degree, size in case["parallel"].items() if degree != "distributed_optimizer"}
+        return layout != EP2, str(layout), name != "saved"
+
+    ordered = sorted(cases[2].items(), key=order)
     return run_cases({2: dict(ordered), 1: cases[1]}, folder)
 
 
@@ -224,19 +232,23 @@ def test_names_engines_and_layouts_give_the_same_weights(results: dict[str, Any]
         assert torch.equal(results[case]["weights"][name], weight), name
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize(("family", "layout"), GRADIENTS)
 def test_gradients_of_a_step_are_those_of_transformers(
-    results: dict[str, Any], originals: dict[str, Any], folder: Path, family: str
+    results: dict[str, Any], originals: dict[str, Any], folder: Path, family: str, layout: str
 ) -> None:
     model = originals[family]
     batch = [sequence(index, 16) for index in range(4)]
     tokens, labels = (torch.stack([each[name] for each in batch]) for name in ("tokens", "labels"))
     loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
-    assert results[f"{family}/gradients"]["losses"] == [pytest.approx(loss.item(), rel=1e-6)]
+    result = results[f"{family}/{layout}/gradients"]
+    assert result["losses"] == [pytest.approx(loss.item(), rel=1e-6)]
+    assert result["norms"] == pytest.approx(results[f"{family}/one/gradients"]["norms"], rel=1e-5)
+    measured, estimated = result["memory"]
+    assert measured == estimated
     model.zero_grad()
     loss.backward()
     gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
-    found = results[f"{family}/gradients"]["gradients"]
+    found = result["gradients"]
     config = ModelConfig(**model_options(folder, family))
     compared = 0
     for weight in weight_map(config, NAMES["dense" if family in DENSE else "mone"]):
