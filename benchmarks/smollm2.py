@@ -16,7 +16,7 @@ import torch
 from mone_model import megatron
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 
-SEQUENCE = 256
+SEQUENCES, SEQUENCE = 4, 256
 TEXT = Path(__file__).parent.parent / "docs" / "data.md"
 UPCYCLED: dict[str, Any] = {"num_experts": 4, "router_topk": 2, "router_pre_softmax": False}
 
@@ -29,6 +29,7 @@ def convert(gguf: Path, folder: Path) -> None:
     (file,) = gguf.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=file.name, dtype=torch.float32)
     AutoTokenizer.from_pretrained(gguf, gguf_file=file.name).save_pretrained(folder)
+    del model.config.quantization_config  # the numbers in memory are not quantized
     model.config.save_pretrained(folder)
     # save_pretrained refuses a model that was loaded from gguf.
     weights = {name: weight.contiguous() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
@@ -40,7 +41,7 @@ def tokens_of(folder: Path) -> torch.Tensor:
     from transformers import AutoTokenizer
 
     ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt").input_ids[0]
-    return ids[: len(ids) // SEQUENCE * SEQUENCE].view(-1, SEQUENCE)
+    return ids[: SEQUENCES * SEQUENCE].view(-1, SEQUENCE)
 
 
 def mean_loss(logits_BSV: torch.Tensor, tokens_BS: torch.Tensor) -> float:
@@ -77,6 +78,7 @@ def main() -> None:
     megatron.prepare()
     from transformers import AutoModelForCausalLM
 
+    from mone_model.hf.imported_model import find_model
     from train.runtime import distributed
 
     if not options.folder.exists():
@@ -89,8 +91,6 @@ def main() -> None:
     del original
     narrow = UPCYCLED | {"num_experts": 8, "router_topk": 4}
     with distributed(ParallelConfig(), seed=1, timeout_minutes=30):
-        from mone_model.hf.imported_model import find_model
-
         half = find_model(options.folder).model.moe_ffn_hidden_size // 2
         for name, changes, upcycling in (
             ("imported", {}, {}),

@@ -77,9 +77,15 @@ def refusal(make: Callable[[], Any]) -> str:
 
 
 def test_what_changes_no_tensor_may_differ(models: Path) -> None:
-    free = {"activation_ratio": 0.25, "seq_length": 8, "aux_loss_coeff": 0.5, "hidden_dropout": 0.1, "vocab_multiple": 128}
+    free: dict[str, Any] = {
+        "activation_ratio": 0.25,
+        "seq_length": 8,
+        "aux_loss_coeff": 0.5,
+        "hidden_dropout": 0.1,
+        "vocab_multiple": 128,
+    }
     check_source(config_of(models / "moe", **free))
-    spelled = {"num_query_groups": 2, "kv_channels": 8, "router_scaling_factor": 1.0}
+    spelled: dict[str, Any] = {"num_query_groups": 2, "kv_channels": 8, "router_scaling_factor": 1.0}
     check_source(config_of(models / "sharded", **spelled))
 
 
@@ -97,7 +103,7 @@ def test_all_fields_that_differ_are_in_one_line(models: Path) -> None:
 
 
 def test_what_only_changes_the_function_may_differ_if_the_user_says_so(models: Path) -> None:
-    changes = {"rotary_base": 500, "norm_epsilon": 1e-5}
+    changes: dict[str, Any] = {"rotary_base": 500, "norm_epsilon": 1e-5}
     assert "model.norm_epsilon" in refusal(lambda: check_source(config_of(models / "moe", **changes)))
     check_source(config_of(models / "moe", init={"change": [*changes]}, **changes))
 
@@ -246,7 +252,7 @@ def test_a_damaged_folder_is_refused_with_exit_code_2(
 def test_the_options_are_printed_and_written(models: Path, tmp_path: Path, call_main: Callable[..., Any]) -> None:
     code, shown, _ = call_main(import_model.main, f"source={models / 'moe'}")
     assert code == 0
-    assert ModelConfig(**OmegaConf.create(shown)) == find_model(models / "moe").model  # type: ignore[arg-type]
+    assert ModelConfig(**OmegaConf.create(shown)) == find_model(models / "moe").model
     output = tmp_path / "model" / "mine.yaml"
     code, told, _ = call_main(import_model.main, f"source={models / 'moe'}", f"output={output}")
     assert (code, output.read_text()) == (0, shown)
