@@ -343,11 +343,17 @@ def test_the_job_in_docs_can_be_submitted_with_data(call_main: Callable[..., Any
     assert "#SBATCH --nodes=8" in out
 
 
-def test_commands_in_the_documentation_compose(call_main: Callable[..., Any]) -> None:
+def test_commands_in_the_documentation_compose(
+    call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     lines = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text().replace("\\\n", ""), re.MULTILINE | re.DOTALL):
             lines += [line.strip() for line in block.splitlines() if line.strip().startswith("mone-")]
+    for written in re.findall(r"output=(imported/\S+)", "\n".join(lines)):  # by mone-import
+        (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / written).write_text("num_layers: 2\n")
     composed = 0
     for line in lines:
         command, *arguments = shlex.split(line, comments=True)
