@@ -1,7 +1,7 @@
 """Initial weights from elsewhere (`init.source`): check that they fit the run, then open them.
 
 check_source(config)                                   # in the preparation: no torch, no collectives; ValueError
-source, noted = open_source(config)                    # a collective on every rank
+source, noted = open_source(config, device)            # a collective on every rank
 """
 
 from pathlib import Path
@@ -11,8 +11,11 @@ from mone_common.console import UserError
 from mone_model.config import CHANGEABLE
 from mone_model.hf.imported_model import ImportedModel, differences, find_model
 from train.config import RunConfig
+from train.continuation import report_problems
 
 if TYPE_CHECKING:
+    import torch
+
     from mone_model.weight_sources import WeightSource
 
 
@@ -41,20 +44,23 @@ def check_source(config: RunConfig) -> ImportedModel:
     return imported
 
 
-def open_source(config: RunConfig) -> tuple["WeightSource", dict[str, Any]]:
-    """The initial weights, and what is recorded of them; a collective on every rank. UserError if they are damaged."""
+def open_source(config: RunConfig, device: "torch.device") -> tuple["WeightSource", dict[str, Any]]:
+    """The initial weights, and what is recorded of them; a collective on every rank. UserError if they are damaged.
+
+    device: draws the random numbers of upcycling.
+    """
     from mone_model.hf.sources import open_weights
-    from mone_model.megatron.cpu_support import current_device
     from mone_model.upcycling import UpcycledWeights
     from train.checkpoint_integrity import newest_intact
 
     init = config.init
     imported = check_source(config)
-    checkpoint, problems = None, list[str]()
+    checkpoint = None
     if imported.folder is None:
         checkpoint, problems = newest_intact(imported.checkpoints, trust=config.checkpoint.trust)
         if checkpoint is None:
             raise UserError(f"init.source={init.source}: {'; '.join(problems)}")
+        report_problems(problems)
     source = open_weights(imported, config.model, checkpoint=checkpoint)
     if init.upcycle:
         source = UpcycledWeights(
@@ -63,7 +69,7 @@ def open_source(config: RunConfig) -> tuple["WeightSource", dict[str, Any]]:
             splits=init.upcycle_splits,
             noise=init.upcycle_noise,
             seed=config.run.seed,
-            device=current_device(),
+            device=device,
         )
     noted: dict[str, Any] = {
         "source": str((imported.path if checkpoint is None else checkpoint.path).resolve()),
@@ -71,7 +77,6 @@ def open_source(config: RunConfig) -> tuple["WeightSource", dict[str, Any]]:
         "upcycle": init.upcycle,
         "upcycle_splits": init.upcycle_splits,
         "upcycle_noise": init.upcycle_noise,
-        "skipped": problems,
     }
     if checkpoint is not None:
         noted |= {"step": checkpoint.step, "run": checkpoint.noted.get("run"), "initial": checkpoint.noted.get("initial")}
@@ -84,4 +89,4 @@ def describe_initial(noted: dict[str, Any]) -> str:
     if noted["upcycle"]:
         splits, noise = noted["upcycle_splits"], noted["upcycle_noise"]
         text += f", upcycled: each copy of the MLP is {splits} expert{'s' if splits > 1 else ''}; noise {noise:g}"
-    return "\n".join([text, *(f"skipped {problem}" for problem in noted["skipped"])])
+    return text

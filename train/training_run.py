@@ -54,11 +54,12 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
             from train.initial_source import describe_initial, open_source
 
             watchdog.enter(0, "verifying the initial weights")
-            weights, initial = open_source(config)
+            weights, initial = open_source(config, runtime.device)
             if runtime.is_main:
                 print(describe_initial(initial), flush=True)
         watchdog.enter(0, "building the model")
         engine = build_engine(config, runtime, weights)
+        del weights  # which holds what it read last
         stop = StopRequest(config.run.time_limit_seconds)
         checkpoint = fill_engine(config, engine, checkpoints, watchdog)
         with value_errors_as_user_errors():

@@ -123,7 +123,7 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> Any:
 
 def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     """Run one case."""
-    weights, initial = (None, None) if config.init.source is None else open_source(config)
+    weights, initial = (None, None) if config.init.source is None else open_source(config, runtime.device)
     engine = build_engine(config, runtime, weights)
     if "logits" in case:
         return {
