@@ -60,7 +60,7 @@ def write_checkpoint(folder: Path, model: ModelConfig) -> None:
 
     parallel = ParallelConfig()
     with distributed(parallel, seed=1, timeout_minutes=5):
-        gpts.draw_initial_weights = lambda *_, **__: None
+        gpts.fill_weights = lambda *_, **__: None
         gpt = gpts.build_gpt(model, parallel, ComputeConfig(experts="loop", precision="bf16"), seed=1)
         with torch.no_grad():
             for weight in gpt.parameters():

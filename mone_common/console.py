@@ -61,6 +61,7 @@ EXAMPLES = {
     "path": "path=data/demo/shards/wikipedia",
     "output": "output=data/demo/out",
     "run": "run=runs/demo",
+    "source": "source=models/qwen",
     "data.blend": "'data.blend=[{path: data/mine}]'",
 }
 

@@ -169,8 +169,10 @@ def _rank_weights(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, 
     stage = parallel.pipeline
     embedding = model.padded_vocab_size * model.hidden_size * (2 if stage == 1 and not model.tie_embeddings else 1)
     all_embeddings = model.padded_vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    # Norms and routers are whole on every tensor-parallel rank.
+    # Norms and routers are whole on every tensor-parallel rank, except norms over all heads.
     replicated = _norms(model) + model.num_layers * model.num_experts * model.hidden_size
+    if model.qk_layernorm_scope == "projection":
+        replicated -= model.num_layers * _qk_norms(model)
     split = parameters.total - parameters.experts - all_embeddings - replicated
     dense = (embedding + split / stage) / parallel.tensor + replicated / stage
     return dense, parameters.experts / (stage * parallel.expert * parallel.expert_tensor)
@@ -324,8 +326,15 @@ def _recomputes_moe(compute: ComputeConfig) -> bool:
 
 
 def _norms(model: ModelConfig) -> int:
-    of_layer = 2 * model.hidden_size + (2 * model.head_size if model.qk_layernorm else 0)
-    return model.num_layers * of_layer + model.hidden_size
+    return model.num_layers * (2 * model.hidden_size + _qk_norms(model)) + model.hidden_size
+
+
+def _qk_norms(model: ModelConfig) -> int:
+    """Weights of the norms of queries and keys of one layer."""
+    if not model.qk_layernorm:
+        return 0
+    heads = 2 if model.qk_layernorm_scope == "head" else model.num_attention_heads + _groups(model)
+    return heads * model.head_size
 
 
 def _groups(model: ModelConfig) -> int:

@@ -19,7 +19,18 @@ ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
 """Gate activations; `mone_model.activations` defines each of them."""
 EXPERT_BACKENDS = ("grouped", "loop", "sparse")
 """Values of `compute.experts` beside auto; `mone_model.expert_backends` defines each of them."""
+QK_LAYERNORM_SCOPES = ("head", "projection")
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
+CHANGEABLE = (
+    "rotary_base",
+    "norm_epsilon",
+    "activation",
+    "router_topk",
+    "router_score_function",
+    "router_pre_softmax",
+    "router_scaling_factor",
+)
+"""Fields of `ModelConfig` that change no tensor, but what the weights compute."""
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
 
 
@@ -38,7 +49,10 @@ class ModelConfig:
     kv_channels: int | None = None
     """Channels of a head; null: hidden_size / num_attention_heads."""
     qk_layernorm: bool = True
-    """RMSNorm on the queries and keys of each head."""
+    """RMSNorm on queries and keys."""
+    qk_layernorm_scope: str = "head"
+    """Over what this norm is taken: each head, with one weight for all heads (head), or all heads of a token together, as in
+    OLMoE (projection)."""
     seq_length: int = 256
     """Tokens in a training sequence, and the longest context the model is trained for."""
     vocab_size: int | None = None
@@ -150,6 +164,12 @@ class ModelConfig:
             "must be 0 (no shared expert) or a multiple of 8",
         )
         check(self.activation in ACTIVATIONS, "model.activation", self.activation, f"choose from {', '.join(ACTIVATIONS)}")
+        check(
+            self.qk_layernorm_scope in QK_LAYERNORM_SCOPES,
+            "model.qk_layernorm_scope",
+            self.qk_layernorm_scope,
+            f"choose from {', '.join(QK_LAYERNORM_SCOPES)}",
+        )
         check(
             self.neuron_balance_form in NEURON_BALANCE_FORMS,
             "model.neuron_balance_form",

@@ -57,6 +57,8 @@ class CheckpointFacts:
     """The `optimizer` section."""
     steps: int | None = None
     """`training.steps`."""
+    initial: dict[str, Any] | None = None
+    """Where the run's first weights came from (`train.initial_source`); None: they were random."""
     version: int = VERSION
     """Version of the facts; 0: written before the facts had a version."""
 
@@ -98,6 +100,7 @@ class CheckpointFacts:
             "guard": _is_guard(self.guard) and all(dropped <= step for dropped in self.guard["dropped"]),
             "wandb_id": isinstance(self.wandb_id, str | None),
             "run": isinstance(self.run, str | None),
+            "initial": isinstance(self.initial, dict | None),
             "optimizer": self.optimizer is None or _is_optimizer(self.optimizer, self.steps),
         }
         return next((name for name, is_sound in sound.items() if not is_sound), None)

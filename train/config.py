@@ -14,6 +14,7 @@ from mone_common.checks import check
 from mone_common.console import to_dataclass
 from mone_model.accounting import Memory, equal_active_width, estimate_memory
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from train.config_init import InitConfig
 from train.config_sections import (
     CheckpointConfig,
     DataConfig,
@@ -37,6 +38,7 @@ class RunConfig:
     resume: str = "auto"
     """auto: continue from the newest complete checkpoint in run.dir, if any; never: refuse a run.dir that holds a run."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    init: InitConfig = field(default_factory=InitConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

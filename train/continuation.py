@@ -8,6 +8,7 @@ If the options match no checkpoint, the run ends with an error. If they match so
 damaged ones are.
 """
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from data_prep.shards import Manifest
 from mone_common.checkpoint_folder import Checkpoint, list_checkpoints
 from mone_common.run_folder import METRICS_FILE, PUBLISHED_FILE, STATUS_FILE
 from mone_common.run_records import last_published, read_published
+from mone_model.config import ModelConfig
 from train.checkpoint_facts import optimizer_of, read_facts
 from train.config import RunConfig, describe
 from train.config_sections import OptimizerConfig
@@ -96,7 +98,9 @@ def _notes(folder: Path) -> list[str]:
 def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint) -> list[str]:
     """Options and sources of this config that differ from those of the run that wrote the checkpoint."""
     facts, described = read_facts(checkpoint), describe(config)
-    saved = {f"model.{name}": value for name, value in facts.model.items()} | {"compute.precision": facts.precision}
+    # Options that an earlier version did not have are what they are by default.
+    model = dataclasses.asdict(ModelConfig()) | facts.model
+    saved = {f"model.{name}": value for name, value in model.items()} | {"compute.precision": facts.precision}
     ours = {f"model.{name}": value for name, value in described["model"].items()}
     ours["compute.precision"] = config.compute.precision
     changed = [f"{name}={value} (saved: {saved.get(name)})" for name, value in ours.items() if saved.get(name) != value]

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Set
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -67,13 +68,20 @@ class Trainer:
         self.steps_while_saving: list[float] = []
         """Seconds of each step during the current save."""
 
-    def resume(self, checkpoint: Checkpoint | None, *, skipped_steps: Set[int] = frozenset()) -> None:
+    def resume(
+        self,
+        checkpoint: Checkpoint | None,
+        *,
+        skipped_steps: Set[int] = frozenset(),
+        initial: dict[str, Any] | None = None,
+    ) -> None:
         """Set the step and open the records.
 
         checkpoint: the one that the engine was loaded from; None for a new run. skipped_steps: steps of newer checkpoints
-        that were skipped.
+        that were skipped. initial: where the weights of a new run came from; a resumed one has it from the checkpoint.
         """
         facts = read_facts(checkpoint) if checkpoint is not None else None
+        self.initial = initial if facts is None else facts.initial
         if checkpoint is not None and facts is not None:
             self.step, self.samples = checkpoint.step, facts.samples
             self.saver.resumed(checkpoint.step, skipped_steps=skipped_steps)
@@ -221,6 +229,7 @@ class Trainer:
             wandb_id=self.recorder.wandb_id(),
             optimizer=described["optimizer"],
             steps=self.config.training.steps,
+            initial=self.initial,
         )
 
     def finish_saving(self, *, wait: bool, must: bool = False) -> None:

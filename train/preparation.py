@@ -36,7 +36,12 @@ def prepare_run(
         config.model.vocab_size = manifests[0].vocab_size
     elif config.model.vocab_size < manifests[0].vocab_size:
         raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
-    return config, manifests, find_checkpoints(config, manifests)
+    checkpoints = find_checkpoints(config, manifests)
+    if config.init.source is not None and not checkpoints:
+        from train.initial_source import check_source  # most runs need none of the importers
+
+        check_source(config)
+    return config, manifests, checkpoints
 
 
 @contextlib.contextmanager

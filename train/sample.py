@@ -100,7 +100,10 @@ def main(hydra_config: DictConfig) -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     thresholds_L = None if options.thresholds is None else load_thresholds(Path(options.thresholds))
-    model, tokenizer = load(options.run, step=options.step, thresholds_L=thresholds_L, trust=options.trust)
+    try:
+        model, tokenizer = load(options.run, step=options.step, thresholds_L=thresholds_L, trust=options.trust)
+    except UserError as error:
+        raise UserError(f"run={error}") from error
     if tokenizer is None:
         raise UserError(f"run={options.run}: has no tokenizer; copy the tokenizer of its data to {options.run}/tokenizer")
     sampler = Sampler(model, tokenizer, options)

@@ -49,8 +49,17 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
             config.compute.experts = agree_on_experts(config, checkpoints[-1] if checkpoints else None)
         if runtime.is_main:
             print(f"experts   compute.experts={config.compute.experts}", flush=True)
+        weights = initial = None
+        if config.init.source is not None and not checkpoints:
+            from train.initial_source import describe_initial, open_source
+
+            watchdog.enter(0, "verifying the initial weights")
+            weights, initial = open_source(config, runtime.device)
+            if runtime.is_main:
+                print(describe_initial(initial), flush=True)
         watchdog.enter(0, "building the model")
-        engine = build_engine(config, runtime)
+        engine = build_engine(config, runtime, weights)
+        del weights  # which holds what it read last
         stop = StopRequest(config.run.time_limit_seconds)
         checkpoint = fill_engine(config, engine, checkpoints, watchdog)
         with value_errors_as_user_errors():
@@ -69,7 +78,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
         trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
         newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
-        trainer.resume(checkpoint, skipped_steps=newer)
+        trainer.resume(checkpoint, skipped_steps=newer, initial=initial)
         started()
         reason = trainer.train()
         complete = trainer.step >= config.training.steps

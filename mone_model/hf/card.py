@@ -84,6 +84,10 @@ def _training(run: Path, checkpoint: Checkpoint) -> str:
     if isinstance(facts.get("samples"), int) and isinstance(facts.get("model"), dict):
         rows.append(("tokens read", f"{facts['samples'] * facts['model'].get('seq_length', 0):,}"))
     rows.append(("precision", facts.get("precision", "unknown")))
+    if isinstance(facts.get("initial"), dict):
+        initial = facts["initial"]
+        upcycled = ", upcycled" if initial.get("upcycle") else ""
+        rows.append(("initial weights", f"{Path(str(initial.get('source'))).name} ({initial.get('format')}){upcycled}"))
     try:
         for source in read_reading(run):
             rows.append((f"data: {source['name']}", f"{source['share']:.1%} of the blend, {source['epochs']:.2f} epochs"))

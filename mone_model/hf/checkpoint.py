@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mone_common.checkpoint_folder import Checkpoint, check_content, list_checkpoints, open_regular, read_manifest
+from mone_common.checkpoint_folder import Checkpoint, check_content, open_regular
 from mone_common.checkpoint_index import check_executes_no_code, check_index, read_index
 from mone_common.console import UserError
-from mone_common.run_records import read_published
-from mone_model.config import ModelConfig
+from mone_model.hf.imported_model import list_saved
+from mone_model.hf.imported_model import model_of as model_of
 
 IGNORED = ("optimizer.", "random/", "_extra_state")
 """Parts of names of entries that are no weights."""
@@ -35,20 +35,7 @@ def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = Fals
     trust: also accept pickled code, which reading executes. warn: called with a message for each checkpoint that is skipped.
     Raises UserError if there is none.
     """
-    if (folder / "checkpoints").is_dir():
-        found, problems = list_checkpoints(folder / "checkpoints", run=read_published(folder).get("run"))
-        asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
-        if not asked:
-            steps = [checkpoint.step for checkpoint in found]
-            also = "".join(f"; {problem}" for problem in problems)
-            which = "has no checkpoint" if step is None else f"has no checkpoint of step={step}"
-            raise UserError(f"run={folder}: {which}; it has steps {steps or 'none'}{also}")
-    else:
-        try:
-            asked, problems = [read_manifest(folder)], []
-        except ValueError as error:
-            what = f"neither a run with checkpoints nor a checkpoint ({error})" if folder.is_dir() else "does not exist"
-            raise UserError(f"run={folder}: {what}; give the folder of a run, such as runs/demo") from error
+    asked, problems = list_saved(folder, step=step)
     for checkpoint in reversed(asked):
         try:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -62,20 +49,7 @@ def find_checkpoint(folder: Path, *, step: int | None = None, trust: bool = Fals
         for problem in problems if warn is not None else ():
             warn(f"skipped {problem}")
         return checkpoint
-    raise UserError(f"run={folder}: no checkpoint can be read: {'; '.join(problems)}")
-
-
-def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The `model` section of the run that wrote a checkpoint; UserError if it is missing or invalid."""
-    noted = checkpoint.noted.get("model")
-    try:
-        if not isinstance(noted, dict):
-            raise ValueError("its manifest has no model section")
-        model = ModelConfig(**noted)
-        _ = model.padded_vocab_size
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path}: not a model of this version ({error})") from error
-    return model
+    raise UserError(f"{folder}: no checkpoint can be read: {'; '.join(problems)}")
 
 
 class CheckpointWeights:
@@ -122,6 +96,20 @@ class CheckpointWeights:
                 whole[tuple(slice(at, at + size) for at, size in zip(first, part.shape, strict=True))] = part
         assert whole is not None, name
         return whole if layer is None else whole[0]
+
+    def read_part(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """A part of a tensor, with a slice for each axis; reads only stored shards that overlap it."""
+        sizes = [each.stop - each.start for each in part]
+        whole = torch.zeros(sizes, dtype=self.dtype(name))
+        for chunk in self._entries[name].chunks:
+            here, there = [], []
+            for wanted, offset, size in zip(part, chunk.offsets, chunk.sizes, strict=True):
+                first, last = max(wanted.start, offset), min(wanted.stop, offset + size)
+                here.append(slice(first - wanted.start, last - wanted.start))
+                there.append(slice(first - offset, last - offset))
+            if all(each.start < each.stop for each in here):
+                whole[tuple(here)] = self._load(self._places[name][tuple(chunk.offsets)])[tuple(there)]
+        return whole
 
     def _load(self, place: Any) -> torch.Tensor:
         """A part of a tensor as a view of the file, which is read when it is used."""

@@ -33,7 +33,9 @@ class MoneConfig(Qwen3MoeConfig):
     shared_expert_neuron_ratio: float = 1.0
     """Share of the shared expert's neurons that a token keeps."""
     qk_layernorm: bool = True
-    """RMSNorm on the queries and keys of each head."""
+    """RMSNorm on queries and keys."""
+    qk_layernorm_scope: str = "head"
+    """Over what this norm is taken: each head (head), or all heads of a token together (projection)."""
     scoring_func: str = "softmax"
     """Router scores: softmax or sigmoid."""
     use_expert_bias: bool = False
@@ -43,6 +45,16 @@ class MoneConfig(Qwen3MoeConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        if self.qk_layernorm_scope not in ("head", "projection"):
+            raise ValueError(f"qk_layernorm_scope={self.qk_layernorm_scope!r}: choose head or projection")
+        if self.qk_layernorm_scope == "projection":
+            # A part of the heads cannot compute the norm: every rank computes all of them.
+            self.base_model_tp_plan = {
+                "layers.*.self_attn.q_proj": "colwise_gather_output",
+                "layers.*.self_attn.k_proj": "colwise_gather_output",
+                "layers.*.self_attn.v_proj": "colwise_gather_output",
+                "layers.*.self_attn.o_proj": "rowwise_split_input",
+            }
         for name in ("activation_ratio", "shared_expert_neuron_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be in (0, 1]")

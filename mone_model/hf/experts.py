@@ -14,13 +14,11 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mone_model.expert_backends import BACKENDS, Request, Rule, measure, measure_max_decode_rows
+from mone_model.hf.families import ACTIVATIONS
 from mone_model.hf.modeling_mone import MoneExperts
 from mone_model.kernels.cpu import library
 from mone_model.neuron_selection import TopK
 from mone_model.thresholds import AtLeast
-
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigmoid", "relu2": "relu_squared"}
-"""Gate activations of `mone_model.activations` by their names in transformers."""
 
 
 def compute_experts(

@@ -97,7 +97,10 @@ def export(options: ExportConfig) -> None:
     output = Path(options.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"output={output}: exists; give another folder or remove it")
-    checkpoint = find_checkpoint(Path(options.run), step=options.step, trust=options.trust, warn=logger.warning)
+    try:
+        checkpoint = find_checkpoint(Path(options.run), step=options.step, trust=options.trust, warn=logger.warning)
+    except UserError as error:
+        raise UserError(f"run={error}") from error
     model = model_of(checkpoint)
     thresholds_L = None
     if options.thresholds is not None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mone_model.config import ModelConfig
+from mone_model.hf.families import ACTIVATIONS
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "relu": "relu", "sigmoid": "sigmoid", "relu_squared": "relu2"}
+NAMES_OF_ACTIVATIONS = {ours: theirs for theirs, ours in ACTIVATIONS.items() if theirs != "swish"}
 """Names of gate activations in transformers."""
 
 CLASSES = {
@@ -48,6 +49,7 @@ def why_not(model: ModelConfig, format: str, thresholds_L: Sequence[float] | Non
             ("activation_ratio", model.activation_ratio == 1, "1: it keeps all neurons"),
             ("shared_expert_neuron_ratio", model.shared_expert_neuron_ratio == 1, "1: it keeps all neurons"),
             ("activation", model.activation == "silu", "silu: engines assume it"),
+            ("qk_layernorm_scope", not model.qk_layernorm or model.qk_layernorm_scope == "head", "head"),
         ]
     shared, factor = model.shared_expert_ffn_hidden_size, model.router_scaling_factor
     softmax, later = model.router_score_function == "softmax", not model.router_pre_softmax
@@ -103,7 +105,7 @@ def config_of(
         "num_attention_heads": heads,
         "num_key_value_heads": model.num_query_groups or heads,
         "head_dim": model.head_size,
-        "hidden_act": ACTIVATIONS[model.activation],
+        "hidden_act": NAMES_OF_ACTIVATIONS[model.activation],
         "max_position_embeddings": model.seq_length,
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": model.tie_embeddings,
@@ -152,6 +154,7 @@ def config_of(
             "auto_map": AUTO_MAP,
             "norm_topk_prob": normalised,
             "qk_layernorm": model.qk_layernorm,
+            "qk_layernorm_scope": model.qk_layernorm_scope,
             "activation_ratio": model.activation_ratio,
             "neuron_thresholds": None if thresholds_L is None else list(thresholds_L),
             "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,

@@ -156,6 +156,14 @@ class MoneSparseMoeBlock(nn.Module):
         return out.reshape(hidden_states.shape)
 
 
+class MoneProjectionNorm(Qwen3MoeRMSNorm):
+    """RMSNorm over all heads of a token together."""
+
+    def forward(self, hidden_states):
+        """[B, s, heads, c] -> [B, s, heads, c]."""
+        return super().forward(hidden_states.flatten(-2)).view(hidden_states.shape)
+
+
 class MoneDecoderLayer(Qwen3MoeDecoderLayer):
     """A transformer layer."""
 
@@ -164,6 +172,10 @@ class MoneDecoderLayer(Qwen3MoeDecoderLayer):
         self.self_attn = Qwen3MoeAttention(config, layer_idx)
         if not config.qk_layernorm:
             self.self_attn.q_norm = self.self_attn.k_norm = nn.Identity()
+        elif config.qk_layernorm_scope == "projection":
+            channels, eps = self.self_attn.head_dim, config.rms_norm_eps
+            self.self_attn.q_norm = MoneProjectionNorm(config.num_attention_heads * channels, eps=eps)
+            self.self_attn.k_norm = MoneProjectionNorm(config.num_key_value_heads * channels, eps=eps)
         self.mlp = MoneSparseMoeBlock(config, layer_idx)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

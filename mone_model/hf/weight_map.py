@@ -24,7 +24,7 @@ class Part(NamedTuple):
     """Consecutive rows (elements of a vector) of one of our weights, and where they are."""
 
     tensor: str | None
-    """Name of the other model's tensor; None: padding, which is 0."""
+    """Name of the other model's tensor; None: there is none, and the rows are 0."""
     rows: int
     """Number of rows."""
     first: int = 0
@@ -114,7 +114,7 @@ LAYERS = "decoder.layers."
 def weight_map(model: ModelConfig, names: Names) -> Iterator[Weight]:
     """Every weight of our model, in the order of the layers.
 
-    A dense model (`names.router` is None) is a model of one expert, whose router has no tensor there: it is left out.
+    A dense model (`names.router` is None) is a model of one expert, whose router has no tensor there: it is 0.
     """
     width, head, heads = model.hidden_size, model.head_size, model.num_attention_heads
     groups = model.num_query_groups or heads
@@ -136,8 +136,9 @@ def weight_map(model: ModelConfig, names: Names) -> Iterator[Weight]:
             ]
         yield Weight(f"{LAYERS}self_attention.linear_qkv.weight", at, ((heads + 2 * groups) * head, width), tuple(parts))
         if model.qk_layernorm:
-            for name in "qk":
-                yield vector(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight", head)
+            scope = (1, 1) if model.qk_layernorm_scope == "head" else (heads, groups)
+            for name, count in zip("qk", scope, strict=True):
+                yield vector(f"self_attention.{name}_layernorm.weight", f"self_attn.{name}_norm.weight", count * head)
         out = Part(f"{there}self_attn.o_proj.weight", width)
         yield Weight(f"{LAYERS}self_attention.linear_proj.weight", at, (width, heads * head), (out,))
         yield vector("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", width)
@@ -156,9 +157,9 @@ def _embedding(ours: str, theirs: str, model: ModelConfig) -> Weight:
 
 def _experts(model: ModelConfig, names: Names, layer: int, there: str) -> Iterator[Weight]:
     width, neurons, shared = model.hidden_size, model.moe_ffn_hidden_size, model.shared_expert_ffn_hidden_size
-    if names.router is not None:
-        part = Part(there + names.router, model.num_experts)
-        yield Weight(f"{LAYERS}mlp.router.weight", (layer,), (model.num_experts, width), (part,))
+    router = None if names.router is None else there + names.router
+    part = Part(router, model.num_experts)
+    yield Weight(f"{LAYERS}mlp.router.weight", (layer,), (model.num_experts, width), (part,))
     if model.expert_bias:
         assert names.expert_bias is not None
         part = Part(there + names.expert_bias, model.num_experts)

@@ -19,10 +19,11 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import choose_backend
 from mone_model.megatron import cpu_support
 from mone_model.megatron.experts import NeuronExperts
-from mone_model.megatron.initial_weights import draw_initial_weights
+from mone_model.megatron.initial_weights import fill_weights
 from mone_model.megatron.layer_spec import block_spec
 from mone_model.megatron.router import Router
 from mone_model.megatron.transformer_config import transformer_config
+from mone_model.weight_sources import RandomWeights, WeightSource
 
 
 def build_gpt(
@@ -31,12 +32,14 @@ def build_gpt(
     compute: ComputeConfig,
     *,
     seed: int,
+    weights: WeightSource | None = None,
     vp_stage: int | None = None,
     meta: bool = False,
 ) -> GPTModel:
     """Build the GPTModel of this rank's pipeline stage (and virtual stage), in compute.dtype.
 
-    seed: of the initial weights, which are the same on every layout.
+    seed: of random initial weights, which are the same on every layout.
+    weights: gives the initial weights instead, such as those of an imported model.
     meta: build on the meta device, without memory, to count parameters.
     """
     config = transformer_config(model, parallel, compute)
@@ -57,7 +60,8 @@ def build_gpt(
     if gpt.post_process and model.vocab_size is not None and model.vocab_size < model.padded_vocab_size:
         gpt.output_layer.register_forward_hook(functools.partial(_mask_padding, model.vocab_size, model.padded_vocab_size))
     if not meta:
-        draw_initial_weights(gpt, seed=seed)
+        device = next(gpt.parameters()).device
+        fill_weights(gpt, weights or RandomWeights(model, seed=seed, device=device))
     return gpt
 
 

@@ -1,6 +1,5 @@
 """Module specs: Megatron-Core's transformer with our experts and router, by local or Transformer Engine layers."""
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -12,18 +11,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from mone_model.config import ComputeConfig, ModelConfig, top_k
 from mone_model.megatron import versions
 from mone_model.megatron.attention import CoreAttention
-from mone_model.megatron.cpu_support import current_device
 from mone_model.megatron.experts import NeuronExperts, SharedNeuronExpert
+from mone_model.megatron.norms import KeyNorm, QueryNorm, RMSNorm
 from mone_model.megatron.router import Router
 from mone_model.megatron.transformer_engine import uses_transformer_engine
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm with sequence parallelism, which Megatron-Core's lacks."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
-        super().__init__(hidden_size, eps=eps, device=current_device(), dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def block_spec(
@@ -31,20 +22,23 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The transformer layers of this pipeline stage and their final norm; backend: the experts' (`expert_backends`)."""
     if uses_transformer_engine(compute):
-        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, qk_layernorm=model.qk_layernorm)
+        layer = get_gpt_layer_with_transformer_engine_spec(num_experts=model.num_experts, qk_layernorm=config.qk_layernorm)
         from megatron.core.extensions.transformer_engine import TENorm as final_norm
     else:
         layer = get_gpt_layer_local_spec(
-            num_experts=model.num_experts, qk_layernorm=model.qk_layernorm, normalization="RMSNorm"
+            num_experts=model.num_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
         )
         final_norm = RMSNorm
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         attention = layer.submodules.self_attention.submodules
         attention.core_attention = CoreAttention
-        if model.qk_layernorm:
+        if config.qk_layernorm:
             attention.q_layernorm = attention.k_layernorm = RMSNorm
         # Use the names of Transformer Engine's layers in checkpoints, where the norm before the experts is a module.
         layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
+    if model.qk_layernorm and model.qk_layernorm_scope == "projection":
+        attention = layer.submodules.self_attention.submodules
+        attention.q_layernorm, attention.k_layernorm = QueryNorm, KeyNorm
     moe: MoESubmodules = versions.submodules_of(layer.submodules.mlp)
     moe.router = Router
     moe.experts = versions.moe_part(

@@ -33,7 +33,8 @@ def transformer_config(model: ModelConfig, parallel: ParallelConfig, compute: Co
         num_query_groups=model.num_query_groups,
         kv_channels=model.head_size,
         ffn_hidden_size=model.moe_ffn_hidden_size,
-        qk_layernorm=model.qk_layernorm,
+        # The norm over all heads is a module of ours (`norms.ProjectionNorm`).
+        qk_layernorm=model.qk_layernorm and model.qk_layernorm_scope == "head",
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
         layernorm_epsilon=model.norm_epsilon,

@@ -30,6 +30,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
+from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from benchmarks.interleaved_timing import torchrun_environments
 from mone_model.accounting import estimate_memory
@@ -44,11 +45,13 @@ from train.checkpoint import Saver
 from train.checkpoint_integrity import list_checkpoints
 from train.checkpoint_loading import load_checkpoint
 from train.config import RunConfig
+from train.config_init import InitConfig
 from train.config_sections import CheckpointConfig, DeepSpeedConfig, GuardConfig, OptimizerConfig, TrainingConfig
 from train.engines import build_engine
 from train.engines.base import Engine
 from train.engines.megatron import MegatronEngine
 from train.guards import StepGuard
+from train.initial_source import open_source
 from train.recorder import auxiliary_loss_names
 from train.runtime import Runtime, distributed, set_seeds
 from train.sources import Batch
@@ -98,6 +101,7 @@ def config_of(case: dict[str, Any]) -> RunConfig:
     return RunConfig(
         engine=case.get("engine", "megatron"),
         deepspeed=DeepSpeedConfig(**case.get("deepspeed", {})),
+        init=InitConfig(**case.get("init", {})),
         model=ModelConfig(**TINY_MODEL | case.get("model", {})),
         parallel=ParallelConfig(**case.get("parallel", {})),
         # Not auto: two runs may choose different backends.
@@ -119,7 +123,14 @@ def run_case(case: dict[str, Any], runtime: Runtime) -> Any:
 
 def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str, Any]:
     """Run one case."""
-    engine = build_engine(config, runtime)
+    weights, initial = (None, None) if config.init.source is None else open_source(config, runtime.device)
+    engine = build_engine(config, runtime, weights)
+    if "logits" in case:
+        return {
+            "weights": whole_weights(engine),
+            "logits": logits(engine, config, torch.tensor(case["logits"])),
+            "initial": initial,
+        }
     layers = [layer for module in engine.modules for layer in moe_layers(module)]
     for _, experts, _ in layers:
         experts.counting_neurons = True
@@ -186,6 +197,37 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
             lambda: engine.train_step(read, micro_batches=micro_batches, accept=always),
         )
     return results
+
+
+@torch.no_grad()
+def logits(engine: Engine, config: RunConfig, tokens_BS: torch.Tensor) -> torch.Tensor | None:
+    """[B, s, V] in evaluation mode, B a multiple of 2; None with ZeRO. A collective; each replica computes all of it."""
+    if not isinstance(engine, MegatronEngine):
+        return None
+    size = len(tokens_BS) // 2
+
+    def forward(batches: Iterator[torch.Tensor], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        tokens = next(batches)
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        output = model(tokens, positions, None, runtime_gather_output=True)
+        return output, lambda logits_BSV, non_loss_data: logits_BSV
+
+    for chunk in engine.model:
+        chunk.eval()
+    iterators = [iter(tokens_BS.split(size)) for _ in engine.model]
+    parts = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=engine.model if len(iterators) > 1 else engine.model[0],
+        num_microbatches=2,
+        seq_length=tokens_BS.size(1),
+        micro_batch_size=size,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, torch.cat(parts)[..., : config.model.vocab_size] if parts else None)
+    return next(each for each in found if each is not None)
 
 
 def refuse(loss: float, grad_norm: float) -> bool:
@@ -312,14 +354,27 @@ def whole(engine: Engine, part_of: Callable[[torch.nn.Parameter], torch.Tensor])
 def whole_state(engine: Engine) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, assembled from all ranks, and the two counters; a collective."""
     state = engine.sharded_state()
-    apply_factories(state)
-    mine = [
-        (entry.key, entry.global_shape, entry.global_slice(), entry.data.detach())
-        for entry in nested_values(state)
-        if isinstance(entry, ShardedTensor)
-    ]
     counters = {"steps": state["optimizer_step"], "scheduler steps": state["scheduler"]["num_steps"]}
-    return assembled(mine) | {name: torch.tensor(count) for name, count in counters.items()}
+    return whole_tensors(state) | {name: torch.tensor(count) for name, count in counters.items()}
+
+
+def whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every weight and buffer of a checkpoint, assembled from all ranks, also before the first step; a collective."""
+    if isinstance(engine, MegatronEngine):
+        return whole_tensors({str(index): module.sharded_state_dict() for index, module in enumerate(engine.modules)})
+    return whole_tensors(engine.sharded_state()["model0"])
+
+
+def whole_tensors(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a sharded state, assembled from all ranks."""
+    apply_factories(state)
+    return assembled(
+        [
+            (entry.key, entry.global_shape, entry.global_slice(), entry.data.detach())
+            for entry in nested_values(state)
+            if isinstance(entry, ShardedTensor)
+        ]
+    )
 
 
 def assembled(mine: list[tuple[str, Any, Any, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -124,6 +124,7 @@ def test_python_m_reports_a_shadowing_file(site: Path, hostile: Path, tmp_path: 
 # Text that the --help of each script must contain.
 OPTIONS = {
     "mone-pretrain": "activation_ratio",
+    "mone-import": "source=models/qwen",
     "mone-plan": "cluster.gpu",
     "mone-slurm": "launch.nodes",
     "mone-status": "--json",
@@ -141,6 +142,7 @@ EVERY_SCRIPT = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
 import data_prep.tokenize, data_prep.verify, launch.plan, launch.report, launch.slurm, launch.status, train.calibrate
+import mone_model.hf.import_model
 for script in sys.argv[1:]:
     print(f"== {os.path.basename(script)}", flush=True)
     child = os.fork()

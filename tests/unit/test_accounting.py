@@ -35,6 +35,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"activation_ratio": 1.0, "tie_embeddings": True},
     {"num_query_groups": 2, "kv_channels": 16, "qk_layernorm": False, "router_topk": 3},
     {"shared_expert_ffn_hidden_size": 0},
+    {"num_query_groups": 2, "qk_layernorm_scope": "projection"},
 ]
 
 

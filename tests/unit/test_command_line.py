@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from data_prep import tokenize, tokenizer_training, verify
 from launch import plan, report, slurm, status
+from mone_model.hf import import_model
 from tests.conftest import ROOT
 from tests.tiny import make_shards
 from train import calibrate, pretrain, sample
@@ -23,6 +24,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
     "slurm": slurm.main,
     "sample": sample.main,
     "calibrate": calibrate.main,
+    "import": import_model.main,
     "tokenizer": tokenizer_training.main,
     "tokenize": tokenize.main,
     "verify": verify.main,
@@ -134,6 +136,11 @@ WITH_FLAGS: dict[str, Callable[[], None]] = {"status": status.main, "report": re
         ("status", ["--wrong"], ["error: the following arguments are required: RUN; see --help"]),
         ("status", ["a", "--wrong"], ["error: unrecognized arguments: --wrong; see --help"]),
         ("report", ["a", "--wandb", "on\nline"], ["--wandb: invalid choice: 'on\\nline'"]),
+        ("import", [], ["missing source: give it on the command line, like source=models/qwen"]),
+        ("import", ["source=nowhere"], ["source=nowhere: no such folder"]),
+        ("import", ["source=x", "output=qwen.yaml"], ["output=qwen.yaml: must be FOLDER/model/NAME.yaml"]),
+        ("pretrain", ["init.upcycle=true"], ["init.upcycle=True: needs init.source"]),
+        ("pretrain", ["init.change=[hidden_size]"], ["init.change=['hidden_size']: choose from rotary_base"]),
         ("calibrate", ["run=x", "sequences=-4"], ["sequences=-4: must be at least 2"]),
         ("calibrate", ["run=x", "ratio=nan"], ["ratio=nan: must be in (0, 1]"]),
     ],
@@ -336,11 +343,17 @@ def test_the_job_in_docs_can_be_submitted_with_data(call_main: Callable[..., Any
     assert "#SBATCH --nodes=8" in out
 
 
-def test_commands_in_the_documentation_compose(call_main: Callable[..., Any]) -> None:
+def test_commands_in_the_documentation_compose(
+    call_main: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     lines = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text().replace("\\\n", ""), re.MULTILINE | re.DOTALL):
             lines += [line.strip() for line in block.splitlines() if line.strip().startswith("mone-")]
+    for written in re.findall(r"output=(imported/\S+)", "\n".join(lines)):  # by mone-import
+        (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / written).write_text("num_layers: 2\n")
     composed = 0
     for line in lines:
         command, *arguments = shlex.split(line, comments=True)

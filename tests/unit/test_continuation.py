@@ -527,7 +527,8 @@ def test_checkpoints_of_earlier_versions_load_and_are_not_deleted(run_folder: Pa
     for step in (2, 4):
         path = run_folder / "checkpoints" / name_of(step) / MANIFEST
         facts = json.loads(path.read_text())
-        path.write_text(json.dumps({name: facts[name] for name in facts.keys() - {"run", "optimizer", "steps"}}))
+        del facts["model"]["qk_layernorm_scope"]  # which means its default
+        path.write_text(json.dumps({name: facts[name] for name in facts.keys() - {"run", "optimizer", "steps", "initial"}}))
     output = train(config_of(run_folder, shards, checkpoint={"interval": 1, "keep_last": 1}))
     assert "does not record the schedule" in output
     assert names_in(run_folder / "checkpoints") == [name_of(step) for step in (2, 4, 6)]

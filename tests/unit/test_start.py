@@ -13,6 +13,8 @@ MODULES = (
         "train.run_notes",
         "train.pretrain",
         "train.trained_model",
+        "train.initial_source",
+        "mone_model.hf.import_model",
         "launch.plan",
         "launch.slurm",
         "launch.status",

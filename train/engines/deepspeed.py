@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from mone_common.checks import check
 from mone_model.megatron.gpt import build_gpt
+from mone_model.weight_sources import WeightSource
 from train.config import RunConfig
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.deepspeed_config import deepspeed_config
@@ -51,12 +52,12 @@ class DeepSpeedEngine:
     `modules` holds the unwrapped model of this rank.
     """
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, weights: WeightSource | None = None) -> None:
         self.device, self.stage = runtime.device, config.deepspeed.zero_stage
         self.micro_batches = config.micro_batches(runtime.world_size)
         self.clip_grad = config.optimizer.clip_grad
         self.precise = config.compute.precision == "fp32"
-        module = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed)
+        module = build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed, weights=weights)
         self.modules = [module]
         # Collect the parameters before ZeRO 3 partitions them.
         self.parameters = dict(module.named_parameters())

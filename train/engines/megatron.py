@@ -22,6 +22,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
 from mone_model.megatron.gpt import build_gpt, moe_layers
+from mone_model.weight_sources import WeightSource
 from train.config import RunConfig
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
 from train.engines.megatron_state import common_form, fill, steps_taken
@@ -35,13 +36,13 @@ class MegatronEngine:
     `modules` are the unwrapped model chunks of this rank, one for each virtual pipeline stage.
     """
 
-    def __init__(self, config: RunConfig, runtime: Runtime) -> None:
+    def __init__(self, config: RunConfig, runtime: Runtime, weights: WeightSource | None = None) -> None:
         self.device, self.mixed_precision = runtime.device, config.compute.precision != "fp32"
         self.clip_grad = config.optimizer.clip_grad
         self.sequence = (config.model.seq_length, config.training.micro_batch_size)
         stages = [None] if config.parallel.virtual_pipeline is None else range(config.parallel.virtual_pipeline)
         self.modules = [
-            build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed, vp_stage=stage)
+            build_gpt(config.model, config.parallel, config.compute, seed=config.run.seed, weights=weights, vp_stage=stage)
             for stage in stages
         ]
         self.model = [
