@@ -1,6 +1,6 @@
 """Initial weights from elsewhere (`init.source`): check that they fit the run, then open them.
 
-check_source(config)                                   # in the preparation: no torch, no collectives; ValueError
+check_source(config)                                   # in the preparation: no collectives; ValueError
 source, noted = open_source(config, device)            # a collective on every rank
 """
 

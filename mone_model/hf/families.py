@@ -3,7 +3,7 @@
     family, model = read_family(json.load(open("config.json")))      # UnknownModel names all such fields
     family.names                                                     # how its tensors can be called on disk
 
-The import is exact: the same logits to rounding at `activation_ratio=1`. Imports neither torch nor transformers. To add a
+The import is exact: the same logits to rounding at `activation_ratio=1`. To add a
 family, write a `Family`; tests/distributed/test_import.py compares each of them with transformers.
 """
 

@@ -1,4 +1,4 @@
-"""A model to take weights from: a Hugging Face folder, one of our runs, or one of our checkpoints. Imports no torch.
+"""A model to take weights from: a Hugging Face folder, one of our runs, or one of our checkpoints.
 
 imported = find_model(Path("models/qwen"))          # UserError if the folder is none of them, or cannot be expressed
 imported.model                                      # ModelConfig

@@ -1,4 +1,4 @@
-"""A Hugging Face folder that our model can express: its model, and each of its tensors accounted for. Imports no torch.
+"""A Hugging Face folder that our model can express: its model, and each of its tensors accounted for.
 
 folder = ModelFolder(Path("models/qwen"))        # UserError names fields or tensors that do not fit
 folder.model, folder.format                      # ModelConfig, "qwen3_moe"

@@ -3,7 +3,7 @@
     folder = SafetensorsFolder(Path("models/qwen"))          # UserError for a missing, truncated or foreign file
     folder.tensors["model.norm.weight"].shape                # (2048,)
 
-Imports no torch. `mone_model.hf.sources` reads the numbers.
+`mone_model.hf.sources` reads the numbers.
 """
 
 import json

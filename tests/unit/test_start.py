@@ -13,8 +13,6 @@ MODULES = (
         "train.run_notes",
         "train.pretrain",
         "train.trained_model",
-        "train.initial_source",
-        "mone_model.hf.import_model",
         "launch.plan",
         "launch.slurm",
         "launch.status",
