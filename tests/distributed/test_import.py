@@ -1,5 +1,6 @@
 """Models of transformers in ours: logits on every layout, gradients, upcycling, and our own checkpoints as a source."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ import pytest
 import torch
 import transformers
 
+from mone_common.console import UserError
 from mone_model.config import ModelConfig
 from mone_model.hf.configuration_mone import MoneConfig
 from mone_model.hf.imported_model import find_model
 from mone_model.hf.modeling_mone import MoneForCausalLM
+from mone_model.hf.sources import StoredWeights
 from mone_model.hf.weight_map import NAMES, weight_map
 from tests.distributed.worker import run_cases, sequence
 from tests.tiny import TINY_MODEL
@@ -301,3 +304,23 @@ def test_our_checkpoint_is_a_source_for_another_ratio_and_layout(results: dict[s
         assert not found[len(weight) :].any()
     assert TINY_MODEL["vocab_size"] == 64
     assert len(imported["weights"]["output_layer.weight"]) == 96
+
+
+@pytest.mark.usefixtures("results")
+def test_a_run_is_found_by_its_folder_and_a_checkpoint_by_its_own(folder: Path) -> None:
+    run = find_model(folder / "saved")
+    assert run.model == ModelConfig(**TINY_MODEL)
+    (checkpoint,) = run.checkpoints
+    assert find_model(checkpoint.path)._replace(path=run.path) == run
+    assert find_model(folder / "saved", step=1) == run
+    with pytest.raises(UserError, match=r"has no checkpoint of step=7; it has steps \[1\]"):
+        find_model(folder / "saved", step=7)
+
+
+@pytest.mark.usefixtures("results")
+def test_a_checkpoint_without_a_tensor_of_its_model_is_refused(folder: Path) -> None:
+    (checkpoint,) = find_model(folder / "saved").checkpoints
+    StoredWeights(checkpoint)
+    tied = dataclasses.replace(checkpoint, noted=checkpoint.noted | {"model": TINY_MODEL | {"tie_embeddings": True}})
+    with pytest.raises(UserError, match=r"output_layer.weight has shape \[64, 32\]; its model has None"):
+        StoredWeights(tied)
