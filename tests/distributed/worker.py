@@ -125,6 +125,8 @@ def train(case: dict[str, Any], config: RunConfig, runtime: Runtime) -> dict[str
     """Run one case."""
     weights, initial = (None, None) if config.init.source is None else open_source(config, runtime.device)
     engine = build_engine(config, runtime, weights)
+    if "save_weights" in case:
+        save_weights(engine, config, Path(case["save_weights"]))
     if "logits" in case:
         return {
             "weights": whole_weights(engine),
@@ -285,6 +287,16 @@ def load(engine: Engine, folder: Path) -> int:
     assert not problems, problems
     engine.load_state(load_checkpoint(found[-1], engine.sharded_state(loading=True), same_layout=False))
     return found[-1].step
+
+
+def save_weights(engine: Engine, config: RunConfig, folder: Path) -> None:
+    """Save the weights alone, before the first step; a collective."""
+    saver = Saver(folder, CheckpointConfig())
+    state = {f"model{index}": module.sharded_state_dict() for index, module in enumerate(engine.modules)}
+    saver.save(
+        step=1, state=state, facts=facts_of(1, world_size=dist.get_world_size(), model=dataclasses.asdict(config.model))
+    )
+    saver.finish(wait=True)
 
 
 def save_while_training(engine: Engine, folder: Path, train_step: Callable[[], Any]) -> dict[str, Any]:
