@@ -6,8 +6,7 @@
 Each round copies the checkpoint with `cp`, exports it with `mone-export`, and reads every weight of the exported folder as a
 run with `init.source` on one process does, in turn; what is written is flushed to disk. Each contender is a process of its
 own, whose start and imports are timed too. Memory includes the pages of files that are mapped, which the system can drop. A
-checkpoint of training also holds the optimizer's state, which an export
-verifies but does not read; this one holds weights.
+checkpoint of training also holds the optimizer's state, which an export verifies but does not read; this one holds weights.
 """
 
 import multiprocessing

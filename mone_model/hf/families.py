@@ -3,8 +3,8 @@
     family, model = read_family(json.load(open("config.json")))      # UnknownModel names all such fields
     family.names                                                     # how its tensors can be called on disk
 
-The import is exact: the same logits to rounding at `activation_ratio=1`. To add a
-family, write a `Family`; tests/distributed/test_import.py compares each of them with transformers.
+The import is exact: the same logits to rounding at `activation_ratio=1`. To add a family, write a `Family`;
+tests/distributed/test_import.py compares each of them with transformers.
 """
 
 from collections.abc import Callable

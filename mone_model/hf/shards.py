@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from mone_model.hf.safetensors_folder import INDEX, SINGLE
+
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """Data types by their names in safetensors."""
 
@@ -45,7 +47,7 @@ def plan_shards(specs: Sequence[Spec], *, largest: int) -> dict[str, list[Spec]]
         files[-1].append(spec)
         room -= spec.size
     if len(files) == 1:
-        return {"model.safetensors": files[0]}
+        return {SINGLE: files[0]}
     return {f"model-{number:05}-of-{len(files):05}.safetensors": shard for number, shard in enumerate(files, start=1)}
 
 
@@ -76,4 +78,4 @@ def write_index(folder: Path, shards: dict[str, list[Spec]]) -> None:
         total = sum(spec.size for specs in shards.values() for spec in specs)
         places = {spec.name: name for name, specs in shards.items() for spec in specs}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -189,9 +189,3 @@ def define(name: str, schema: str, *, differentiable: bool = False) -> Any:
         return operator(*arguments)
 
     return operator
-
-
-def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-    """[..., H] -> [N, H] with contiguous rows; copied only if necessary."""
-    rows = tensor.flatten(0, -2)
-    return rows if rows.stride(1) == 1 else rows.contiguous()

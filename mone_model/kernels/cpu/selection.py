@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.kernels.cpu.library import DTYPES, WORD, define, rows_of, usable
+from mone_model.kernels.cpu.library import DTYPES, WORD, define, usable
 
 _select_and_gate = define(
     "select_and_gate_cpu",
@@ -29,7 +29,7 @@ def select_and_gate(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`mone::select_and_gate` (mone_model.neuron_selection) for fp32 and bf16."""
     kernel_id = ACTIVATIONS[activation].kernel_id
-    return _select_and_gate(rows_of(gate), rows_of(up), probs.float().contiguous(), k, kernel_id)
+    return _select_and_gate(_rows_of(gate), _rows_of(up), probs.float().contiguous(), k, kernel_id)
 
 
 @torch.library.register_fake("mone::select_and_gate_cpu")
@@ -56,3 +56,9 @@ def _(dhidden: torch.Tensor, masks: Any, gates: Any, ups: Any, probs: torch.Tens
 def selects(gate: torch.Tensor) -> bool:
     """Whether `select_and_gate` can be used for this tensor here."""
     return gate.size(1) <= 65536 and usable(gate, dtypes=DTYPES)
+
+
+def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """[..., H] -> [N, H] with contiguous rows; copied only if necessary."""
+    rows = tensor.flatten(0, -2)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
