@@ -5,8 +5,6 @@ for tensor in conversion.tensors:
 conversion.read(tensor)          # one layer's largest tensor is in memory beside the result
 """
 
-import math
-
 import torch
 
 from mone_common.console import UserError
@@ -73,8 +71,3 @@ def check_complete(weights: CheckpointWeights, model: ModelConfig) -> None:
     ]
     if problems:
         raise UserError(f"{weights.path}: {'; '.join(sorted(problems)[:5])}")
-
-
-def parameters(tensors: list[Tensor]) -> int:
-    """Numbers in all tensors."""
-    return sum(math.prod(tensor.shape) for tensor in tensors)

@@ -28,7 +28,7 @@ def compute_experts(
     experts, chosen = self.num_experts, top_k_index.size(1)
     index_R = top_k_index.flatten()
     order_R = index_R.argsort(stable=True)
-    tokens_E = torch.bincount(index_R, minlength=experts + 1)[: experts + 1]
+    tokens_E = torch.bincount(index_R, minlength=experts + 1)
     # Under expert parallelism, experts of other ranks have the number E and come last.
     order_R, tokens_E = order_R[: len(order_R) - int(tokens_E[experts])], tokens_E[:experts]
     rows_R = order_R // chosen
