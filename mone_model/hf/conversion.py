@@ -33,9 +33,15 @@ class Conversion:
 
     def read(self, tensor: Tensor) -> torch.Tensor:
         """A tensor of the format, contiguous, in the data type of the checkpoint."""
-        # The pieces cover the tensor (`weight_map.tensors_of`); one without pieces is zero.
-        make = torch.empty if tensor.pieces else torch.zeros
-        out = make(tensor.shape, dtype=self.dtype(tensor))
+        out = torch.empty(tensor.shape, dtype=self.dtype(tensor))
+        self.read_into(tensor, out)
+        return out
+
+    def read_into(self, tensor: Tensor, out: torch.Tensor) -> None:
+        """Write a tensor of the format to `out`, which has its shape, in the data type of `out`."""
+        if not tensor.pieces:
+            out.zero_()
+        # The pieces cover the tensor (`weight_map.tensors_of`).
         for weight, start, part in tensor.pieces:
             layered = weight.key.startswith(LAYERS)
             whole = self._read(weight.key, weight.place[0] if layered else None)
@@ -45,7 +51,6 @@ class Conversion:
                 there[:, part.first : part.first + part.rows] = rows.T
             else:
                 there[part.first : part.first + part.rows] = rows
-        return out
 
     def _read(self, key: str, layer: int | None) -> torch.Tensor:
         # The queries, keys and values of a layer, and all its experts, come from the same tensor.

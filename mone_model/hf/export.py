@@ -164,7 +164,7 @@ def write_weights(folder: Path, conversion: Conversion, dtype: torch.dtype, larg
     done, began = 0, time.monotonic()
     reported = began
 
-    def read(spec: Spec) -> torch.Tensor:
+    def fill(spec: Spec, out: torch.Tensor) -> None:
         nonlocal done, reported
         if time.monotonic() - reported >= PROGRESS_SECONDS:
             reported = time.monotonic()
@@ -172,11 +172,11 @@ def write_weights(folder: Path, conversion: Conversion, dtype: torch.dtype, larg
             left = clock((total - done) / rate) if rate else "?"
             logger.info(f"exported {done / 1e9:.2f} of {total / 1e9:.2f} GB, {rate / 1e9:.2f} GB/s, {left} left")
         done += spec.size
-        return conversion.read(sources[spec.name]).to(spec.dtype)
+        conversion.read_into(sources[spec.name], out)
 
     shards = plan_shards(specs, largest=largest_shard)
     for name, shard in shards.items():
-        write_shard(folder / name, shard, read)
+        write_shard(folder / name, shard, fill)
     write_index(folder, shards)
 
 
