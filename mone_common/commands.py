@@ -18,7 +18,7 @@ PARENT = os.getppid()
 """Process id of the parent at the start, read before imports that take seconds."""
 ROOT = Path(__file__).resolve().parent.parent
 """The folder of this project's packages."""
-PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_model", "train")
+PACKAGES = ("configs", "data_prep", "hydra_plugins", "launch", "mone_common", "mone_eval", "mone_model", "train")
 """This project's packages, as in pyproject.toml."""
 
 

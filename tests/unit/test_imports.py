@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "mone_model": {"mone_common"},
     "data_prep": {"mone_common"},
     "train": {"mone_common", "mone_model", "data_prep"},
+    "mone_eval": {"mone_common", "mone_model", "data_prep"},
     "launch": {"mone_common", "mone_model", "data_prep", "train"},
     "hydra_plugins": {"mone_common", "mone_model", "data_prep", "train", "launch"},
 }
