@@ -21,11 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from launch import charts
 from launch.baselines import Comparison, compare
 from launch.findings import sentence
-from launch.page import Chart, Table, page
+from launch.page import page
 from launch.points import Point
 from launch.results import format_value, group_runs, labels, read_runs, short_name, varying_options
 from mone_common.console import Parser, ReportedError, UserError
 from mone_common.files import writing
+from mone_common.page import Chart, Table
 from mone_common.run_records import flat, last_step
 from mone_common.text import printable
 from train.metrics import wandb_settings
