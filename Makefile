@@ -68,9 +68,9 @@ lint: .venv/installed
 docs: .venv/installed  ## the documentation and the API reference as a site in build/site; a broken link fails
 	$(BIN)/mkdocs build --strict
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml constraints.txt constraints-eval.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --constraint constraints-eval.txt --editable '.[dev,eval]'
 	touch $@
 
 clean:  ## remove the demo's data and runs

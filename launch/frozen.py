@@ -11,11 +11,11 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mone_common.checkout import commit
 from mone_common.commands import PACKAGES, ROOT
 from mone_common.console import UserError
 from mone_common.files import writing
 from train.config import RunConfig, describe
-from train.run_notes import commit
 
 FROZEN = """# The composed and checked configuration that the job runs. Code: ./code, commit {commit}.
 defaults:

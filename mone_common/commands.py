@@ -38,6 +38,7 @@ def _command(module: str) -> Callable[[], None]:
 
 pretrain = _command("train.pretrain")
 sample = _command("train.sample")
+evaluate = _command("mone_eval.evaluate")
 calibrate = _command("train.calibrate")
 export = _command("mone_model.hf.export")
 import_model = _command("mone_model.hf.import_model")

@@ -65,7 +65,7 @@ def read_documents(
     document is read after the one that reaches this many bytes of text. Raises DataError if the corpus cannot be read or has
     no text.
     """
-    texts = _limited(read_texts(config, split=split), max_documents, max_bytes)
+    texts = limit(read_texts(config, split=split), max_documents=max_documents, max_bytes=max_bytes)
     documents = list(encode(texts, tokenizer))
     if not documents:
         raise DataError(f"corpus.path={config.path or config.hub}: has no text")
@@ -133,7 +133,8 @@ def _decoded(manifest: Manifest, split: Split) -> Iterator[Text]:
                 yield Text(f"{prefix}:{number + 1}", text)
 
 
-def _limited(texts: Iterable[Text], max_documents: int | None, max_bytes: int | None) -> Iterator[Text]:
+def limit(texts: Iterable[Text], *, max_documents: int | None, max_bytes: int | None) -> Iterator[Text]:
+    """The first texts; see `read_documents`."""
     read = 0
     for text in itertools.islice(texts, max_documents):
         yield text

@@ -12,8 +12,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
+from mone_common.checkout import commit
 from mone_common.files import writing
 from mone_common.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, READING_FILE, STATUS_FILE, lock_run_folder
 from mone_common.run_records import read_status
@@ -87,17 +86,3 @@ def environment() -> dict[str, Any]:
         "world_size": rank_and_world_size()[1],
         "packages": versions,
     }
-
-
-def commit() -> str | None:
-    """The commit of this checkout, with -dirty if it was changed; None if this is not a checkout or git is missing.
-
-    For code that `launch.slurm` copied to a run folder: the commit of the original checkout.
-    """
-    checkout = Path(__file__).parent.parent
-    if (checkout / "COMMIT").exists():
-        return (checkout / "COMMIT").read_text().strip()
-    if not (checkout / ".git").exists() or shutil.which("git") is None:
-        return None
-    git = subprocess.run(["git", "-C", str(checkout), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return git.stdout.strip() or None

@@ -121,4 +121,6 @@ def _load_checkpoint(
     name = str(dtype).removeprefix("torch.")
     config = MoneConfig(**config_of(ours, "mone", end=end, dtype=name, thresholds_L=thresholds_L))
     state = {tensor.name: conversion.read(tensor) for tensor in conversion.tensors}
-    return MoneForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = MoneForCausalLM.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.config.name_or_path = str(checkpoint.path)
+    return model

@@ -1,0 +1,171 @@
+"""The model that is evaluated: check its folder before anything long begins, load it, identify it.
+
+check_model("runs/demo", step=None)                   # UserError: no model, or no tokenizer
+model, tokenizer = open_model(ModelChoice(model="runs/demo", ratio=0.25))
+describe(model)                                       # {"class": "MoneForCausalLM", "fingerprint": "9f...", ...}
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mone_common.console import UserError
+from mone_common.run_records import DamagedFile, read_thresholds
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ENDS = 4096
+"""Numbers at each end of a tensor that its fingerprint includes; an optimizer step changes all."""
+FINGERPRINTED = 16
+"""Hexadecimal digits of a fingerprint."""
+
+
+@dataclass
+class ModelChoice:
+    """Which model, how it selects neurons, and in what precision it computes."""
+
+    model: str
+    """Folder of a run, a checkpoint, or any causal language model of transformers."""
+    step: int | None = None
+    """Step of the checkpoint of a run; None: the newest."""
+    ratio: float | None = None
+    """Share of an expert's neurons to keep; None: that of the model."""
+    select: str | None = None
+    """exact or threshold; None: threshold if `thresholds` is given."""
+    thresholds: str | None = None
+    """Output file of mone-calibrate; None with select=threshold: thresholds.json of the run."""
+    dtype: str = "auto"
+    """One of DTYPES; auto: that of the weights."""
+    device: str = "auto"
+    """A device of torch; auto: a GPU if there is one."""
+    trust: bool = False
+    """Also load checkpoints with pickled code."""
+
+    def __post_init__(self) -> None:
+        if self.step is not None and self.step < 0:
+            raise UserError(f"step={self.step}: must be at least 0")
+        if self.ratio is not None and not 0 < self.ratio <= 1:
+            raise UserError(f"ratio={self.ratio}: must be above 0 and at most 1")
+        if self.select not in (None, "exact", "threshold"):
+            raise UserError(f"select={self.select}: choose exact or threshold")
+        if self.select == "exact" and self.thresholds is not None:
+            raise UserError(f"thresholds={self.thresholds}: is not used with select=exact; leave one of them out")
+        if self.by_threshold and self.ratio is not None:
+            raise UserError(
+                f"ratio={self.ratio}: thresholds decide how many neurons are kept; calibrate them for this ratio with "
+                f"mone-calibrate run={self.model} ratio={self.ratio}, and leave ratio out"
+            )
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype}: choose one of {', '.join(DTYPES)}")
+
+    @property
+    def by_threshold(self) -> bool:
+        """Whether thresholds select the neurons."""
+        return self.select == "threshold" or self.thresholds is not None
+
+    def thresholds_L(self) -> list[float] | None:
+        """The thresholds, one for each layer, or None; UserError if the file is missing."""
+        if not self.by_threshold:
+            return None
+        path = Path(self.thresholds or Path(self.model) / "thresholds.json")
+        try:
+            return read_thresholds(path)
+        except DamagedFile as error:
+            raise UserError(f"{error}; write one with mone-calibrate run={self.model} output={path}") from error
+
+
+def check_model(path: str, *, step: int | None) -> None:
+    """Raise UserError, without reading weights, unless the folder has a model and a tokenizer."""
+    from mone_model.hf.imported_model import list_saved
+
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"model={path}: no such folder; give the folder of a run, a checkpoint, or a Hugging Face model (config.json)"
+        )
+    is_exported = (folder / "config.json").is_file()
+    if is_exported and step is not None:
+        raise UserError(f"step={step}: {path} is a Hugging Face model, which has no steps; leave step out")
+    if is_exported:
+        tokenizer, found = folder, any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
+    else:
+        try:
+            checkpoints, _ = list_saved(folder, step=step)
+        except UserError as error:
+            raise UserError(f"model={error}; a Hugging Face model has a config.json") from error
+        tokenizer = checkpoints[-1].path.parent.parent / "tokenizer"
+        found = tokenizer.is_dir()
+    if not found:
+        raise UserError(f"model={path}: has no tokenizer; copy the tokenizer of its data to {tokenizer}")
+
+
+def open_model(choice: ModelChoice) -> tuple[Any, Any]:
+    """The model in evaluation mode on its device, and its tokenizer; UserError if it cannot be loaded as chosen."""
+    import torch
+
+    from mone_model.hf import load
+
+    device = find_device(choice.device)
+    thresholds_L = choice.thresholds_L()
+    try:
+        model, tokenizer = load(
+            choice.model,
+            step=choice.step,
+            dtype=None if choice.dtype == "auto" else getattr(torch, choice.dtype),
+            activation_ratio=choice.ratio,
+            thresholds_L=thresholds_L,
+            trust=choice.trust,
+        )
+    except UserError as error:
+        raise UserError(f"model={error}") from error
+    if choice.select == "exact" and getattr(model.config, "neuron_thresholds", None) is not None:
+        raise UserError(f"select=exact: {choice.model} was exported with thresholds; evaluate the run that it is of")
+    return model.to(device), tokenizer
+
+
+def find_device(name: str) -> "torch.device":
+    """The device of that name; UserError if this machine has none."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise UserError(f"device={name}: cannot be used here ({first}); choose auto, cpu or cuda") from error
+    return device
+
+
+def describe(model: Any) -> dict[str, Any]:
+    """Class, size, precision, neuron selection and fingerprint of a model, for the record of its results."""
+    config = model.config
+    ratio = getattr(config, "activation_ratio", None)
+    return {
+        "class": type(model).__name__,
+        "source": config.name_or_path,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "activation_ratio": ratio,
+        "thresholds": getattr(config, "neuron_thresholds", None),
+        "fingerprint": fingerprint(model),
+    }
+
+
+def fingerprint(model: Any) -> str:
+    """Identifies the weights, in any file format: a hash of names, shapes, types, and the ends of each tensor."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        for end in (flat[:ENDS], flat[-ENDS:]):
+            digest.update(end.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:FINGERPRINTED]
