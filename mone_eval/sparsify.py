@@ -61,6 +61,12 @@ class SparsifyConfig:
     parts: list[str] | None = None
     """Where neurons are selected, each on its own: routed, shared or dense; null: routed experts, or the gated layers of a
     dense model."""
+    tasks: list[str] = field(default_factory=list)
+    """Also score these tasks of lm-evaluation-harness, such as arc_easy and hellaswag; needs the extra `eval`."""
+    task_data: str | None = None
+    """Folder of python -m mone_eval.fetch_task_data with the data of tasks; null: the Hugging Face hub."""
+    limit: int | None = None
+    """Only the first questions of each task; null: all."""
     max_tokens: int = 65536
     """Tokens of text to score; whole documents in order."""
     calibration_share: float = 0.25
@@ -96,6 +102,7 @@ class SparsifyConfig:
             ("ratios", len(set(self.ratios)) == len(self.ratios) > 0, "must be different numbers, at least one"),
             ("select", bool(self.select), "choose exact, threshold or both"),
             ("per", self.per in ("layer", "model"), "choose layer or model"),
+            ("limit", self.limit is None or self.limit >= 1, "must be at least 1"),
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("calibration_share", 0 < self.calibration_share < 1, "must be above 0 and below 1"),
             ("window", self.window >= 2, "must be at least 2"),
@@ -126,8 +133,18 @@ def main(hydra_config: DictConfig) -> None:
     from mone_eval.sparsity_plan import describe_plan, plan_of
     from mone_eval.sparsity_results import console_table, publish_results
 
+    prepared = None
+    if options.tasks:
+        from mone_eval.tasks import prepare_tasks
+
+        prepared = prepare_tasks(options.tasks, task_data=options.task_data)
     model, tokenizer = open_layerwise(options, device)
-    study = prepare(options, model, tokenizer)
+    tasks = None
+    if prepared is not None:
+        from mone_eval.sparsity_tasks import StreamedTasks
+
+        tasks = StreamedTasks(prepared, model, tokenizer, limit=options.limit, batch_tokens=options.batch_tokens)
+    study = prepare(options, model, tokenizer, [tasks.text] if tasks else [])
     print(describe_plan(plan_of(study)), flush=True)
     if options.plan:
         return
@@ -137,7 +154,7 @@ def main(hydra_config: DictConfig) -> None:
         if not lock(file):
             raise UserError(f"output={output}: another process writes it")
         seconds = run(study, unfinished / STATE, identity=identity_of(options, study), every=60 * options.save_minutes)
-        result = publish_results(study, unfinished, dataclasses.asdict(options), seconds)
+        result = publish_results(study, unfinished, dataclasses.asdict(options), seconds, tasks)
         (unfinished / STATE).unlink(missing_ok=True)
         (unfinished / LOCK_FILE).unlink()
         publish(output, unfinished)
@@ -163,8 +180,11 @@ def open_layerwise(options: SparsifyConfig, device: torch.device) -> tuple["Laye
     return LayerwiseModel(model, device=device), tokenizer
 
 
-def prepare(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) -> "Study":
-    """The study before its first layer; UserError if the model or the text does not fit the options."""
+def prepare(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any, more: list["Text"]) -> "Study":
+    """The study before its first layer; UserError if the model or the text does not fit the options.
+
+    more: other texts to score.
+    """
     from mone_eval.expert_hooks import hook_experts
     from mone_eval.sparsity_streams import streams_of
     from mone_eval.sparsity_study import Study
@@ -189,7 +209,7 @@ def prepare(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) ->
         trained=any(experts.trained is not None for experts in hooked),
     )
     scored, calibration = read_text(options, model, tokenizer)
-    return Study(model, hooked, streams, scored, calibration, per=options.per, seed=options.seed)
+    return Study(model, hooked, streams, [scored, *more], calibration, per=options.per, seed=options.seed)
 
 
 def read_text(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) -> tuple["Text", "Text"]:
@@ -238,7 +258,7 @@ def identity_of(options: SparsifyConfig, study: "Study") -> str:
     kept = {name: value for name, value in dataclasses.asdict(options).items() if name not in ("plan", "save_minutes")}
     files = [path for path in sorted(Path(options.model).rglob("*.safetensors")) if path.is_file()]
     stats = [[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    text = [checksum(study.scored.documents), checksum(study.calibration.documents)]
+    text = [checksum(text.documents) for text in (study.texts[0], study.calibration)]
     return hashlib.sha256(json.dumps([kept, stats, text], default=str).encode()).hexdigest()
 
 

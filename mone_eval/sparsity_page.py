@@ -70,9 +70,7 @@ def finding(result: dict[str, Any]) -> str:
         if its:
             losses = ", ".join(f"{stream['nll_above_all']['value']:+.3f} at {stream['ratio']:g}" for stream in its)
             sentences.append(f"Keeping the neurons of {part} experts with the largest |act(gate)| changes this by {losses}.")
-    if largest := result.get("largest_sparsity"):
-        sentences.append(largest["sentence"])
-    return " ".join(sentences)
+    return " ".join([*sentences, *result.get("largest_sparsity", {}).get("sentences", [])])
 
 
 def draw_losses(path: Path, result: dict[str, Any], part: str) -> None:
@@ -213,8 +211,8 @@ def tables(result: dict[str, Any]) -> list[Table]:
         for stream in result["streams"]
     ]
     note = "Intervals hold 95 % of the bootstrap over documents; the last column is paired by document."
-    headings = ("stream", "kept", "nats per token", "bits per byte", "nats above all neurons")
-    found = [Table("Streams", note, headings, streams)]
+    columns = ("stream", "kept", "nats per token", "bits per byte", "nats above all neurons")
+    found = [Table("Streams", note, columns, streams)]
     bounds = list(result["gates"][0]["near_zero"]) if result["gates"] else []
     for part in parts_of(result):
         thresholds = {ratio: by for ratio, by in result["thresholds"].get(part, {}).items() if float(ratio) < 1}

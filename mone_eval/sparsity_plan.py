@@ -53,9 +53,9 @@ def plan_of(study: Study) -> Plan:
     number = model.model.dtype.itemsize
     layer_sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
     total = sum(weight.numel() for weight in model.model.parameters())
-    tokens, calibration = study.scored.tokens, study.calibration.tokens
+    tokens, calibration = sum(text.tokens for text in study.texts), study.calibration.tokens
     passes = tokens * streams + calibration * (2 if study.per == "model" else 1)
-    windows = [*study.scored.windows, *study.calibration.windows]
+    windows = [window for text in (*study.texts, study.calibration) for window in text.windows]
     context = sum(len(window) ** 2 for window in windows) / sum(map(len, windows)) / 2
     layer_flops = sum(2 * _active(study, layer) + 4 * context * width for layer in range(len(model.layers)))
     head_flops = 2.0 * width * config.vocab_size * tokens * streams

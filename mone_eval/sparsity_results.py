@@ -9,7 +9,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,8 +17,11 @@ from mone_eval.documents import checksum
 from mone_eval.intervals import paired_difference, score_text
 from mone_eval.results import align, environment
 from mone_eval.sparsity_page import write_page
-from mone_eval.sparsity_study import Study, Text
+from mone_eval.sparsity_study import Losses, Study, Text
 from mone_eval.windows import sum_by_document
+
+if TYPE_CHECKING:
+    from mone_eval.sparsity_tasks import StreamedTasks  # needs lm_eval
 
 FORMAT = "mone-sparsity-1"
 NEAR_ZERO = (0.001, 0.01, 0.1)
@@ -27,9 +30,14 @@ BINS = range(-24, 9)
 """Powers of two between which |act(gate)| is counted; smaller values are in the first bin, larger ones in the last."""
 
 
-def publish_results(study: Study, folder: Path, options: dict[str, Any], seconds: float) -> dict[str, Any]:
+def publish_results(
+    study: Study, folder: Path, options: dict[str, Any], seconds: float, tasks: "StreamedTasks | None"
+) -> dict[str, Any]:
     """Score all streams and write the files to a folder; returns the content of results.json."""
-    result = environment(options) | {"format": FORMAT, "seconds": round(seconds, 1)} | results_of(study)
+    losses_ST = [study.score(index) for index in range(len(study.streams))]
+    result = environment(options) | {"format": FORMAT, "seconds": round(seconds, 1)} | results_of(study, losses_ST)
+    if tasks is not None:
+        result |= tasks.results(result["streams"], [losses for _, losses in losses_ST])
     write_json(folder / "results.json", result)
     write_json(folder / "thresholds.json", thresholds_of(study, options["model"]))
     write_page(folder, result)
@@ -41,12 +49,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def results_of(study: Study) -> dict[str, Any]:
-    """The scores of all streams, the losses of each document, and the distribution of |act(gate)|."""
-    scored = study.scored
+def results_of(study: Study, losses_ST: list[list[Losses]]) -> dict[str, Any]:
+    """The scores of all streams, the losses of each document, and the distribution of |act(gate)|.
+
+    losses_ST: of each stream and text.
+    """
+    scored = study.texts[0]
     nll_SN, tokens_N = [], torch.empty(0)
-    for index in range(len(study.streams)):
-        nll_N, tokens_N = sum_by_document(_in_batches(scored), study.score(index).nll_W, documents=len(scored.documents))
+    for losses, *_ in losses_ST:
+        nll_N, tokens_N = sum_by_document(scored.in_batches, losses.nll_W, documents=len(scored.documents))
         nll_SN.append(nll_N.tolist())
     bytes_N = [document.num_bytes for document in scored.documents]
     streams = []
@@ -74,10 +85,6 @@ def results_of(study: Study) -> dict[str, Any]:
         ],
         "thresholds": thresholds_by_part(study),
     }
-
-
-def _in_batches(text: Text) -> list[Any]:
-    return [window for batch in text.batches for window in batch]
 
 
 def describe(study: Study) -> dict[str, Any]:
@@ -163,4 +170,5 @@ def console_table(result: dict[str, Any]) -> str:
                 interval,
             )
         )
-    return align(("stream", "kept", "nats/token", "bits/byte", "above all neurons", "95 % interval"), rows)
+    lines = align(("stream", "kept", "nats/token", "bits/byte", "above all neurons", "95 % interval"), rows)
+    return "\n".join([lines, *result.get("largest_sparsity", {}).get("sentences", [])])

@@ -1,11 +1,11 @@
 """Passes text through a model layer by layer, once for each stream of a study, with every layer loaded once.
 
-    study = Study(model, hook_experts(model.model), streams, scored, calibration)
+    study = Study(model, hook_experts(model.model), streams, [scored], calibration)
     study.calibrate_model()                              # with per="model" only
     while not study.done:
         study.advance()                                  # one layer
         torch.save(study.state(), path)                  # `study.restore` continues from it
-    losses = study.score(0)                              # of the first stream
+    (losses,) = study.score(0)                           # of the first stream, for each text
 
 Shapes: B sequences, T tokens, D width, V vocabulary, W windows, M magnitudes.
 """
@@ -53,6 +53,11 @@ class Text:
         return self
 
     @property
+    def in_batches(self) -> list[Window]:
+        """The windows in the order of the losses."""
+        return [window for batch in self.batches for window in batch]
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that the model reads."""
         return sum(map(len, self.windows))
@@ -60,7 +65,7 @@ class Text:
 
 @dataclass
 class Losses:
-    """How a stream predicts the windows, in the order of `Text.windows`."""
+    """How a stream predicts the windows, in the order of `Text.in_batches`."""
 
     nll_W: torch.Tensor
     """Summed negative log-likelihood of the scored tokens, nats, float64."""
@@ -76,20 +81,20 @@ class Study:
         model: LayerwiseModel,
         hooked: Sequence[HookedExperts],
         streams: Sequence[Stream],
-        scored: Text,
+        texts: Sequence[Text],
         calibration: Text,
         *,
         per: str = "layer",
         seed: int = 0,
     ) -> None:
-        """per: layer, or model for one threshold in all layers."""
+        """texts: to score. per: layer, or model for one threshold in all layers."""
         self.model, self.streams, self.per, self.seed = model, streams, per, seed
-        self.scored, self.calibration = scored, calibration
+        self.texts, self.calibration = texts, calibration
         self.experts: list[list[HookedExperts]] = [
             [one for one in hooked if one.name.startswith(f"{layer}.")] for layer in model.layer_names
         ]
         """The experts of each layer."""
-        self.batches = [self._begin(scored, batch) for batch in scored.batches]
+        self.batches = [self._begin(text, batch) for text in texts for batch in text.batches]
         self.calibration_batches = [self._begin(calibration, batch) for batch in calibration.batches]
         self.layers_done = 0
         first = [batch.hidden_BTD for batch in self.batches]
@@ -167,29 +172,33 @@ class Study:
             return dict.fromkeys(layers, self.model_thresholds[part, ratio])
         return dict(zip(layers, find_thresholds(self._all_counts(part), ratio=ratio), strict=True))
 
-    def score(self, index: int) -> Losses:
-        """The losses of a stream after the last layer."""
-        nll, greedy = [], []
-        for batch, windows, hidden_BTD in zip(self.batches, self.scored.batches, self.hidden[index], strict=True):
-            targets_BT = collate(windows, self.scored.documents, begin=self.scored.begin)[1]
-            length = targets_BT.size(1)
-            step = max(1, LOGITS // (len(windows) * self.model.model.config.get_text_config().vocab_size))
-            nll_B = torch.zeros(len(windows), dtype=torch.float64)
-            greedy_B = torch.ones(len(windows), dtype=torch.bool)
-            # Logits before the first scored token of the batch are not needed.
-            first = min(int((row != IGNORED).int().argmax()) for row in targets_BT)
-            for start in range(first, length, step):
-                logits_BtV = self.model.logits(batch, hidden_BTD, start=start, stop=start + step)
-                part_Bt = targets_BT[:, start : start + step].to(logits_BtV.device)
-                loss_Bt = cross_entropy(
-                    logits_BtV.flatten(0, 1).float(), part_Bt.flatten(), ignore_index=IGNORED, reduction="none"
-                )
-                nll_B += loss_Bt.view_as(part_Bt).double().sum(1).cpu()
-                best_Bt = logits_BtV.argmax(-1)
-                greedy_B &= ((best_Bt == part_Bt) | (part_Bt == IGNORED)).all(1).cpu()
-            nll.append(nll_B)
-            greedy.append(greedy_B)
-        return Losses(torch.cat(nll), torch.cat(greedy))
+    def score(self, index: int) -> list[Losses]:
+        """The losses of a stream after the last layer, for each text."""
+        hidden = zip(self.batches, self.hidden[index], strict=True)
+        found = []
+        for text in self.texts:
+            losses = [self._score(text, windows, *next(hidden)) for windows in text.batches]
+            found.append(Losses(*map(torch.cat, zip(*losses, strict=True))))
+        return found
+
+    def _score(
+        self, text: Text, windows: list[Window], batch: Batch, hidden_BTD: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        targets_BT = collate(windows, text.documents, begin=text.begin)[1]
+        step = max(1, LOGITS // (len(windows) * self.model.model.config.get_text_config().vocab_size))
+        nll_B = torch.zeros(len(windows), dtype=torch.float64)
+        greedy_B = torch.ones(len(windows), dtype=torch.bool)
+        # Logits before the first scored token of the batch are not needed.
+        first = int((targets_BT != IGNORED).any(0).int().argmax())
+        for start in range(first, targets_BT.size(1), step):
+            logits_BtV = self.model.logits(batch, hidden_BTD, start=start, stop=start + step)
+            part_Bt = targets_BT[:, start : start + step].to(logits_BtV.device)
+            loss_N = cross_entropy(
+                logits_BtV.flatten(0, 1).float(), part_Bt.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+            nll_B += loss_N.view_as(part_Bt).double().sum(1).cpu()
+            greedy_B &= ((logits_BtV.argmax(-1) == part_Bt) | (part_Bt == IGNORED)).all(1).cpu()
+        return nll_B, greedy_B
 
     def share_kept(self, index: int, part: str) -> dict[int, float]:
         """The share of neurons that a stream kept, for each layer that has experts of a part."""

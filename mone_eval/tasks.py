@@ -98,11 +98,16 @@ class PreparedTasks:
 
         num_fewshot: solved examples before each question; None: the number of the task. limit: only the first questions.
         """
-        from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        began = time.monotonic()
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        return self.run_with(lm, num_fewshot=num_fewshot, limit=limit)
+
+    def run_with(self, lm: Any, *, num_fewshot: int | None = None, limit: int | None = None) -> dict[str, Any]:
+        """Like `run`, with a model class of lm-evaluation-harness."""
+        from lm_eval import simple_evaluate
+
+        began = time.monotonic()
         try:
             with warnings.catch_warnings(action="ignore"):
                 found = simple_evaluate(

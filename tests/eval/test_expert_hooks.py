@@ -135,7 +135,7 @@ def masks_of(rule: Rule, family: str = "qwen3_moe") -> tuple[torch.Tensor, torch
     """For the first experts of a model: which neurons a rule keeps [N, H], their expert [N], and act(gate) [N, H]."""
     model = build(family)
     one: HookedExperts = hook_experts(model)[0]
-    seen = []
+    seen: list[Any] = []
     one.observe = seen.append
     one.reset(rule)
     logits_of(model)

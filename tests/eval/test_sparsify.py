@@ -1,5 +1,6 @@
 """`mone-sparsify`: against whole models of transformers, killed and continued, its files and its errors."""
 
+import functools
 import json
 import math
 import os
@@ -28,7 +29,11 @@ from transformers import (
 )
 
 from mone_eval import sparsify
+from mone_eval.expert_hooks import Rule, hook_experts
+from mone_eval.sparsity_tasks import largest_sparsity
+from mone_eval.tasks import prepare_tasks
 from tests.eval.test_expert_hooks import best, change_activation
+from tests.eval.test_tasks import data as data
 from tests.eval.tiny_models import VOCABULARY, build
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,6 +82,10 @@ def call(folder: Path, call_main: Call, monkeypatch: pytest.MonkeyPatch, tmp_pat
     return run
 
 
+def keep_best(active: torch.Tensor, *, ratio: float) -> torch.Tensor:
+    return best(active, int(ratio * active.size(-1)))
+
+
 def read(name: str = "study/results.json") -> dict[str, Any]:
     result: dict[str, Any] = json.loads(Path(name).read_text())
     return result
@@ -113,7 +122,7 @@ def test_losses_equal_those_of_whole_models(folder: Path, call: Call, model: str
         if stream["criterion"] != "abs_gate":
             continue
         whole = AutoModelForCausalLM.from_pretrained(folder / model, dtype=torch.float32).eval()
-        change_activation(whole, lambda active, ratio=stream["ratio"]: best(active, int(ratio * active.size(-1))))
+        change_activation(whole, functools.partial(keep_best, ratio=stream["ratio"]))
         expected = losses(whole, tokenizer, scored, window=64)
         found = [document["nll"][column] for document in result["documents"]]
         assert found == pytest.approx(expected, rel=1e-5)
@@ -200,6 +209,46 @@ def test_the_plan_is_printed_before_anything_is_loaded(folder: Path, call: Call)
     assert re.search(r"5 streams of [\d,]+ tokens.*\nmemory: at most .* GB.*\ndisk: .* 4 layers.*\ntime: at least", output)
     assert not Path("study").exists()
     assert not list(Path().glob(".unfinished*"))
+
+
+def test_tasks_are_scored_as_lm_eval_scores_them(folder: Path, call: Call, data: Path) -> None:
+    names = ["arc_easy", "winogrande", "lambada_openai"]
+    code, output, errors = call(
+        "qwen3_moe", f"tasks={json.dumps(names)}", f"task_data={data}", "max_tokens=200", "ratios=[0.25]"
+    )
+    assert code == 0, errors
+    assert "it/s" not in errors
+    prepared = prepare_tasks(names, task_data=str(data))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "qwen3_moe")
+    whole = AutoModelForCausalLM.from_pretrained(folder / "qwen3_moe", dtype=torch.float32).eval()
+    hooked = hook_experts(whole)
+    found = read()["tasks"]["scores"]
+    assert list(found) == ["all", "routed abs_gate exact 0.25", "routed abs_gate threshold 0.25"]
+    for name, rule in (("all", None), ("routed abs_gate exact 0.25", Rule(k=8))):
+        for one in hooked:
+            one.reset(rule)
+        expected = prepared.run(whole, tokenizer, batch_size=4)["results"]
+        for task in names:
+            for metric, its in expected[task]["metrics"].items():
+                assert found[name][task]["metrics"][metric]["value"] == pytest.approx(its["value"], rel=1e-5), (
+                    name,
+                    task,
+                    metric,
+                )
+    assert "of the tasks of arXiv 2605.08575, arc_challenge, hellaswag, truthfulqa_mc2 were not scored" in output.lower()
+
+
+def test_the_largest_sparsity_ends_where_the_score_first_falls() -> None:
+    streams: list[dict[str, Any]] = [{"name": "all", "select": "all", "part": "", "criterion": "abs_gate", "kept": None}]
+    means = {"all": 0.5}
+    for kept, mean in ((0.75, 0.49), (0.5, 0.48), (0.25, 0.47), (0.1, 0.48)):
+        name = f"routed abs_gate exact {kept}"
+        streams.append({"name": name, "select": "exact", "part": "routed", "criterion": "abs_gate", "kept": kept})
+        means[name] = mean
+    found = largest_sparsity(streams, means, ["arc_easy"])
+    assert found["by_part_and_selection"] == {"routed exact": 0.5}, (
+        "0.47 is below 0.475; what is above it again does not count"
+    )
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium: apt-get install chromium")
