@@ -78,8 +78,8 @@ class StreamedTasks:
         self.text = Text(documents, windows, None).split(batch_tokens)
 
     def _run(self, lm: _AnsweredLM) -> dict[str, Any]:
-        # lm-evaluation-harness draws progress bars for work that takes no time here.
-        with contextlib.redirect_stderr(io.StringIO()):
+        # lm-evaluation-harness draws progress bars for work that takes no time here, and prints what it does.
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             results: dict[str, Any] = self._prepared.run_with(lm, limit=self._limit)["results"]
         return results
 

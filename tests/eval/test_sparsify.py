@@ -32,9 +32,13 @@ from mone_eval import sparsify
 from mone_eval.expert_hooks import Rule, hook_experts
 from mone_eval.sparsity_tasks import largest_sparsity
 from mone_eval.tasks import prepare_tasks
+from mone_model.hf import load
 from tests.eval.test_expert_hooks import best, change_activation
 from tests.eval.test_tasks import data as data
 from tests.eval.tiny_models import VOCABULARY, build
+from tests.hf.checkpoints import build as build_gpt
+from tests.hf.checkpoints import model_of, save
+from tests.hf.test_tokenizer import trained as trained
 
 ROOT = Path(__file__).parent.parent.parent
 Call = Callable[..., tuple[int, str, str]]
@@ -235,7 +239,7 @@ def test_tasks_are_scored_as_lm_eval_scores_them(folder: Path, call: Call, data:
                     task,
                     metric,
                 )
-    assert "of the tasks of arXiv 2605.08575, arc_challenge, hellaswag, truthfulqa_mc2 were not scored" in output.lower()
+    assert "Of the tasks of arXiv 2605.08575, arc_challenge, hellaswag, truthfulqa_mc2 were not scored" in output
 
 
 def test_the_largest_sparsity_ends_where_the_score_first_falls() -> None:
@@ -326,3 +330,26 @@ def test_bad_input_is_named_in_one_line(
     assert len(errors.strip().splitlines()) == 1
     assert not output
     assert not Path("study").exists()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_of_this_project_is_studied_as_trained_too(
+    trained: Path, folder: Path, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    shape = model_of(vocab_size=800, seq_length=64, activation_ratio=0.25)
+    save(tmp_path / "run", build_gpt(shape), shape)
+    shutil.copytree(trained, tmp_path / "run/tokenizer")
+    code, _, errors = call(str(tmp_path / "run"), "ratios=[0.25]", "select=[exact]")
+    assert code == 0, errors
+    streams = by_name(read())
+    assert list(streams) == ["all", "trained", "routed abs_gate exact 0.25"]
+    assert streams["trained"]["kept"] == 0.25
+    assert streams["trained"]["nll_per_token"] == streams["routed abs_gate exact 0.25"]["nll_per_token"]
+    model, tokenizer = load(tmp_path / "run")
+    every = [json.loads(line)["text"] for line in (folder / "text.jsonl").read_text().splitlines()]
+    scored = [every[int(document["name"].rpartition(":")[2]) - 1] for document in read()["documents"]]
+    found = [document["nll"][1] for document in read()["documents"]]
+    # An untrained model that selects is chaotic: roundings of 1e-7 grow.
+    assert found == pytest.approx(losses(model, tokenizer, scored, window=64), rel=1e-3)
