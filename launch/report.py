@@ -10,7 +10,7 @@ charts and tables. Runs that differ only in their seed form one point.
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from mone_common.files import writing
 from mone_common.page import Chart, Table
 from mone_common.run_records import flat, last_step
 from mone_common.text import printable
+from mone_eval.results import read_evaluations, score_rows
 from train.metrics import wandb_settings
 
 
@@ -90,6 +91,7 @@ def write_report(
             *tabulate_settings(points),
             *tabulate_data(points),
             tabulate_runs(points),
+            *tabulate_evaluations(points, warn),
         ]
         with writing(output / "index.html") as temporary:
             text = page(title, finding, points, problems, losses, validation, layers, tables)
@@ -245,6 +247,25 @@ def tabulate_runs(points: Sequence[Point]) -> Table:
             )
     headings = ("run", "state", "step", "seed", "validation loss", "tokens/s", "peak GiB", "commit")
     return Table("Runs", "", headings, rows)
+
+
+def tabulate_evaluations(points: Sequence[Point], warn: Callable[[str], None]) -> list[Table]:
+    """The scores of mone-evaluate in the folders of the runs; no table if there are none.
+
+    warn: called with a message for a run with a file that is no result.
+    """
+    rows = []
+    for run in (run for point in points for run in point.runs):
+        try:
+            for name, result in read_evaluations(run.folder):
+                model = result.get("model", {})
+                where = (printable(run.folder), printable(name), printable(Path(model.get("source", "-")).name))
+                ratio = format_value(model.get("activation_ratio"))
+                rows += [(*where, ratio, *map(printable, scores)) for scores in score_rows(result)]
+        except UserError as error:
+            warn(str(error))
+    headings = ("run", "evaluation", "checkpoint", "activation_ratio", "text or task", "score", "value")
+    return [Table("Evaluations", "Values have an interval of 95 % or a standard error.", headings, rows)] if rows else []
 
 
 def send_to_wandb(

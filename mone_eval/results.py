@@ -12,7 +12,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,19 @@ def read_result(path: Path) -> dict[str, Any]:
     return result
 
 
+def read_evaluations(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and content of each record in the folder of a run, oldest first; UserError at a file that is none."""
+    for path in sorted((run / EVALUATIONS).glob("*.json")):
+        yield path.stem, read_result(path)
+
+
 def table(result: dict[str, Any]) -> str:
     """The scores of a record as aligned lines."""
+    return align(("", "score", "value [95 % interval]"), score_rows(result))
+
+
+def score_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Text or task, name of the score, and its value, for each score of a record."""
     rows = []
     if text := result.get("text"):
         for name, title in (
@@ -99,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
             rows += [(task, metric, show(value)) for metric, value in found["metrics"].items()]
     if comparison := result.get("comparison"):
         rows += [("difference", name.replace("_", " "), show(value)) for name, value in comparison["differences"].items()]
-    return align(("", "score", "value [95 % interval]"), rows)
+    return rows
 
 
 def show(value: Any) -> str:

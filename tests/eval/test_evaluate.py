@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mone_eval import evaluate
+from mone_model.hf import export
 from tests.conftest import ROOT
 from tests.eval.models import write_llama, write_mixtral
 from tests.hf.checkpoints import build, model_of, save
@@ -127,6 +128,10 @@ def test_a_run_at_another_sparsity(text: Path, trained: Path, tmp_path: Path, ca
     whole = result_of(call_main, tmp_path / "w.json", f"model={run}", *few, "ratio=1")
     assert kept["text"]["nll_per_token"]["value"] == pytest.approx(whole["text"]["nll_per_token"]["value"], rel=1e-5)
     assert "checkpoints" in kept["model"]["source"]
+    assert call_main(export.main, f"run={run}", f"output={tmp_path / 'exported'}")[0] == 0
+    exported = result_of(call_main, tmp_path / "e.json", f"model={tmp_path / 'exported'}", *few)
+    assert exported["model"]["fingerprint"] == as_trained["model"]["fingerprint"]
+    assert exported["text"]["nll_per_token"] == as_trained["text"]["nll_per_token"]
     code, printed, errors = call_main(evaluate.main, f"model={run}", *few)
     assert code == 0, errors
     (written,) = (run / "evaluations").glob("*.json")

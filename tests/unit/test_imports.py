@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "data_prep": {"mone_common"},
     "train": {"mone_common", "mone_model", "data_prep"},
     "mone_eval": {"mone_common", "mone_model", "data_prep"},
-    "launch": {"mone_common", "mone_model", "data_prep", "train"},
-    "hydra_plugins": {"mone_common", "mone_model", "data_prep", "train", "launch"},
+    "launch": {"mone_common", "mone_model", "mone_eval", "data_prep", "train"},
+    "hydra_plugins": {"mone_common", "mone_model", "mone_eval", "data_prep", "train", "launch"},
 }
 """Which of our packages each of them may import beside itself."""
 CORE_MAY_NOT_IMPORT = {"megatron", "transformers", "deepspeed", "wandb", "hydra", "omegaconf"}
