@@ -120,15 +120,30 @@ def read_reading(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def read_thresholds(path: Path) -> list[float]:
-    """The thresholds of an output file of mone-calibrate, one for each layer; DamagedFile for any other file."""
+def read_thresholds(path: Path, *, ratio: float | None = None) -> list[float]:
+    """The thresholds of an output file of mone-calibrate or mone-sparsify, one for each layer with experts; DamagedFile.
+
+    ratio: which of them, if the file has several.
+    """
     try:
-        thresholds_L = json.loads(read_file(path) or b"")["thresholds"]
-        if not (isinstance(thresholds_L, list) and all(map(is_number, thresholds_L))):
+        found = json.loads(read_file(path) or b"")
+        if "parts" in found:
+            parts = found["parts"]
+            by_ratio = {float(name): its for name, its in parts.get("routed", parts.get("dense"))["ratios"].items()}
+        else:
+            by_ratio = {float(found.get("ratio", ratio or 0)): found["thresholds"]}
+        if not all(isinstance(its, list) and all(map(is_number, its)) for its in by_ratio.values()):
             raise ValueError("thresholds must be a list of numbers")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise DamagedFile(f"thresholds={path}: is missing or not an output file of mone-calibrate ({error})") from error
-    return thresholds_L
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedFile(
+            f"thresholds={path}: is missing or not an output file of mone-calibrate or mone-sparsify ({error})"
+        ) from error
+    if ratio is None and len(by_ratio) == 1:
+        (ratio,) = by_ratio
+    if ratio not in by_ratio:
+        known = ", ".join(f"{each:g}" for each in by_ratio)
+        raise DamagedFile(f"thresholds={path}: has thresholds for the ratios {known}; choose one of them (ratio={ratio})")
+    return by_ratio[ratio]
 
 
 def _parsed(path: Path, text: bytes) -> Any:

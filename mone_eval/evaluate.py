@@ -43,11 +43,11 @@ class EvaluateConfig:
     step: int | None = None
     """Step of the checkpoint of a run; null: the newest."""
     ratio: float | None = None
-    """Share of an expert's neurons to keep, for models of this project; null: as the model was trained."""
+    """Share of an expert's neurons to keep; null: as the model was trained. With a file of mone-sparsify: its ratio."""
     select: str | None = None
     """exact: keep the K best neurons; threshold: keep those that reach a threshold; null: as the model was saved."""
     thresholds: str | None = None
-    """Output file of mone-calibrate, for select=threshold; null: thresholds.json of the run."""
+    """Output file of mone-calibrate or mone-sparsify, for select=threshold; null: thresholds.json of the run."""
     dtype: str = "auto"
     """auto (that of the weights), float32, bfloat16 or float16."""
     device: str = "auto"

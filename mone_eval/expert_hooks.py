@@ -13,7 +13,7 @@ Shapes: N rows (a token in one of its experts), H neurons of an expert, E expert
 """
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -114,6 +114,11 @@ class HookedExperts:
         self.seen += rows.hidden_NH.numel()
         self.kept += rows.hidden_NH.numel() if mask_NH is None else int(mask_NH.sum())
         return rows.hidden_NH if mask_NH is None else rows.hidden_NH.masked_fill(~mask_NH, 0)
+
+
+def main_part(hooked: Sequence[HookedExperts]) -> str:
+    """Where neurons are selected unless other parts are named: in routed experts, or in the layers of a dense model."""
+    return "routed" if any(one.part == "routed" for one in hooked) else "dense"
 
 
 def hook_experts(model: nn.Module) -> list[HookedExperts]:

@@ -79,10 +79,9 @@ class LayerwiseModel:
                 raise UserError(f"model={source}: transformers cannot load it ({error})") from error
         else:
             self.model = source.to(self.device).eval()
-        self.decoder: Any = _decoder_of(self.model)
+        self.decoder = decoder_of(self.model)
         self.layers: list[nn.Module] = list(self.decoder.layers)
-        names = {id(module): name for name, module in self.model.named_modules()}
-        self.layer_names = [names[id(layer)] for layer in self.layers]
+        self.layer_names = layer_names(self.model)
         if isinstance(source, Path):
             self._load(source, lambda name: not any(_within(name, layer) for layer in self.layer_names))
             self.model.tie_weights()
@@ -209,12 +208,18 @@ def _within(name: str, ancestor: str) -> bool:
     return name.startswith(f"{ancestor}.")
 
 
-def _decoder_of(model: Any) -> Any:
-    """The module that embeds tokens and calls the layers."""
+def decoder_of(model: Any) -> Any:
+    """The module of a causal language model that embeds tokens and calls the layers; UserError if there is none."""
     for module in (model.get_decoder(), getattr(model, "model", None)):
         if isinstance(getattr(module, "layers", None), nn.ModuleList):
             return module
     raise UserError(f"model: {type(model).__name__} has no list of layers; it cannot be streamed")
+
+
+def layer_names(model: Any) -> list[str]:
+    """The names of the layers of a causal language model."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [names[id(layer)] for layer in decoder_of(model).layers]
 
 
 class _Built(Exception):

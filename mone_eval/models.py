@@ -33,11 +33,11 @@ class ModelChoice:
     step: int | None = None
     """Step of the checkpoint of a run; None: the newest."""
     ratio: float | None = None
-    """Share of an expert's neurons to keep; None: that of the model."""
+    """Share of an expert's neurons to keep; None: that of the model. With a file of mone-sparsify: which thresholds."""
     select: str | None = None
     """exact or threshold; None: threshold if `thresholds` is given."""
     thresholds: str | None = None
-    """Output file of mone-calibrate; None with select=threshold: thresholds.json of the run."""
+    """Output file of mone-calibrate or mone-sparsify; None with select=threshold: thresholds.json of the run."""
     dtype: str = "auto"
     """One of DTYPES; auto: that of the weights."""
     device: str = "auto"
@@ -54,11 +54,6 @@ class ModelChoice:
             raise UserError(f"select={self.select}: choose exact or threshold")
         if self.select == "exact" and self.thresholds is not None:
             raise UserError(f"thresholds={self.thresholds}: is not used with select=exact; leave one of them out")
-        if self.by_threshold and self.ratio is not None:
-            raise UserError(
-                f"ratio={self.ratio}: thresholds decide how many neurons are kept; calibrate them for this ratio with "
-                f"mone-calibrate run={self.model} ratio={self.ratio}, and leave ratio out"
-            )
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype}: choose one of {', '.join(DTYPES)}")
 
@@ -73,7 +68,7 @@ class ModelChoice:
             return None
         path = Path(self.thresholds or Path(self.model) / "thresholds.json")
         try:
-            return read_thresholds(path)
+            return read_thresholds(path, ratio=self.ratio)
         except DamagedFile as error:
             raise UserError(f"{error}; write one with mone-calibrate run={self.model} output={path}") from error
 
@@ -111,20 +106,54 @@ def open_model(choice: ModelChoice) -> tuple[Any, Any]:
 
     device = find_device(choice.device)
     thresholds_L = choice.thresholds_L()
+    selects = is_ours(Path(choice.model))
     try:
         model, tokenizer = load(
             choice.model,
             step=choice.step,
             dtype=None if choice.dtype == "auto" else getattr(torch, choice.dtype),
-            activation_ratio=choice.ratio,
-            thresholds_L=thresholds_L,
+            activation_ratio=choice.ratio if selects and thresholds_L is None else None,
+            thresholds_L=thresholds_L if selects else None,
             trust=choice.trust,
         )
     except UserError as error:
         raise UserError(f"model={error}") from error
     if choice.select == "exact" and getattr(model.config, "neuron_thresholds", None) is not None:
         raise UserError(f"select=exact: {choice.model} was exported with thresholds; evaluate the run that it is of")
+    if not selects and (choice.ratio is not None or thresholds_L is not None):
+        select_neurons(model, ratio=choice.ratio, thresholds_L=thresholds_L)
     return model.to(device), tokenizer
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a model of this project is in a folder, whose configuration says how neurons are selected."""
+    config = folder / "config.json"
+    return not config.is_file() or json.loads(config.read_bytes()).get("model_type") == "mone"
+
+
+def select_neurons(model: Any, *, ratio: float | None, thresholds_L: list[float] | None) -> None:
+    """Select neurons in the routed experts of a model of transformers, or in the layers of a dense one; UserError.
+
+    thresholds_L: one for each layer that has such experts, in place of the share `ratio`.
+    """
+    from mone_eval.expert_hooks import Rule, hook_experts, main_part
+    from mone_eval.layerwise import layer_names
+    from mone_eval.sparsity_streams import neurons_kept
+
+    hooked = hook_experts(model)
+    layers = [[one for one in hooked if one.name.startswith(f"{layer}.")] for layer in layer_names(model)]
+    part = main_part(hooked)
+    chosen = [its for layer in layers if (its := [one for one in layer if one.part == part])]
+    if not chosen:
+        raise UserError(f"ratio={ratio}: {type(model).__name__} has no gated experts and no gated layers")
+    if thresholds_L is not None and len(thresholds_L) != len(chosen):
+        raise UserError(
+            f"thresholds: has {len(thresholds_L)} thresholds; the model has {len(chosen)} layers with {part} experts"
+        )
+    for number, layer in enumerate(chosen):
+        for one in layer:
+            k = None if thresholds_L is not None else neurons_kept(float(ratio or 1), one.neurons)
+            one.reset(Rule(k=k, threshold=None if thresholds_L is None else thresholds_L[number]))
 
 
 def find_device(name: str) -> "torch.device":

@@ -185,7 +185,7 @@ def prepare(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any, mo
 
     more: other texts to score.
     """
-    from mone_eval.expert_hooks import hook_experts
+    from mone_eval.expert_hooks import hook_experts, main_part
     from mone_eval.sparsity_streams import streams_of
     from mone_eval.sparsity_study import Study
 
@@ -197,7 +197,7 @@ def prepare(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any, mo
     if not present:
         kind = type(model.model).__name__
         raise UserError(f"model={options.model}: {kind} has no gated experts and no gated layers to select neurons in")
-    parts = options.parts or ["routed" if "routed" in present else "dense"]
+    parts = options.parts or [main_part(hooked)]
     for part in parts:
         if part not in present:
             raise UserError(f"parts={parts}: the model has no {part} experts; it has {', '.join(present)}")
@@ -216,9 +216,10 @@ def read_text(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) 
     """The text to score and the text that sets thresholds; no document is in both."""
     from mone_eval.documents import encode, read_texts
     from mone_eval.sparsity_study import Text
+    from mone_eval.text import beginning_of
     from mone_eval.windows import cut
 
-    begin = tokenizer.bos_token_id
+    begin = beginning_of(model.model, tokenizer)
     longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or options.window
     documents, tokens = [], 0
     wanted = options.max_tokens / (1 - options.calibration_share)

@@ -171,7 +171,6 @@ BAD = {
     "text=none.txt": "text=none.txt: no such file",
     "text={tmp}/empty.txt": "text={tmp}/empty.txt: has no text to score",
     "ratio=0": "ratio=0.0: must be above 0 and at most 1",
-    "ratio=0.5": "LlamaConfig cannot select neurons",
     "select=best": "select=best: choose exact or threshold",
     "select=threshold": "write one with mone-calibrate",
     "dtype=int8": "dtype=int8: choose one of auto",

@@ -28,10 +28,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mone_eval import sparsify
+from mone_eval import evaluate, sparsify
 from mone_eval.expert_hooks import Rule, hook_experts
 from mone_eval.sparsity_tasks import largest_sparsity
 from mone_eval.tasks import prepare_tasks
+from mone_eval.text import beginning_of
 from mone_model.hf import load
 from tests.eval.test_expert_hooks import best, change_activation
 from tests.eval.test_tasks import data as data
@@ -104,7 +105,7 @@ def losses(model: Any, tokenizer: Any, texts: list[str], window: int) -> list[fl
     """Summed negative log-likelihood of each text, window by window, by transformers."""
     found = []
     for text in texts:
-        tokens = torch.tensor([tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids])
+        tokens = torch.tensor([beginning_of(model, tokenizer), *tokenizer(text, add_special_tokens=False).input_ids])
         nll = 0.0
         for start in range(0, len(tokens) - 1, window):
             part = tokens[start : start + window + 1]
@@ -138,6 +139,30 @@ def test_losses_equal_those_of_whole_models(folder: Path, call: Call, model: str
         "all",
         *(f"{part} {criterion} exact {ratio:g}" for ratio in RATIOS for criterion in ("abs_gate", "abs_gate_up")),
     ]
+
+
+def test_evaluation_at_a_ratio_or_with_thresholds_equals_the_study(folder: Path, call: Call, call_main: Call) -> None:
+    assert call("deepseek_v2")[0] == 0
+    studied = {document["name"]: document["nll"] for document in read()["documents"]}
+    names = list(by_name(read()))
+    thresholds = ["select=threshold", "thresholds=study/thresholds.json"]
+    for stream, options in (
+        ("all", []),
+        ("routed abs_gate exact 0.25", ["ratio=0.25"]),
+        ("routed abs_gate threshold 0.25", [*thresholds, "ratio=0.25"]),
+    ):
+        shared = [f"model={folder / 'deepseek_v2'}", f"text={folder / 'text.jsonl'}", "window=64", "stride=64"]
+        code, _, errors = call_main(evaluate.main, *shared, *options, f"output={len(options)}.json")
+        assert code == 0, errors
+        found = {document["name"]: document["nll"] for document in read(f"{len(options)}.json")["text"]["documents"]}
+        assert studied.keys() < found.keys()
+        column = names.index(stream)
+        assert [nll[column] for nll in studied.values()] == pytest.approx([found[name] for name in studied], rel=1e-5), (
+            stream
+        )
+    code, _, errors = call_main(evaluate.main, *shared, *thresholds, "output=none.json")
+    assert code == 2
+    assert "has thresholds for the ratios 0.5, 0.25; choose one of them" in errors
 
 
 def test_thresholds_keep_the_share_on_other_documents(folder: Path, call: Call) -> None:
