@@ -39,6 +39,7 @@ def _command(module: str) -> Callable[[], None]:
 pretrain = _command("train.pretrain")
 sample = _command("train.sample")
 evaluate = _command("mone_eval.evaluate")
+sparsify = _command("mone_eval.sparsify")
 calibrate = _command("train.calibrate")
 export = _command("mone_model.hf.export")
 import_model = _command("mone_model.hf.import_model")
