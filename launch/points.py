@@ -23,7 +23,7 @@ RATIO = "model.activation_ratio"
 SEEDS = ("run.seed", "data.seed")
 """Options with seeds; null means: equal to the first."""
 INCIDENTAL = (
-    *("run.", "logging.", "checkpoint.", "resume", "evaluation.interval", "launch."),
+    *("run.", "logging.", "checkpoint.", "resume", "evaluation.interval", "evaluation.text", "launch."),
     *("data.index_cache", "data.num_workers", "data.seed"),
 )
 """Prefixes of options that may differ between the runs of one point."""

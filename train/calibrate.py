@@ -115,6 +115,7 @@ def find_manifests(run: RunConfig, options: CalibrateConfig) -> list[Manifest]:
     """Manifests of the calibration data; UserError if they are missing, or their tokenizer is not that of the run."""
     if options.data is not None:
         run.data.blend = [SourceConfig(path=path) for path in options.data]
+    run.evaluation.text = []  # not read here
     if not run.data.blend:
         raise UserError(f"data={options.data}: name at least one folder of token shards")
     try:

@@ -209,6 +209,9 @@ class EvaluationConfig:
     """Steps between validations; 0: only at the end."""
     sequences: int = 64
     """Maximum number of validation sequences per source."""
+    text: list[str] = field(default_factory=list)
+    """Folders of token shards of other text, whose loss is recorded at each validation as evaluation/loss/NAME: their
+    validation split, or their train split if they have no other."""
 
     def __post_init__(self) -> None:
         check_least("evaluation", self, 0, "interval")

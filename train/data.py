@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.shards import Manifest
 from mone_common.processes import kill_daemons_at_exit, outlive_signals
 from train.config import RunConfig
-from train.sample_order import Reading, interleave, usable_shards, weights_of
+from train.sample_order import Reading, interleave, load_evaluated, usable_shards, weights_of
 from train.sources import Batch, ReadError, Source, reserve_descriptors
 
 VALIDATION_SEED = 1234
@@ -49,6 +49,8 @@ class RunData:
     """Training samples, starting at sample `order["start"]` of the run."""
     validation: dict[str, Source]
     """Validation source by name."""
+    evaluated: dict[str, Source]
+    """Sources of evaluation.text by name."""
     unvalidated: list[str]
     """Names of sources with less validation text than one sequence."""
     order: dict[str, Any]
@@ -92,14 +94,16 @@ def load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any
         manifest.name: Source(manifest, "validation", sequence_length=length, seed=VALIDATION_SEED, cache=cache)
         for manifest in validated
     }
-    reserve_descriptors([*sources, *validation.values()])
+    evaluated = {
+        manifest.name: Source(manifest, split, sequence_length=length, seed=VALIDATION_SEED, cache=cache)
+        for manifest, split in load_evaluated(config, manifests)
+    }
+    held_out = [*validation.values(), *evaluated.values()]
+    reserve_descriptors([*sources, *held_out])
     # On file systems without locks, all ranks would otherwise write the same files at the same time.
     for turn in (True, False):
         if turn == (dist.get_rank() == 0):
-            for source, first in [
-                *zip(sources, read.tolist(), strict=True),
-                *((source, 0) for source in validation.values()),
-            ]:
+            for source, first in [*zip(sources, read.tolist(), strict=True), *((source, 0) for source in held_out)]:
                 source.open_epoch(first)
         dist.barrier()
     shards = [manifest.folder / name for manifest in manifests for shard in manifest.shards for name, *_ in shard.files()]
@@ -107,6 +111,7 @@ def load_data(config: RunConfig, manifests: list[Manifest], order: dict[str, Any
     return RunData(
         train=Blend(sources, source_of, index_in + read[source_of]),
         validation=validation,
+        evaluated=evaluated,
         order=order,
         unvalidated=[manifest.name for manifest in manifests if manifest not in validated],
         files={path: _look_at(path) for path in shards},

@@ -4,7 +4,7 @@
     Trainer(config, runtime, engine, data, watchdog, stop, hooks)
 
 after_step  after each step, including dropped ones, and before the checkpoint of that step:
-            record_step, record_neurons, validate
+            record_step, record_neurons, validate, evaluate_text
 after_save  after each published checkpoint: record_save, note_published
 on_end      once, after the last checkpoint, when the run is complete or stops on request: close_records
 
@@ -46,7 +46,7 @@ class Hooks:
 
 def usual_hooks() -> Hooks:
     """The hooks of every run: records, figures and validation."""
-    return Hooks([record_step, record_neurons, validate], [record_save, note_published], [close_records])
+    return Hooks([record_step, record_neurons, validate, evaluate_text], [record_save, note_published], [close_records])
 
 
 def record_step(trainer: "Trainer") -> None:
@@ -71,6 +71,16 @@ def validate(trainer: "Trainer") -> None:
     losses = {name: _validation_loss(trainer, source) for name, source in trainer.data.validation.items()}
     mean = trainer.recorder.record_validation(trainer.step, losses)
     trainer.validated = None if mean is None else (trainer.step, mean)
+
+
+def evaluate_text(trainer: "Trainer") -> None:
+    """Record the loss on each text of evaluation.text, with each validation."""
+    if not trainer.due(trainer.config.evaluation.interval) or not trainer.data.evaluated:
+        return
+    losses = {name: _validation_loss(trainer, source) for name, source in trainer.data.evaluated.items()}
+    trainer.recorder.record(trainer.step, {f"evaluation/loss/{name}": loss for name, loss in losses.items()})
+    text = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+    trainer.recorder.say(f"step {trainer.step}: evaluation loss {text}")
 
 
 def _validation_loss(trainer: "Trainer", source: Source) -> float:

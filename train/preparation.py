@@ -16,7 +16,7 @@ from mone_common.run_folder import check_free
 from train.config import RunConfig, load_config
 from train.config_rules import PROCESSES, validate
 from train.continuation import find_checkpoints
-from train.sample_order import load_manifests
+from train.sample_order import load_evaluated, load_manifests
 
 
 def prepare_run(
@@ -32,6 +32,7 @@ def prepare_run(
     check_free(Path(config.run.dir))
     validate(config, world_size, transformer_engine=transformer_engine, processes=processes)
     manifests = load_manifests(config)
+    load_evaluated(config, manifests)
     if config.model.vocab_size is None:
         config.model.vocab_size = manifests[0].vocab_size
     elif config.model.vocab_size < manifests[0].vocab_size:

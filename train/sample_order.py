@@ -7,6 +7,7 @@ The order does not depend on the world size or the number of steps. A run can th
 """
 
 import hashlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from mone_common.checks import check
 from train.config import RunConfig
 from train.config_sections import SourceConfig
 
+SCORED: tuple[Split, ...] = ("validation", "train")
+"""Splits of evaluation.text, the preferred one first."""
 MANY_EPOCHS = 4
 """Up to this many epochs, repeated text adds nearly as much as new text; beyond, much less (arXiv 2305.16264)."""
 
@@ -61,6 +64,34 @@ def load_manifests(config: RunConfig) -> list[Manifest]:
     if len(set(names)) < len(names):
         raise ValueError(f"data.blend: two sources have the same name in {names}; give corpus.name when tokenizing")
     return manifests
+
+
+def load_evaluated(config: RunConfig, blend: list[Manifest]) -> list[tuple[Manifest, Split]]:
+    """The manifests of evaluation.text, and the split of each that is scored.
+
+    blend: the manifests of data.blend. ValueError if data are missing or damaged, or do not match.
+    """
+    found: list[tuple[Manifest, Split]] = []
+    trained = {os.path.realpath(manifest.folder) for manifest in blend}
+    for path in config.evaluation.text:
+        manifest = load_manifest(path)
+        manifest.check_sizes()
+        if os.path.realpath(path) in trained:
+            raise ValueError(
+                f"evaluation.text: {path} is in data.blend, so its validation loss is recorded without this option"
+            )
+        if manifest.tokenizer_sha256 != blend[0].tokenizer_sha256:
+            raise ValueError(
+                f"evaluation.text: {path} was tokenized with another tokenizer than {blend[0].folder}; tokenize it with that"
+            )
+        split = next((each for each in SCORED if usable_shards(manifest, each, config.model.seq_length)), None)
+        if split is None:
+            raise ValueError(f"evaluation.text: no shard of {path} has model.seq_length={config.model.seq_length} tokens")
+        found.append((manifest, split))
+    names = [manifest.name for manifest, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"evaluation.text: two folders have the same name in {names}; give corpus.name when tokenizing")
+    return found
 
 
 def plan_order(config: RunConfig, manifests: list[Manifest], saved: dict[str, Any] | None, samples: int) -> dict[str, Any]:
