@@ -92,7 +92,7 @@ def read_evaluations(run: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def table(result: dict[str, Any]) -> str:
     """The scores of a record as aligned lines."""
-    return align(("", "score", "value [95 % interval]"), score_rows(result))
+    return align(("", "score", "value [95 % interval] or ± standard error"), score_rows(result))
 
 
 def score_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -14,6 +14,7 @@ import importlib.util
 import logging
 import math
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -109,7 +110,7 @@ class PreparedTasks:
 
         began = time.monotonic()
         try:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(sys.stderr):
                 found = simple_evaluate(
                     model=lm,
                     tasks=self._built,

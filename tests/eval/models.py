@@ -1,5 +1,6 @@
 """Small models with random weights, and a tokenizer, as folders."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from mone_model.hf.tokenizer import write_tokenizer
+from tests.hf.checkpoints import build, model_of, save
 
 SIZES: dict[str, Any] = {
     "vocab_size": 800,
@@ -36,4 +38,12 @@ def write_mixtral(folder: Path, tokenizer: Path) -> Path:
     torch.manual_seed(0)
     MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4)).save_pretrained(folder)
     write_tokenizer(tokenizer, folder, context=64)
+    return folder
+
+
+def make_run(folder: Path, tokenizer: Path, **options: Any) -> Path:
+    """A run with one checkpoint and a tokenizer; needs the groups of Megatron-Core."""
+    model = model_of(vocab_size=800, seq_length=64, **options)
+    save(folder, build(model), model)
+    shutil.copytree(tokenizer, folder / "tokenizer")
     return folder

@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from mone_eval import evaluate
 from mone_model.hf import export
 from tests.conftest import ROOT
-from tests.eval.models import write_llama, write_mixtral
-from tests.hf.checkpoints import build, model_of, save
+from tests.eval.models import make_run, write_llama, write_mixtral
 from tests.hf.test_tokenizer import trained as trained
 
 Call = Callable[..., tuple[int, str, str]]
@@ -102,14 +101,6 @@ def test_the_batch_size_changes_nothing(
         for one, two in zip(first["text"]["documents"], other["text"]["documents"], strict=True):
             assert two["nll"] == pytest.approx(one["nll"], rel=1e-5)
         assert other["model"]["fingerprint"] == first["model"]["fingerprint"]
-
-
-def make_run(folder: Path, tokenizer: Path, **options: Any) -> Path:
-    """A run with one checkpoint and a tokenizer."""
-    model = model_of(vocab_size=800, seq_length=64, **options)
-    save(folder, build(model), model)
-    shutil.copytree(tokenizer, folder / "tokenizer")
-    return folder
 
 
 @pytest.mark.usefixtures("one_process")

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mone_eval import evaluate, fetch_task_data, tasks
-from tests.eval.models import write_llama
+from mone_model.hf import export
+from tests.eval.models import make_run, write_llama
 from tests.hf.test_tokenizer import trained as trained
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -175,6 +176,19 @@ def test_gold_bits_per_byte_are_those_of_the_right_answer(llama: Path, data: Pat
         lines = (data / place / "validation.jsonl").read_text().splitlines()
         every = [bits(*read(json.loads(line))) for line in lines]
         assert found[name]["metrics"]["gold_bits_per_byte"]["value"] == pytest.approx(sum(every) / len(every), rel=1e-5)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_run_scores_as_its_export(trained: Path, data: Path, tmp_path: Path, call_main: Call) -> None:
+    run = make_run(tmp_path / "run", trained, activation_ratio=0.25)
+    assert call_main(export.main, f"run={run}", f"output={tmp_path / 'exported'}")[0] == 0
+    options = ["tasks=[arc_easy]", f"task_data={data}"]
+    of_run, of_export, dense = (
+        scores(call_main, tmp_path / f"{number}.json", f"model={model}", *options, *more)["arc_easy"]["metrics"]
+        for number, (model, more) in enumerate(((run, []), (tmp_path / "exported", []), (run, ["ratio=1"])))
+    )
+    assert of_run == of_export
+    assert of_run["gold_bits_per_byte"] != dense["gold_bits_per_byte"]
 
 
 def test_mmlu_has_four_groups(llama: Path, data: Path, tmp_path: Path, call_main: Call) -> None:
