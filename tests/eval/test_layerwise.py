@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 
 from mone_common.console import UserError
 from mone_eval.expert_hooks import Rule, hook_experts
@@ -89,6 +89,26 @@ def test_mxfp4_weights_are_dequantised(tmp_path: Path) -> None:
     config |= {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": dense}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=Mxfp4Config(dequantize=True))
+    check(tmp_path, model, dtype=None)
+
+
+def test_fp8_weights_are_dequantised(tmp_path: Path) -> None:
+    """As DeepSeek-V3: blocks of 128 by 128 numbers with a scale each."""
+    build("deepseek_v3").save_pretrained(tmp_path)
+    tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight")):
+            rows, columns = tensor.shape
+            scale = 0.001 + 0.01 * torch.rand(-(-rows // 128), -(-columns // 128))
+            each = scale.repeat_interleave(128, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+            tensors |= {name: (tensor / each).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
+        else:
+            tensors[name] = tensor.bfloat16()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    method = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16", "quantization_config": method}))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FineGrainedFP8Config(dequantize=True))
     check(tmp_path, model, dtype=None)
 
 
