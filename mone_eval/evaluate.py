@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from data_prep.corpora import CorpusConfig
 from data_prep.errors import DataError
 from mone_common.console import UserError, command, to_dataclass
-from mone_eval.models import ModelChoice, check_model
+from mone_eval.models import ModelChoice, check_model, choose_window
 from mone_eval.results import environment, find_output, read_result, send_to_wandb, table, write_result
 
 EXAMPLE = "mone-evaluate model=runs/demo text=data/demo/shards/wikipedia"
@@ -137,7 +137,7 @@ def main(hydra_config: DictConfig) -> None:
     models = [options.model] if options.model else [] if files else options.compare
     choices = [options.choice(model) for model in models]
     for choice in choices:
-        check_model(choice.model, step=choice.step)
+        choose_window(check_model(choice.model, step=choice.step), options.window, options.stride)
         choice.thresholds_L()
     output = find_output(options.output, home=_home(models[0]) if options.model else None)
     result = environment(dataclasses.asdict(options))
@@ -207,11 +207,17 @@ def score_texts(options: EvaluateConfig, texts: list[Any], model: Any, tokenizer
     """The record of a model's scores on texts."""
     from mone_eval.documents import checksum, encode
     from mone_eval.intervals import score_text
-    from mone_eval.text import beginning_of, choose_window, score_documents
+    from mone_eval.models import context_of
+    from mone_eval.text import beginning_of, score_documents
 
-    window, stride = choose_window(model, options.window, options.stride)
-    begin = beginning_of(model, tokenizer) if options.begin == "auto" else None
+    window, stride = choose_window(context_of(model.config), options.window, options.stride)
+    begin = beginning_of(tokenizer) if options.begin == "auto" else None
     documents = list(encode(texts, tokenizer))
+    highest = max((int(document.tokens.max()) for document in documents if len(document.tokens)), default=0)
+    if highest >= (rows := model.get_input_embeddings().weight.size(0)):
+        raise UserError(
+            f"model={options.model}: its tokenizer has token {highest}, its embedding {rows} rows; not its tokenizer"
+        )
     scores = score_documents(
         model,
         documents,

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENDS = 4096
 """Numbers at each end of a tensor that its fingerprint includes; an optimizer step changes all."""
+LONGEST_WINDOW = 2048
+"""Default window of models with a longer context."""
 FINGERPRINTED = 16
 """Hexadecimal digits of a fingerprint."""
 
@@ -73,9 +75,9 @@ class ModelChoice:
             raise UserError(f"{error}; write one with mone-calibrate run={self.model} output={path}") from error
 
 
-def check_model(path: str, *, step: int | None) -> None:
-    """Raise UserError, without reading weights, unless the folder has a model and a tokenizer."""
-    from mone_model.hf.imported_model import list_saved
+def check_model(path: str, *, step: int | None) -> int | None:
+    """The context of a model in tokens, or None, without reading weights; UserError if there is no model or tokenizer."""
+    from mone_model.hf.imported_model import list_saved, model_of
 
     folder = Path(path)
     if not folder.is_dir():
@@ -86,16 +88,51 @@ def check_model(path: str, *, step: int | None) -> None:
     if is_exported and step is not None:
         raise UserError(f"step={step}: {path} is a Hugging Face model, which has no steps; leave step out")
     if is_exported:
+        context = context_of(_read_config(folder))
         tokenizer, found = folder, any((folder / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json"))
     else:
         try:
             checkpoints, _ = list_saved(folder, step=step)
         except UserError as error:
             raise UserError(f"model={error}; a Hugging Face model has a config.json") from error
+        context = model_of(checkpoints[-1]).seq_length
         tokenizer = checkpoints[-1].path.parent.parent / "tokenizer"
         found = tokenizer.is_dir()
     if not found:
         raise UserError(f"model={path}: has no tokenizer; copy the tokenizer of its data to {tokenizer}")
+    return context
+
+
+def choose_window(context: int | None, window: int | None, stride: int | None) -> tuple[int, int]:
+    """Window and stride; None: the context, 2048 at most, and half of the window. UserError if they are too large.
+
+    context: longest text that the model reads, in tokens; None: not limited.
+    """
+    if window is None:
+        window = min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+    elif context is not None and window > context:
+        raise UserError(f"window={window}: the model has a context of {context} tokens; choose at most {context}")
+    stride = max(1, window // 2) if stride is None else stride
+    if stride > window:
+        raise UserError(f"stride={stride}: must be at most the window, {window}")
+    return window, stride
+
+
+def context_of(config: Any) -> int | None:
+    """Longest text that a model of transformers reads, in tokens; None if its configuration names none."""
+    context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context
+
+
+def _read_config(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    import mone_model.hf  # noqa: F401  registers its configuration
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model={folder}: transformers cannot read it ({' '.join(str(error).split())})") from error
 
 
 def open_model(choice: ModelChoice) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """Scores the text of documents: negative log-likelihood of each token, in a sliding window.
 
-    scores = score_documents(model, documents, window=2048, stride=1024, begin=beginning_of(model, tokenizer))
+    scores = score_documents(model, documents, window=2048, stride=1024, begin=beginning_of(tokenizer))
     scores.nll_N, scores.tokens_N, scores.tokens_per_second
 
 Legend: N documents, W windows, B windows of a batch, T tokens of the longest of them, V vocabulary, P scored predictions.
@@ -30,8 +30,6 @@ LOGITS_BYTES = 1 << 31
 """Largest size of the logits of a batch; a batch has at least one window."""
 ROWS_NUMBERS = 1 << 20
 """Logits of which the log-likelihood is computed at a time; they fit in a cache."""
-LONGEST_WINDOW = 2048
-"""Default window of models with a longer context."""
 
 
 @dataclass(frozen=True)
@@ -52,27 +50,15 @@ class Scores:
         return int(self.tokens_N.sum()) / max(self.seconds, 1e-9)
 
 
-def beginning_of(model: Any, tokenizer: Any) -> int | None:
+def beginning_of(tokenizer: Any) -> int | None:
     """The token that comes before a document; None if the tokenizer has none.
 
-    For models of this project: the token that ends the document before it, as in training. For others: the tokenizer's
-    beginning-of-sentence token, or else its end-of-sentence token, as in lm-evaluation-harness.
+    The one that the tokenizer itself puts before a text. Else the one that ends a document: in training, documents follow
+    each other. A tokenizer may name a beginning-of-sentence token that the model has never seen.
     """
-    ours = model.config.model_type == "mone" or tokenizer.bos_token_id is None
-    return tokenizer.eos_token_id if ours else tokenizer.bos_token_id
-
-
-def choose_window(model: Any, window: int | None, stride: int | None) -> tuple[int, int]:
-    """Window and stride, null being the context of the model, 2048 at most, and half of the window; UserError."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if window is None:
-        window = min(context or LONGEST_WINDOW, LONGEST_WINDOW)
-    elif context is not None and window > context:
-        raise UserError(f"window={window}: the model has a context of {context} tokens; choose at most {context}")
-    stride = max(1, window // 2) if stride is None else stride
-    if stride > window:
-        raise UserError(f"stride={stride}: must be at most the window, {window}")
-    return window, stride
+    with_special, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    begin: int | None = with_special[0] if with_special[:1] != plain[:1] else tokenizer.eos_token_id
+    return begin
 
 
 @torch.no_grad()
@@ -89,7 +75,7 @@ def score_documents(
     """Score each document; see `mone_eval.windows.cut`.
 
     model: a causal language model of transformers in evaluation mode. batch_size: full windows of a batch. The result does
-    not depend on it. Raises UserError if no token can be scored.
+    not depend on it. Raises UserError if no token can be scored, or a loss is not finite.
     """
     windows = cut(documents, window=window, stride=stride, begin=begin)
     if not windows:
@@ -107,13 +93,15 @@ def score_documents(
             logged = time.monotonic()
             rate = done / (logged - began)
             logger.info(f"text: {done / read:.0%}, {rate:,.0f} tokens/s read, {clock((read - done) / rate)} left")
+    if not sums_W.isfinite().all():
+        document = documents[windows[int((~sums_W.isfinite()).nonzero()[0])].document]
+        raise UserError(f"text: the loss of {document.name} is not finite; if the weights are, try dtype=float32")
     nll_N, tokens_N = sum_by_document(windows, sums_W, documents=len(documents))
     return Scores(nll_N, tokens_N, read, time.monotonic() - began)
 
 
 def _batch_tokens(model: Any, window: int, batch_size: int) -> int:
-    vocabulary = model.get_output_embeddings().weight.size(0)
-    fitting = LOGITS_BYTES // (vocabulary * model.dtype.itemsize)
+    fitting = LOGITS_BYTES // (model.config.get_text_config().vocab_size * model.dtype.itemsize)
     return max(window, min(batch_size * window, fitting))
 
 

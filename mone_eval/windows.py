@@ -1,8 +1,8 @@
 """Cuts documents into windows that a model reads, so that each token is predicted once with enough context.
 
-    windows = cut(documents, window=2048, stride=1024, begin=tokenizer.bos_token_id)
+    windows = cut(documents, window=2048, stride=1024, begin=tokenizer.eos_token_id)
     for batch in group(windows, tokens=8 * 2048):
-        inputs_BT, targets_BT = collate(batch, documents, begin=tokenizer.bos_token_id)
+        inputs_BT, targets_BT = collate(batch, documents, begin=tokenizer.eos_token_id)
         sums_B = ...                        # sum of the losses of each row where targets_BT != IGNORED
     nll_N, tokens_N = sum_by_document(...)
 

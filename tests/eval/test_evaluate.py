@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mone_eval import evaluate
+from mone_eval.text import beginning_of
 from mone_model.hf import export
+from mone_model.hf.tokenizer import write_tokenizer
 from tests.conftest import ROOT
 from tests.eval.models import make_run, write_llama, write_mixtral
 from tests.hf.test_tokenizer import trained as trained
@@ -49,13 +52,13 @@ def result_of(call_main: Call, output: Path, *arguments: str) -> dict[str, Any]:
 
 
 def test_scores_equal_plain_forward_passes(llama: Path, text: Path, tmp_path: Path, call_main: Call) -> None:
-    more = ["window=64", "stride=20", "max_documents=9"]
+    more = ["window=64", "stride=20", "max_documents=9", "progress_seconds=0"]
     found = result_of(call_main, tmp_path / "a.json", f"model={llama}", f"text={text}", *more)["text"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(llama).eval(), AutoTokenizer.from_pretrained(llama)
     total = tokens = size = 0.0
     for line, document in zip(text.read_text().splitlines(), found["documents"], strict=False):
         content = json.loads(line)["text"]
-        ids = [tokenizer.bos_token_id, *tokenizer(content, add_special_tokens=False)["input_ids"]]
+        ids = [tokenizer.eos_token_id, *tokenizer(content, add_special_tokens=False)["input_ids"]]
         nll = 0.0
         for target in range(1, len(ids)):
             # The first window predicts 64 tokens; each other one 20, after 45 tokens of context or more.
@@ -82,6 +85,28 @@ def test_a_text_in_one_window_equals_the_loss_of_transformers(
     ids = tokenizer(json.loads(text.read_text().splitlines()[0])["text"], return_tensors="pt")["input_ids"]
     assert found["tokens"] == ids.size(1) - 1
     assert found["nll"] / found["tokens"] == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    assert beginning_of(tokenizer) == tokenizer.eos_token_id
+    adds = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = adds
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    assert beginning_of(tokenizer) == tokenizer.bos_token_id
+
+
+def test_a_loss_that_is_not_finite_is_reported(
+    llama: Path, text: Path, trained: Path, tmp_path: Path, call_main: Call
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.lm_head.weight.data[5] = math.nan
+    model.save_pretrained(tmp_path / "damaged")
+    write_tokenizer(trained, tmp_path / "damaged", context=64)
+    code, _, errors = call_main(evaluate.main, f"model={tmp_path / 'damaged'}", f"text={text}", "output=none.json")
+    assert code == 2
+    assert f"text: the loss of {text}:" in errors
+    assert "is not finite" in errors
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "run"])
