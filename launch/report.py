@@ -29,8 +29,8 @@ from mone_common.files import writing
 from mone_common.page import Chart, Table
 from mone_common.run_records import flat, last_step
 from mone_common.text import printable
+from mone_common.wandb_runs import wandb_settings
 from mone_eval.results import read_evaluations, score_rows
-from train.metrics import wandb_settings
 
 
 def main() -> None:

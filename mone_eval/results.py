@@ -19,6 +19,7 @@ from typing import Any
 from mone_common.checkout import commit
 from mone_common.console import UserError
 from mone_common.files import writing
+from mone_common.wandb_runs import wandb_settings
 
 FORMAT = "mone-evaluation-1"
 EVALUATIONS = "evaluations"
@@ -155,7 +156,7 @@ def send_to_wandb(result: dict[str, Any], *, mode: str, project: str, folder: Pa
             dir=str(folder.absolute()),
             config=kept,
             mode=mode,  # type: ignore[arg-type]
-            settings=wandb.Settings(silent=True),
+            settings=wandb_settings(),
         )
         run.log(numbers(result))
         run.finish()

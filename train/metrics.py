@@ -23,15 +23,11 @@ from typing import TYPE_CHECKING, Any
 from mone_common.files import writing
 from mone_common.run_folder import METRICS_FILE
 from mone_common.text import clock
+from mone_common.wandb_runs import wandb_settings
 from train.config import RunConfig, describe
 
 if TYPE_CHECKING:
     import torch
-
-TIMEOUTS = {"init_timeout": 20.0, "finish_timeout": 60.0}
-"""Seconds for W&B to start, and to upload the rest at the end; `wandb sync` uploads what remains. The environment variables
-WANDB_INIT_TIMEOUT and WANDB_FINISH_TIMEOUT override them."""
-
 
 ROOM = 2**16
 """Free bytes that a record needs; W&B writes 32 KiB at a time."""
@@ -158,18 +154,6 @@ def _step(line: bytes) -> float:
     except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return math.inf
     return step if math.isfinite(step) else math.inf
-
-
-def wandb_settings() -> Any:
-    """Settings of W&B: no console output, and short timeouts.
-
-    Without timeouts, a finished run would wait for an unreachable server as long as W&B retries.
-    """
-    import wandb
-
-    known = wandb.Settings.model_fields
-    ours = {name: value for name, value in TIMEOUTS.items() if name in known and f"WANDB_{name.upper()}" not in os.environ}
-    return wandb.Settings(silent=True, **ours)
 
 
 def _start_wandb(config: RunConfig, folder: Path, run_id: str | None) -> tuple[Any, OfflineRecord | None]:
