@@ -130,6 +130,7 @@ OPTIONS = {
     "mone-status": "--json",
     "mone-report": "--output",
     "mone-sample": "max_new_tokens",
+    "mone-evaluate": "task_data",
     "mone-export": "max_shard_size",
     "mone-calibrate": "per=layer",
     "mone-train-tokenizer": "vocab_size",
@@ -142,7 +143,7 @@ EVERY_SCRIPT = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
 import data_prep.tokenize, data_prep.verify, launch.plan, launch.report, launch.slurm, launch.status, train.calibrate
-import mone_model.hf.import_model
+import mone_eval.evaluate, mone_model.hf.import_model
 for script in sys.argv[1:]:
     print(f"== {os.path.basename(script)}", flush=True)
     child = os.fork()
