@@ -27,7 +27,7 @@ from mone_common.console import UserError, command, to_dataclass
 from mone_common.files import publish, temporary, writing
 from mone_common.locks import LOCK_FILE, lock
 from mone_common.text import clock
-from mone_eval.models import DTYPES, check_model, find_device
+from mone_eval.models import DTYPES, check_model, context_of, find_device
 
 if TYPE_CHECKING:
     from mone_eval.layerwise import LayerwiseModel
@@ -219,8 +219,8 @@ def read_text(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) 
     from mone_eval.text import beginning_of
     from mone_eval.windows import cut
 
-    begin = beginning_of(model.model, tokenizer)
-    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or options.window
+    begin = beginning_of(tokenizer)
+    window = min(options.window, context_of(model.model.config) or options.window)
     documents, tokens = [], 0
     wanted = options.max_tokens / (1 - options.calibration_share)
     try:
@@ -246,8 +246,7 @@ def read_text(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) 
             "one to set thresholds and one to score"
         )
     scored, calibration = (
-        Text(those, cut(those, window=min(options.window, longest), stride=min(options.window, longest), begin=begin), begin)
-        for those in (to_score, to_calibrate)
+        Text(those, cut(those, window=window, stride=window, begin=begin), begin) for those in (to_score, to_calibrate)
     )
     return scored.split(options.batch_tokens), calibration.split(options.batch_tokens)
 

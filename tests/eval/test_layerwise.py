@@ -75,7 +75,7 @@ def test_a_multimodal_model_gives_its_text_model(family: str, tmp_path: Path) ->
 
 def test_mxfp4_weights_are_dequantised(tmp_path: Path) -> None:
     build("gpt_oss").save_pretrained(tmp_path)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         if name.endswith(("gate_up_proj", "down_proj")):
             experts, columns, rows = tensor.shape
@@ -95,7 +95,7 @@ def test_mxfp4_weights_are_dequantised(tmp_path: Path) -> None:
 def test_fp8_weights_are_dequantised(tmp_path: Path) -> None:
     """As DeepSeek-V3: blocks of 128 by 128 numbers with a scale each."""
     build("deepseek_v3").save_pretrained(tmp_path)
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, tensor in load_file(tmp_path / "model.safetensors").items():
         if name.endswith(("_proj.weight", "kv_a_proj_with_mqa.weight", "kv_b_proj.weight")):
             rows, columns = tensor.shape

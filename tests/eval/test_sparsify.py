@@ -55,7 +55,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=alphabet, special_tokens=["<s>"])
     trained.train([str(ROOT / "LICENSE")], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token="<s>")
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def losses(model: Any, tokenizer: Any, texts: list[str], window: int) -> list[fl
     """Summed negative log-likelihood of each text, window by window, by transformers."""
     found = []
     for text in texts:
-        tokens = torch.tensor([beginning_of(model, tokenizer), *tokenizer(text, add_special_tokens=False).input_ids])
+        tokens = torch.tensor([beginning_of(tokenizer), *tokenizer(text, add_special_tokens=False).input_ids])
         nll = 0.0
         for start in range(0, len(tokens) - 1, window):
             part = tokens[start : start + window + 1]
