@@ -1,7 +1,7 @@
 """How many neurons of a model's experts are needed: losses against the share of neurons kept, without training.
 
     mone-sparsify model=models/mixtral text='wiki/*.jsonl' output=study
-    mone-sparsify model=models/mixtral text='wiki/*.jsonl' output=study plan=true        # memory and time, nothing is loaded
+    mone-sparsify model=models/mixtral text='wiki/*.jsonl' output=study --plan           # memory and time; no layer is loaded
 
 Works for every mixture of experts of transformers with gated experts, for dense models with gated layers, and for runs of
 this project. Every layer is loaded once, so a model larger than memory can be studied.
@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,7 +85,7 @@ class SparsifyConfig:
     save_minutes: float = 5.0
     """Minutes between saves, from which a killed study continues; 0: after each layer."""
     plan: bool = False
-    """Print memory, disk traffic and time, and end."""
+    """Print memory, disk traffic and time, and end; --plan does the same."""
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -117,8 +118,14 @@ class SparsifyConfig:
 ConfigStore.instance().store(name="sparsify_schema", node=SparsifyConfig)
 
 
+def main() -> None:
+    """Run the command; `--plan` is short for plan=true."""
+    sys.argv[1:] = ["plan=true" if argument == "--plan" else argument for argument in sys.argv[1:]]
+    study_model()
+
+
 @command("sparsify")
-def main(hydra_config: DictConfig) -> None:
+def study_model(hydra_config: DictConfig) -> None:
     """Study a model, and write the results to a folder."""
     options = to_dataclass(hydra_config, SparsifyConfig)
     output = Path(options.output)

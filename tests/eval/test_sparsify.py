@@ -233,8 +233,9 @@ def test_a_killed_study_continues(folder: Path, call: Call) -> None:
 
 
 def test_the_plan_is_printed_before_anything_is_loaded(folder: Path, call: Call) -> None:
-    code, output, _ = call("deepseek_v2", "plan=true")
+    code, output, _ = call("deepseek_v2", "--plan")
     assert code == 0
+    assert call("deepseek_v2", "plan=true")[0] == 0
     assert re.search(r"5 streams of [\d,]+ tokens.*\nmemory: at most .* GB.*\ndisk: .* 4 layers.*\ntime: at least", output)
     assert not Path("study").exists()
     assert not list(Path().glob(".unfinished*"))

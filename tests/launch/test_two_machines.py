@@ -65,7 +65,14 @@ def test_two_machines_train_one_model_and_survive_a_crash_on_one(machines: None,
             agents[name] = psutil.Popen(
                 ["ip", "netns", "exec", name, *command],
                 cwd=tmp_path,
-                env={**os.environ, **here, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+                env={
+                    **os.environ,
+                    **here,
+                    "PYTHON": sys.executable,
+                    "PYTHONPATH": str(ROOT),
+                    "PYTHONUNBUFFERED": "1",
+                    "OMP_NUM_THREADS": "1",
+                },
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
