@@ -1,7 +1,7 @@
 """How many neurons of a model's experts are needed: losses against the share of neurons kept, without training.
 
     mone-sparsify model=models/mixtral text='wiki/*.jsonl' output=study
-    mone-sparsify model=models/mixtral text='wiki/*.jsonl' output=study --plan           # memory and time; no layer is loaded
+    mone-sparsify model=models/mixtral text='wiki/*.jsonl' output=study --plan           # memory and time, no layer loaded
 
 Works for every mixture of experts of transformers with gated experts, for dense models with gated layers, and for runs of
 this project. Every layer is loaded once, so a model larger than memory can be studied.
