@@ -56,6 +56,9 @@ class SparsifyConfig:
     """exact: the K best of each token in each expert; threshold: all that reach a threshold set on other documents."""
     per: str = "layer"
     """layer: one threshold per layer; model: one threshold for the whole model, for which the weights are read twice."""
+    thresholds_from: str = "stream"
+    """Hidden states of which the calibration text sets the thresholds of a layer: of the model with the thresholds of the
+    layers before (stream), so that the share is kept; or of the model with all neurons (all). Used with per=layer."""
     controls: list[str] = field(default_factory=list)
     """Other ways to choose as many neurons: abs_gate_up (|act(gate) * up|), preactivation (|gate|), random (fresh for each
     token), static (those that calibration text uses most)."""
@@ -103,6 +106,7 @@ class SparsifyConfig:
             ("ratios", len(set(self.ratios)) == len(self.ratios) > 0, "must be different numbers, at least one"),
             ("select", bool(self.select), "choose exact, threshold or both"),
             ("per", self.per in ("layer", "model"), "choose layer or model"),
+            ("thresholds_from", self.thresholds_from in ("stream", "all"), "choose stream or all"),
             ("limit", self.limit is None or self.limit >= 1, "must be at least 1"),
             ("max_tokens", self.max_tokens >= 1, "must be at least 1"),
             ("calibration_share", 0 < self.calibration_share < 1, "must be above 0 and below 1"),
@@ -216,7 +220,16 @@ def prepare(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any, mo
         trained=any(experts.trained is not None for experts in hooked),
     )
     scored, calibration = read_text(options, model, tokenizer)
-    return Study(model, hooked, streams, [scored, *more], calibration, per=options.per, seed=options.seed)
+    return Study(
+        model,
+        hooked,
+        streams,
+        [scored, *more],
+        calibration,
+        per=options.per,
+        thresholds_from=options.thresholds_from,
+        seed=options.seed,
+    )
 
 
 def read_text(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) -> tuple["Text", "Text"]:

@@ -54,7 +54,9 @@ def plan_of(study: Study) -> Plan:
     layer_sizes = [sum(weight.numel() for weight in layer.parameters()) for layer in model.layers]
     total = sum(weight.numel() for weight in model.model.parameters())
     tokens, calibration = sum(text.tokens for text in study.texts), study.calibration.tokens
-    passes = tokens * streams + calibration * (2 if study.per == "model" else 1)
+    # With thresholds from their own hidden states, streams pass the calibration text twice: to find, and to apply them.
+    own = len(study.calibration_hidden) - 1
+    passes = tokens * streams + calibration * ((2 if study.per == "model" else 1) + 2 * own)
     windows = [window for text in (*study.texts, study.calibration) for window in text.windows]
     context = sum(len(window) ** 2 for window in windows) / sum(map(len, windows)) / 2
     layer_flops = sum(2 * _active(study, layer) + 4 * context * width for layer in range(len(model.layers)))
@@ -66,7 +68,7 @@ def plan_of(study: Study) -> Plan:
         calibration_tokens=calibration,
         layer_bytes=max(layer_sizes) * number,
         resident_bytes=(total - sum(layer_sizes)) * number,
-        stream_bytes=(tokens * streams + calibration) * width * number,
+        stream_bytes=(tokens * streams + calibration * (1 + own)) * width * number,
         read_bytes=sum(model.stored.values()) * (2 if study.per == "model" else 1),
         flops=layer_flops * passes + head_flops,
         flops_per_second=_product_speed(model, width),

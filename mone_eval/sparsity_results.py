@@ -39,7 +39,8 @@ def publish_results(
     if tasks is not None:
         result |= tasks.results(result["streams"], [losses for _, losses in losses_ST])
     write_json(folder / "results.json", result)
-    write_json(folder / "thresholds.json", thresholds_of(study, options["model"]))
+    if study.thresholds:
+        write_json(folder / "thresholds.json", thresholds_of(study, options["model"]))
     write_page(folder, result)
     return result
 
@@ -133,11 +134,11 @@ def distribution(counts_M: torch.Tensor) -> dict[str, Any]:
 
 
 def thresholds_by_part(study: Study) -> dict[str, dict[str, dict[int, float]]]:
-    """By part, ratio and layer: the threshold that the ratio's share of neurons reaches on the calibration text."""
+    """By part, ratio and layer: the thresholds of the streams that select by threshold."""
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for stream in study.streams:
-        if stream.select in ("exact", "threshold"):
-            found.setdefault(stream.part, {})[f"{stream.ratio:g}"] = study.thresholds(stream.part, stream.ratio)
+    for (index, layer), threshold in sorted(study.thresholds.items()):
+        stream = study.streams[index]
+        found.setdefault(stream.part, {}).setdefault(f"{stream.ratio:g}", {})[layer] = threshold
     return found
 
 

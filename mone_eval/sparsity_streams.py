@@ -3,7 +3,7 @@
     streams = streams_of(parts=["routed"], ratios=[0.5], select=["exact"], controls=["random"])
     with calibrating(experts, streams) as layer:             # the experts of one layer, and a pass of calibration text
         ...
-    rule = layer.rule(streams[1], experts[0])                # Rule(k=...), Rule(threshold=...)
+    rule = layer.rule(streams[1], experts[0], None)          # Rule(k=...)
 
 A stream is a model: the hidden states of the scored text, of which each layer keeps what the stream's rule keeps. Shapes: E
 experts, H neurons, M magnitudes.
@@ -74,18 +74,18 @@ class LayerCalibration:
     used: dict[tuple[str, float], torch.Tensor] = field(default_factory=dict)
     """For a module and a ratio, [E, H] how often a neuron is among the K best."""
 
-    def threshold(self, part: str, ratio: float) -> float | None:
-        """The threshold that this share of the neurons reaches; None if the layer has no experts of the part."""
-        return find_thresholds(self.counts[part][None], ratio=ratio)[0] if part in self.counts else None
+    def threshold(self, part: str, ratio: float) -> float:
+        """The threshold that this share of the neurons of a part reaches."""
+        return find_thresholds(self.counts[part][None], ratio=ratio)[0]
 
-    def rule(self, stream: Stream, experts: HookedExperts, threshold: float | None = None) -> Rule | None:
-        """What a stream keeps of these experts; threshold: in place of that of the layer."""
+    def rule(self, stream: Stream, experts: HookedExperts, threshold: float | None) -> Rule | None:
+        """What a stream keeps of these experts; threshold: for streams that select by threshold."""
         if stream.select == "trained":
             return experts.trained
         if stream.select == "all" or stream.part != experts.part:
             return None
         if stream.select == "threshold":
-            return Rule(threshold=self.threshold(stream.part, stream.ratio) if threshold is None else threshold)
+            return Rule(threshold=threshold)
         k = neurons_kept(stream.ratio, experts.neurons)
         if stream.criterion == "static":
             used_EH = self.used[experts.name, stream.ratio]

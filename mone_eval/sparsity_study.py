@@ -26,6 +26,8 @@ from mone_eval.sparsity_streams import LayerCalibration, Stream, calibrating
 from mone_eval.windows import IGNORED, Window, collate
 from mone_model.thresholds import find_thresholds
 
+ALL = 0
+"""Number of the stream that keeps all neurons."""
 LOGITS = 2**25
 """Largest number of logits in memory."""
 
@@ -85,9 +87,14 @@ class Study:
         calibration: Text,
         *,
         per: str = "layer",
+        thresholds_from: str = "stream",
         seed: int = 0,
     ) -> None:
-        """texts: to score. per: layer, or model for one threshold in all layers."""
+        """Passes the embeddings of all texts.
+
+        texts: to score. per: layer, or model for one threshold in all layers. thresholds_from: the hidden states that set the
+        thresholds of a layer: those of the stream itself, or of the model with all neurons (all).
+        """
         self.model, self.streams, self.per, self.seed = model, streams, per, seed
         self.texts, self.calibration = texts, calibration
         self.experts: list[list[HookedExperts]] = [
@@ -100,7 +107,14 @@ class Study:
         first = [batch.hidden_BTD for batch in self.batches]
         self.hidden = [list(first) for _ in streams]
         """For each stream and batch."""
-        self.calibration_hidden = [batch.hidden_BTD for batch in self.calibration_batches]
+        own = range(len(streams)) if per == "layer" and thresholds_from == "stream" else ()
+        self.calibration_hidden = {
+            index: [batch.hidden_BTD for batch in self.calibration_batches]
+            for index in (ALL, *(index for index in own if streams[index].select == "threshold"))
+        }
+        """By stream and batch: of the model with all neurons, and of the streams whose thresholds come from their own."""
+        self.thresholds: dict[tuple[int, int], float] = {}
+        """By stream and layer."""
         self.kept: dict[tuple[int, int, str], tuple[int, int]] = {}
         """By stream, layer and part: neurons kept and neurons computed, summed over rows."""
         self.counts: dict[tuple[int, str], torch.Tensor] = {}
@@ -121,8 +135,8 @@ class Study:
         number = self.layers_done
         with self.model.layer(number):
             found = self._calibrate(number)
-            for index, stream in enumerate(self.streams):
-                self._set_rules(found, number, stream)
+            for index in range(len(self.streams)):
+                self._set_rules(found, number, index)
                 hidden = self.hidden[index]
                 for place, batch in enumerate(self.batches):  # in place, so that no stream is in memory twice
                     hidden[place] = self.model.run(number, batch, hidden[place])
@@ -132,20 +146,45 @@ class Study:
         self.layers_done += 1
 
     def _calibrate(self, number: int) -> LayerCalibration:
+        """Pass the calibration text through a layer with all neurons."""
         with calibrating(self.experts[number], self.streams) as found:
-            self.calibration_hidden = [
-                self.model.run(number, batch, hidden_BTD)
-                for batch, hidden_BTD in zip(self.calibration_batches, self.calibration_hidden, strict=True)
-            ]
+            self._pass_calibration(number, ALL)
         self.counts |= {(number, part): counts_M for part, counts_M in found.counts.items()}
         return found
 
-    def _set_rules(self, found: LayerCalibration, number: int, stream: Stream) -> None:
+    def _pass_calibration(self, number: int, index: int, *, keep: bool = True) -> None:
+        hidden = self.calibration_hidden[index]
+        for place, batch in enumerate(self.calibration_batches):
+            out_BTD = self.model.run(number, batch, hidden[place])
+            if keep:
+                hidden[place] = out_BTD
+
+    def _set_rules(self, found: LayerCalibration, number: int, index: int) -> None:
+        stream = self.streams[index]
+        present = any(one.part == stream.part for one in self.experts[number])
+        threshold = None
+        if stream.select == "threshold" and present:
+            threshold = self.thresholds[index, number] = self._find_threshold(found, number, index)
+        if index in self.calibration_hidden and index != ALL:
+            self._apply(found, stream, threshold)
+            self._pass_calibration(number, index)
         # A control may be random: the draws must not depend on where a study was continued.
         torch.manual_seed(zlib.crc32(f"{self.seed} {number} {stream.name}".encode()))
-        shared = (self.model_thresholds or {}).get((stream.part, stream.ratio))
-        for one in self.experts[number]:
-            one.reset(found.rule(stream, one, shared))
+        self._apply(found, stream, threshold)
+
+    def _apply(self, found: LayerCalibration, stream: Stream, threshold: float | None) -> None:
+        for one in self.experts[self.layers_done]:
+            one.reset(found.rule(stream, one, threshold))
+
+    def _find_threshold(self, found: LayerCalibration, number: int, index: int) -> float:
+        stream = self.streams[index]
+        if self.model_thresholds is not None:
+            return self.model_thresholds[stream.part, stream.ratio]
+        if index in self.calibration_hidden:
+            # The gates of a layer do not depend on which of its neurons are kept.
+            with calibrating(self.experts[number], ()) as found:
+                self._pass_calibration(number, index, keep=False)
+        return found.threshold(stream.part, stream.ratio)
 
     def calibrate_model(self) -> None:
         """If `per` is model, find the thresholds: a pass of the calibration text, which reads every layer once more."""
@@ -154,7 +193,7 @@ class Study:
         for number in range(len(self.model.layers)):
             with self.model.layer(number):
                 self._calibrate(number)
-        self.calibration_hidden = [batch.hidden_BTD for batch in self.calibration_batches]
+        self.calibration_hidden[ALL] = [batch.hidden_BTD for batch in self.calibration_batches]
         self.model_thresholds = {
             (stream.part, stream.ratio): find_thresholds(self._all_counts(stream.part), ratio=stream.ratio, per="model")[0]
             for stream in self.streams
@@ -164,13 +203,6 @@ class Study:
     def _all_counts(self, part: str) -> torch.Tensor:
         """[L, M] counts of the layers that have experts of a part."""
         return torch.stack([counts_M for (_, of), counts_M in sorted(self.counts.items()) if of == part])
-
-    def thresholds(self, part: str, ratio: float) -> dict[int, float]:
-        """The threshold of each layer that has experts of a part."""
-        layers = sorted(number for number, of in self.counts if of == part)
-        if self.model_thresholds is not None:
-            return dict.fromkeys(layers, self.model_thresholds[part, ratio])
-        return dict(zip(layers, find_thresholds(self._all_counts(part), ratio=ratio), strict=True))
 
     def score(self, index: int) -> list[Losses]:
         """The losses of a stream after the last layer, for each text."""
@@ -212,7 +244,7 @@ class Study:
 
     def state(self) -> dict[str, Any]:
         """All that `restore` needs to continue."""
-        names = ("layers_done", "hidden", "calibration_hidden", "kept", "counts", "model_thresholds")
+        names = ("layers_done", "hidden", "calibration_hidden", "thresholds", "kept", "counts", "model_thresholds")
         return {name: getattr(self, name) for name in names}
 
     def restore(self, state: dict[str, Any]) -> None:
