@@ -92,7 +92,7 @@ class Study:
     ) -> None:
         """Passes the embeddings of all texts.
 
-        texts: to score. per: layer, or model for one threshold in all layers. thresholds_from: the hidden states that set the
+        texts: to score. per: layer, or model for one threshold in all layers. thresholds_from: whose hidden states set the
         thresholds of a layer: those of the stream itself, or of the model with all neurons (all).
         """
         self.model, self.streams, self.per, self.seed = model, streams, per, seed
