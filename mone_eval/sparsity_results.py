@@ -6,7 +6,9 @@ print(console_table(result))
 """
 
 import json
+import logging
 import math
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,10 @@ from mone_eval.windows import sum_by_document
 if TYPE_CHECKING:
     from mone_eval.sparsity_tasks import StreamedTasks  # needs lm_eval
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "mone-sparsity-1"
+REPORT_SECONDS = 5.0
 NEAR_ZERO = (0.001, 0.01, 0.1)
 """Values of |act(gate)| below which the share of neurons is stated."""
 BINS = range(-24, 9)
@@ -34,7 +39,12 @@ def publish_results(
     study: Study, folder: Path, options: dict[str, Any], seconds: float, tasks: "StreamedTasks | None"
 ) -> dict[str, Any]:
     """Score all streams and write the files to a folder; returns the content of results.json."""
-    losses_ST = [study.score(index) for index in range(len(study.streams))]
+    losses_ST, reported = [], time.monotonic()
+    for index in range(len(study.streams)):
+        losses_ST.append(study.score(index))
+        if time.monotonic() - reported >= REPORT_SECONDS:
+            reported = time.monotonic()
+            logger.info(f"scored {index + 1} of {len(study.streams)} streams")
     result = environment(options) | {"format": FORMAT, "seconds": round(seconds, 1)} | results_of(study, losses_ST)
     if tasks is not None:
         result |= tasks.results(result["streams"], [losses for _, losses in losses_ST])
