@@ -207,17 +207,13 @@ def score_texts(options: EvaluateConfig, texts: list[Any], model: Any, tokenizer
     """The record of a model's scores on texts."""
     from mone_eval.documents import checksum, encode
     from mone_eval.intervals import score_text
-    from mone_eval.models import context_of
+    from mone_eval.models import check_tokens, context_of
     from mone_eval.text import beginning_of, score_documents
 
     window, stride = choose_window(context_of(model.config), options.window, options.stride)
     begin = beginning_of(tokenizer) if options.begin == "auto" else None
     documents = list(encode(texts, tokenizer))
-    highest = max((int(document.tokens.max()) for document in documents if len(document.tokens)), default=0)
-    if highest >= (rows := model.get_input_embeddings().weight.size(0)):
-        raise UserError(
-            f"model={options.model}: its tokenizer has token {highest}, its embedding {rows} rows; not its tokenizer"
-        )
+    check_tokens(documents, model, str(options.model))
     scores = score_documents(
         model,
         documents,

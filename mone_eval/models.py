@@ -7,6 +7,7 @@ describe(model)                                       # {"class": "MoneForCausal
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,8 @@ from mone_common.run_records import DamagedFile, read_thresholds
 
 if TYPE_CHECKING:
     import torch
+
+    from mone_eval.documents import Document
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ENDS = 4096
@@ -122,6 +125,13 @@ def context_of(config: Any) -> int | None:
     """Longest text that a model of transformers reads, in tokens; None if its configuration names none."""
     context: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return context
+
+
+def check_tokens(documents: Sequence["Document"], model: Any, path: str) -> None:
+    """UserError if a token has no row in the embedding: the tokenizer is that of another model."""
+    highest = max((int(document.tokens.max()) for document in documents if len(document.tokens)), default=0)
+    if highest >= (rows := model.get_input_embeddings().weight.size(0)):
+        raise UserError(f"model={path}: its tokenizer has token {highest}, its embedding {rows} rows; not its tokenizer")
 
 
 def _read_config(folder: Path) -> Any:

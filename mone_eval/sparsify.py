@@ -28,7 +28,7 @@ from mone_common.console import UserError, command, to_dataclass
 from mone_common.files import publish, temporary, writing
 from mone_common.locks import LOCK_FILE, lock
 from mone_common.text import clock
-from mone_eval.models import DTYPES, check_model, context_of, find_device
+from mone_eval.models import DTYPES, check_model, check_tokens, context_of, find_device
 
 if TYPE_CHECKING:
     from mone_eval.layerwise import LayerwiseModel
@@ -160,15 +160,18 @@ def study_model(hydra_config: DictConfig) -> None:
     if options.plan:
         return
     unfinished = temporary(output)
-    unfinished.mkdir(parents=True, exist_ok=True)
-    with open(unfinished / LOCK_FILE, "w") as file:
-        if not lock(file):
-            raise UserError(f"output={output}: another process writes it")
-        seconds = run(study, unfinished / STATE, identity=identity_of(options, study), every=60 * options.save_minutes)
-        result = publish_results(study, unfinished, dataclasses.asdict(options), seconds, tasks)
-        (unfinished / STATE).unlink(missing_ok=True)
-        (unfinished / LOCK_FILE).unlink()
-        publish(output, unfinished)
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with open(unfinished / LOCK_FILE, "w") as file:
+            if not lock(file):
+                raise UserError(f"output={output}: another process writes it")
+            seconds = run(study, unfinished / STATE, identity=identity_of(options, study), every=60 * options.save_minutes)
+            result = publish_results(study, unfinished, dataclasses.asdict(options), seconds, tasks)
+            (unfinished / STATE).unlink(missing_ok=True)
+            (unfinished / LOCK_FILE).unlink()
+            publish(output, unfinished)
+    except OSError as error:
+        raise UserError(f"output={output}: cannot be written ({error.strerror or error})") from error
     print(console_table(result))
     print(f"written: {output}/index.html, results.json, thresholds.json")
 
@@ -252,6 +255,7 @@ def read_text(options: SparsifyConfig, model: "LayerwiseModel", tokenizer: Any) 
                 break
     except DataError as error:
         raise UserError(str(error).replace("corpus.path=", "text=")) from error
+    check_tokens(documents, model.model, options.model)
     # Spread over the text: document i sets thresholds if the share of such documents would fall behind without it.
     share = options.calibration_share
     sets = [int((number + 1) * share) > int(number * share) for number in range(len(documents))]

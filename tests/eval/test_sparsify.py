@@ -232,6 +232,13 @@ def test_a_killed_study_continues(folder: Path, call: Call) -> None:
     ]
 
 
+def test_an_output_that_cannot_be_written_is_named(folder: Path, call: Call) -> None:
+    Path("file").write_text("")
+    code, _, errors = call("llama", "output=file/study", "max_tokens=200")
+    assert code == 2
+    assert errors.startswith("error: output=file/study: cannot be written (")
+
+
 def test_the_plan_is_printed_before_anything_is_loaded(folder: Path, call: Call) -> None:
     code, output, _ = call("deepseek_v2", "--plan")
     assert code == 0
@@ -319,6 +326,7 @@ def test_the_page_opens_in_a_browser(folder: Path, call: Call) -> None:
         (["model=bare"], "model=bare: has no tokenizer"),
         (["model=truncated"], "model=truncated: transformers cannot load it"),
         (["output=here"], "output=here: exists"),
+        (["model=foreign"], r"its tokenizer has token \d+, its embedding 64 rows; not its tokenizer"),
         (["device=cuda:7"], "device=cuda:7: cannot be used here"),
         (["calibration_share=1"], "calibration_share=1.0: must be above 0 and below 1"),
         ([], None),
@@ -332,6 +340,9 @@ def test_bad_input_is_named_in_one_line(
     if arguments == ["model=gpt2"]:
         GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=VOCABULARY)).save_pretrained("gpt2")
         tokenizer.save_pretrained("gpt2")
+    if arguments == ["model=foreign"]:
+        build("llama", vocab_size=64).save_pretrained("foreign")
+        tokenizer.save_pretrained("foreign")
     if arguments == ["model=opt"]:
         shape = {
             "num_hidden_layers": 1,
