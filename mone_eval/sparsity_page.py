@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.colors import LogNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mone_common.figures import plt, save
@@ -16,6 +17,15 @@ from mone_common.page import Chart, Table, chart_section, html_table, render
 WIDTH, HEIGHT = 4.4, 3.3
 """Inches."""
 SHARPNESS = 240
+RAREST = 1e-4
+"""Smallest share of neurons that the chart of the gates shows."""
+PARTS = {"routed": "routed experts", "shared": "shared experts", "dense": "dense layers"}
+CONTROLS = {
+    "abs_gate_up": "K best by |act(gate) up|",
+    "preactivation": "K best by |gate|",
+    "random": "K at random",
+    "static": "K most used",
+}
 LETTERS = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8}
 
 
@@ -27,11 +37,11 @@ def write_page(folder: Path, result: dict[str, Any]) -> None:
     for part in parts_of(result):
         path = charts / f"loss_{part}.png"
         draw_losses(path, result, part)
-        losses.append(Chart(path, f"Loss against the share of neurons kept in {part} experts, with 95 % intervals"))
+        losses.append(Chart(path, f"Loss against the share of neurons kept in {PARTS[part]}, with 95 % intervals"))
         for name, text, draw in (
-            ("gates", f"Distribution of |act(gate)| in {part} experts by layer", draw_gates),
-            ("thresholds", f"Thresholds of {part} experts by layer", draw_thresholds),
-            ("kept", f"Share of neurons above the thresholds in {part} experts by layer", draw_kept),
+            ("gates", f"Distribution of |act(gate)| in {PARTS[part]} by layer", draw_gates),
+            ("thresholds", f"Thresholds of {PARTS[part]} by layer", draw_thresholds),
+            ("kept", f"Share of neurons above the thresholds in {PARTS[part]} by layer", draw_kept),
         ):
             path = charts / f"{name}_{part}.png"
             if draw(path, result, part):
@@ -69,7 +79,7 @@ def finding(result: dict[str, Any]) -> str:
         ]
         if its:
             losses = ", ".join(f"{stream['nll_above_all']['value']:+.3f} at {stream['ratio']:g}" for stream in its)
-            sentences.append(f"Keeping the neurons of {part} experts with the largest |act(gate)| changes this by {losses}.")
+            sentences.append(f"Keeping the neurons of {PARTS[part]} with the largest |act(gate)| changes this by {losses}.")
     return " ".join([*sentences, *result.get("largest_sparsity", {}).get("sentences", [])])
 
 
@@ -77,7 +87,7 @@ def draw_losses(path: Path, result: dict[str, Any], part: str) -> None:
     """Nats per token above those with all neurons, against the share kept, a line for each way to choose neurons."""
     with plt.rc_context(LETTERS):
         figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
-        highest = 0.0
+        lowest = highest = 0.0
         for name, line in _series(result, part).items():
             values = [stream["nll_above_all"] for stream in line]
             middle = np.array([value["value"] for value in values])
@@ -88,12 +98,13 @@ def draw_losses(path: Path, result: dict[str, Any], part: str) -> None:
                 marker="o", markersize=3, linewidth=1.2, capsize=2, label=name,
             )  # fmt: skip
             if "act(gate)" in name:
-                highest = max(highest, ends.max())
+                lowest, highest = min(lowest, ends.min()), max(highest, ends.max())
         axes.axhline(0, color="0.5", linewidth=1, linestyle="--")
         _share_axis(axes)
         axes.set_ylabel("nats per token above all neurons")
         # A random choice may lose so much that it would hide all other differences.
-        axes.set_ylim(top=1.2 * max(highest, 1e-3))
+        span = max(highest - lowest, 1e-3)
+        axes.set_ylim(lowest - 0.05 * span, highest + 0.2 * span)
         axes.legend()
         axes.grid(alpha=0.3)
         save(figure, path, dots=SHARPNESS)
@@ -105,7 +116,7 @@ def _series(result: dict[str, Any], part: str) -> dict[str, list[dict[str, Any]]
     series: dict[str, list[dict[str, Any]]] = {}
     for stream in result["streams"]:
         if stream["part"] == part and stream["select"] in names:
-            name = names[stream["select"]] if stream["criterion"] == "abs_gate" else f"K best by {stream['criterion']}"
+            name = names[stream["select"]] if stream["criterion"] == "abs_gate" else CONTROLS[stream["criterion"]]
             series.setdefault(name, []).append(stream)
     return {name: sorted(line, key=lambda stream: stream["kept"]) for name, line in series.items()}
 
@@ -123,20 +134,21 @@ def draw_gates(path: Path, result: dict[str, Any], part: str) -> bool:
         return False
     share = np.array([gate["histogram"] for gate in gates]).T
     bins = gates[0]["bins"]
-    used = np.flatnonzero(share.max(1) > 0)
+    used = np.flatnonzero(share.max(1) > RAREST)
     first, last = used[0], used[-1]
     with plt.rc_context(LETTERS):
         figure, axes = plt.subplots(figsize=(WIDTH, HEIGHT), layout="constrained")
         image = axes.imshow(
-            np.ma.masked_equal(share[first : last + 1], 0), aspect="auto", origin="lower", interpolation="nearest"
-        )
+            share[first : last + 1].clip(RAREST), aspect="auto", origin="lower", interpolation="nearest",
+            norm=LogNorm(RAREST, share.max()),
+        )  # fmt: skip
         rows = np.unique(np.linspace(0, last - first, 7).round().astype(int))
         axes.set_yticks(rows, [f"$2^{{{round(math.log2(bins[first + row]))}}}$" for row in rows], parse_math=True)
         columns = np.unique(np.linspace(0, len(gates) - 1, 7).round().astype(int))
         axes.set_xticks(columns, [str(gates[column]["layer"]) for column in columns])
         axes.set_xlabel("layer")
         axes.set_ylabel("|act(gate)|")
-        figure.colorbar(image, label="share of neurons", ticks=MaxNLocator(4))
+        figure.colorbar(image, label="share of neurons")
         save(figure, path, dots=SHARPNESS)
     return True
 
@@ -227,7 +239,7 @@ def tables(result: dict[str, Any]) -> list[Table]:
         ]
         headings = ("layer", *(f"|act(gate)| < {bound}" for bound in bounds), *(f"keeps {ratio}" for ratio in thresholds))
         note = "Shares of neurons near zero, and the thresholds that keep a share, on the calibration text."
-        found.append(Table(f"Gates of {part} experts", note, headings, rows))
+        found.append(Table(f"Gates of {PARTS[part]}", note, headings, rows))
     return found
 
 
