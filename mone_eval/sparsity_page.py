@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mone_common.figures import plt, save
 from mone_common.page import Chart, Table, chart_section, html_table, render
@@ -26,6 +26,8 @@ CONTROLS = {
     "random": "K at random",
     "static": "K most used",
 }
+PLAIN = FuncFormatter(lambda number, _: f"{number:.3g}")
+"""Numbers without formulas, which are switched off (mone_common/figures.py)."""
 LETTERS = {"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8}
 
 
@@ -123,7 +125,7 @@ def _series(result: dict[str, Any], part: str) -> dict[str, list[dict[str, Any]]
 
 def _share_axis(axes: Any) -> None:
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda share, _: f"{share:.3g}"))
+    axes.xaxis.set_major_formatter(PLAIN)
     axes.set_xlabel("share of neurons kept")
 
 
@@ -148,7 +150,7 @@ def draw_gates(path: Path, result: dict[str, Any], part: str) -> bool:
         axes.set_xticks(columns, [str(gates[column]["layer"]) for column in columns])
         axes.set_xlabel("layer")
         axes.set_ylabel("|act(gate)|")
-        figure.colorbar(image, label="share of neurons")
+        figure.colorbar(image, label="share of neurons", format=PLAIN)
         save(figure, path, dots=SHARPNESS)
     return True
 
@@ -178,6 +180,9 @@ def _draw_by_layer(path: Path, lines: dict[str, Any], label: str, *, log: bool, 
                 axes.axhline(float(ratio), color=f"C{number}", linewidth=0.8, linestyle=":")
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(PLAIN)
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("layer")
         axes.set_ylabel(label)
