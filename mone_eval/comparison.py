@@ -1,7 +1,9 @@
 """Compares two models on the same documents.
 
-comparison = compare(read_result(a), read_result(b))
-comparison["differences"]["bits_per_byte"]        # {"value": -0.02, "low": -0.03, "high": -0.01}: b is better
+    comparison = compare(read_result(a), read_result(b))
+    comparison["differences"]["bits_per_byte"]        # {"value": -0.02, "low": -0.03, "high": -0.01}: b is better
+
+Documents are paired, so the interval is narrower than those of the two models.
 """
 
 import math

@@ -1,8 +1,10 @@
 """Results of a sparsification study: results.json, thresholds.json, charts and a page.
 
-result = publish_results(study, folder, options, seconds)
-result["streams"][1]["nll_per_token"]              # {"value": 3.04, "low": 2.99, "high": 3.08}, 95 % over documents
-print(console_table(result))
+    result = publish_results(study, folder, options, seconds, tasks=None)
+    result["streams"][1]["nll_per_token"]          # {"value": 3.04, "low": 2.99, "high": 3.08}, 95 % over documents
+    print(console_table(result))
+
+`results.json` has all numbers, `index.html` shows them.
 """
 
 import json
