@@ -28,7 +28,7 @@ from mone_model.thresholds import find_thresholds
 
 ALL = 0
 """Number of the stream that keeps all neurons."""
-LOGITS = 2**25
+LOGITS = 2**24
 """Largest number of logits in memory."""
 
 
