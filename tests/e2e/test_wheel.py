@@ -131,6 +131,7 @@ OPTIONS = {
     "mone-report": "--output",
     "mone-sample": "max_new_tokens",
     "mone-evaluate": "task_data",
+    "mone-sparsify": "calibration_share",
     "mone-export": "max_shard_size",
     "mone-calibrate": "per=layer",
     "mone-train-tokenizer": "vocab_size",
@@ -143,7 +144,7 @@ EVERY_SCRIPT = """
 import os, runpy, sys
 sys.path.insert(0, sys.argv.pop(1))
 import data_prep.tokenize, data_prep.verify, launch.plan, launch.report, launch.slurm, launch.status, train.calibrate
-import mone_eval.evaluate, mone_model.hf.import_model
+import mone_eval.evaluate, mone_eval.sparsify, mone_model.hf.import_model
 for script in sys.argv[1:]:
     print(f"== {os.path.basename(script)}", flush=True)
     child = os.fork()
