@@ -121,6 +121,11 @@ def main_part(hooked: Sequence[HookedExperts]) -> str:
     return "routed" if any(one.part == "routed" for one in hooked) else "dense"
 
 
+def by_layer(hooked: Sequence[HookedExperts], layer_names: Sequence[str]) -> list[list[HookedExperts]]:
+    """The experts inside each layer, by the names of the layers."""
+    return [[one for one in hooked if is_inside(one.name, layer)] for layer in layer_names]
+
+
 def hook_experts(model: nn.Module) -> list[HookedExperts]:
     """Hook every gated expert and GLU layer of a model, in the order of its modules; all neurons are kept at first.
 
@@ -142,7 +147,7 @@ def hook_experts(model: nn.Module) -> list[HookedExperts]:
         if (linears := _glu_of(module)) is not None:
             routed = _parent(name).endswith("experts")  # a list of experts
             listed |= {_parent(name)} if routed else set()
-            part = "routed" if routed else "shared" if any(_within(name, block) for block in blocks) else "dense"
+            part = "routed" if routed else "shared" if any(is_inside(name, block) for block in blocks) else "dense"
             hooked[name] = _hook_glu(name, module, part, linears)
     for name, module in model.named_modules():
         if name not in hooked.keys() | listed and (name.endswith("experts") or type(module).__name__.endswith("Experts")):
@@ -155,7 +160,8 @@ def _parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _within(name: str, ancestor: str) -> bool:
+def is_inside(name: str, ancestor: str) -> bool:
+    """Whether a module, by its name, is inside another one."""
     return name.startswith(f"{ancestor}.")
 
 

@@ -26,6 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
 
 from mone_common.console import UserError
+from mone_eval.expert_hooks import is_inside
 
 DEQUANTIZED = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}
 """Methods of quantisation that transformers undoes when it loads a model."""
@@ -83,7 +84,7 @@ class LayerwiseModel:
         self.layers: list[nn.Module] = list(self.decoder.layers)
         self.layer_names = layer_names(self.model)
         if isinstance(source, Path):
-            self._load(source, lambda name: not any(_within(name, layer) for layer in self.layer_names))
+            self._load(source, lambda name: not any(is_inside(name, layer) for layer in self.layer_names))
             self.model.tie_weights()
             self._check_loaded(source, self.model, exempt=self.layers)
         self._source = source
@@ -130,7 +131,7 @@ class LayerwiseModel:
             yield module
             return
         try:
-            self._load(self._source, lambda name: _within(name, self.layer_names[number]))
+            self._load(self._source, lambda name: is_inside(name, self.layer_names[number]))
             self._check_loaded(self._source, module)
             yield module
         finally:
@@ -202,10 +203,6 @@ class LayerwiseModel:
 
 BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2}
 """Bytes of a number by its type in safetensors; 1 for others."""
-
-
-def _within(name: str, ancestor: str) -> bool:
-    return name.startswith(f"{ancestor}.")
 
 
 def decoder_of(model: Any) -> Any:

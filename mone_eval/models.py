@@ -183,14 +183,13 @@ def select_neurons(model: Any, *, ratio: float | None, thresholds_L: list[float]
 
     thresholds_L: one for each layer that has such experts, in place of the share `ratio`.
     """
-    from mone_eval.expert_hooks import Rule, hook_experts, main_part
+    from mone_eval.expert_hooks import Rule, by_layer, hook_experts, main_part
     from mone_eval.layerwise import layer_names
-    from mone_eval.sparsity_streams import neurons_kept
+    from mone_model.config import top_k
 
     hooked = hook_experts(model)
-    layers = [[one for one in hooked if one.name.startswith(f"{layer}.")] for layer in layer_names(model)]
     part = main_part(hooked)
-    chosen = [its for layer in layers if (its := [one for one in layer if one.part == part])]
+    chosen = [its for layer in by_layer(hooked, layer_names(model)) if (its := [one for one in layer if one.part == part])]
     if not chosen:
         raise UserError(f"ratio={ratio}: {type(model).__name__} has no gated experts and no gated layers")
     if thresholds_L is not None and len(thresholds_L) != len(chosen):
@@ -199,7 +198,7 @@ def select_neurons(model: Any, *, ratio: float | None, thresholds_L: list[float]
         )
     for number, layer in enumerate(chosen):
         for one in layer:
-            k = None if thresholds_L is not None else neurons_kept(float(ratio or 1), one.neurons)
+            k = None if thresholds_L is not None else top_k(float(ratio or 1), one.neurons)
             one.reset(Rule(k=k, threshold=None if thresholds_L is None else thresholds_L[number]))
 
 

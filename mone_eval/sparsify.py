@@ -173,7 +173,7 @@ def study_model(hydra_config: DictConfig) -> None:
     except OSError as error:
         raise UserError(f"output={output}: cannot be written ({error.strerror or error})") from error
     print(console_table(result))
-    print(f"written: {output}/index.html, results.json, thresholds.json")
+    print(f"written: {output}, its report is {output}/index.html")
 
 
 def open_layerwise(options: SparsifyConfig, device: torch.device) -> tuple["LayerwiseModel", Any]:

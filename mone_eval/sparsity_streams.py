@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from mone_eval.expert_hooks import CRITERIA, HookedExperts, Rows, Rule
+from mone_model.config import top_k
 from mone_model.neuron_selection import select_neurons
 from mone_model.thresholds import count_magnitudes, find_thresholds
 
@@ -60,11 +61,6 @@ def streams_of(
     return streams
 
 
-def neurons_kept(ratio: float, neurons: int) -> int:
-    """K = max(1, round(ratio * H)), halves rounded up."""
-    return max(1, int(ratio * neurons + 0.5))
-
-
 @dataclass
 class LayerCalibration:
     """What the calibration text says about the experts of one layer."""
@@ -86,7 +82,7 @@ class LayerCalibration:
             return None
         if stream.select == "threshold":
             return Rule(threshold=threshold)
-        k = neurons_kept(stream.ratio, experts.neurons)
+        k = top_k(stream.ratio, experts.neurons)
         if stream.criterion == "static":
             used_EH = self.used[experts.name, stream.ratio]
             return Rule(static_EH=select_neurons(used_EH.float(), k).mask_NH)
@@ -117,7 +113,7 @@ def _observe(layer: LayerCalibration, experts: HookedExperts, ratios: Sequence[f
     layer.counts[experts.part] = counts_M if before is None else before + counts_M
     for ratio in ratios:
         used_EH = layer.used.setdefault((experts.name, ratio), torch.zeros(experts.experts, experts.neurons))
-        kept_NH = select_neurons(rows.active_NH, neurons_kept(ratio, experts.neurons)).mask_NH.float().cpu()
+        kept_NH = select_neurons(rows.active_NH, top_k(ratio, experts.neurons)).mask_NH.float().cpu()
         if rows.expert_N is None:
             used_EH += kept_NH.sum(0)
         else:

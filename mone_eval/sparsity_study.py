@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from mone_eval.documents import Document
-from mone_eval.expert_hooks import HookedExperts
+from mone_eval.expert_hooks import HookedExperts, by_layer
 from mone_eval.layerwise import Batch, LayerwiseModel
 from mone_eval.sparsity_streams import LayerCalibration, Stream, calibrating
 from mone_eval.windows import IGNORED, Window, collate
@@ -97,9 +97,7 @@ class Study:
         """
         self.model, self.streams, self.per, self.seed = model, streams, per, seed
         self.texts, self.calibration = texts, calibration
-        self.experts: list[list[HookedExperts]] = [
-            [one for one in hooked if one.name.startswith(f"{layer}.")] for layer in model.layer_names
-        ]
+        self.experts = by_layer(hooked, model.layer_names)
         """The experts of each layer."""
         self.batches = [self._begin(text, batch) for text in texts for batch in text.batches]
         self.calibration_batches = [self._begin(calibration, batch) for batch in calibration.batches]
