@@ -54,8 +54,8 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 
 install: .venv/installed  ## the package and what its tests need, into .venv, with the versions that are tested
 
-test: .venv/installed  ## all tests, under 25 minutes on two cores
-	$(BIN)/python -m pytest
+test: .venv/installed  ## all tests, under 25 minutes on two cores: one process a core, each with whole files of tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 gpu:  ## check and measure the kernels on an NVIDIA GPU; torch and triton are enough, nothing is installed
 	$(PYTHON) -m benchmarks.gpu

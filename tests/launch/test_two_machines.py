@@ -83,13 +83,13 @@ def test_two_machines_train_one_model_and_survive_a_crash_on_one(machines: None,
     try:
         began = time.monotonic()
         while max((record["step"] for record in read_metrics(run)), default=0) < 11:
-            assert time.monotonic() - began < 120, logs()
+            assert time.monotonic() - began < 400, logs()
             time.sleep(0.05)
         workers = [child for child in agents["mone-b"].children(recursive=True) if "RANK" in child.environ()]
         # The oldest is the training process; the others help with its saves and exit with it.
         min(workers, key=lambda worker: worker.create_time()).kill()
         for agent in agents.values():
-            assert agent.wait(timeout=180) == 0, logs()
+            assert agent.wait(timeout=600) == 0, logs()
     finally:
         for agent in agents.values():
             with contextlib.suppress(psutil.NoSuchProcess):

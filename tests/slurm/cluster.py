@@ -82,7 +82,7 @@ class Slurm:
         """Remove the delay of two minutes of a requeued job."""
         subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], capture_output=True)
 
-    def wait(self, job: str, *states: str, seconds: float = 240) -> str:
+    def wait(self, job: str, *states: str, seconds: float = 600) -> str:
         """Wait for one of these states and return it; a requeued job starts without delay."""
         began = time.monotonic()
         while (state := self.state(job)) not in states:
@@ -142,12 +142,12 @@ def cluster(folder: Path) -> Iterator[Slurm]:
             ["slurmd", "-N", "n1", "-f", str(conf)],
             ["slurmd", "-N", "n2", "-f", str(conf)],
         ):
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=180)
             assert done.returncode == 0, f"{command}: {done.stderr}"
         began = time.monotonic()
         idle = ["sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D"]
         while subprocess.run(idle, capture_output=True, text=True).stdout.strip() != "2":
-            assert time.monotonic() - began < 60, slurm.logs()
+            assert time.monotonic() - began < 180, slurm.logs()
             time.sleep(0.2)
         yield slurm
     finally:

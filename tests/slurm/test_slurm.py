@@ -64,7 +64,7 @@ def submitted(folder: Path, name: str, *options: str) -> str:
     return found[1]
 
 
-def until(what: Callable[[], object], log: Path, seconds: float = 180) -> None:
+def until(what: Callable[[], object], log: Path, seconds: float = 600) -> None:
     began = time.monotonic()
     while not what():
         assert time.monotonic() - began < seconds, log.read_text() if log.exists() else "no log"

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -82,15 +83,16 @@ if __name__ == "__main__":
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
 def test_children_of_a_killed_process_leave_no_temporary_folders(tmp_path: Path) -> None:
-    (tmp_path / "tmp").mkdir()
     (tmp_path / "helpers.py").write_text(HELPERS)
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
-    # Returns when every process that holds the pipe has ended.
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "helpers.py")], env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert (done.stdout, done.stderr) == ("pymp- pymp-\n", "")
-    assert list((tmp_path / "tmp").iterdir()) == []
+    # The path of a socket has at most 107 characters: tmp_path may be too long.
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "TMPDIR": folder, "PYTHONPATH": str(ROOT)}
+        # Returns when every process that holds the pipe has ended.
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "helpers.py")], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert (done.stdout, done.stderr) == ("pymp- pymp-\n", "")
+        assert os.listdir(folder) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel does it on Linux alone")
