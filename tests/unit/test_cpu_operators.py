@@ -100,7 +100,12 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "argument", "change", "message"), WRONG, ids=lambda value: "" if callable(value) else str(value)[:30])
+def shown(value: Any) -> str:
+    """Part of the id of a test, which must be the same in every process."""
+    return "" if callable(value) else str(value)[:30]
+
+
+@pytest.mark.parametrize(("name", "argument", "change", "message"), WRONG, ids=shown)
 def test_operators_refuse_wrong_arguments(name: str, argument: str, change: Callable[[Any], Any], message: str) -> None:
     values = arguments()[name]
     values[argument] = change(values[argument])
