@@ -225,13 +225,13 @@ def _saved_by_norm(item: int, fused: bool) -> int:
 def _saved_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
     """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
     neurons, k = model.moe_ffn_hidden_size, model.active_neurons
-    balancing = model.neuron_balance_coeff > 0
+    # Of the rows that the balance loss reads: the gate, that activated, its size, and that as a share of the row's sum.
+    balance = 4 * neurons * item / model.neuron_balance_stride if model.neuron_balance_coeff > 0 else 0
     compressed = _compressed(neurons, k, item)
-    if compute.experts == "sparse":
-        # The balance loss has a gate of its own, that activated, its size, and that as a share of the row's sum.
-        return compressed + (4 * neurons * item if balancing else 0)
-    if k < neurons and parallel.expert_tensor == 1 and not balancing:
-        return compressed + neurons * item
+    if compute.experts == "sparse":  # it keeps the gate only
+        return compressed + (balance / 4 if model.neuron_balance_form != "masked" else 0)
+    if k < neurons and parallel.expert_tensor == 1:
+        return compressed + neurons * item + balance
     # Gate and up, the activated gate, its product with up, that times the routing weight; the mask.
     return 5 * neurons * item + (neurons if k < neurons else 0)
 

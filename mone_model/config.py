@@ -111,9 +111,12 @@ class ModelConfig:
     """Coefficient of the neuron load-balancing loss (NG-LBL) inside each expert; 0: off."""
     neuron_balance_form: str = "normalised"
     """Form of NG-LBL: normalised, unmasked or masked (docs/architecture.md)."""
+    neuron_balance_stride: int = 1
+    """NG-LBL reads every this many-th token of each expert; 1: all. It costs less with fewer."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "vocab_multiple", "num_experts"):
+        at_least_1 = "num_layers hidden_size num_attention_heads seq_length vocab_multiple num_experts neuron_balance_stride"
+        for name in at_least_1.split():
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
         for name in ("num_query_groups", "kv_channels", "vocab_size"):
             value = getattr(self, name)

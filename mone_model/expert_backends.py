@@ -36,7 +36,7 @@ from mone_model.activations import ACTIVATIONS
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, why_not_sparse
 from mone_model.kernels.cpu import experts as cpu
 from mone_model.kernels.cpu import library
-from mone_model.neuron_balance import sum_by_expert
+from mone_model.neuron_balance import Balance, neuron_sizes, sum_by_expert
 from mone_model.neuron_selection import Selection, TopK, scores_of, select_and_gate, select_neurons, unpack
 from mone_model.thresholds import AtLeast
 
@@ -58,12 +58,10 @@ class ExpertOutput(NamedTuple):
 
     out_ND: torch.Tensor
     """[N, D] outputs times routing weights."""
-    active_NH: torch.Tensor | None = None
-    """[N, h] activated gates of all neurons, differentiable; with `gates`."""
-    mask_NH: torch.Tensor | None = None
-    """[N, h] bool, the neurons kept; with `gates`."""
+    sizes_EH: torch.Tensor | None = None
+    """[E, h] `mone_model.neuron_balance.neuron_sizes`, differentiable; with `balance`."""
     load_EH: torch.Tensor | None = None
-    """[E, h] how often each neuron was kept; with `gates` or `counting`."""
+    """[E, h] how often each neuron was kept; with `balance` or `counting`."""
     threshold_N: torch.Tensor | None = None
     """[N] the smallest |gate| kept; with `counting`."""
     magnitude_EH: torch.Tensor | None = None
@@ -79,8 +77,8 @@ class Request(NamedTuple):
     """Gate activation, a key of `mone_model.activations.ACTIVATIONS`."""
     counting: bool = False
     """Whether to return what `NeuronCounters` count."""
-    gates: bool = False
-    """Whether to return what the balance loss needs."""
+    balance: Balance | None = None
+    """Which sizes of neurons to return for the balance loss; None: none."""
 
 
 class ExpertBackend(ABC):
@@ -110,31 +108,33 @@ class Dense(ExpertBackend):
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
     ) -> ExpertOutput:
         """See `ExpertBackend`."""
-        rule, activation, counting, gates = request
-        act = ACTIVATIONS[activation].function
+        rule, activation, counting, balance = request
+        act, group = ACTIVATIONS[activation].function, rule.group if isinstance(rule, TopK) else None
         gate_up_EDH = weights.gate_up_E2HD.flatten(1, 2).transpose(1, 2)
         gate_NH, up_NH = self.gemm(x_ND, gate_up_EDH, tokens_E).chunk(2, dim=-1)
         neurons = gate_NH.size(1)
         selecting = isinstance(rule, AtLeast) or not rule.keeps_all(neurons)
-        if isinstance(rule, TopK) and rule.group is None and selecting and not gates:
+        if isinstance(rule, TopK) and group is None and selecting:
             hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, rule.k, activation)
-            if counting:
-                active_NH, mask_NH = act(gate_NH.detach()), unpack(masks_NW, neurons)
+            if counting or balance:
+                active_NH, mask_NH = act(gate_NH if balance else gate_NH.detach()), unpack(masks_NW, neurons)
         else:
             active_NH = act(gate_NH)
             hidden_NH = (active_NH * up_NH * probs_N[:, None]).to(x_ND.dtype)
-            if selecting or counting or gates:
+            if selecting or counting or balance:
                 mask_NH, threshold_N = _select(active_NH, rule)
             if selecting:
                 hidden_NH = hidden_NH * mask_NH
         out_ND = self.gemm(hidden_NH, weights.down_EHD, tokens_E)
         output = ExpertOutput(out_ND)
-        if gates or counting:
+        if balance or counting:
             output = output._replace(load_EH=sum_by_expert(mask_NH.float(), tokens_E))
         if counting:
             magnitude_EH = sum_by_expert(active_NH.detach().float().abs(), tokens_E)
             output = output._replace(threshold_N=threshold_N, magnitude_EH=magnitude_EH)
-        return output._replace(active_NH=active_NH, mask_NH=mask_NH) if gates else output
+        if balance:
+            output = output._replace(sizes_EH=neuron_sizes(active_NH, mask_NH, tokens_E, balance, group))
+        return output
 
 
 def _select(active_NH: torch.Tensor, rule: Rule) -> Selection:
@@ -155,22 +155,18 @@ class Sparse(ExpertBackend):
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
     ) -> ExpertOutput:
         """See `ExpertBackend`. By thresholds it computes as `loop` does."""
-        rule, activation, counting, gates = request
+        rule, activation, counting, balance = request
         if isinstance(rule, AtLeast):
             return BACKENDS["loop"].compute(weights, x_ND, tokens_E, probs_N, request)
         assert rule.group is None, "the kernels need all neurons of an expert on one rank"
-        kept = cpu.experts(
-            x_ND, *weights, probs_N, tokens_E, rule.k, activation, counting=counting or gates, with_gates=gates
-        )
+        counted = counting or balance is not None
+        kept = cpu.experts(x_ND, *weights, probs_N, tokens_E, rule.k, activation, counting=counted, balance=balance)
         output = ExpertOutput(kept.out_ND)
-        if gates or counting:
+        if counted:
             output = output._replace(load_EH=kept.counts_E2H[:, 0])
         if counting:
             output = output._replace(threshold_N=kept.threshold_N, magnitude_EH=kept.counts_E2H[:, 1])
-        if gates:
-            active_NH = ACTIVATIONS[activation].function(kept.gate_NH)
-            output = output._replace(active_NH=active_NH, mask_NH=unpack(kept.masks_NW, active_NH.size(1)))
-        return output
+        return output._replace(sizes_EH=kept.sizes_EH) if balance else output
 
 
 class Decode(ExpertBackend):
@@ -181,7 +177,8 @@ class Decode(ExpertBackend):
     ) -> ExpertOutput:
         """See `ExpertBackend`. It returns `out_ND` only."""
         rule, activation = request.rule, request.activation
-        assert request.counting is request.gates is False, "inference has no counters and no balance loss"
+        assert not request.counting, "inference has no counters"
+        assert request.balance is None, "inference has no balance loss"
         k, threshold = (rule.k, None) if isinstance(rule, TopK) else (0, rule.threshold)
         return ExpertOutput(cpu.decode(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold).out_ND)
 

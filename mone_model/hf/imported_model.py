@@ -31,6 +31,7 @@ FREE = {
     "expert_capacity_factor",
     "neuron_balance_coeff",
     "neuron_balance_form",
+    "neuron_balance_stride",
 }
 """Fields that may differ from the source: they change no tensor, and are choices of the training."""
 UPCYCLED = {

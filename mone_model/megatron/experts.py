@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from mone_model.expert_backends import BACKENDS, ExpertOutput, Request, Rule
 from mone_model.loss_record import LossRecord
 from mone_model.megatron.cpu_support import current_device
-from mone_model.neuron_balance import neuron_balance_loss
+from mone_model.neuron_balance import Balance, neuron_balance_loss
 from mone_model.neuron_selection import TopK, select_and_gate, select_neurons
 from mone_model.neuron_stats import NeuronCounters
 
@@ -30,7 +30,7 @@ class NeuronExperts(MegatronModule):
     """The routed experts of one layer on this rank; each token keeps its `active_neurons` best neurons in each expert.
 
     active_neurons: K. Equal to H it is a plain MoE: no selection takes place.
-    balance_coeff, balance_form: the neuron balance loss (`mone_model.neuron_balance`).
+    balance_coeff, balance: the neuron balance loss (`mone_model.neuron_balance`).
     backend: grouped, loop or sparse (`mone_model.expert_backends`).
 
     Calibration (`mone_model.megatron.calibration`) may set `rule` to thresholds.
@@ -48,7 +48,7 @@ class NeuronExperts(MegatronModule):
         active_neurons: int,
         activation: str = "silu",
         balance_coeff: float = 0.0,
-        balance_form: str = "normalised",
+        balance: Balance | None = None,
         backend: str = "grouped",
         name: str | None = None,
     ) -> None:
@@ -58,7 +58,7 @@ class NeuronExperts(MegatronModule):
         self.activation, self.backend = activation, backend
         self.top_k = TopK(active_neurons, self.etp_group if self.etp_group.size() > 1 else None)
         self.rule: Rule = self.top_k
-        self.balance_coeff, self.balance_form = balance_coeff, balance_form
+        self.balance_coeff, self.balance = balance_coeff, balance or Balance()
         self.num_neurons: int = config.moe_ffn_hidden_size
         width, neurons = config.hidden_size, self.num_neurons // self.etp_group.size()
         options: dict[str, Any] = {"dtype": config.params_dtype, "device": current_device()}
@@ -92,7 +92,7 @@ class NeuronExperts(MegatronModule):
             self.activation,
             counting=observing and self.counting_neurons,
             # In both passes of recomputation, which must compute the same.
-            gates=self.training and self.balance_coeff > 0,
+            balance=self.balance if self.training and self.balance_coeff > 0 else None,
         )
         weights = backend.prepare(self.gate_up_weight, self.down_weight)
         output = backend.compute(weights, x_ND, tokens_E, probs_N, request)
@@ -102,7 +102,7 @@ class NeuronExperts(MegatronModule):
             self._count(output, tokens_E)
 
         # 3. Balance the load among neurons.
-        if request.gates and observing:
+        if request.balance and observing:
             return self._attach_balance_loss(output, tokens_E), None
         return output.out_ND, None
 
@@ -121,16 +121,14 @@ class NeuronExperts(MegatronModule):
 
     def _attach_balance_loss(self, output: ExpertOutput, tokens_E: torch.Tensor) -> torch.Tensor:
         """The outputs, whose backward pass adds the gradient of the loss. Dropped neurons count too."""
-        assert output.active_NH is not None
-        assert output.mask_NH is not None
+        assert output.sizes_EH is not None
         assert output.load_EH is not None
         share = neuron_balance_loss(
-            gate_NH=output.active_NH,
-            mask_NH=output.mask_NH,
+            sizes_EH=output.sizes_EH,
             load_EH=output.load_EH.float(),
             tokens_per_expert_E=tokens_E,
             k=self.top_k.k,
-            form=self.balance_form,
+            stride=self.balance.stride,
             data_group=self.edp_group,
             expert_group=self.ep_group,
             tensor_group=self.top_k.group,

@@ -15,6 +15,7 @@ from mone_model.megatron.experts import NeuronExperts, SharedNeuronExpert
 from mone_model.megatron.norms import KeyNorm, QueryNorm, RMSNorm
 from mone_model.megatron.router import Router
 from mone_model.megatron.transformer_engine import uses_transformer_engine
+from mone_model.neuron_balance import Balance
 
 
 def block_spec(
@@ -46,7 +47,7 @@ def block_spec(
         active_neurons=model.active_neurons,
         activation=model.activation,
         balance_coeff=model.neuron_balance_coeff,
-        balance_form=model.neuron_balance_form,
+        balance=Balance(model.neuron_balance_form, model.neuron_balance_stride),
         backend=backend,
     )
     if model.shared_expert_neuron_ratio < 1:

@@ -23,7 +23,8 @@ def arguments() -> dict[str, dict[str, Any]]:
     gate, up, probs = random(ROWS, 2 * NEURONS)[:, :NEURONS], random(ROWS, NEURONS), random(ROWS).abs()
     weights = {"gate_up": random(EXPERTS, 2, NEURONS, WIDTH), "down": random(EXPERTS, NEURONS, WIDTH)}
     x, offsets = random(ROWS, WIDTH), torch.tensor([0, 4, 4, ROWS])
-    _, masks, gates, ups, *_ = torch.ops.mone.experts(x, *weights.values(), probs, offsets, K, 0, False, False)
+    balanced = {"all_gates": random(ROWS, NEURONS), "dsizes": random(EXPERTS, NEURONS)}
+    _, masks, gates, ups, *_ = torch.ops.mone.experts(x, *weights.values(), probs, offsets, K, 0, False, 0, 1)
     selected = selection.select_and_gate(gate, up, probs, K, "silu")
     q, k, v = random(7, 2, 4, 12), random(7, 2, 2, 16)[..., :12], random(7, 2, 2, 12)
     context, logsumexp = torch.ops.mone.attend(q, k, v)
@@ -37,9 +38,10 @@ def arguments() -> dict[str, dict[str, Any]]:
     return {
         "select_and_gate_cpu": {"gate": gate, "up": up, "probs": probs, "k": K, "activation": 0},
         "select_and_gate_backward_cpu": {"dhidden": random(ROWS, NEURONS), **saved, "probs": probs, "activation": 0},
-        "experts": {**rows, "k": K, "activation": 1, "counting": True, "with_gates": True},
+        "experts": {**rows, "k": K, "activation": 1, "counting": True, "form": 1, "stride": 1},
         "experts_backward": {
-            **gradients, "add": True, "dy": random(ROWS, WIDTH), **rows, **saved_of_experts, "activation": 0,
+            **gradients, "add": True, "dy": random(ROWS, WIDTH), **rows, **saved_of_experts, **balanced, "activation": 0,
+            "form": 2, "stride": 1,
         },
         "decode": {**few, "k": K, "threshold": None, "activation": 3},
         "attend": qkv,
@@ -83,9 +85,13 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("experts", "offsets", lambda offsets: offsets + 1, f"offsets must rise from 0 to {ROWS}"),
     ("experts", "offsets", lambda _: torch.tensor([0, 5, 4, ROWS]), "offsets must rise"),
     ("experts", "k", lambda _: -1, "k must be from 1"),
+    ("experts", "form", lambda _: 4, "no form of the balance loss number 4"),
+    ("experts", "stride", lambda _: 0, "stride must be at least 1"),
     ("experts_backward", "dgate_up", lambda dgate_up: dgate_up[:, :1], "dgate_up must be"),
     ("experts_backward", "ddown", transposed, "ddown must be"),
     ("experts_backward", "gates", torch.Tensor.double, "gates must be"),
+    ("experts_backward", "all_gates", lambda gates: gates[1:], "all_gates must be"),
+    ("experts_backward", "dsizes", torch.Tensor.double, "dsizes must be"),
     ("experts_backward", "offsets", lambda _: torch.tensor([0, 2, 4, ROWS + 1]), "offsets must rise"),
     ("decode", "x", torch.Tensor.half, "x must be float32 or bfloat16; it is Half"),
     ("decode", "x", torch.Tensor.bfloat16, "gate_up must be a bfloat16 tensor"),

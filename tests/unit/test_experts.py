@@ -10,14 +10,15 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.config import EXPERT_BACKENDS, ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.config import EXPERT_BACKENDS, NEURON_BALANCE_FORMS, ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import expert_gemm_loop
 from mone_model.kernels.cpu import experts as cpu
 from mone_model.megatron import versions
 from mone_model.megatron.experts import NeuronExperts
 from mone_model.megatron.gpt import build_gpt, moe_layers
 from mone_model.megatron.transformer_config import transformer_config
-from mone_model.neuron_selection import select_and_gate_reference
+from mone_model.neuron_balance import Balance, neuron_sizes
+from mone_model.neuron_selection import select_and_gate_reference, unpack
 from mone_model.thresholds import AtLeast
 from tests.tiny import TINY_MODEL
 
@@ -26,15 +27,16 @@ TOKENS = torch.tensor([5, 0, 9, 2])
 WIDTH, NEURONS = 16, 24
 
 
-def make_experts(*, k: int, activation: str = "silu", backend: str = "grouped", balance: float = 0.0) -> NeuronExperts:
+def make_experts(
+    *, k: int, activation: str = "silu", backend: str = "grouped", balance: float = 0.0, reads: Balance | None = None
+) -> NeuronExperts:
     model = ModelConfig(
         hidden_size=WIDTH, moe_ffn_hidden_size=NEURONS, num_experts=len(TOKENS), activation=activation, vocab_size=8
     )
     config = transformer_config(model, ParallelConfig(), ComputeConfig())
     groups: ProcessGroupCollection = get_default_pg_collection()
-    experts = NeuronExperts(
-        len(TOKENS), config, groups, active_neurons=k, activation=activation, backend=backend, balance_coeff=balance
-    )
+    options: dict[str, Any] = {"activation": activation, "backend": backend, "balance_coeff": balance, "balance": reads}
+    experts = NeuronExperts(len(TOKENS), config, groups, active_neurons=k, **options)
     generator = torch.Generator().manual_seed(3)
     for weight in experts.parameters():
         torch.nn.init.normal_(weight, std=0.4, generator=generator)
@@ -105,6 +107,23 @@ def test_every_backend_equals_the_loop_over_experts(k: int, balance: float, back
         torch.testing.assert_close(fast, loop, rtol=1e-6, atol=1e-6)  # the smallest gates are differences of larger numbers
 
 
+@pytest.mark.parametrize("backend", [name for name in EXPERT_BACKENDS if name != "loop"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("reads", [Balance(form, stride) for form in NEURON_BALANCE_FORMS for stride in (1, 2, 3)], ids=str)
+def test_the_balance_loss_is_the_same_by_every_backend(reads: Balance, activation: str, backend: str) -> None:
+    results = []
+    for each in (backend, "loop"):
+        experts = make_experts(k=6, activation=activation, backend=each, balance=1000.0, reads=reads)
+        results.append(
+            [*outputs_and_gradients(experts, list(experts.parameters())), experts.record.sums["neuron_balance_loss"]]
+        )
+    without = make_experts(k=6, activation=activation)
+    change = outputs_and_gradients(without, list(without.parameters()))[3] - results[1][3]
+    assert change.norm() > 0.1 * results[1][3].norm()
+    for fast, loop in zip(*results, strict=True):
+        assert_relative(fast, loop, 2e-6)
+
+
 @pytest.mark.parametrize(
     ("tokens", "width", "neurons", "k"),
     [
@@ -114,7 +133,10 @@ def test_every_backend_equals_the_loop_over_experts(k: int, balance: float, back
         ([64, 128], 48, 1000, 1),
     ],
 )
-def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, neurons: int, k: int) -> None:
+@pytest.mark.parametrize("reads", [None, Balance(), Balance("unmasked", 3), Balance("masked", 2)], ids=str)
+def test_sparse_equals_the_loop_for_all_shapes(
+    reads: Balance | None, tokens: list[int], width: int, neurons: int, k: int
+) -> None:
     generator = torch.Generator().manual_seed(sum(tokens))
 
     def random(*shape: int) -> torch.Tensor:
@@ -125,12 +147,20 @@ def test_sparse_equals_the_loop_for_all_shapes(tokens: list[int], width: int, ne
     x_ND, gate_up, down = random(rows, width), random(experts, 2, neurons, width), random(experts, neurons, width)
     probs_N = torch.rand(rows, generator=generator).requires_grad_()
     leaves = [x_ND, gate_up, down, probs_N]
-    out = cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, k, "silu", counting=False).out_ND
+    computed = cpu.experts(x_ND, gate_up, down, probs_N, tokens_E, k, "silu", counting=False, balance=reads)
+    out = computed.out_ND
     gate_NH, up_NH = expert_gemm_loop(x_ND, gate_up.flatten(1, 2).transpose(1, 2), tokens_E).chunk(2, dim=-1)
-    hidden_NH = select_and_gate_reference(gate_NH, up_NH, probs_N, k).hidden_NH
-    expected = expert_gemm_loop(hidden_NH, down, tokens_E)
+    selected = select_and_gate_reference(gate_NH, up_NH, probs_N, k)
+    expected = expert_gemm_loop(selected.hidden_NH, down, tokens_E)
     target = random(rows, width).detach()
-    gradients = zip(torch.autograd.grad(out, leaves, target), torch.autograd.grad(expected, leaves, target), strict=True)
+    losses = [(out * target).sum(), (expected * target).sum()]
+    if reads:
+        mask_NH = unpack(selected.masks_NW, neurons)
+        sizes_EH = neuron_sizes(torch.nn.functional.silu(gate_NH), mask_NH, tokens_E, reads)
+        assert_relative(computed.sizes_EH, sizes_EH, 1e-6)
+        weights_EH = random(experts, neurons).detach() * losses[1].detach().abs() / sizes_EH.detach().norm()
+        losses = [losses[0] + (computed.sizes_EH * weights_EH).sum(), losses[1] + (sizes_EH * weights_EH).sum()]
+    gradients = zip(*(torch.autograd.grad(loss, leaves) for loss in losses), strict=True)
     for actual, right in [(out, expected), *gradients]:
         assert_relative(actual, right, 3e-6)
 
@@ -168,8 +198,8 @@ def test_experts_do_not_train_by_thresholds() -> None:
 def test_skipping_is_a_proper_operator_of_torch() -> None:
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((7, 16), (3, 2, 24, 16), (3, 24, 16), (7,))]
     offsets = torch.tensor([0, 2, 2, 7])
-    for counting, with_gates in ((True, False), (False, True)):
-        torch.library.opcheck(torch.ops.mone.experts.default, (*leaves, offsets, 5, 0, counting, with_gates))
+    for counting, form, stride in ((True, 0, 1), (False, 1, 1), (False, 3, 2)):
+        torch.library.opcheck(torch.ops.mone.experts.default, (*leaves, offsets, 5, 0, counting, form, stride))
 
 
 def test_ratio_one_equals_megatron_cores_own_experts() -> None:

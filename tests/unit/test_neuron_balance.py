@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mone_model.neuron_balance import neuron_balance_loss, sum_by_expert
+from mone_model.neuron_balance import Balance, neuron_balance_loss, neuron_sizes, sum_by_expert
 from mone_model.neuron_selection import select_neurons
 
 K, H = 3, 8
@@ -36,7 +36,8 @@ def loss_of(gate_NH: torch.Tensor, tokens: list[int], form: str) -> torch.Tensor
     mask_NH = select_neurons(gate_NH, K).mask_NH
     counts = torch.tensor(tokens)
     load_EH = sum_by_expert(mask_NH.float(), counts)
-    return neuron_balance_loss(gate_NH=gate_NH, mask_NH=mask_NH, load_EH=load_EH, tokens_per_expert_E=counts, k=K, form=form)
+    sizes_EH = neuron_sizes(gate_NH, mask_NH, counts, Balance(form))
+    return neuron_balance_loss(sizes_EH=sizes_EH, load_EH=load_EH, tokens_per_expert_E=counts, k=K)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -57,6 +58,29 @@ def test_without_any_token_the_loss_is_zero_and_finite() -> None:
     loss = loss_of(gate_NH, [0, 0], "normalised")
     loss.backward()
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_stride_reads_a_share_of_each_experts_tokens_and_is_right_on_average(form: str) -> None:
+    tokens, stride = torch.tensor([12, 0, 6]), 3
+    active_NH = torch.randn(18, H, generator=torch.Generator().manual_seed(2))
+    mask_NH = select_neurons(active_NH, K).mask_NH
+    every_EH = neuron_sizes(active_NH, mask_NH, tokens, Balance(form))
+    # From each of the first tokens: together they read every token once.
+    sums_EH = torch.zeros_like(every_EH)
+    for first in range(stride):
+        rows = torch.cat([torch.arange(12).roll(-first), 12 + torch.arange(6).roll(-first)])
+        sums_EH += neuron_sizes(active_NH[rows], mask_NH[rows], tokens, Balance(form, stride))
+    torch.testing.assert_close(sums_EH, every_EH)
+    load_EH = sum_by_expert(mask_NH.float(), tokens)
+    losses = [
+        neuron_balance_loss(sizes_EH=sizes_EH, load_EH=load_EH, tokens_per_expert_E=tokens, k=K, stride=stride)
+        for sizes_EH in (every_EH / stride, neuron_sizes(active_NH, mask_NH, tokens, Balance(form, stride)))
+    ]
+    expected = neuron_balance_loss(sizes_EH=every_EH, load_EH=load_EH, tokens_per_expert_E=tokens, k=K)
+    torch.testing.assert_close(losses[0], expected)
+    assert losses[1] == pytest.approx(expected.item(), rel=0.5)
+    assert losses[1] != expected
 
 
 def test_balanced_neurons_give_one() -> None:

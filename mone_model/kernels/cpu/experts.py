@@ -14,18 +14,21 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from mone_model.activations import ACTIVATIONS
+from mone_model.config import NEURON_BALANCE_FORMS
 from mone_model.kernels.cpu.library import WORD, define
+from mone_model.neuron_balance import Balance
 
 _experts = define(
     "experts",
-    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor offsets, int k, int activation, bool counting, "
-    "bool with_gates) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor offsets, int k, int activation, bool counting, int form, "
+    "int stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     differentiable=True,
 )
 _experts_backward = define(
     "experts_backward",
     "(Tensor(a!) dgate_up, Tensor(b!) ddown, bool add, Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor probs, "
-    "Tensor offsets, Tensor masks, Tensor gates, Tensor ups, int activation) -> (Tensor, Tensor)",
+    "Tensor offsets, Tensor masks, Tensor gates, Tensor ups, Tensor all_gates, Tensor? dsizes, int activation, int form, "
+    "int stride) -> (Tensor, Tensor)",
 )
 _decode = define(
     "decode",
@@ -45,8 +48,8 @@ class Computed(NamedTuple):
     """[E, 2, H] float64: in how many rows each neuron was kept, and the sum of its |gate|; zeros unless counting."""
     threshold_N: torch.Tensor
     """[N] the smallest |gate| kept."""
-    gate_NH: torch.Tensor
-    """[N, H] the gates before their activation, of dropped neurons too, differentiable; [0, H] unless with_gates."""
+    sizes_EH: torch.Tensor
+    """[E, H] `mone_model.neuron_balance.neuron_sizes`, differentiable; zeros without `balance`."""
 
 
 def experts(
@@ -59,27 +62,35 @@ def experts(
     activation: str,
     *,
     counting: bool,
-    with_gates: bool = False,
+    balance: Balance | None = None,
 ) -> Computed:
     """The experts of a layer. Up, down and all products of the backward pass are computed for kept neurons only.
 
     All inputs are fp32, x is sorted by expert. For the backward pass it saves the k gates and ups of each row and a mask:
-    8 k + H/8 bytes. with_gates: also return the gates of all neurons, for losses that need them.
+    8 k + H/8 bytes. balance: also compute the sizes of neurons for the balance loss. In the forms normalised and unmasked,
+    dropped neurons have a gradient too: it saves all H gates of the sampled rows, and two products with their gradient
+    are dense.
     """
     offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
-    out_ND, masks_NW, _, _, counts_E2H, threshold_N, gate_NH = _experts(
+    form, stride = (0, 1) if balance is None else (1 + NEURON_BALANCE_FORMS.index(balance.form), balance.stride)
+    out_ND, masks_NW, _, _, counts_E2H, threshold_N, _, sizes_EH = _experts(
         x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets,
-        k, ACTIVATIONS[activation].kernel_id, counting, with_gates,
+        k, ACTIVATIONS[activation].kernel_id, counting, form, stride,
     )  # fmt: skip
-    return Computed(out_ND, masks_NW, counts_E2H, threshold_N, gate_NH)
+    return Computed(out_ND, masks_NW, counts_E2H, threshold_N, sizes_EH)
 
 
 @torch.library.register_fake("mone::experts")
 def _(
-    x: torch.Tensor, gate_up: Any, down: torch.Tensor, probs: Any, offsets: Any, k: int, activation: Any, counting: Any,
-    with_gates: bool,
+    x: torch.Tensor, gate_up: Any, down: torch.Tensor, probs: Any, offsets: torch.Tensor, k: int, activation: Any,
+    counting: Any, form: int, stride: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, (num_experts, neurons) = len(x), down.shape[:2]
+    is_dense = form in (1, 2)
+    if is_dense and stride > 1:  # depends on the data
+        sampled: Any = torch.library.get_ctx().new_dynamic_size()
+    else:
+        sampled = rows if is_dense else 0
     return (
         torch.empty_like(x),
         x.new_empty(rows, -(-neurons // WORD), dtype=torch.int16),
@@ -87,7 +98,8 @@ def _(
         x.new_empty(rows, k),
         x.new_empty(num_experts, 2, neurons, dtype=torch.float64),
         x.new_empty(rows),
-        x.new_empty(rows if with_gates else 0, neurons),
+        x.new_empty(sampled, neurons),
+        x.new_empty(num_experts, neurons),
     )
 
 
@@ -98,39 +110,20 @@ def _(
     return torch.empty_like(x), torch.empty_like(probs)
 
 
-@torch.library.custom_op("mone::add_gate_gradients", mutates_args=("dx", "dgate_up"))
-def _add_gate_gradients(
-    dx: torch.Tensor,
-    dgate_up: torch.Tensor,
-    dgate: torch.Tensor,
-    x: torch.Tensor,
-    gate_up: torch.Tensor,
-    offsets: torch.Tensor,
-) -> None:
-    bounds = offsets.tolist()
-    for expert, rows in enumerate(map(slice, bounds, bounds[1:])):
-        dx[rows] += dgate[rows] @ gate_up[expert, 0]
-        dgate_up[expert, 0] += dgate[rows].T @ x[rows]
-
-
-@torch.library.register_fake("mone::add_gate_gradients")
-def _(*_: Any) -> None:
-    return None
-
-
 def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, gate_up, down, probs, offsets, _, ctx.activation, _, with_gates = inputs
-    _, masks, gates, ups, counts, threshold, all_gates = output
-    ctx.mark_non_differentiable(masks, gates, ups, counts, threshold, *(() if with_gates else (all_gates,)))
-    ctx.save_for_backward(x, gate_up, down, probs, offsets, masks, gates, ups)
+    x, gate_up, down, probs, offsets, _, activation, _, form, stride = inputs
+    _, masks, gates, ups, counts, threshold, all_gates, sizes = output
+    ctx.mark_non_differentiable(masks, gates, ups, counts, threshold, all_gates, *(() if form else (sizes,)))
+    ctx.save_for_backward(x, gate_up, down, probs, offsets, masks, gates, ups, all_gates)
+    ctx.options = activation, form, stride
     ctx.set_materialize_grads(False)
 
 
 @once_differentiable
 def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> tuple[torch.Tensor | None, ...]:
-    dgate, (x, *weights) = others[-1], ctx.saved_tensors[:3]
-    if dy is None and dgate is None:
-        return (None,) * 9
+    dsizes, (x, *weights) = others[-1], ctx.saved_tensors[:3]
+    if dy is None and dsizes is None:
+        return (None,) * 10
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dweights = [torch.empty_like(weight) for weight in weights]
     # Megatron-Core's hook adds a gradient to its buffer unless this attribute says that this has been done. The attribute is
@@ -138,13 +131,11 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> t
     buffered = [weight for weight in weights if hasattr(weight, "grad_added_to_main_grad")]  # a frozen weight has none
     sums = [getattr(weight, "main_grad", empty) for weight, empty in zip(weights, dweights, strict=True)]
     add = any(weight.grad_added_to_main_grad for weight in buffered)
-    dx, dprobs = _experts_backward(*sums, add, dy, *ctx.saved_tensors, ctx.activation)
-    if dgate is not None:
-        offsets = ctx.saved_tensors[4]
-        _add_gate_gradients(dx, sums[0], dgate, x, weights[0], offsets)
+    dsizes = None if dsizes is None else dsizes.contiguous()
+    dx, dprobs = _experts_backward(*sums, add, dy, *ctx.saved_tensors, dsizes, *ctx.options)
     for weight in buffered:
         weight.grad_added_to_main_grad = True
-    return dx, *dweights, dprobs, None, None, None, None, None
+    return dx, *dweights, dprobs, None, None, None, None, None, None
 
 
 torch.library.register_autograd("mone::experts", _differentiate_experts, setup_context=_save_for_experts)

@@ -8,7 +8,8 @@
 //   weights
 //
 // Both hold a row in registers, the gradients of gate and up two, and read the other operand from the L1 cache, where a tile
-// of it stays for many rows.
+// of it stays for many rows. Where the balance loss gives dropped neurons a gradient, the products with that of the gate are
+// dense.
 // Shapes: N rows sorted by expert, E experts, D width (a multiple of 16), H neurons, K kept; offsets [E + 1] rows of
 // experts; masks [N, ceil(H / 16)]: bit j % 16 of word j / 16 is neuron j. All fp32 and row-major.
 #include <omp.h>
@@ -17,15 +18,16 @@
 #include <utility>
 #include <vector>
 
+#include "balance.h"
 #include "kernels.h"
 #include "products.h"
-#include "selection.h"
 
 namespace {
 
 constexpr int BLOCK = 256;                             // about so many tokens pass over a tile
 constexpr int LARGEST = BLOCK + BLOCK / 2;             // and at most so many
 constexpr int COLUMNS = 8 * LANES;                     // of the width: half of the registers hold them
+constexpr int DEPTH = 256;                             // rows of a dense product whose panel stays in L1
 constexpr int TILE = std::min(BLOCK, 8192 / COLUMNS);  // rows of weights or of tokens that stay in L1 so wide, in 32 KB
 // Columns of two rows at once: there are 32 registers of 16 lanes, but 16 of fewer.
 constexpr int PAIRED = LANES == 16 ? COLUMNS : COLUMNS / 2;
@@ -142,6 +144,28 @@ std::vector<Rows> blocks_of(const Experts &of) {
   return blocks;
 }
 
+// The rows that the balance loss reads, every `stride`-th of an expert. They lie side by side in gates [S, H].
+struct Sample {
+  Balance balance;
+  const int64_t *offsets;
+  std::vector<int64_t> first;  // of each expert
+
+  Sample(Balance balance, const Experts &of) : balance(balance), offsets(of.offsets), first(of.experts + 1) {
+    for (int64_t e = 0; e < of.experts; e++) first[e + 1] = first[e] + balance.sampled(offsets[e + 1] - offsets[e]);
+  }
+  // Of an expert's rows before row n.
+  int64_t before(int64_t e, int64_t n) const { return balance.sampled(n - offsets[e]); }
+  // f(row of the block, row of gates) for those in a block.
+  template <class F>
+  void each(const Rows &block, F f) const {
+    for (int64_t i = before(block.expert, block.first);; i++) {
+      const int64_t row = offsets[block.expert] + i * balance.stride - block.first;
+      if (row >= block.count) return;
+      f(row, first[block.expert] + i);
+    }
+  }
+};
+
 // In which order threads take them: if the longest came last, one would work on it while the others wait.
 std::vector<size_t> longest_first(const std::vector<Rows> &blocks) {
   std::vector<size_t> order(blocks.size());
@@ -213,18 +237,22 @@ void sums_of_block(const Experts &of, const float *values, const float *w, int64
 namespace mone {
 
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
-                     int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs,
-                     float *out, uint16_t *masks, float *gates, float *ups, float *threshold, double *counts,
-                     float *all_gates, int64_t threads) {
+                     int64_t activation, Balance balance, const float *x, const float *gate_up, const float *down,
+                     const float *probs, float *out, uint16_t *masks, float *gates, float *ups, float *threshold,
+                     double *counts, float *all_gates, float *sizes, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of);
   const int64_t padded = (neurons + PANEL - 1) / PANEL * PANEL, words = words_of(neurons);
+  const int padded_row = rounded_up(neurons);
   const std::vector<size_t> order = longest_first(blocks);
   // Block by block, so that the sums do not depend on which thread took which.
   std::vector<float> block_counts(counts ? blocks.size() * 2 * padded : 0);
+  std::vector<float> block_sizes(balance.form ? blocks.size() * padded : 0);
+  const Sample sample(balance, of);
 #pragma omp parallel num_threads(threads)
   {
     Aligned<float> panel(width * PANEL), gate(LARGEST * padded), active(padded);
+    std::vector<int64_t> sampled;  // by row of the block: its row of all_gates, or -1
     Aligned<float> chosen_gates(LARGEST * kept + LANES), hidden(LARGEST * kept + LANES);
     Kept lists;
 #pragma omp for schedule(dynamic)
@@ -235,6 +263,8 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
       uint16_t *block_masks = masks + first * words;
       float *block_ups = ups + first * kept;
       multiply_many(rows_of_x, of.gate_of(e), count, width, neurons, panel.data, gate.data, padded);
+      sampled.assign(count, -1);
+      if (balance.form) sample.each(blocks[b], [&](int64_t n, int64_t to) { sampled[n] = to; });
       int32_t guess = FIRST_GUESS;
       for (int64_t n = 0; n < count; n++) {
         const float *row = gate.data + n * padded;
@@ -250,16 +280,23 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
             store(chosen, load(chosen) + only(all(1.0f), bits_at(mask, j)));
             store(size, load(size) + magnitude(load(active.data + j)));
           }
+        if (sampled[n] < 0) continue;
+        add_sizes(balance, active.data, mask, padded_row, block_sizes.data() + b * padded);
+        if (balance.is_dense()) std::copy(row, row + neurons, all_gates + sampled[n] * neurons);
       }
       std::copy(chosen_gates.data, chosen_gates.data + count * kept, gates + first * kept);
-      for (int64_t n = 0; all_gates && n < count; n++)
-        std::copy(gate.data + n * padded, gate.data + n * padded + neurons, all_gates + (first + n) * neurons);
       lists.read(of, block_masks, count);
       dots_of_block(of, rows_of_x, of.up_of(e), count, lists, block_ups);
       for (int64_t n = 0; n < count; n++)
         for (int64_t p = n * kept; p < (n + 1) * kept; p++) hidden.data[p] *= block_ups[p] * probs[first + n];
       sums_of_block(of, hidden.data, of.down_of(e), count, lists, out + first * width, false);
     }
+  }
+  if (balance.form) {
+    std::vector<double> summed(experts * neurons);
+    for (size_t b = 0; b < blocks.size(); b++)
+      for (int64_t j = 0; j < neurons; j++) summed[blocks[b].expert * neurons + j] += block_sizes[b * padded + j];
+    std::copy(summed.begin(), summed.end(), sizes);
   }
   if (!counts) return;
   std::fill(counts, counts + 2 * experts * neurons, 0.0);
@@ -270,15 +307,21 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
 }
 
 void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
-                      int64_t activation, const float *dy, const float *x, const float *gate_up, const float *down,
-                      const float *probs, const uint16_t *masks, const float *gates, const float *ups, float *dx,
-                      float *dprobs, float *dgate_up, float *ddown, int64_t add, int64_t threads) {
+                      int64_t activation, Balance balance, const float *dy, const float *dsizes, const float *x,
+                      const float *gate_up, const float *down, const float *probs, const uint16_t *masks,
+                      const float *gates, const float *ups, const float *all_gates, float *dx, float *dprobs,
+                      float *dgate_up, float *ddown, int64_t add, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of);
   const std::vector<size_t> order = longest_first(blocks);
   // The same numbers in lists of tokens: for TILE rows at a time, neuron by neuron.
   Aligned<uint16_t> tokens(rows * kept);
-  Aligned<float> hidden(rows * kept), slopes(rows * kept * 2);  // of gate and up
+  // If all rows have a dense gradient of the gate, it holds that of the kept neurons, too.
+  const Sample sample(balance, of);
+  const bool dense = balance.is_dense(), merged = dense && balance.stride == 1;
+  const int64_t slopes_of_one = merged ? 1 : 2;  // of gate and up
+  Aligned<float> dense_slopes(dense ? sample.first.back() * neurons : 0);
+  Aligned<float> hidden(rows * kept), slopes(rows * kept * slopes_of_one);
   std::vector<Rows> tiles;
   std::vector<size_t> first_tile;
   for (const auto [e, first, count] : blocks) {
@@ -290,6 +333,7 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
 #pragma omp parallel num_threads(threads)
   {
     Aligned<float> h(LARGEST * kept), dg(LARGEST * kept), du(LARGEST * kept);
+    Aligned<float> active(rounded_up(neurons)), panel(std::max(neurons, int64_t(DEPTH)) * PANEL);
     Kept lists;
     std::vector<int32_t> next(neurons + 1);
 #pragma omp for schedule(dynamic)
@@ -303,8 +347,21 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
         dprobs[row] = differentiate(activation, kept, probs[row], h.data + at, gates + row * kept, ups + row * kept,
                                     dg.data + at, du.data + at);
       }
-      sums_of_block(of, dg.data, of.gate_of(e), count, lists, dx + first * width, false);
-      sums_of_block(of, du.data, of.up_of(e), count, lists, dx + first * width, true);
+      const float *weights = dsizes + e * neurons;
+      if (balance.form) sample.each(blocks[b], [&](int64_t n, int64_t at) {
+        const uint16_t *list = lists.lists.data() + n * kept;
+        if (!dense) return add_masked_slopes(activation, kept, gates + (first + n) * kept, list, weights, dg.data + n * kept);
+        float *to = dense_slopes.data + at * neurons;
+        differentiate_sizes(balance, activation, all_gates + at * neurons, neurons, weights, active.data, to);
+        for (int64_t p = 0; merged && p < kept; p++) to[list[p]] += dg.data[n * kept + p];
+      });
+      if (!merged) sums_of_block(of, dg.data, of.gate_of(e), count, lists, dx + first * width, false);
+      sums_of_block(of, du.data, of.up_of(e), count, lists, dx + first * width, !merged);
+      if (dense) {
+        const int64_t begin = sample.before(e, first), end = sample.before(e, first + count);
+        add_product(end - begin, neurons, dense_slopes.data + (sample.first[e] + begin) * neurons, neurons, 1, of.gate_of(e),
+                    width, width, panel.data, dx + (offsets[e] + begin * balance.stride) * width, balance.stride * width);
+      }
       for (int64_t from = 0, t = first_tile[b]; from < count; from += TILE, t++) {
         const int64_t end = std::min<int64_t>(from + TILE, count), base = (first + from) * kept;
         std::vector<int32_t> &of_neuron = starts_of[t];
@@ -317,8 +374,9 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
             const int64_t to = base + next[lists.lists[p]]++;
             tokens.data[to] = n - from;
             hidden.data[to] = h.data[p];
-            slopes.data[2 * to] = dg.data[p];
-            slopes.data[2 * to + 1] = du.data[p];
+            float *both = slopes.data + slopes_of_one * to;
+            if (!merged) *both++ = dg.data[p];
+            *both = du.data[p];
           }
       }
     }
@@ -353,8 +411,15 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
             }
           });
         };
-        add_up_tokens(2, slopes.data, x, dgate_w + begin * width, dup_w - dgate_w);
+        add_up_tokens(slopes_of_one, slopes.data, x, (merged ? dup_w : dgate_w) + begin * width, dup_w - dgate_w);
         add_up_tokens(1, hidden.data, dy, ddown_w + begin * width, 0);
+        if (merged && !add) std::fill(dgate_w + begin * width, dgate_w + end * width, 0.0f);
+        for (int64_t from = sample.first[e]; dense && from < sample.first[e + 1]; from += DEPTH) {
+          const int64_t row = offsets[e] + (from - sample.first[e]) * balance.stride;
+          add_product(end - begin, std::min<int64_t>(DEPTH, sample.first[e + 1] - from),
+                      dense_slopes.data + from * neurons + begin, 1, neurons, x + row * width, balance.stride * width, width,
+                      panel.data, dgate_w + begin * width, width);
+        }
       }
   }
 }

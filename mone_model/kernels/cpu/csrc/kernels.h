@@ -26,19 +26,32 @@ void select_and_gate_backward(int64_t rows, int64_t neurons, int64_t kept, int64
                               const uint16_t *masks, const T *gates, const T *ups, const float *probs, T *dgate, T *dup,
                               float *dprobs, int64_t threads);
 
+// What the balance loss reads: sizes [E, H], the sums of the sizes of the neurons over every `stride`-th row of an expert, S
+// rows in all. The forms are those of NEURON_BALANCE_FORMS in mone_model/config.py, counted from 1; 0: nothing.
+struct Balance {
+  int64_t form, stride;
+  static constexpr int64_t NORMALISED = 1, UNMASKED = 2, MASKED = 3;
+  // Whether neurons that are not kept have a gradient.
+  bool is_dense() const { return form == NORMALISED || form == UNMASKED; }
+  // Of so many rows.
+  int64_t sampled(int64_t rows) const { return (rows + stride - 1) / stride; }
+};
+
 // out [N, D]; masks, gates, ups and threshold as above. offsets [E + 1]: first row of each expert, and N. gate_up
 // [E, 2, H, D], down [E, H, D]. counts [E, 2, H] or null: in how many of an expert's rows each neuron was kept, and the sum
-// of its |act(gate)|. all_gates [N, H] or null: before their activation.
+// of its |act(gate)|. sizes [E, H] if the balance has a form; all_gates [S, H], before their activation, if it is dense.
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
-                     int64_t activation, const float *x, const float *gate_up, const float *down, const float *probs,
-                     float *out, uint16_t *masks, float *gates, float *ups, float *threshold, double *counts,
-                     float *all_gates, int64_t threads);
+                     int64_t activation, Balance balance, const float *x, const float *gate_up, const float *down,
+                     const float *probs, float *out, uint16_t *masks, float *gates, float *ups, float *threshold,
+                     double *counts, float *all_gates, float *sizes, int64_t threads);
 
-// Gradients of all inputs from that of out, dy. add: add those of the weights to what is there.
+// Gradients of all inputs from those of out, dy, and of sizes, dsizes. add: add those of the weights to what is there.
+// balance.form is 0 if sizes have no gradient.
 void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
-                      int64_t activation, const float *dy, const float *x, const float *gate_up, const float *down,
-                      const float *probs, const uint16_t *masks, const float *gates, const float *ups, float *dx,
-                      float *dprobs, float *dgate_up, float *ddown, int64_t add, int64_t threads);
+                      int64_t activation, Balance balance, const float *dy, const float *dsizes, const float *x,
+                      const float *gate_up, const float *down, const float *probs, const uint16_t *masks,
+                      const float *gates, const float *ups, const float *all_gates, float *dx, float *dprobs,
+                      float *dgate_up, float *ddown, int64_t add, int64_t threads);
 
 // The experts for a few rows, forward only. kept: K, or 0 to keep the neurons whose |act(gate)| reaches the threshold.
 // rows_of_experts [E].

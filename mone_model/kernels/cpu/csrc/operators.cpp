@@ -183,11 +183,22 @@ const int64_t *offsets_of(const Tensor &offsets, const Sizes &of) {
   return first;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts(const Tensor &x, const Tensor &gate_up,
-                                                                           const Tensor &down, const Tensor &probs,
-                                                                           const Tensor &offsets, int64_t k,
-                                                                           int64_t activation, bool counting,
-                                                                           bool with_gates) {
+mone::Balance balance_of(int64_t form, int64_t stride) {
+  STD_TORCH_CHECK(0 <= form && form <= mone::Balance::MASKED, "there is no form of the balance loss number ", form);
+  STD_TORCH_CHECK(stride >= 1, "stride must be at least 1; it is ", stride);
+  return {form, stride};
+}
+
+// Rows of the gates that a dense form saves.
+int64_t sampled_rows(const mone::Balance &balance, const int64_t *offsets, int64_t num_experts) {
+  int64_t rows = 0;
+  for (int64_t e = 0; balance.is_dense() && e < num_experts; e++) rows += balance.sampled(offsets[e + 1] - offsets[e]);
+  return rows;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts(
+    const Tensor &x, const Tensor &gate_up, const Tensor &down, const Tensor &probs, const Tensor &offsets, int64_t k,
+    int64_t activation, bool counting, int64_t form, int64_t stride) {
   const Sizes of = sizes_of(x, down);
   const auto [rows, num_experts, width, neurons] = of;
   check_options(k, neurons, activation);
@@ -198,19 +209,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts(const
   const int64_t *of_offsets = offsets_of(offsets, of);
   const Tensor out = empty<float>({rows, width}), masks = empty<uint16_t>({rows, words_of(neurons)});
   const Tensor gates = empty<float>({rows, k}), ups = empty<float>({rows, k}), threshold = empty<float>({rows});
-  const Tensor counts = empty<double>({num_experts, 2, neurons}), all_gates = empty<float>({with_gates ? rows : 0, neurons});
+  const mone::Balance balance = balance_of(form, stride);
+  const Tensor counts = empty<double>({num_experts, 2, neurons}), sizes = empty<float>({num_experts, neurons});
+  const Tensor all_gates = empty<float>({sampled_rows(balance, of_offsets, num_experts), neurons});
+  if (!form) std::fill_n(data<float>(sizes), num_experts * neurons, 0.0f);
   if (!counting) std::fill_n(data<double>(counts), num_experts * 2 * neurons, 0.0);
-  mone::experts_forward(rows, num_experts, width, neurons, k, of_offsets, activation, of_x, of_gate_up, of_down, of_probs,
-                        data<float>(out), data<uint16_t>(masks), data<float>(gates), data<float>(ups),
-                        data<float>(threshold), counting ? data<double>(counts) : nullptr,
-                        with_gates ? data<float>(all_gates) : nullptr, num_threads());
-  return {out, masks, gates, ups, counts, threshold, all_gates};
+  mone::experts_forward(rows, num_experts, width, neurons, k, of_offsets, activation, balance, of_x, of_gate_up, of_down,
+                        of_probs, data<float>(out), data<uint16_t>(masks), data<float>(gates), data<float>(ups),
+                        data<float>(threshold), counting ? data<double>(counts) : nullptr, data<float>(all_gates),
+                        data<float>(sizes), num_threads());
+  return {out, masks, gates, ups, counts, threshold, all_gates, sizes};
 }
 
 std::tuple<Tensor, Tensor> experts_backward(const Tensor &dgate_up, const Tensor &ddown, bool add, const Tensor &dy,
                                             const Tensor &x, const Tensor &gate_up, const Tensor &down, const Tensor &probs,
                                             const Tensor &offsets, const Tensor &masks, const Tensor &gates,
-                                            const Tensor &ups, int64_t activation) {
+                                            const Tensor &ups, const Tensor &all_gates, std::optional<Tensor> dsizes,
+                                            int64_t activation, int64_t form, int64_t stride) {
   const Sizes of = sizes_of(x, down);
   const auto [rows, num_experts, width, neurons] = of;
   check_dims(gates, "gates", 2);
@@ -226,9 +241,14 @@ std::tuple<Tensor, Tensor> experts_backward(const Tensor &dgate_up, const Tensor
   float *to_gate_up = output<float>(dgate_up, "dgate_up", {num_experts, 2, neurons, width});
   float *to_down = output<float>(ddown, "ddown", {num_experts, neurons, width});
   const Tensor dx = empty<float>({rows, width}), dprobs = empty<float>({rows});
-  mone::experts_backward(rows, num_experts, width, neurons, k, of_offsets, activation, of_dy, of_x, of_gate_up, of_down,
-                         of_probs, of_masks, of_gates, of_ups, data<float>(dx), data<float>(dprobs), to_gate_up, to_down,
-                         add, num_threads());
+  const mone::Balance balance = balance_of(dsizes ? form : 0, stride);
+  const float *of_dsizes = dsizes ? input<float>(*dsizes, "dsizes", {num_experts, neurons}) : nullptr;
+  const float *of_all_gates = nullptr;
+  if (balance.is_dense())
+    of_all_gates = input<float>(all_gates, "all_gates", {sampled_rows(balance, of_offsets, num_experts), neurons});
+  mone::experts_backward(rows, num_experts, width, neurons, k, of_offsets, activation, balance, of_dy, of_dsizes, of_x,
+                         of_gate_up, of_down, of_probs, of_masks, of_gates, of_ups, of_all_gates, data<float>(dx),
+                         data<float>(dprobs), to_gate_up, to_down, add, num_threads());
   return {dx, dprobs};
 }
 

@@ -143,6 +143,27 @@ inline void each_tile(int64_t count, F f) {
   rows(std::integral_constant<int, 1>());
 }
 
+// y[r] += sum over k < depth of x[r, k] w[k] for `count` rows. x[r, k] lies at r * x_row + k * x_step, row k of w, of `width`
+// numbers, at k * w_row, y[r] at r * y_row. panel: room for depth * PANEL numbers.
+inline void add_product(int64_t count, int64_t depth, const float *x, int64_t x_row, int64_t x_step, const float *w,
+                        int64_t w_row, int64_t width, float *panel, float *y, int64_t y_row) {
+  for (int64_t column = 0; column < width; column += PANEL) {
+    const int64_t columns = std::min<int64_t>(PANEL, width - column);  // a multiple of WORD
+    for (int64_t k = 0; k < depth; k++)
+      for (int64_t i = 0; i < PANEL; i += LANES)
+        store(panel + k * PANEL + i, i < columns ? load(w + k * w_row + column + i) : Vector{});
+    each_tile(count, [&](int64_t n, auto together) {
+      float tile[TALL * PANEL];
+      multiply_panel<together>(depth, x + n * x_row, x_row, x_step, panel, PANEL, tile, PANEL);
+      for (int64_t r = 0; r < together; r++)
+        for (int64_t i = 0; i < columns; i += LANES) {
+          float *to = y + (n + r) * y_row + column + i;
+          store(to, load(to) + load(tile + r * PANEL + i));
+        }
+    });
+  }
+}
+
 // As `multiply`, for so many rows that transposing the weights pays: nothing is left to add up within vectors. panel: room for
 // width * PANEL numbers; rows of gate have room for a multiple of PANEL neurons.
 inline void multiply_many(const float *x, const float *w, int64_t count, int64_t width, int64_t neurons, float *panel,
