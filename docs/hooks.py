@@ -11,7 +11,17 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 FROM_ROOT = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 """Files of the root, and their pages."""
-API = ("mone_model", "mone_model.hf", "mone_model.megatron", "mone_eval", "train", "data_prep", "launch", "mone_common")
+API = (
+    "mone_model",
+    "mone_model.hf",
+    "mone_model.vllm",
+    "mone_model.megatron",
+    "mone_eval",
+    "train",
+    "data_prep",
+    "launch",
+    "mone_common",
+)
 """Packages of the API reference, one page each."""
 
 

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mone_common.checks import is_number
 from mone_common.run_folder import read_file
-from mone_common.run_records import is_number, last_value
+from mone_common.run_records import last_value
 from mone_common.text import printable
 from mone_model.accounting import Parameters, count_flops, count_parameters
 from mone_model.config import ModelConfig

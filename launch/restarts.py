@@ -18,8 +18,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from mone_common.checks import is_number
 from mone_common.run_folder import DamagedFile
-from mone_common.run_records import examine_lines, is_number, last_step, read_metrics, read_status
+from mone_common.run_records import examine_lines, last_step, read_metrics, read_status
 
 ATTEMPTS = "attempts.jsonl"
 STOPPED = {

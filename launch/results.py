@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from launch.points import RATIO, SEEDS, Point, Run, essential, model_of
+from mone_common.checks import is_number
 from mone_common.run_folder import CONFIG_FILE, DamagedFile, check_readable, find_runs
-from mone_common.run_records import examine_metrics, is_number, read_config, read_reading, read_state
+from mone_common.run_records import examine_metrics, read_config, read_reading, read_state
 from mone_common.text import printable
 from mone_model.accounting import count_parameters
 

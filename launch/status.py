@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.restarts import examine_attempts
+from mone_common.checks import is_number
 from mone_common.console import Parser
 from mone_common.run_folder import CONFIG_FILE, DamagedFile, check_readable, find_runs, saved_steps
-from mone_common.run_records import examine_metrics, is_number, read_config, read_state, read_status
+from mone_common.run_records import examine_metrics, read_config, read_state, read_status
 from mone_common.text import clock, printable
 
 Read = TypeVar("Read")

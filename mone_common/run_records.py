@@ -9,7 +9,6 @@ A file with invalid content raises DamagedFile, which names the file.
 
 import io
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mone_common.checks import is_number
 from mone_common.run_folder import (
     CONFIG_FILE,
     FROZEN_FILE,
@@ -96,11 +96,6 @@ def _record(found: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and is_number(found.get("step")) else None
 
 
-def is_number(value: Any) -> bool:
-    """Whether the value is a number that is finite as a float."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
 def read_reading(folder: Path) -> list[dict[str, Any]]:
     """Name, share of the blend, tokens, tokens read and epochs of each source; [] if there is no data.json.
 
@@ -118,32 +113,6 @@ def read_reading(folder: Path) -> list[dict[str, Any]]:
     ):
         raise DamagedFile(f"{printable(path)}: needs a list of objects with a text `name` and numbers {', '.join(numbers)}")
     return found
-
-
-def read_thresholds(path: Path, *, ratio: float | None = None) -> list[float]:
-    """The thresholds of an output file of mone-calibrate or mone-sparsify, one for each layer with experts; DamagedFile.
-
-    ratio: which of them, if the file has several.
-    """
-    try:
-        found = json.loads(read_file(path) or b"")
-        if "parts" in found:
-            parts = found["parts"]
-            by_ratio = {float(name): its for name, its in parts.get("routed", parts.get("dense"))["ratios"].items()}
-        else:
-            by_ratio = {float(found.get("ratio", ratio or 0)): found["thresholds"]}
-        if not all(isinstance(its, list) and all(map(is_number, its)) for its in by_ratio.values()):
-            raise ValueError("thresholds must be a list of numbers")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise DamagedFile(
-            f"thresholds={path}: is missing or not an output file of mone-calibrate or mone-sparsify ({error})"
-        ) from error
-    if ratio is None and len(by_ratio) == 1:
-        (ratio,) = by_ratio
-    if ratio not in by_ratio:
-        known = ", ".join(f"{each:g}" for each in by_ratio)
-        raise DamagedFile(f"thresholds={path}: has thresholds for the ratios {known}; choose one of them (ratio={ratio})")
-    return by_ratio[ratio]
 
 
 def _parsed(path: Path, text: bytes) -> Any:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mone_common.console import UserError
-from mone_common.run_records import DamagedFile, read_thresholds
+from mone_common.run_folder import DamagedFile
+from mone_common.threshold_file import read_thresholds
 
 if TYPE_CHECKING:
     import torch

@@ -183,6 +183,28 @@ class Decode(ExpertBackend):
         return ExpertOutput(cpu.decode(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold).out_ND)
 
 
+def route(
+    backend: ExpertBackend,
+    weights: Weights,
+    x_TD: torch.Tensor,
+    experts_Tk: torch.Tensor,
+    probs_Tk: torch.Tensor,
+    request: Request,
+) -> torch.Tensor:
+    """[T, D] the sum over the k experts of each token. experts_Tk: their numbers; -1 or E: an expert of another rank."""
+    experts = len(weights.down_EHD)
+    index_R = experts_Tk.flatten().long()
+    index_R = index_R.where(index_R >= 0, experts)
+    order_R = index_R.argsort(stable=True)
+    tokens_E = torch.bincount(index_R, minlength=experts + 1)
+    # Experts of other ranks come last.
+    order_R, tokens_E = order_R[: len(order_R) - int(tokens_E[experts])], tokens_E[:experts]
+    token_R = order_R // experts_Tk.size(1)
+    probs_R = probs_Tk.flatten()[order_R].float()
+    out_RD = backend.compute(weights, x_TD[token_R], tokens_E, probs_R, request).out_ND
+    return torch.zeros_like(x_TD).index_add_(0, token_R, out_RD.to(x_TD.dtype))
+
+
 def expert_gemm(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
     """One grouped GEMM: rows of expert e times weight[e]. [N, K], [E, K, M], [E] -> [N, M]."""
     if len(x_NK) == 0:
@@ -277,12 +299,8 @@ def measure(width: int, neurons: int, k: int, activation: str, dtype: torch.dtyp
     return Measured(seconds)
 
 
-@torch.no_grad()
-def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, backend: str) -> int:
-    """The largest number of rows (tokens times their experts) for which `decode` is faster here than this backend.
-
-    0 if it never is. Both cycle through weights that are larger than the caches, as in generation.
-    """
+def random_layers(width: int, neurons: int, dtype: torch.dtype) -> list[Weights]:
+    """Layers of random experts to measure with, together larger than the caches."""
     size = 3 * neurons * width * dtype.itemsize
     experts = min(16, max(2, _BEYOND_CACHES // size))
     layers = min(8, max(1, _BEYOND_CACHES // (experts * size)))
@@ -292,7 +310,17 @@ def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, d
         return torch.randn(shape, generator=generator).mul_(width**-0.5).to(dtype)
 
     first = Weights(random(experts, 2, neurons, width), random(experts, neurons, width))
-    weights = [first, *(Weights(first.gate_up_E2HD.clone(), first.down_EHD.clone()) for _ in range(layers - 1))]
+    return [first, *(Weights(first.gate_up_E2HD.clone(), first.down_EHD.clone()) for _ in range(layers - 1))]
+
+
+@torch.no_grad()
+def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, backend: str) -> int:
+    """The largest number of rows (tokens times their experts) for which `decode` is faster here than this backend.
+
+    0 if it never is. Both cycle through weights that are larger than the caches, as in generation.
+    """
+    weights = random_layers(width, neurons, dtype)
+    experts, generator = len(weights[0].down_EHD), torch.Generator().manual_seed(0)
 
     def seconds(name: str, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor) -> float:
         start = time.perf_counter()
@@ -302,7 +330,11 @@ def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, d
 
     fastest = 0
     for rows in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        x_ND, probs_N, tokens_E = random(rows, width), torch.ones(rows), torch.zeros(experts, dtype=torch.long)
+        x_ND, probs_N, tokens_E = (
+            torch.randn(rows, width, generator=generator).to(dtype),
+            torch.ones(rows),
+            torch.zeros(experts, dtype=torch.long),
+        )
         for row in range(rows):
             tokens_E[row % experts] += 1
         few = dense = math.inf

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mone_common.checkpoint_folder import Checkpoint
-from mone_common.run_records import is_number
+from mone_common.checks import is_number
 from mone_common.text import excerpt
 from mone_model.config import EXPERT_BACKENDS
 from train.config_sections import OptimizerConfig

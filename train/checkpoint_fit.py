@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict, load_sharded_metadata
 
 from mone_common.checkpoint_folder import Checkpoint
-from mone_common.run_records import is_number
+from mone_common.checks import is_number
 from mone_common.text import excerpt
 from train.checkpoint import gather_problems
 from train.checkpoint_facts import is_count

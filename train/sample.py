@@ -21,7 +21,7 @@ from omegaconf import MISSING, DictConfig
 
 from mone_common.console import UserError, command, to_dataclass
 from mone_common.run_folder import DamagedFile, read_file
-from mone_common.run_records import read_thresholds
+from mone_common.threshold_file import read_thresholds
 from train.launcher import check_alone
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@
 On CPUs a few rows are computed by the backend `decode`, which reads the up and down weights of kept neurons only, and many
 rows by `sparse` or a dense backend, whichever is faster here.
 
-Shapes: N tokens, R = N * top-k rows (a token in one of its experts), D width, H neurons of an expert, E experts.
+Shapes: N tokens, D width, H neurons of an expert, E experts.
 """
 
 import functools
@@ -13,7 +13,7 @@ import functools
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from mone_model.expert_backends import BACKENDS, Request, Rule, measure, measure_max_decode_rows
+from mone_model.expert_backends import BACKENDS, Request, Rule, measure, measure_max_decode_rows, route
 from mone_model.hf.families import ACTIVATIONS
 from mone_model.hf.modeling_mone import MoneExperts
 from mone_model.kernels.cpu import library
@@ -25,22 +25,13 @@ def compute_experts(
     self: MoneExperts, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """[N, D], experts [N, k] and their weights [N, k] -> [N, D]; a registered function of transformers' ExpertsInterface."""
-    experts, chosen = self.num_experts, top_k_index.size(1)
-    index_R = top_k_index.flatten()
-    order_R = index_R.argsort(stable=True)
-    tokens_E = torch.bincount(index_R, minlength=experts + 1)
-    # Under expert parallelism, experts of other ranks have the number E and come last.
-    order_R, tokens_E = order_R[: len(order_R) - int(tokens_E[experts])], tokens_E[:experts]
-    rows_R = order_R // chosen
     gate_up_E2HD = self.gate_up_proj.unflatten(1, (2, self.intermediate_dim))
     down_EHD = _neuron_major(self.down_proj).transpose(1, 2)
     rule: Rule = TopK(self.k) if self.threshold is None else AtLeast(self.threshold)
     request = Request(rule, ACTIVATIONS[self.activation])
-    backend = BACKENDS[_choose(self, len(order_R))]
+    backend = BACKENDS[_choose(self, top_k_index.numel())]
     weights = backend.prepare(gate_up_E2HD, down_EHD)
-    probs_R = top_k_weights.flatten()[order_R].float()
-    out_RD = backend.compute(weights, hidden_states[rows_R], tokens_E, probs_R, request).out_ND
-    return torch.zeros_like(hidden_states).index_add_(0, rows_R, out_RD.to(hidden_states.dtype))
+    return route(backend, weights, hidden_states, top_k_index, top_k_weights, request)
 
 
 def _neuron_major(down: torch.nn.Parameter) -> torch.nn.Parameter:

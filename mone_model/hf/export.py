@@ -24,8 +24,8 @@ from mone_common.checkpoint_folder import Checkpoint
 from mone_common.console import UserError, command, to_dataclass
 from mone_common.files import writing_folder
 from mone_common.run_folder import DamagedFile
-from mone_common.run_records import read_thresholds
 from mone_common.text import clock
+from mone_common.threshold_file import read_thresholds
 from mone_model.config import ModelConfig
 from mone_model.hf.card import write_card
 from mone_model.hf.checkpoint import CheckpointWeights, find_checkpoint, model_of

@@ -28,8 +28,8 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_mone import MoneConfig, top_k
 
-ENGINES = {"vllm.model_executor": "mone_model.vllm", "sglang.srt": "mone_model.sglang"}
-"""Engines that replace the experts by their own, and the plugins that keep the selection."""
+ENGINES = {"vllm.model_executor": "mone_model.vllm.method", "sglang.srt": "mone_model.sglang"}
+"""Engines that replace the experts by their own, and the modules of our plugins for them, which keep the selection."""
 
 
 def check_engine(config: MoneConfig) -> None:
@@ -40,7 +40,7 @@ def check_engine(config: MoneConfig) -> None:
             name = engine.split(".")[0]
             raise RuntimeError(
                 f"{name} replaces the experts of this model by its own, which compute all neurons with SiLU: the results "
-                f"would be wrong. Load the plugin {plugin} first, or use transformers without {name}."
+                f"would be wrong. Load this project's plugin ({plugin}) first, or use transformers without {name}."
             )
 
 
@@ -90,12 +90,27 @@ class MoneExperts(Qwen3MoeExperts):
         return out
 
 
+def choose_experts(logits, bias, config: MoneConfig):
+    """Router logits [N, E] fp32 and bias [E] or None -> routing weights [N, k] fp32, experts [N, k]."""
+    sigmoid = config.scoring_func == "sigmoid"
+    softmax_later = config.norm_topk_prob and not sigmoid
+    scores = logits if softmax_later else logits.sigmoid() if sigmoid else logits.softmax(-1)
+    biased = scores if bias is None else scores + bias.float()
+    experts = biased.topk(config.num_experts_per_tok, dim=-1).indices
+    weights = scores.gather(-1, experts)
+    if softmax_later:  # of the chosen logits: the same as normalised probabilities
+        weights = weights.softmax(-1)
+    elif config.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * config.routed_scaling_factor, experts
+
+
 class MoneTopKRouter(Qwen3MoeTopKRouter):
     """Chooses the experts of each token, in fp32."""
 
     def __init__(self, config: MoneConfig):
         super().__init__(config)
-        self.sigmoid, self.scale = config.scoring_func == "sigmoid", config.routed_scaling_factor
+        self.config = config
         # A parameter without a gradient, so that it is loaded, saved and moved as the weights are.
         bias = nn.Parameter(torch.zeros(config.num_experts), requires_grad=False) if config.use_expert_bias else None
         self.e_score_correction_bias = bias
@@ -104,16 +119,8 @@ class MoneTopKRouter(Qwen3MoeTopKRouter):
         """[N, D] -> logits [N, E], routing weights [N, k], experts [N, k]."""
         hidden_states = hidden_states.reshape(-1, self.hidden_dim)
         logits = F.linear(hidden_states.float(), self.weight.float())
-        softmax_later = self.norm_topk_prob and not self.sigmoid
-        scores = logits if softmax_later else logits.sigmoid() if self.sigmoid else logits.softmax(-1)
-        biased = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias.float()
-        experts = biased.topk(self.top_k, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        if softmax_later:  # of the chosen logits: the same as normalised probabilities
-            weights = weights.softmax(-1)
-        elif self.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return logits, (weights * self.scale).to(hidden_states.dtype), experts
+        weights, experts = choose_experts(logits, self.e_score_correction_bias, self.config)
+        return logits, weights.to(hidden_states.dtype), experts
 
 
 class MoneSharedExpert(Qwen3MoeMLP):

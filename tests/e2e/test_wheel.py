@@ -59,6 +59,12 @@ def test_packages_are_imported_from_the_wheel(site: Path) -> None:
     assert {path.name for path in site.iterdir() if path.suffix != ".dist-info"} == {"bin", *PACKAGES}
 
 
+def test_vllm_finds_the_plugin(site: Path) -> None:
+    code = "from importlib.metadata import entry_points; "
+    code += "print(entry_points(group='vllm.general_plugins')['mone'].load().__module__)"
+    assert run(site, sys.executable, "-c", code).strip() == "mone_model.vllm.plugin"
+
+
 def test_pretrain_composes_its_configuration(site: Path) -> None:
     composed = run(site, str(site / "bin/mone-pretrain"), "experiment=demo", "--cfg", "job")
     assert "activation_ratio: 0.25" in composed

@@ -142,7 +142,7 @@ def test_a_trainer_lowers_the_loss(run: Path, tmp_path: Path) -> None:
 
 def test_engines_that_ignore_the_selection_are_refused(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
     model, _ = load(run)
-    for engine, plugin in (("vllm.model_executor", "mone_model.vllm"), ("sglang.srt", "mone_model.sglang")):
+    for engine, plugin in (("vllm.model_executor", "mone_model.vllm.method"), ("sglang.srt", "mone_model.sglang")):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, engine, sys)
             with pytest.raises(RuntimeError, match="compute all neurons with SiLU"):

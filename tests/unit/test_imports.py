@@ -24,8 +24,8 @@ MAY_IMPORT = {
     "hydra_plugins": {"mone_common", "mone_model", "mone_eval", "data_prep", "train", "launch"},
 }
 """Which of our packages each of them may import beside itself."""
-CORE_MAY_NOT_IMPORT = {"megatron", "transformers", "deepspeed", "wandb", "hydra", "omegaconf"}
-"""What `mone_model` may import in `mone_model.megatron` and `mone_model.hf` only."""
+CORE_MAY_NOT_IMPORT = {"megatron", "transformers", "vllm", "deepspeed", "wandb", "hydra", "omegaconf"}
+"""What `mone_model` may import in `mone_model.megatron`, `mone_model.hf` and `mone_model.vllm` only."""
 
 
 class Import(NamedTuple):
@@ -78,7 +78,7 @@ def imports_of(path: Path, known: dict[str, Path]) -> Iterator[Import]:
 
 MODULES = modules()
 IMPORTS = {name: list(imports_of(path, MODULES)) for name, path in MODULES.items()}
-OTHER_LIBRARIES = ("mone_model.megatron.", "mone_model.hf.")
+OTHER_LIBRARIES = ("mone_model.megatron.", "mone_model.hf.", "mone_model.vllm.")
 """Packages of `mone_model` that need more than torch."""
 CORE = [name for name in MODULES if name.split(".")[0] == "mone_model" and not f"{name}.".startswith(OTHER_LIBRARIES)]
 
@@ -114,12 +114,13 @@ def test_core_does_not_import_megatron_core() -> None:
     assert wrong == []
 
 
-def test_hugging_face_does_not_import_megatron_core() -> None:
+@pytest.mark.parametrize("package", ["mone_model.hf.", "mone_model.vllm."])
+def test_inference_does_not_import_megatron_core(package: str) -> None:
     wrong = [
         where(name, found)
         for name, imports in IMPORTS.items()
         for found in imports
-        if f"{name}.".startswith("mone_model.hf.") and f"{found.module}.".startswith(("megatron.", "mone_model.megatron."))
+        if f"{name}.".startswith(package) and f"{found.module}.".startswith(("megatron.", "mone_model.megatron."))
     ]
     assert wrong == []
 

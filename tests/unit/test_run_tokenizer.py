@@ -16,7 +16,7 @@ from data_prep.tokenizer_training import TrainTokenizerConfig, train_tokenizer
 from mone_common.console import UserError, showing_log
 from mone_common.files import sha256_of
 from mone_common.run_folder import DamagedFile
-from mone_common.run_records import read_thresholds
+from mone_common.threshold_file import read_thresholds
 from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
 from train.config import RunConfig
