@@ -225,13 +225,13 @@ def _saved_by_norm(item: int, fused: bool) -> int:
 def _saved_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
     """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
     neurons, k = model.moe_ffn_hidden_size, model.active_neurons
-    # Of the rows that the balance loss reads: the gate, that activated, its size, and that as a share of the row's sum.
-    balance = 4 * neurons * item / model.neuron_balance_stride if model.neuron_balance_coeff > 0 else 0
+    balancing, stride = model.neuron_balance_coeff > 0, model.neuron_balance_stride
     compressed = _compressed(neurons, k, item)
-    if compute.experts == "sparse":  # it keeps the gate only
-        return compressed + (balance / 4 if model.neuron_balance_form != "masked" else 0)
+    if compute.experts == "sparse":  # the balance loss: the gates of the rows that it reads
+        return compressed + (neurons * item / stride if balancing and model.neuron_balance_form != "masked" else 0)
     if k < neurons and parallel.expert_tensor == 1:
-        return compressed + neurons * item + balance
+        # The balance loss: the product with gate and up; of the rows that it reads three numbers in fp32.
+        return compressed + neurons * item + (neurons * (2 * item + 12 / stride) if balancing else 0)
     # Gate and up, the activated gate, its product with up, that times the routing weight; the mask.
     return 5 * neurons * item + (neurons if k < neurons else 0)
 

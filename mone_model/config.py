@@ -112,7 +112,7 @@ class ModelConfig:
     neuron_balance_form: str = "normalised"
     """Form of NG-LBL: normalised, unmasked or masked (docs/architecture.md)."""
     neuron_balance_stride: int = 1
-    """NG-LBL reads every this many-th token of each expert; 1: all. It costs less with fewer."""
+    """NG-LBL averages over every n-th token of each expert; 1: all tokens. A larger stride costs less."""
 
     def __post_init__(self) -> None:
         at_least_1 = "num_layers hidden_size num_attention_heads seq_length vocab_multiple num_experts neuron_balance_stride"

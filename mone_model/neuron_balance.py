@@ -52,7 +52,7 @@ def neuron_sizes(
     balance: Balance,
     tensor_group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """[E, h] sum of p over the sampled rows of each expert, in fp32, with gradient; the other arguments have none.
+    """[E, h] sum of p over the sampled rows of each expert, in fp32, differentiable with respect to `active_NH`.
 
     active_NH: [N, h] activated gates. mask_NH: [N, h] bool, the neurons kept. tokens_per_expert_E: [E] integers, sum N.
     tensor_group: ranks that hold the other neurons of the same experts and see the same tokens.

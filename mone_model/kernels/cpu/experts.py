@@ -86,7 +86,7 @@ def _(
     counting: Any, form: int, stride: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, (num_experts, neurons) = len(x), down.shape[:2]
-    is_dense = form in (1, 2)
+    is_dense = form > 0 and NEURON_BALANCE_FORMS[form - 1] != "masked"
     if is_dense and stride > 1:  # depends on the data
         sampled: Any = torch.library.get_ctx().new_dynamic_size()
     else:
