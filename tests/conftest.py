@@ -17,6 +17,11 @@ from mone_model.kernels.cpu import library
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slurm's tests first: their file takes the longest, and pytest-xdist starts the files in this order."""
+    items.sort(key=lambda item: item.path.parent.name != "slurm")
+
+
 @pytest.fixture(autouse=True)
 def _cpu_kernels() -> Iterator[None]:
     yield

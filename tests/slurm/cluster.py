@@ -84,12 +84,13 @@ class Slurm:
 
     def wait(self, job: str, *states: str, seconds: float = 600) -> str:
         """Wait for one of these states and return it; a requeued job starts without delay."""
-        began = time.monotonic()
+        began, released = time.monotonic(), 0
         while (state := self.state(job)) not in states:
             assert time.monotonic() - began < seconds, f"{self.shown(job)}\n{self.logs()}"
-            if state == "PENDING" and self.restarts(job):
+            if state == "PENDING" and (restarts := self.restarts(job)) > released:
                 time.sleep(2)  # in the same second, its credential would count as revoked
                 self.start_now(job)
+                released = restarts  # Slurm waits for its next scheduling cycle after each change of the start time
             time.sleep(0.3)
         return state
 

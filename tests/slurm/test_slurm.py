@@ -182,7 +182,9 @@ def test_a_job_that_fails_twice_at_the_same_step_is_not_restarted(slurm: Slurm, 
 
 
 def test_a_sweep_submits_one_job_per_point_and_none_twice(slurm: Slurm, folder: Path) -> None:
-    launcher = ["hydra/launcher=slurm", *(f"hydra.{option.replace('launch.', 'launcher.')}" for option in LAUNCH)]
+    # Two nodes with one munged sometimes lose a launch when two jobs start in the same second.
+    launch = [*LAUNCH, "launch.sbatch=[--exclusive]"]
+    launcher = ["hydra/launcher=slurm", *(f"hydra.{option.replace('launch.', 'launcher.')}" for option in launch)]
     sweep = ["--multirun", "run.name=swept", "run.seed=1,2", "data.blend=[{path: a}]", *OPTIONS, *launcher]
 
     def submit_sweep(*options: str) -> str:
