@@ -26,7 +26,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
-from benchmarks.step import compose, megatron_step, prepare
+from benchmarks.step import compose, megatron_step
 from mone_common.console import ReportedError, command, to_dataclass
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -77,7 +77,6 @@ ConfigStore.instance().store(
 
 def build(options: BenchmarkConfig, kernel: str, alternative: str | None) -> Run:
     """A training step; alternative: None for the kernel itself, or "eager" or "compiled"."""
-    prepare(with_ours=True)
     if alternative == "eager":
         REPLACEMENTS[kernel](lambda function: function)
     elif alternative == "compiled":

@@ -22,10 +22,13 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
-from benchmarks.step import DENSE, PRODUCT_FLOPS, SKIPPED, build_product, compose, megatron_step, prepare, training_flops
+from benchmarks.step import compose, megatron_step
 from mone_common.console import UserError, command, to_dataclass
-from mone_model.accounting import count_communication, count_parameters, estimate_memory
+from mone_model import megatron
+from mone_model.accounting import count_communication, count_flops, count_parameters, estimate_memory
+from mone_model.config import ModelConfig
 from train.config import RunConfig
+from train.runtime import keep_freed_memory
 
 
 @dataclass
@@ -135,16 +138,36 @@ def cost_of(config: RunConfig) -> Cost:
     )
 
 
-def build_step(config: RunConfig) -> Run:
-    """A training step."""
-    prepare(with_ours=True)
-    return megatron_step(config)
+def training_flops(model: ModelConfig) -> dict[str, int]:
+    """Training FLOPs per token: of the dense model, and without products of dropped neurons."""
+    dense = 3 * count_flops(model).dense
+    return {DENSE: dense, SKIPPED: dense - moe_flops(model, skipping=False) + moe_flops(model)}
 
 
+def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
+    """Training FLOPs per token of all experts; skipping: count one of nine products (the gate) for dropped neurons."""
+    k = model.active_neurons if skipping else model.moe_ffn_hidden_size
+    routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * k)
+    return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)
+
+
+DENSE, SKIPPED = "of the dense model", "left when dropped neurons are skipped"
+
+
+PRODUCT_SIZE = 2048
+PRODUCT_FLOPS = 2 * PRODUCT_SIZE**3
 ADDED, EXCHANGED = 2**25, 2**22
 ADDED_BYTES = 3 * 4 * ADDED
 # Each of the two processes sends half of its data.
 EXCHANGED_BYTES = 2 * 4 * EXCHANGED // 2
+
+
+def build_product() -> Run:
+    """A plain fp32 matrix product, as a training step runs it."""
+    megatron.prepare()
+    keep_freed_memory()
+    a, b = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE), torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
+    return lambda: torch.mm(a, b)
 
 
 def build_add() -> Run:
@@ -179,9 +202,9 @@ class Point:
 
 def measure(runs: dict[int, RunConfig], options: BenchmarkConfig) -> list[Point]:
     """Time the sizes of a series in turns with the reference operations."""
-    steps = {str(size): functools.partial(build_step, config) for size, config in runs.items()}
+    steps = {str(size): functools.partial(megatron_step, config) for size, config in runs.items()}
     yardsticks = {
-        "product": functools.partial(build_product, with_ours=True),
+        "product": functools.partial(build_product),
         "add": functools.partial(build_add),
         "exchange": functools.partial(build_exchange),
     }

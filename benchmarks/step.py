@@ -1,28 +1,27 @@
-"""Benchmarks a training step against the same model in other frameworks, and against a plain matrix product.
+"""Benchmarks a training step: MoNE with and without its balance loss, the plain MoE, and the same MoE in other frameworks.
 
-    python -m benchmarks.step model=mone_tiny
-    python -m benchmarks.step model=mone_small micro_batch_size=2 leave_out=[dropless]     # for 24 GiB
+    python -m benchmarks.step                                       # ours alone: what the loss costs, what selection saves
+    python -m benchmarks.step peers=true                            # beside the other frameworks
+    python -m benchmarks.step model=mone_small micro_batch_size=2 rounds=4 repeats=2
     python -m benchmarks.step profile=true                          # profile of our step
 
-Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. All contenders use fused AdamW:
+Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. Each contender has a process of its
+own, which imports only what its users would import. The peers, all with torch's fused AdamW:
 
-- Megatron-Core: its own layers, experts (SequentialMLP) and optimizer, with our dispatcher, gradient norm and clipping.
-- transformers: Qwen3-MoE with its default experts (grouped GEMMs).
-- DeepSpeed MoE: Qwen3 of transformers with DeepSpeed's MoE layer and its load-balancing loss instead of each MLP. By default
-  it drops tokens (capacity factor 1); "dropless" drops none, like the other contenders.
+- Megatron-Core: its own layers, experts (SequentialMLP) and optimizer. "fused" compiles the functions that Megatron-Core
+  marks for its JIT fuser (torch.compile), as it does by default. Both need the replacements of
+  `mone_model.megatron.cpu_support`, without which Megatron-Core does not run on CPUs.
+- transformers: Qwen3-MoE with its default experts (grouped GEMMs); "compiled" by torch.compile of the whole model.
+- DeepSpeed: Qwen3 of transformers with DeepSpeed's MoE layer and its load-balancing loss in place of each MLP. "dropless"
+  drops no tokens, like all others; by default the layer drops those beyond an expert's capacity, and so computes less.
 
-The last two have no shared expert, and are compared with our model without one.
-
-In a second pass the others run with our matrix products (`mone_model.megatron.cpu_gemm`) and memory settings, so that the
-ratio shows the difference of the models only.
-
-"bound" is a lower bound for any experts: the measured time of our model without MoE layers, plus the operations that remain
-when dropped neurons are skipped, at the speed of the plain product.
+The models of transformers and DeepSpeed have no shared expert, so with peers=true no contender has one.
 """
 
 import contextlib
 import functools
 import statistics
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,16 +35,7 @@ from omegaconf import DictConfig
 
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from mone_common.console import command, to_dataclass
-from mone_model import megatron
-
-megatron.prepare()  # also in the processes of the contenders, which import this module
-# ruff: noqa: E402
-
-from mone_model.accounting import count_flops
 from mone_model.config import ModelConfig
-from mone_model.kernels.cpu import library as cpu_library
-from mone_model.megatron import cpu_gemm
-from train import runtime
 from train.config import RunConfig, load_config
 
 
@@ -56,19 +46,25 @@ class BenchmarkConfig:
     model: str = "mone_tiny"
     """A model of configs/model."""
     activation_ratio: float = 0.25
-    """activation_ratio of our model; the others compute all neurons."""
+    """activation_ratio of MoNE; the others compute all neurons."""
+    neuron_balance_coeff: float = 0.001
+    """Coefficient of the balance loss, where it is on."""
+    stride: int = 4
+    """A contender takes the balance loss over every n-th token."""
     vocab_size: int = 4096
     """Vocabulary size."""
     micro_batch_size: int = 8
     """Sequences per step."""
+    peers: bool = False
+    """Measure the other frameworks, too, all models without a shared expert."""
+    leave_out: list[str] = field(default_factory=list)
+    """Leave out contenders whose name contains one of these words; all contenders are in memory at once."""
     rounds: int = 7
     """Turns of each contender."""
     repeats: int = 8
     """Steps per turn."""
-    leave_out: list[str] = field(default_factory=list)
-    """Leave out contenders whose name contains one of these words; all contenders are in memory at once."""
     profile: bool = False
-    """Print a torch profile of `rounds` steps of our model instead."""
+    """Print a torch profile of `rounds` steps of MoNE with the balance loss instead."""
 
 
 ConfigStore.instance().store(name="benchmark_schema", node=BenchmarkConfig)
@@ -77,14 +73,15 @@ ConfigStore.instance().store(
 )
 
 
-def run_config(options: BenchmarkConfig, *, shared: bool) -> RunConfig:
-    """The configuration to time; shared: with the shared expert."""
+def run_config(options: BenchmarkConfig, *overrides: str) -> RunConfig:
+    """The configuration to time."""
     return compose(
         f"model={options.model}",
         f"model.vocab_size={options.vocab_size}",
         f"model.activation_ratio={options.activation_ratio}",
         f"training.micro_batch_size={options.micro_batch_size}",
-        *([] if shared else ["model.shared_expert_ffn_hidden_size=0"]),
+        *(["model.shared_expert_ffn_hidden_size=0"] if options.peers else []),
+        *overrides,
     )
 
 
@@ -105,32 +102,12 @@ def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
         yield torch.randint(0, vocab_size, shape, generator=generator)
 
 
-def prepare(*, with_ours: bool) -> None:
-    """Set up this process with our matrix products and memory settings, or with torch's defaults."""
-    torch.set_num_threads(torch.get_num_threads())
-    if with_ours:
-        runtime.keep_freed_memory()
-    else:
-        cpu_gemm.remove()
-        runtime.keep_freed_memory = lambda: None
-
-
-def build_megatron(options: BenchmarkConfig, *, shared: bool, stock: bool, with_ours: bool, moe: bool = True) -> Run:
-    """A step of our engine; stock: with Megatron-Core's own layers and experts; moe=False: MoE layers return their input."""
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    from train.engines import megatron
-
-    prepare(with_ours=with_ours)
-    if not moe:  # for the life of this process
-        MoELayer.forward = lambda self, hidden, *_, **__: (hidden, None)
-    build = build_stock if stock else megatron.build_gpt
-    with mock.patch.object(megatron, "build_gpt", build):
-        return megatron_step(run_config(options, shared=shared))
-
-
 def megatron_step(config: RunConfig) -> Run:
     """A step of our engine over one micro-batch of this process."""
+    from mone_model import megatron
+
+    megatron.prepare()
+    from train import runtime
     from train.engines.megatron import MegatronEngine
 
     group = contextlib.ExitStack()  # stays open as long as the process
@@ -153,16 +130,45 @@ def megatron_step(config: RunConfig) -> Run:
     return lambda: engine.train_step(endless, micro_batches=1, accept=lambda loss, grad_norm: True)
 
 
-def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> torch.nn.Module:
+def build_ours(options: BenchmarkConfig, *overrides: str) -> Run:
+    """A step of our model."""
+    return megatron_step(run_config(options, *overrides))
+
+
+def build_megatron(options: BenchmarkConfig, *, fused: bool) -> Run:
+    """A step of our engine with Megatron-Core's own model."""
+    from mone_model import megatron
+    from mone_model.megatron import cpu_gemm, cpu_support
+
+    if fused:
+        cpu_support.jit_without_compiler = jit_with_compiler
+    megatron.prepare()
+    cpu_gemm.remove()
+    from train.engines import megatron as engine
+
+    with mock.patch.object(engine, "build_gpt", functools.partial(stock_gpt, fused=fused)):
+        return megatron_step(run_config(options))
+
+
+def jit_with_compiler() -> types.ModuleType:
+    """megatron.core.jit as it is with torch 2.2 or later; the original cannot be imported before the rest of the package."""
+    jit: Any = types.ModuleType("megatron.core.jit")
+    jit.jit_fuser, jit.noop_decorator = torch.compile, lambda function: function
+    jit.enable_jit_fuser = jit.disable_jit_fuser = lambda: None
+    return jit
+
+
+def stock_gpt(model: ModelConfig, parallel: Any, compute: Any, *, fused: bool, **_: Any) -> torch.nn.Module:
     """Megatron-Core's GPTModel with its local layers, DotProductAttention and SequentialMLP."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
+    from mone_model.kernels.cpu import library
     from mone_model.megatron.transformer_config import transformer_config
 
-    cpu_library.allowed = False  # for the life of this process
+    library.allowed = False  # for the life of this process
     config = transformer_config(model, parallel, compute)
-    config.bias_activation_fusion = False  # its default; the fused form is slower without torch.compile
+    config.bias_activation_fusion = fused  # slower than the parts where nothing is compiled
     return GPTModel(
         config=config,
         transformer_layer_spec=get_gpt_layer_local_spec(
@@ -175,12 +181,11 @@ def build_stock(model: ModelConfig, parallel: Any, compute: Any, **_: Any) -> to
     )
 
 
-def build_transformers(options: BenchmarkConfig, *, with_ours: bool) -> Run:
+def build_transformers(options: BenchmarkConfig, *, compiled: bool) -> Run:
     """A step of Qwen3-MoE."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    prepare(with_ours=with_ours)
-    config = run_config(options, shared=False)
+    config = run_config(options)
     model = config.model
     experts = {
         "num_experts": model.num_experts,
@@ -188,18 +193,18 @@ def build_transformers(options: BenchmarkConfig, *, with_ours: bool) -> Run:
         "moe_intermediate_size": model.moe_ffn_hidden_size,
         "norm_topk_prob": True,
     }
-    return _step_of(Qwen3MoeForCausalLM(Qwen3MoeConfig(**_attention_of(model), **experts)), config)
+    qwen = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_attention_of(model), **experts))
+    return _step_of(torch.compile(qwen) if compiled else qwen, config)
 
 
-def build_deepspeed(options: BenchmarkConfig, *, drop_tokens: bool, with_ours: bool) -> Run:
+def build_deepspeed(options: BenchmarkConfig, *, drop_tokens: bool) -> Run:
     """A step of Qwen3 with DeepSpeed's MoE layers; drop_tokens: those beyond an expert's capacity."""
     import deepspeed
     from deepspeed.moe.layer import MoE
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-    prepare(with_ours=with_ours)
-    config = run_config(options, shared=False)
+    config = run_config(options)
     model = config.model
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiles for minutes; unused with one process
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -238,7 +243,7 @@ def _attention_of(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _step_of(model: torch.nn.Module, config: RunConfig, other_losses: Callable[[], Any] = lambda: 0.0) -> Run:
+def _step_of(model: Any, config: RunConfig, other_losses: Callable[[], Any] = lambda: 0.0) -> Run:
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr, fused=True)
     tokens = random_tokens(config)
 
@@ -252,76 +257,55 @@ def _step_of(model: torch.nn.Module, config: RunConfig, other_losses: Callable[[
     return step
 
 
-def build_product(size: int = 2048, *, with_ours: bool) -> Run:
-    """A plain fp32 matrix product."""
-    prepare(with_ours=with_ours)
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    return lambda: torch.mm(a, b)
-
-
-PRODUCT_FLOPS = 2 * 2048**3
+WITHOUT, WITH = "MoNE", "MoNE, balance loss"
 
 
 @command("benchmark_step", path=None)
 def main(hydra_config: DictConfig) -> None:
-    """Run all contenders in turns, first with the others as they are, then with our matrix products."""
+    """Run all contenders in turns."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
-
-    def of(build: Callable[..., Run], *arguments: Any, **more: Any) -> functools.partial[Run]:
-        return functools.partial(build, *arguments, **more)
-
     if options.profile:
         return print_profile(options)
-    config = run_config(options, shared=True)
-    models = {"ours": config.model, "ours, no shared expert": run_config(options, shared=False).model}
+    loss = f"model.neuron_balance_coeff={options.neuron_balance_coeff}"
+    stride = f"model.neuron_balance_stride={options.stride}"
+    contenders = {
+        WITHOUT: functools.partial(build_ours, options),
+        WITH: functools.partial(build_ours, options, loss),
+        f"MoNE, loss over 1/{options.stride}": functools.partial(build_ours, options, loss, stride),
+        "plain MoE": functools.partial(build_ours, options, "model.activation_ratio=1"),
+    }
+    if options.peers:
+        contenders |= {
+            "Megatron-Core": functools.partial(build_megatron, options, fused=False),
+            "Megatron-Core, fused": functools.partial(build_megatron, options, fused=True),
+            "transformers": functools.partial(build_transformers, options, compiled=False),
+            "transformers, compiled": functools.partial(build_transformers, options, compiled=True),
+            "DeepSpeed, dropless": functools.partial(build_deepspeed, options, drop_tokens=False),
+            "DeepSpeed, dropping": functools.partial(build_deepspeed, options, drop_tokens=True),
+        }
+    for word in options.leave_out:
+        contenders = {name: build for name, build in contenders.items() if word not in name}
+    config = run_config(options)
     tokens = config.training.micro_batch_size * config.model.seq_length
-    print(f"{options.model}, activation_ratio={options.activation_ratio}, {tokens} tokens a step, ", end="")
+    model = f"{options.model}, no shared expert" if options.peers else options.model
+    print(f"{model}, activation_ratio={options.activation_ratio}, fp32, {tokens} tokens a step, ", end="")
     print(f"{torch.get_num_threads()} threads, {options.rounds} rounds of {options.repeats} steps")
-    # Two passes, because all contenders of a pass are in memory at once.
-    for with_ours in (False, True):
-        ours = functools.partial(build_megatron, options, stock=False, with_ours=True)
-        others = {
-            "Megatron-Core": of(build_megatron, options, shared=True, stock=True, with_ours=with_ours),
-            "transformers": of(build_transformers, options, with_ours=with_ours),
-            "DeepSpeed MoE": of(build_deepspeed, options, drop_tokens=True, with_ours=with_ours),
-            "DeepSpeed MoE, dropless": of(build_deepspeed, options, drop_tokens=False, with_ours=with_ours),
-        }
-        contenders = {
-            "ours": of(ours, shared=True),
-            "ours, no shared expert": of(ours, shared=False),
-            "ours, no MoE layers": of(ours, shared=False, moe=False),
-            "matrix product": of(build_product, with_ours=with_ours),
-        }
-        contenders |= {name: other for name, other in others.items() if not any(word in name for word in options.leave_out)}
-        seconds = time_interleaved(contenders, options.rounds, options.repeats)
-        print("Theirs with our matrix products and use of memory:" if with_ours else "Theirs as they are:")
-        report(seconds, models, tokens)
+    report(time_interleaved(contenders, options.rounds, options.repeats), tokens)
 
 
-def report(seconds: dict[str, list[float]], models: dict[str, ModelConfig], tokens: int) -> None:
-    """Print the time of each contender, the ratio of ours to theirs, and our FLOP/s relative to a plain product."""
-    without_moe, product = seconds["ours, no MoE layers"], seconds["matrix product"]
+def report(seconds: dict[str, list[float]], tokens: int) -> None:
+    """Print the time of each contender, and that of MoNE with and without its loss relative to it."""
+    ours = [name for name in (WITHOUT, WITH) if name in seconds]
+    print(f"  {'':24}{'step':>10}{'tokens/s':>10}", *(f"{name + ' / it':28}" for name in ours), sep="   ")
     for name, times in seconds.items():
-        print(f"  {name:24} {1000 * statistics.median(times):8.0f} ms", end="")
-        if name == "matrix product":
-            print(f"   {PRODUCT_FLOPS / statistics.median(times) / 1e9:.0f} GFLOP/s")
-        elif name.startswith("ours"):
-            print()
-        else:
-            side = "ours" if name == "Megatron-Core" else "ours, no shared expert"
-            owed = moe_flops(models[side]) * tokens / PRODUCT_FLOPS
-            bound = [rest + owed * alone for rest, alone in zip(without_moe, product, strict=True)]
-            print(f"   ours / it: {ratio(seconds[side], times)}   bound: {ratio(bound, times)}")
-    for name, per_token in training_flops(models["ours"]).items():
-        rates = zip(seconds["ours"], product, strict=True)
-        share = [per_token * tokens / step / (PRODUCT_FLOPS / alone) for step, alone in rates]
-        print(f"  FLOP/s {name} / those of the matrix product: {statistics.median(share):.2f}", end="")
-        print(f" [{min(share):.2f}, {max(share):.2f}]")
+        median = statistics.median(times)
+        ratios = [f"{'' if name == mine else ratio(seconds[mine], times):28}" for mine in ours]
+        print(f"  {name:24}{1000 * median:7.0f} ms{tokens / median:10,.0f}", *ratios, sep="   ")
 
 
 def print_profile(options: BenchmarkConfig) -> None:
-    """Print the milliseconds per step of each operation that takes over 1 % of a step, without the shared expert."""
-    step = build_megatron(options, shared=False, stock=False, with_ours=True)
+    """Print the milliseconds per step of each operation that takes over 1 % of a step."""
+    step = build_ours(options, f"model.neuron_balance_coeff={options.neuron_balance_coeff}")
     for _ in range(5):  # the first profiles are slower, because matrix products allocate new pages
         for _ in range(options.rounds):
             step()
@@ -334,22 +318,6 @@ def print_profile(options: BenchmarkConfig) -> None:
         if part > whole / 100:
             print(f"  {part:6.1f} ms  {name}")
     print(f"  {whole:6.1f} ms  in all")
-
-
-def training_flops(model: ModelConfig) -> dict[str, int]:
-    """Training FLOPs per token: of the dense model, and without products of dropped neurons."""
-    dense = 3 * count_flops(model).dense
-    return {DENSE: dense, SKIPPED: dense - moe_flops(model, skipping=False) + moe_flops(model)}
-
-
-def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
-    """Training FLOPs per token of all experts; skipping: count one of nine products (the gate) for dropped neurons."""
-    k = model.active_neurons if skipping else model.moe_ffn_hidden_size
-    routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * k)
-    return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)
-
-
-DENSE, SKIPPED = "of the dense model", "left when dropped neurons are skipped"
 
 
 if __name__ == "__main__":

@@ -245,9 +245,7 @@ def measure_ceilings(size: int = 8192) -> Iterator[Record]:
 def measure_step(model: str, precision: str, steps: int) -> Iterator[Record]:
     """A training step of our engine on Megatron-Core; needs the whole project installed."""
     from benchmarks.step import compose, megatron_step
-    from mone_model.megatron import prepare
 
-    prepare()
     config = compose(
         f"model={model}", "model.vocab_size=4096", "training.micro_batch_size=8", f"compute.precision={precision}"
     )
