@@ -173,6 +173,8 @@ def _hook_routed(name: str, module: Any) -> HookedExperts:
     )
     ours = type(module).__name__ == "MoneExperts"  # by name, since trust_remote_code makes a class of its own
     if ours:
+        if module.neuron_bias is not None:
+            raise UserError(f"{name}: use_neuron_bias=true: the study ranks neurons by |act(gate)| alone")
         experts.trained = Rule(k=module.k) if module.threshold is None else Rule(threshold=module.threshold)
         experts.rule = experts.trained
     stock = getattr(type(module), "_apply_gate", _default_apply_gate)

@@ -113,6 +113,10 @@ class ModelConfig:
     """Form of NG-LBL: normalised, unmasked or masked (docs/architecture.md)."""
     neuron_balance_stride: int = 1
     """NG-LBL averages over every n-th token of each expert; 1: all tokens. A larger stride costs less."""
+    neuron_bias: bool = False
+    """Balancing without a loss: a bias on each neuron's |act(gate)| steers the selection (`mone_model.neuron_bias`)."""
+    neuron_bias_update_rate: float = 1e-3
+    """Step of the neuron bias, once per optimizer step, in units of |act(gate)|."""
 
     def __post_init__(self) -> None:
         at_least_1 = "num_layers hidden_size num_attention_heads seq_length vocab_multiple num_experts neuron_balance_stride"
@@ -121,7 +125,7 @@ class ModelConfig:
         for name in ("num_query_groups", "kv_channels", "vocab_size"):
             value = getattr(self, name)
             check(value is None or value >= 1, f"model.{name}", value, "must be null or at least 1")
-        for name in ("rotary_base", "norm_epsilon", "init_std", "expert_bias_update_rate"):
+        for name in ("rotary_base", "norm_epsilon", "init_std", "expert_bias_update_rate", "neuron_bias_update_rate"):
             check(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "must be positive")
         for name in ("router_scaling_factor", "expert_capacity_factor"):
             value = getattr(self, name)

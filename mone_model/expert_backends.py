@@ -63,7 +63,7 @@ class ExpertOutput(NamedTuple):
     load_EH: torch.Tensor | None = None
     """[E, h] how often each neuron was kept; with `balance` or `counting`."""
     threshold_N: torch.Tensor | None = None
-    """[N] the smallest |gate| kept; with `counting`."""
+    """[N] the smallest score kept; with `counting`."""
     magnitude_EH: torch.Tensor | None = None
     """[E, h] sum of |gate| over the rows of an expert, kept or not; with `counting`."""
 
@@ -79,6 +79,8 @@ class Request(NamedTuple):
     """Whether to return what `NeuronCounters` count."""
     balance: Balance | None = None
     """Which sizes of neurons to return for the balance loss; None: none."""
+    bias_EH: torch.Tensor | None = None
+    """[E, h] fp32, not negative: added to |gate| in the score by which the rule selects. It changes no value."""
 
 
 class ExpertBackend(ABC):
@@ -108,13 +110,13 @@ class Dense(ExpertBackend):
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
     ) -> ExpertOutput:
         """See `ExpertBackend`."""
-        rule, activation, counting, balance = request
+        rule, activation, counting, balance, bias_EH = request
         act, group = ACTIVATIONS[activation].function, rule.group if isinstance(rule, TopK) else None
         gate_up_EDH = weights.gate_up_E2HD.flatten(1, 2).transpose(1, 2)
         gate_NH, up_NH = self.gemm(x_ND, gate_up_EDH, tokens_E).chunk(2, dim=-1)
         neurons = gate_NH.size(1)
         selecting = isinstance(rule, AtLeast) or not rule.keeps_all(neurons)
-        if isinstance(rule, TopK) and group is None and selecting:
+        if isinstance(rule, TopK) and group is None and selecting and bias_EH is None:
             hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, rule.k, activation)
             if counting or balance:
                 active_NH, mask_NH = act(gate_NH if balance else gate_NH.detach()), unpack(masks_NW, neurons)
@@ -122,7 +124,7 @@ class Dense(ExpertBackend):
             active_NH = act(gate_NH)
             hidden_NH = (active_NH * up_NH * probs_N[:, None]).to(x_ND.dtype)
             if selecting or counting or balance:
-                mask_NH, threshold_N = _select(active_NH, rule)
+                mask_NH, threshold_N = _select(active_NH, rule, rows_of_experts(bias_EH, tokens_E, len(x_ND)))
             if selecting:
                 hidden_NH = hidden_NH * mask_NH
         out_ND = self.gemm(hidden_NH, weights.down_EHD, tokens_E)
@@ -137,12 +139,13 @@ class Dense(ExpertBackend):
         return output
 
 
-def _select(active_NH: torch.Tensor, rule: Rule) -> Selection:
+def _select(active_NH: torch.Tensor, rule: Rule, bias_NH: torch.Tensor | None) -> Selection:
     if isinstance(rule, AtLeast):
-        return Selection(scores_of(active_NH) >= rule.threshold, active_NH.new_full(active_NH.shape[:1], rule.threshold))
+        mask_NH = scores_of(active_NH, bias_NH) >= rule.threshold
+        return Selection(mask_NH, active_NH.new_full(active_NH.shape[:1], rule.threshold))
     if not rule.keeps_all(active_NH.size(1)):
-        return select_neurons(active_NH, rule.k, rule.group)
-    smallest_N = scores_of(active_NH).amin(-1)
+        return select_neurons(active_NH, rule.k, rule.group, bias_NH)
+    smallest_N = scores_of(active_NH, bias_NH).amin(-1)
     if rule.group is not None:
         dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=rule.group)
     return Selection(torch.ones_like(active_NH, dtype=torch.bool), smallest_N)
@@ -155,12 +158,14 @@ class Sparse(ExpertBackend):
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
     ) -> ExpertOutput:
         """See `ExpertBackend`. By thresholds it computes as `loop` does."""
-        rule, activation, counting, balance = request
+        rule, activation, counting, balance, bias_EH = request
         if isinstance(rule, AtLeast):
             return BACKENDS["loop"].compute(weights, x_ND, tokens_E, probs_N, request)
         assert rule.group is None, "the kernels need all neurons of an expert on one rank"
         counted = counting or balance is not None
-        kept = cpu.experts(x_ND, *weights, probs_N, tokens_E, rule.k, activation, counting=counted, balance=balance)
+        kept = cpu.experts(
+            x_ND, *weights, probs_N, tokens_E, rule.k, activation, counting=counted, balance=balance, bias_EH=bias_EH
+        )
         output = ExpertOutput(kept.out_ND)
         if counted:
             output = output._replace(load_EH=kept.counts_E2H[:, 0])
@@ -180,7 +185,8 @@ class Decode(ExpertBackend):
         assert not request.counting, "inference has no counters"
         assert request.balance is None, "inference has no balance loss"
         k, threshold = (rule.k, None) if isinstance(rule, TopK) else (0, rule.threshold)
-        return ExpertOutput(cpu.decode(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold).out_ND)
+        kept = cpu.decode(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold, bias_EH=request.bias_EH)
+        return ExpertOutput(kept.out_ND)
 
 
 def route(
@@ -203,6 +209,11 @@ def route(
     probs_R = probs_Tk.flatten()[order_R].float()
     out_RD = backend.compute(weights, x_TD[token_R], tokens_E, probs_R, request).out_ND
     return torch.zeros_like(x_TD).index_add_(0, token_R, out_RD.to(x_TD.dtype))
+
+
+def rows_of_experts(values_EH: torch.Tensor | None, tokens_E: torch.Tensor, rows: int) -> torch.Tensor | None:
+    """[N, h] for rows sorted by expert the numbers [h] of their expert; None stays None."""
+    return None if values_EH is None else values_EH.repeat_interleave(tokens_E, dim=0, output_size=rows)
 
 
 def expert_gemm(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:

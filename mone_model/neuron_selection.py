@@ -39,12 +39,13 @@ class Selection(NamedTuple):
     mask_NH: torch.Tensor
     """[N, h] bool, exactly K true per row over all ranks of the expert."""
     threshold_N: torch.Tensor
-    """[N] the K-th largest |gate| of the row, which is the smallest kept; infinity in place of NaN."""
+    """[N] the K-th largest score of the row, which is the smallest kept; infinity in place of NaN."""
 
 
-def scores_of(gate: torch.Tensor) -> torch.Tensor:
-    """|gate|, the score of each neuron, without a gradient. NaN becomes infinity, so that exactly K are always kept."""
-    return gate.detach().abs().nan_to_num_(nan=math.inf, posinf=math.inf)
+def scores_of(gate: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """|gate| + bias, the score of each neuron, without a gradient. NaN becomes infinity, so that exactly K are kept."""
+    score = gate.detach().abs().nan_to_num_(nan=math.inf, posinf=math.inf)
+    return score if bias is None else score.float() + bias
 
 
 def select_neurons_reference(gate_NH: torch.Tensor, k: int) -> Selection:
@@ -55,13 +56,16 @@ def select_neurons_reference(gate_NH: torch.Tensor, k: int) -> Selection:
     return Selection(mask_NH, score_NH.gather(-1, order_NH[:, k - 1 : k]).squeeze(-1))
 
 
-def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | None = None) -> Selection:
-    """Keep the k neurons of each row with the largest |gate|. NaN counts as infinity. Ties go to the lower index.
+def select_neurons(
+    gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | None = None, bias_NH: torch.Tensor | None = None
+) -> Selection:
+    """Keep the k neurons of each row with the largest |gate| + bias. NaN counts as infinity. Ties go to the lower index.
 
     gate_NH: [N, h] the gate *after* its activation. SiLU(-8) is nearly 0 and loses to SiLU(0.5).
     k: neurons to keep, 1 <= k <= H, counted over all ranks of `group`.
     group: ranks that hold the expert's neurons in order, h each; None: all are on this rank. Each rank sends its
         min(k, h) largest scores, and all ranks compute the same threshold. The tokens must be the same on every rank.
+    bias_NH: [N, h] fp32; None: 0.
 
     Raises ValueError if k is out of range.
     """
@@ -69,7 +73,7 @@ def select_neurons(gate_NH: torch.Tensor, k: int, group: dist.ProcessGroup | Non
     rows, neurons = gate_NH.shape
     if not 1 <= k <= neurons * ranks:
         raise ValueError(f"k={k}: must be between 1 and the number of neurons, {neurons * ranks}")
-    score_NH = scores_of(gate_NH)
+    score_NH = scores_of(gate_NH, bias_NH)
     candidates_NC = score_NH.topk(min(k, neurons), dim=-1, sorted=False).values
     if ranks == 1:
         threshold_N1 = candidates_NC.amin(-1, keepdim=True)

@@ -22,7 +22,7 @@ class AtLeast(NamedTuple):
 
 
 def count_magnitudes(active_NH: torch.Tensor) -> torch.Tensor:
-    """[2^16] int64: how often |act(gate)| has each magnitude, rounded down to 9 significant bits."""
+    """[2^16] int64: how often |act(gate)|, or another score, has each magnitude, rounded down to 9 significant bits."""
     bits = scores_of(active_NH.float()).view(torch.int32) >> _DROPPED_BITS
     return torch.bincount(bits.flatten(), minlength=2**16)
 

@@ -15,6 +15,7 @@ import torch
 
 from mone_model.config import ModelConfig
 
+NEURON_BIAS = "experts.neuron_bias"
 INTO_THE_RESIDUAL_STREAM = ("linear_proj.weight", "linear_fc2.weight", "experts.down_weight")
 
 
@@ -51,7 +52,7 @@ class RandomWeights:
     """Initial weights of a new model.
 
     Matrices are normal with standard deviation init_std, and init_std / sqrt(2 num_layers) for projections into the residual
-    stream (GPT-2). Vectors keep what the module starts with: 1 for norms, 0 for expert biases.
+    stream (GPT-2). Norms keep 1, and biases 0, with which their modules start.
     """
 
     def __init__(self, model: ModelConfig, *, seed: int, device: torch.device | None = None) -> None:
@@ -59,7 +60,7 @@ class RandomWeights:
 
     def read(self, wanted: Wanted) -> torch.Tensor | None:
         """See `WeightSource`."""
-        if len(wanted.shape) < 2:
+        if len(wanted.shape) < 2 or wanted.key.endswith(NEURON_BIAS):
             return None
         std = self.model.init_std
         if wanted.key.endswith(INTO_THE_RESIDUAL_STREAM):

@@ -40,6 +40,8 @@ class MoneConfig(Qwen3MoeConfig):
     """Router scores: softmax or sigmoid."""
     use_expert_bias: bool = False
     """Whether the router adds a bias to its scores when it chooses experts (arXiv 2408.15664)."""
+    use_neuron_bias: bool = False
+    """Whether a bias is added to |act(gate)| when neurons are selected."""
     routed_scaling_factor: float = 1.0
     """Multiplies the routing weights."""
 

@@ -28,7 +28,7 @@ def compute_experts(
     gate_up_E2HD = self.gate_up_proj.unflatten(1, (2, self.intermediate_dim))
     down_EHD = _neuron_major(self.down_proj).transpose(1, 2)
     rule: Rule = TopK(self.k) if self.threshold is None else AtLeast(self.threshold)
-    request = Request(rule, ACTIVATIONS[self.activation])
+    request = Request(rule, ACTIVATIONS[self.activation], bias_EH=self.neuron_bias)
     backend = BACKENDS[_choose(self, top_k_index.numel())]
     weights = backend.prepare(gate_up_E2HD, down_EHD)
     return route(backend, weights, hidden_states, top_k_index, top_k_weights, request)

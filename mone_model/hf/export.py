@@ -33,6 +33,7 @@ from mone_model.hf.conversion import Conversion
 from mone_model.hf.formats import CLASSES, choose_format, config_of, why_not
 from mone_model.hf.shards import Spec, plan_shards, write_index, write_shard
 from mone_model.hf.tokenizer import write_tokenizer
+from mone_model.hf.weight_map import BIASES
 
 logger = logging.getLogger(__name__)
 
@@ -155,11 +156,8 @@ def _write_tokenizer(checkpoint: Checkpoint, output: Path, model: ModelConfig) -
 def write_weights(folder: Path, conversion: Conversion, dtype: torch.dtype, largest_shard: int) -> None:
     """Write the safetensors files and their index, and report the progress."""
     sources = {tensor.name: tensor for tensor in conversion.tensors}
-    # The bias of the experts is added to scores in fp32: bf16 would change which experts are chosen.
-    specs = [
-        Spec(name, tensor.shape, torch.float32 if name.endswith("e_score_correction_bias") else dtype)
-        for name, tensor in sources.items()
-    ]
+    # Biases are added to scores in fp32: bf16 would change which experts and neurons are chosen.
+    specs = [Spec(name, tensor.shape, torch.float32 if name.endswith(BIASES) else dtype) for name, tensor in sources.items()]
     total = sum(spec.size for spec in specs)
     done, began = 0, time.monotonic()
     reported = began

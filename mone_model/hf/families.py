@@ -228,6 +228,7 @@ def _mone(fields: Fields) -> dict[str, Any]:
         "router_score_function": score,
         "router_scaling_factor": None if scale == 1 else scale,
         "expert_bias": bool(fields.get("use_expert_bias", False)),
+        "neuron_bias": bool(fields.get("use_neuron_bias", False)),
         "qk_layernorm": bool(fields.get("qk_layernorm", True)),
         "qk_layernorm_scope": fields.get("qk_layernorm_scope", "head"),
         "activation_ratio": fields.get("activation_ratio", 1.0),

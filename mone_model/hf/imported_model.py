@@ -32,6 +32,7 @@ FREE = {
     "neuron_balance_coeff",
     "neuron_balance_form",
     "neuron_balance_stride",
+    "neuron_bias_update_rate",
 }
 """Fields that may differ from the source: they change no tensor, and are choices of the training."""
 UPCYCLED = {
@@ -43,6 +44,7 @@ UPCYCLED = {
     "router_pre_softmax",
     "router_scaling_factor",
     "expert_bias",
+    "neuron_bias",
 }
 """Fields that upcycling sets; `weight_sources.check_upcycles` checks them."""
 

@@ -3,7 +3,8 @@
     y = sum over chosen experts i of  p_i(x) * sum over kept neurons j of  G_ij(x) (w_up_ij . x) w_down_ij
     G_i(x) = act(W_gate_i x)
 
-A token keeps, in each of its experts, the K neurons with the largest |G|; among equals the lower index is kept.
+A token keeps, in each of its experts, the K neurons with the largest |G|, plus a bias if the model has one; among equals the
+lower index is kept.
 """
 
 import sys
@@ -44,10 +45,14 @@ def check_engine(config: MoneConfig) -> None:
             )
 
 
-def select_neurons(active: torch.Tensor, k: int, threshold: float | None = None) -> torch.Tensor:
-    """Whether each neuron [..., H] is kept: the k with the largest |active|, or those that reach the threshold."""
+def select_neurons(
+    active: torch.Tensor, k: int, threshold: float | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Whether each neuron [..., H] is kept: the k with the largest |active| + bias, or those that reach the threshold."""
     # NaN counts as infinity, so that exactly k are kept.
     score = active.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    if bias is not None:
+        score = score + bias
     if threshold is not None:
         return score >= threshold
     smallest = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -55,11 +60,13 @@ def select_neurons(active: torch.Tensor, k: int, threshold: float | None = None)
     return above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
 
 
-def keep_neurons(active: torch.Tensor, k: int, threshold: float | None = None) -> torch.Tensor:
+def keep_neurons(
+    active: torch.Tensor, k: int, threshold: float | None = None, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     """Zero the neurons [..., H] that are not kept."""
     if threshold is None and k >= active.size(-1):
         return active
-    return active.masked_fill(~select_neurons(active, k, threshold), 0)
+    return active.masked_fill(~select_neurons(active, k, threshold, bias), 0)
 
 
 @use_experts_implementation
@@ -71,11 +78,28 @@ class MoneExperts(Qwen3MoeExperts):
         self.activation = config.hidden_act
         self.k = config.active_neurons
         self.threshold = None if config.neuron_thresholds is None else config.neuron_thresholds[layer_idx]
+        # A parameter without a gradient, so that it is loaded, saved and moved as the weights are.
+        bias = torch.zeros(config.num_experts, config.moe_intermediate_size) if config.use_neuron_bias else None
+        self.neuron_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.chosen = None
+        """[N, k] the experts of the tokens, if there is a bias."""
 
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def _apply_gate(self, gate_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         # Every implementation of transformers calls this, except Qwen3-MoE's own forward.
         gate, up = gate_up.float().chunk(2, dim=-1)
-        return (keep_neurons(self.act_fn(gate), self.k, self.threshold) * up).to(gate_up.dtype)
+        if self.neuron_bias is not None and bias is None:
+            bias = self.neuron_bias[self._experts_of_rows()]
+        return (keep_neurons(self.act_fn(gate), self.k, self.threshold, bias) * up).to(gate_up.dtype)
+
+    def _experts_of_rows(self) -> torch.Tensor:
+        """[N * k] the expert of each row that an implementation of transformers hands to `_apply_gate`."""
+        name = self.config._experts_implementation
+        if name not in ("batched_mm", "grouped_mm"):
+            raise ValueError(f"experts_implementation={name!r}: use_neuron_bias needs eager, batched_mm, grouped_mm or mone")
+        experts = self.chosen.flatten()
+        if name == "grouped_mm":  # sorts the rows
+            experts = experts.sort().values
+        return experts.clamp(max=self.num_experts - 1)  # under expert parallelism: an expert of another rank
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
         """`experts_implementation="eager"`: [N, D], [N, k] and [N, k] -> [N, D]."""
@@ -84,7 +108,8 @@ class MoneExperts(Qwen3MoeExperts):
             if expert == self.num_experts:  # under expert parallelism: an expert of another rank
                 continue
             token, slot = torch.where(top_k_index == expert)
-            hidden = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]))
+            bias = None if self.neuron_bias is None else self.neuron_bias[expert]
+            hidden = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]), bias)
             y = F.linear(hidden, self.down_proj[expert]) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out
@@ -157,6 +182,8 @@ class MoneSparseMoeBlock(nn.Module):
         """[B, s, D] -> [B, s, D]."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights, experts = self.gate(x)
+        if self.experts.neuron_bias is not None:
+            self.experts.chosen = experts
         out = self.experts(x, experts, weights)
         if self.shared_expert is not None:
             out = out + self.shared_expert(x)
@@ -194,7 +221,7 @@ class MonePreTrainedModel(Qwen3MoePreTrainedModel):
 
     config_class = MoneConfig
     _no_split_modules = ["MoneDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "neuron_bias"]
     _can_record_outputs = {
         "router_logits": OutputRecorder(MoneTopKRouter, index=0),
         "hidden_states": MoneDecoderLayer,

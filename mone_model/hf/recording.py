@@ -64,7 +64,8 @@ def _record(record: LayerRecord, experts: Any, inputs: tuple[torch.Tensor, ...])
         token, slot = torch.where(experts_Tk == expert)
         gate = torch.nn.functional.linear(x_TD[token], experts.gate_up_proj[expert, :neurons])
         gates_TkH[token, slot] = experts.act_fn(gate.float())
-    kept_TkH = select_neurons(gates_TkH, experts.k, experts.threshold)
+    bias_TkH = None if experts.neuron_bias is None else experts.neuron_bias[experts_Tk]
+    kept_TkH = select_neurons(gates_TkH, experts.k, experts.threshold, bias_TkH)
     for name, new in (
         ("experts_Tk", experts_Tk),
         ("weights_Tk", weights_Tk.float()),

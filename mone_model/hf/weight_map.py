@@ -71,6 +71,7 @@ class Names:
     shared: tuple[Projection, Projection, Projection] | None = None
     """Gate, up and down of the shared expert."""
     expert_bias: str | None = None
+    neuron_bias: str | None = None
 
 
 def _separate(prefix: str, names: tuple[str, str, str]) -> tuple[Projection, Projection, Projection]:
@@ -90,6 +91,7 @@ NAMES = {
         *_FUSED,
         shared=_separate("mlp.shared_expert", _PROJECTIONS),
         expert_bias="mlp.gate.e_score_correction_bias",
+        neuron_bias="mlp.experts.neuron_bias",
     ),
     "qwen3_moe": Names("mlp.gate.weight", *_separate("mlp.experts.{e}", _PROJECTIONS)),
     "mixtral": Names("block_sparse_moe.gate.weight", *_separate("block_sparse_moe.experts.{e}", ("w1", "w3", "w2"))),
@@ -109,6 +111,8 @@ NAMES = {
 """Tensor names by format. `mone` is also how transformers holds Qwen3-MoE, OLMoE and Mixtral in memory."""
 
 LAYERS = "decoder.layers."
+BIASES = ("e_score_correction_bias", "neuron_bias")
+"""Ends of the names of tensors that are added to scores."""
 
 
 def weight_map(model: ModelConfig, names: Names) -> Iterator[Weight]:
@@ -164,6 +168,10 @@ def _experts(model: ModelConfig, names: Names, layer: int, there: str) -> Iterat
         assert names.expert_bias is not None
         part = Part(there + names.expert_bias, model.num_experts)
         yield Weight(f"{LAYERS}mlp.router.expert_bias", (layer,), (model.num_experts,), (part,))
+    if model.neuron_bias:
+        assert names.neuron_bias is not None
+        part = Part(there + names.neuron_bias, model.num_experts)
+        yield Weight(f"{LAYERS}mlp.experts.neuron_bias", (layer,), (model.num_experts, neurons), (part,))
     for expert in range(model.num_experts):
         for half, projection in enumerate((names.gate, names.up)):
             part = _part(projection, neurons, there, expert)

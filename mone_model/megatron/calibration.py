@@ -15,9 +15,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from mone_model.activations import ACTIVATIONS
-from mone_model.expert_backends import expert_gemm_loop
+from mone_model.expert_backends import expert_gemm_loop, rows_of_experts
 from mone_model.megatron.experts import NeuronExperts
 from mone_model.megatron.gpt import moe_layers
+from mone_model.neuron_selection import scores_of
 from mone_model.thresholds import AtLeast, count_magnitudes
 
 
@@ -38,7 +39,9 @@ def counting_magnitudes(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     def count(layer: int, experts: NeuronExperts, inputs: tuple[torch.Tensor, ...]) -> None:
         x_ND, tokens_E = inputs[:2]
         gate_NH = expert_gemm_loop(x_ND, experts.gate_up_weight[:, 0].transpose(1, 2), tokens_E)
-        counts_LM[layer] += count_magnitudes(ACTIVATIONS[experts.activation].function(gate_NH)).cpu()
+        active_NH = ACTIVATIONS[experts.activation].function(gate_NH)
+        bias_NH = rows_of_experts(experts.neuron_bias, tokens_E, len(x_ND))
+        counts_LM[layer] += count_magnitudes(scores_of(active_NH, bias_NH)).cpu()
 
     with contextlib.ExitStack() as hooks:
         for layer, experts in layers.items():

@@ -6,6 +6,7 @@ Shapes: N rows (tokens of this rank's experts, sorted by expert), D model width,
 expert, h of them on this rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mone_model.expert_backends import BACKENDS, ExpertOutput, Request, Rule
 from mone_model.loss_record import LossRecord
 from mone_model.megatron.cpu_support import current_device
 from mone_model.neuron_balance import Balance, neuron_balance_loss
+from mone_model.neuron_bias import update_neuron_bias
 from mone_model.neuron_selection import TopK, select_and_gate, select_neurons
 from mone_model.neuron_stats import NeuronCounters
 
@@ -31,6 +33,7 @@ class NeuronExperts(MegatronModule):
 
     active_neurons: K. Equal to H it is a plain MoE: no selection takes place.
     balance_coeff, balance: the neuron balance loss (`mone_model.neuron_balance`).
+    bias_rate: step of the neuron bias (`mone_model.neuron_bias`), which `update_bias` changes; None: there is no bias.
     backend: grouped, loop or sparse (`mone_model.expert_backends`).
 
     Calibration (`mone_model.megatron.calibration`) may set `rule` to thresholds.
@@ -49,6 +52,7 @@ class NeuronExperts(MegatronModule):
         activation: str = "silu",
         balance_coeff: float = 0.0,
         balance: Balance | None = None,
+        bias_rate: float | None = None,
         backend: str = "grouped",
         name: str | None = None,
     ) -> None:
@@ -72,6 +76,11 @@ class NeuronExperts(MegatronModule):
             set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=axis, stride=1)
             # By the first backward pass of a step, so that it need not be zeroed before (`cpu_overrides.zero_gradients`).
             weight.gradient_is_written_over = backend == "sparse"  # type: ignore[attr-defined]
+        self.bias_rate = bias_rate
+        bias_EH = None if bias_rate is None else torch.zeros(num_local_experts, neurons, device=current_device())
+        self.register_buffer("neuron_bias", bias_EH)
+        self.load_ET: torch.Tensor | None = None
+        """[E, h + 1] since `update_bias`: in how many rows each neuron was kept, and the rows."""
         self.record = LossRecord()
         self.counting_neurons = False
         self.counters: NeuronCounters | None = None
@@ -90,9 +99,10 @@ class NeuronExperts(MegatronModule):
         request = Request(
             self.rule,
             self.activation,
-            counting=observing and self.counting_neurons,
+            counting=observing and (self.counting_neurons or self.neuron_bias is not None),
             # In both passes of recomputation, which must compute the same.
             balance=self.balance if self.training and self.balance_coeff > 0 else None,
+            bias_EH=self.neuron_bias,
         )
         weights = backend.prepare(self.gate_up_weight, self.down_weight)
         output = backend.compute(weights, x_ND, tokens_E, probs_N, request)
@@ -110,6 +120,11 @@ class NeuronExperts(MegatronModule):
         assert output.load_EH is not None
         assert output.threshold_N is not None
         assert output.magnitude_EH is not None
+        if self.neuron_bias is not None:
+            load_ET = torch.cat([output.load_EH, tokens_E[:, None]], dim=1).double()
+            self.load_ET = load_ET if self.load_ET is None else self.load_ET + load_ET
+        if not self.counting_neurons:
+            return
         if self.counters is None:
             self.counters = NeuronCounters(self.num_local_experts, output.load_EH.size(1), output.load_EH.device)
         self.counters.add(
@@ -138,11 +153,40 @@ class NeuronExperts(MegatronModule):
         replicas = parallel_state.get_data_parallel_world_size()
         return MoEAuxLossAutoScaler.apply(output.out_ND, self.balance_coeff * replicas * share)
 
+    def update_bias(self, *, applied: bool) -> None:
+        """Update the neuron bias after a step, or forget the step if it was not applied; a collective on every rank."""
+        if self.bias_rate is None:
+            return
+        load_ET, self.load_ET = self.load_ET, None
+        if not applied:
+            return
+        assert load_ET is not None, "the step had no forward pass"
+        update_neuron_bias(
+            self.neuron_bias,
+            load_ET[:, :-1],
+            load_ET[:, -1],
+            k=self.top_k.k,
+            neurons=self.num_neurons,
+            rate=self.bias_rate,
+            data_group=self.edp_group,
+            tensor_group=self.top_k.group,
+        )
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "NeuronExperts":
+        """Move or convert the module; the bias stays fp32, since bf16 cannot hold its small changes."""
+        super()._apply(fn, recurse)
+        if self.neuron_bias is not None:
+            self.neuron_bias = self.neuron_bias.float()
+        return self
+
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, ShardedTensor]:
         """Experts split over expert-parallel ranks on their first axis, neurons over expert-tensor ranks on theirs."""
         axes = len(sharded_offsets)
+        tensors = [("gate_up_weight", self.gate_up_weight, 2), ("down_weight", self.down_weight, 1)]
+        if self.neuron_bias is not None:
+            tensors.append(("neuron_bias", self.neuron_bias, 1))
         experts = (axes, self.ep_group.rank(), self.ep_group.size())
         return {
             f"{prefix}{name}": ShardedTensor.from_rank_offsets(
@@ -154,7 +198,7 @@ class NeuronExperts(MegatronModule):
                 replica_id=(0, 0, self.edp_group.rank()),
                 prepend_axis_num=axes,
             )
-            for name, weight, axis in (("gate_up_weight", self.gate_up_weight, 2), ("down_weight", self.down_weight, 1))
+            for name, weight, axis in tensors
         }
 
 

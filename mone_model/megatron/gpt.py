@@ -6,7 +6,7 @@ logits_or_loss = model(tokens_BS, position_ids_BS, None, labels=labels_BS)
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -86,6 +86,13 @@ def _on_meta_device() -> Iterator[None]:
     # Megatron-Core's layers call torch.cuda.current_device and ignore the default device.
     with device, mock.patch.object(cpu_support.cuda(), "current_device", return_value=device):
         yield
+
+
+def update_neuron_biases(modules: Iterable[torch.nn.Module], *, applied: bool) -> None:
+    """After each step: `NeuronExperts.update_bias` of every layer; a collective on every rank."""
+    for module in modules:
+        for _, experts, _ in moe_layers(module):
+            experts.update_bias(applied=applied)
 
 
 def moe_layers(model: torch.nn.Module) -> Iterator[tuple[int, NeuronExperts, Router]]:

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories
 from megatron.core.models.gpt import GPTModel
 
-from mone_model.weight_sources import Wanted, WeightSource
+from mone_model.weight_sources import NEURON_BIAS, Wanted, WeightSource
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def fill_weights(gpt: GPTModel, source: WeightSource) -> None:
             weight = source.read(wanted)
             if weight is not None:
                 tensor.data[index].copy_(weight)
-        matrices += tensor.data.numel() if tensor.data.dim() >= 2 else 0
+        is_matrix = tensor.data.dim() >= 2 and not tensor.key.endswith(NEURON_BIAS)
+        matrices += tensor.data.numel() if is_matrix else 0
     assert matrices == sum(weight.numel() for weight in gpt.parameters() if weight.dim() >= 2), "a weight was not filled"
 
 

@@ -99,6 +99,8 @@ def read_selection(additional: Any, hf_config: Any) -> Selection | None:
         return None
     known = ", ".join(("mone", *FAMILIES))
     check(ours or kind in FAMILIES, "model_type", kind, f"the option mone works for {known}; leave it out for this model")
+    has_bias = ours and getattr(hf_config, "use_neuron_bias", False)
+    check(not has_bias, "use_neuron_bias", True, "the plugin has no bias of neurons; use transformers for this model")
     name = hf_config.hidden_act
     check(name in ACTIVATIONS, "hidden_act", name, f"known activations are {', '.join(ACTIVATIONS)}")
     options = options or Options()

@@ -67,6 +67,12 @@ UNINTERRUPTED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+BIAS_LOADED_BY: dict[str, dict[str, Any]] = {
+    "megatron etp2": {"parallel": {"expert_tensor": 2}},
+    "ZeRO 1 ep2": {"parallel": EP2, **deepspeed(1)},
+}
+
+
 def case_of(processes: int, options: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Steps of two micro-batches, of four sequences over all ranks."""
     parallel = options.get("parallel", {})
@@ -95,6 +101,10 @@ def results(folder: Path) -> dict[str, Any]:
     later = folder / "later ZeRO 3"
     cases[2]["later ZeRO 3"] = case_of(2, {"parallel": EP2, **deepspeed(3)}, run_steps=1, save_while_training=str(later))
     cases[2]["later ZeRO 3, loaded"] = case_of(2, {"parallel": EP2}, run_steps=0, load=str(later))
+    biased = BF16 | {"model": MODEL | {"activation_ratio": 0.25, "neuron_bias": True}}
+    cases[2]["bias"] = case_of(2, {"parallel": EP2, **biased}, save=str(folder / "bias"))
+    for name, options in BIAS_LOADED_BY.items():
+        cases[2][f"bias -> {name}"] = case_of(2, options | biased, run_steps=0, load=str(folder / "bias"))
     for name, (processes, options) in UNINTERRUPTED.items():
         cases[processes][f"uninterrupted {name}"] = case_of(processes, options, run_steps=2 * STEPS)
     return run_cases(cases, folder)
@@ -103,6 +113,15 @@ def results(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("saved", "name"), [(saved, name) for (_, saved, _, _), name in zip(LOADED, NAMES, strict=True)])
 def test_everything_saved_is_loaded_bit_by_bit_and_nothing_else(results: dict[str, Any], saved: str, name: str) -> None:
     assert differences(results[name]["loaded"], results[saved]["state"]) == []
+
+
+@pytest.mark.parametrize("name", BIAS_LOADED_BY)
+def test_the_neuron_bias_is_saved_in_fp32(results: dict[str, Any], name: str) -> None:
+    saved = results["bias"]["state"]
+    bias_LEH = saved["decoder.layers.mlp.experts.neuron_bias"]
+    assert bias_LEH.dtype == torch.float32
+    assert bias_LEH.max() > 0
+    assert differences(results[f"bias -> {name}"]["loaded"], saved) == []
 
 
 @pytest.mark.parametrize("saved", SAVED)

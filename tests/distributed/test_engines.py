@@ -100,8 +100,9 @@ def has_twin(name: str) -> bool:
 
 
 def disturbed_cases() -> dict[str, dict[str, Any]]:
-    """Runs with dropped steps, and runs without these steps, with an expert bias that each step changes."""
+    """Runs with dropped steps, and runs without these steps, with biases that each step changes."""
     model = SPARSE | LOSSES | {"num_layers": 2, "router_score_function": "sigmoid", "expert_bias": True}
+    model |= {"neuron_bias": True}
     common = {"model": model, "training": {"micro_batch_size": 2, "global_batch_size": 8}, "run_steps": LAST, **SKIPPING}
     disturbed = {
         "refuse": [REFUSED],

@@ -82,7 +82,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
             cases[f"{layout}/{kind}/steps"] = {
                 **options,
                 "parallel": parallel,
-                "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001},
+                "model": model | {"neuron_balance_coeff": 0.01, "z_loss_coeff": 0.001, "neuron_bias": kind == "sparse"},
                 "run_steps": 5 if kind == "smooth" else 3,
             }
         if layout in ("one", "tp2"):

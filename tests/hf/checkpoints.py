@@ -32,6 +32,8 @@ def build(model: ModelConfig, **compute: Any) -> GPTModel:
         for name, buffer in gpt.named_buffers():
             if name.endswith("expert_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.1)
+            elif name.endswith("neuron_bias"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.2)
     return gpt
 
 

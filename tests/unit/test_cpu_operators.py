@@ -24,7 +24,7 @@ def arguments() -> dict[str, dict[str, Any]]:
     weights = {"gate_up": random(EXPERTS, 2, NEURONS, WIDTH), "down": random(EXPERTS, NEURONS, WIDTH)}
     x, offsets = random(ROWS, WIDTH), torch.tensor([0, 4, 4, ROWS])
     balanced = {"all_gates": random(ROWS, NEURONS), "dsizes": random(EXPERTS, NEURONS)}
-    _, masks, gates, ups, *_ = torch.ops.mone.experts(x, *weights.values(), probs, offsets, K, 0, False, 0, 1)
+    _, masks, gates, ups, *_ = torch.ops.mone.experts(x, *weights.values(), probs, offsets, None, K, 0, False, 0, 1)
     selected = selection.select_and_gate(gate, up, probs, K, "silu")
     q, k, v = random(7, 2, 4, 12), random(7, 2, 2, 16)[..., :12], random(7, 2, 2, 12)
     context, logsumexp = torch.ops.mone.attend(q, k, v)
@@ -33,17 +33,18 @@ def arguments() -> dict[str, dict[str, Any]]:
     saved_of_experts = {"masks": masks, "gates": gates, "ups": ups}
     gradients = {"dgate_up": random(EXPERTS, 2, NEURONS, WIDTH), "ddown": random(EXPERTS, NEURONS, WIDTH)}
     few = {"x": x, **weights, "probs": probs, "tokens": torch.tensor([4, 0, 2])}
+    bias = random(EXPERTS, NEURONS).abs()
     qkv = {"q": q, "k": k, "v": v}
     saved_of_attend = {"context": context, "logsumexp": logsumexp}
     return {
         "select_and_gate_cpu": {"gate": gate, "up": up, "probs": probs, "k": K, "activation": 0},
         "select_and_gate_backward_cpu": {"dhidden": random(ROWS, NEURONS), **saved, "probs": probs, "activation": 0},
-        "experts": {**rows, "k": K, "activation": 1, "counting": True, "form": 1, "stride": 1},
+        "experts": {**rows, "bias": bias, "k": K, "activation": 1, "counting": True, "form": 1, "stride": 1},
         "experts_backward": {
             **gradients, "add": True, "dy": random(ROWS, WIDTH), **rows, **saved_of_experts, **balanced, "activation": 0,
             "form": 2, "stride": 1,
         },
-        "decode": {**few, "k": K, "threshold": None, "activation": 3},
+        "decode": {**few, "bias": bias, "k": K, "threshold": None, "activation": 3},
         "attend": qkv,
         "attend_backward": {"dcontext": random(*q.shape), **qkv, **saved_of_attend},
     }  # fmt: skip
@@ -84,6 +85,7 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("experts", "offsets", torch.Tensor.int, "offsets must be a int64 tensor"),
     ("experts", "offsets", lambda offsets: offsets + 1, f"offsets must rise from 0 to {ROWS}"),
     ("experts", "offsets", lambda _: torch.tensor([0, 5, 4, ROWS]), "offsets must rise"),
+    ("experts", "bias", lambda bias: bias[:, 1:], "bias must be"),
     ("experts", "k", lambda _: -1, "k must be from 1"),
     ("experts", "form", lambda _: 4, "no form of the balance loss number 4"),
     ("experts", "stride", lambda _: 0, "stride must be at least 1"),
@@ -95,6 +97,7 @@ WRONG: list[tuple[str, str, Callable[[Any], Any], str]] = [
     ("experts_backward", "offsets", lambda _: torch.tensor([0, 2, 4, ROWS + 1]), "offsets must rise"),
     ("decode", "x", torch.Tensor.half, "x must be float32 or bfloat16; it is Half"),
     ("decode", "x", torch.Tensor.bfloat16, "gate_up must be a bfloat16 tensor"),
+    ("decode", "bias", torch.Tensor.double, "bias must be"),
     ("decode", "tokens", lambda tokens: tokens + 1, f"tokens must add up to {ROWS}"),
     ("decode", "tokens", lambda _: torch.tensor([-1, 3, 4]), "none be negative"),
     ("decode", "probs", lambda probs: probs[:, None], "probs must be"),

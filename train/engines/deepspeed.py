@@ -28,7 +28,7 @@ from megatron.core.distributed.finalize_model_grads import _update_router_expert
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from mone_common.checks import check
-from mone_model.megatron.gpt import build_gpt
+from mone_model.megatron.gpt import build_gpt, update_neuron_biases
 from mone_model.weight_sources import WeightSource
 from train.config import RunConfig
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
@@ -105,6 +105,7 @@ class DeepSpeedEngine:
         megatron = self.modules[0].config
         if self.applied and megatron.moe_router_enable_expert_bias:
             _update_router_expert_bias(self.modules, megatron)
+        update_neuron_biases(self.modules, applied=bool(self.applied))
         reset_model_temporary_tensors(megatron, self.modules)
         return StepResult(self.loss, grad_norm, learning_rate, self.applied)
 

@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 from megatron.core.utils import get_model_config
 
-from mone_model.megatron.gpt import build_gpt, moe_layers
+from mone_model.megatron.gpt import build_gpt, moe_layers, update_neuron_biases
 from mone_model.weight_sources import WeightSource
 from train.config import RunConfig
 from train.engines.base import SHARDING, Accept, StepResult, make_scheduler, sums_of_losses
@@ -94,6 +94,7 @@ class MegatronEngine:
             # A micro-batch also changes the expert biases.
             for bias, before in biases:
                 bias.copy_(before)
+        update_neuron_biases(self.modules, applied=applied)
         return StepResult(loss, grad_norm, learning_rate, applied)
 
     def _expert_biases(self) -> list[torch.Tensor]:

@@ -20,8 +20,8 @@ from mone_model.neuron_balance import Balance
 
 _experts = define(
     "experts",
-    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor offsets, int k, int activation, bool counting, int form, "
-    "int stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor offsets, Tensor? bias, int k, int activation, "
+    "bool counting, int form, int stride) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     differentiable=True,
 )
 _experts_backward = define(
@@ -32,7 +32,8 @@ _experts_backward = define(
 )
 _decode = define(
     "decode",
-    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor tokens, int k, float? threshold, int activation) "
+    "(Tensor x, Tensor gate_up, Tensor down, Tensor probs, Tensor tokens, Tensor? bias, int k, float? threshold, "
+    "int activation) "
     "-> (Tensor, Tensor)",
 )
 
@@ -47,7 +48,7 @@ class Computed(NamedTuple):
     counts_E2H: torch.Tensor
     """[E, 2, H] float64: in how many rows each neuron was kept, and the sum of its |gate|; zeros unless counting."""
     threshold_N: torch.Tensor
-    """[N] the smallest |gate| kept."""
+    """[N] the smallest score kept: |gate|, plus the bias if there is one."""
     sizes_EH: torch.Tensor
     """[E, H] `mone_model.neuron_balance.neuron_sizes`, differentiable; zeros without `balance`."""
 
@@ -63,18 +64,19 @@ def experts(
     *,
     counting: bool,
     balance: Balance | None = None,
+    bias_EH: torch.Tensor | None = None,
 ) -> Computed:
     """The experts of a layer. Up, down and all products of the backward pass are computed for kept neurons only.
 
     All inputs are fp32, x is sorted by expert. For the backward pass it saves the k gates and ups of each row and a mask:
     8 k + H/8 bytes. balance: also compute the sizes of neurons for the balance loss. In the forms normalised and unmasked,
     dropped neurons have a gradient too: it saves all H gates of the sampled rows, and two products with their gradient
-    are dense.
+    are dense. bias_EH: [E, H], not negative, added to |gate| for the selection only.
     """
     offsets = torch.cat([tokens_E.new_zeros(1), tokens_E.cumsum(0)])
     form, stride = (0, 1) if balance is None else (1 + NEURON_BALANCE_FORMS.index(balance.form), balance.stride)
     out_ND, masks_NW, _, _, counts_E2H, threshold_N, _, sizes_EH = _experts(
-        x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets,
+        x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.contiguous(), offsets, bias_EH,
         k, ACTIVATIONS[activation].kernel_id, counting, form, stride,
     )  # fmt: skip
     return Computed(out_ND, masks_NW, counts_E2H, threshold_N, sizes_EH)
@@ -82,8 +84,8 @@ def experts(
 
 @torch.library.register_fake("mone::experts")
 def _(
-    x: torch.Tensor, gate_up: Any, down: torch.Tensor, probs: Any, offsets: torch.Tensor, k: int, activation: Any,
-    counting: Any, form: int, stride: int,
+    x: torch.Tensor, gate_up: Any, down: torch.Tensor, probs: Any, offsets: torch.Tensor, bias: Any, k: int,
+    activation: Any, counting: Any, form: int, stride: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     rows, (num_experts, neurons) = len(x), down.shape[:2]
     is_dense = form > 0 and NEURON_BALANCE_FORMS[form - 1] != "masked"
@@ -111,7 +113,7 @@ def _(
 
 
 def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    x, gate_up, down, probs, offsets, _, activation, _, form, stride = inputs
+    x, gate_up, down, probs, offsets, _, _, activation, _, form, stride = inputs
     _, masks, gates, ups, counts, threshold, all_gates, sizes = output
     ctx.mark_non_differentiable(masks, gates, ups, counts, threshold, all_gates, *(() if form else (sizes,)))
     ctx.save_for_backward(x, gate_up, down, probs, offsets, masks, gates, ups, all_gates)
@@ -123,7 +125,7 @@ def _save_for_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Ten
 def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> tuple[torch.Tensor | None, ...]:
     dsizes, (x, *weights) = others[-1], ctx.saved_tensors[:3]
     if dy is None and dsizes is None:
-        return (None,) * 10
+        return (None,) * 11
     dy = torch.zeros_like(x) if dy is None else dy.contiguous()
     dweights = [torch.empty_like(weight) for weight in weights]
     # Megatron-Core's hook adds a gradient to its buffer unless this attribute says that this has been done. The attribute is
@@ -135,7 +137,7 @@ def _differentiate_experts(ctx: Any, dy: torch.Tensor | None, *others: Any) -> t
     dx, dprobs = _experts_backward(*sums, add, dy, *ctx.saved_tensors, dsizes, *ctx.options)
     for weight in buffered:
         weight.grad_added_to_main_grad = True
-    return dx, *dweights, dprobs, None, None, None, None, None, None
+    return dx, *dweights, dprobs, None, None, None, None, None, None, None
 
 
 torch.library.register_autograd("mone::experts", _differentiate_experts, setup_context=_save_for_experts)
@@ -160,16 +162,17 @@ def decode(
     activation: str,
     *,
     threshold: float | None = None,
+    bias_EH: torch.Tensor | None = None,
 ) -> Decoded:
     """The experts for a few rows, without gradients. Weights up and down of dropped neurons are not read.
 
     x and weights are fp32 or bf16, sums are fp32, D is a multiple of 16. threshold: keep the neurons whose |act(gate)| is at
-    least this, instead of the k best. NaN counts as infinity.
+    least this, instead of the k best. NaN counts as infinity. bias_EH: as of `experts`, also with a threshold.
     """
     return Decoded(
         *_decode(
-            x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(), tokens_E.contiguous(), k, threshold,
-            ACTIVATIONS[activation].kernel_id,
+            x_ND.contiguous(), gate_up_E2HD, down_EHD, probs_N.float().contiguous(), tokens_E.contiguous(), bias_EH, k,
+            threshold, ACTIVATIONS[activation].kernel_id,
         )
     )  # fmt: skip
 

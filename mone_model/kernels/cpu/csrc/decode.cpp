@@ -62,7 +62,7 @@ namespace mone {
 template <class T>
 void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, float threshold,
             const int64_t *rows_of_experts, int64_t activation, const T *x, const T *gate_up, const T *down,
-            const float *probs, T *out, uint16_t *masks, int64_t threads) {
+            const float *probs, const float *bias, T *out, uint16_t *masks, int64_t threads) {
   struct Task {
     int64_t expert, row, count, chunk;
   };
@@ -71,7 +71,7 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
   for (int64_t e = 0, row = 0; e < experts; row += rows_of_experts[e], e++)
     for (int64_t chunk = 0; chunk < chunks && rows_of_experts[e] > 0; chunk++)
       tasks.push_back({e, row, rows_of_experts[e], chunk});
-  Aligned<float> active(rows * padded), parts(rows * chunks * width), inputs(std::is_same_v<T, float> ? 0 : rows * width);
+  Aligned<float> active(rows * padded), scores(bias ? rows * padded : 0), parts(rows * chunks * width), inputs(std::is_same_v<T, float> ? 0 : rows * width);
   const float *x32 = inputs.data;
   if constexpr (std::is_same_v<T, float>) x32 = x;
   else
@@ -84,7 +84,9 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
              padded);
     for (int64_t n = 0; n < task.count; n++, gates += padded) {
       activate(activation, gates, count, gates);
-      if (kept == 0) mark_by_threshold(gates, count, threshold, masks + (task.row + n) * words + first / WORD);
+      const float *of_expert = bias ? bias + task.expert * neurons + first : nullptr;
+      const float *scored = scores_of(gates, of_expert, count, scores.data + (gates - active.data));
+      if (kept == 0) mark_by_threshold(scored, count, threshold, masks + (task.row + n) * words + first / WORD);
     }
   };
   const auto finish = [&](const Task &task) {
@@ -112,7 +114,8 @@ void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64
 #pragma omp for schedule(dynamic)
       for (size_t t = 0; t < tasks.size(); t++) begin(tasks[t]);
 #pragma omp for
-      for (int64_t n = 0; n < rows; n++) select(active.data + n * padded, neurons, kept, FIRST_GUESS, masks + n * words);
+      for (int64_t n = 0; n < rows; n++)
+        select((bias ? scores.data : active.data) + n * padded, neurons, kept, FIRST_GUESS, masks + n * words);
 #pragma omp for schedule(dynamic)
       for (size_t t = 0; t < tasks.size(); t++) finish(tasks[t]);
     }

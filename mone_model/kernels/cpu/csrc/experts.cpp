@@ -238,8 +238,8 @@ namespace mone {
 
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
                      int64_t activation, Balance balance, const float *x, const float *gate_up, const float *down,
-                     const float *probs, float *out, uint16_t *masks, float *gates, float *ups, float *threshold,
-                     double *counts, float *all_gates, float *sizes, int64_t threads) {
+                     const float *probs, const float *bias, float *out, uint16_t *masks, float *gates, float *ups,
+                     float *threshold, double *counts, float *all_gates, float *sizes, int64_t threads) {
   const Experts of{rows, experts, width, neurons, kept, offsets, gate_up, down};
   const std::vector<Rows> blocks = blocks_of(of);
   const int64_t padded = (neurons + PANEL - 1) / PANEL * PANEL, words = words_of(neurons);
@@ -251,7 +251,7 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
   const Sample sample(balance, of);
 #pragma omp parallel num_threads(threads)
   {
-    Aligned<float> panel(width * PANEL), gate(LARGEST * padded), active(padded);
+    Aligned<float> panel(width * PANEL), gate(LARGEST * padded), active(padded), scores(bias ? padded : 0);
     std::vector<int64_t> sampled;  // by row of the block: its row of all_gates, or -1
     Aligned<float> chosen_gates(LARGEST * kept + LANES), hidden(LARGEST * kept + LANES);
     Kept lists;
@@ -270,7 +270,8 @@ void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neuro
         const float *row = gate.data + n * padded;
         uint16_t *mask = block_masks + n * words;
         activate(activation, row, neurons, active.data);
-        guess = select(active.data, neurons, kept, guess, mask);
+        const float *scored = scores_of(active.data, bias ? bias + e * neurons : nullptr, neurons, scores.data);
+        guess = select(scored, neurons, kept, guess, mask);
         std::memcpy(threshold + first + n, &guess, sizeof(float));
         compress_row(row, mask, neurons, chosen_gates.data + n * kept);
         compress_row(active.data, mask, neurons, hidden.data + n * kept);

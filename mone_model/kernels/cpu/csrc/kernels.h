@@ -40,9 +40,10 @@ struct Balance {
 // out [N, D]; masks, gates, ups and threshold as above. offsets [E + 1]: first row of each expert, and N. gate_up
 // [E, 2, H, D], down [E, H, D]. counts [E, 2, H] or null: in how many of an expert's rows each neuron was kept, and the sum
 // of its |act(gate)|. sizes [E, H] if the balance has a form; all_gates [S, H], before their activation, if it is dense.
+// bias [E, H] or null: not negative, added to |act(gate)| for the selection only; threshold is then the smallest sum kept.
 void experts_forward(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, const int64_t *offsets,
                      int64_t activation, Balance balance, const float *x, const float *gate_up, const float *down,
-                     const float *probs, float *out, uint16_t *masks, float *gates, float *ups, float *threshold,
+                     const float *probs, const float *bias, float *out, uint16_t *masks, float *gates, float *ups, float *threshold,
                      double *counts, float *all_gates, float *sizes, int64_t threads);
 
 // Gradients of all inputs from those of out, dy, and of sizes, dsizes. add: add those of the weights to what is there.
@@ -54,11 +55,11 @@ void experts_backward(int64_t rows, int64_t experts, int64_t width, int64_t neur
                       float *dgate_up, float *ddown, int64_t add, int64_t threads);
 
 // The experts for a few rows, forward only. kept: K, or 0 to keep the neurons whose |act(gate)| reaches the threshold.
-// rows_of_experts [E].
+// rows_of_experts [E]. bias: as above.
 template <class T>
 void decode(int64_t rows, int64_t experts, int64_t width, int64_t neurons, int64_t kept, float threshold,
             const int64_t *rows_of_experts, int64_t activation, const T *x, const T *gate_up, const T *down,
-            const float *probs, T *out, uint16_t *masks, int64_t threads);
+            const float *probs, const float *bias, T *out, uint16_t *masks, int64_t threads);
 
 // A tensor [positions, sequences, heads, width]: the numbers of a head lie side by side.
 template <class T>

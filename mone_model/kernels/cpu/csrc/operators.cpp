@@ -197,8 +197,8 @@ int64_t sampled_rows(const mone::Balance &balance, const int64_t *offsets, int64
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts(
-    const Tensor &x, const Tensor &gate_up, const Tensor &down, const Tensor &probs, const Tensor &offsets, int64_t k,
-    int64_t activation, bool counting, int64_t form, int64_t stride) {
+    const Tensor &x, const Tensor &gate_up, const Tensor &down, const Tensor &probs, const Tensor &offsets,
+    std::optional<Tensor> bias, int64_t k, int64_t activation, bool counting, int64_t form, int64_t stride) {
   const Sizes of = sizes_of(x, down);
   const auto [rows, num_experts, width, neurons] = of;
   check_options(k, neurons, activation);
@@ -206,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   const float *of_gate_up = input<float>(gate_up, "gate_up", {num_experts, 2, neurons, width});
   const float *of_down = input<float>(down, "down", {num_experts, neurons, width});
   const float *of_probs = input<float>(probs, "probs", {rows});
+  const float *of_bias = bias ? input<float>(*bias, "bias", {num_experts, neurons}) : nullptr;
   const int64_t *of_offsets = offsets_of(offsets, of);
   const Tensor out = empty<float>({rows, width}), masks = empty<uint16_t>({rows, words_of(neurons)});
   const Tensor gates = empty<float>({rows, k}), ups = empty<float>({rows, k}), threshold = empty<float>({rows});
@@ -215,7 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exper
   if (!form) std::fill_n(data<float>(sizes), num_experts * neurons, 0.0f);
   if (!counting) std::fill_n(data<double>(counts), num_experts * 2 * neurons, 0.0);
   mone::experts_forward(rows, num_experts, width, neurons, k, of_offsets, activation, balance, of_x, of_gate_up, of_down,
-                        of_probs, data<float>(out), data<uint16_t>(masks), data<float>(gates), data<float>(ups),
+                        of_probs, of_bias, data<float>(out), data<uint16_t>(masks), data<float>(gates), data<float>(ups),
                         data<float>(threshold), counting ? data<double>(counts) : nullptr, data<float>(all_gates),
                         data<float>(sizes), num_threads());
   return {out, masks, gates, ups, counts, threshold, all_gates, sizes};
@@ -253,9 +254,11 @@ std::tuple<Tensor, Tensor> experts_backward(const Tensor &dgate_up, const Tensor
 }
 
 std::tuple<Tensor, Tensor> decode(const Tensor &x, const Tensor &gate_up, const Tensor &down, const Tensor &probs,
-                                  const Tensor &tokens, int64_t k, std::optional<double> threshold, int64_t activation) {
+                                  const Tensor &tokens, std::optional<Tensor> bias, int64_t k, std::optional<double> threshold,
+                                  int64_t activation) {
   const Sizes of = sizes_of(x, down);
   const int64_t rows = of.rows, num_experts = of.experts, width = of.width, neurons = of.neurons;
+  const float *of_bias = bias ? input<float>(*bias, "bias", {num_experts, neurons}) : nullptr;
   check_options(threshold ? 1 : k, neurons, activation);
   const int64_t *rows_of_experts = input<int64_t>(tokens, "tokens", {num_experts});
   int64_t sum = 0;
@@ -269,7 +272,8 @@ std::tuple<Tensor, Tensor> decode(const Tensor &x, const Tensor &gate_up, const 
     const float *of_probs = input<float>(probs, "probs", {rows});
     const Tensor out = empty<T>({rows, width}), masks = empty<uint16_t>({rows, words_of(neurons)});
     mone::decode(rows, num_experts, width, neurons, threshold ? 0 : k, float(threshold.value_or(0)), rows_of_experts,
-                 activation, of_x, of_gate_up, of_down, of_probs, data<T>(out), data<uint16_t>(masks), num_threads());
+                 activation, of_x, of_gate_up, of_down, of_probs, of_bias, data<T>(out), data<uint16_t>(masks),
+                 num_threads());
     return std::make_tuple(out, masks);
   });
 }

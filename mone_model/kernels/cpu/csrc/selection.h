@@ -195,6 +195,15 @@ int32_t select(const float *active, int neurons, int kept, int32_t guess, uint16
   return std::min(smallest(least), INFINITE);
 }
 
+// The scores of a row: magnitude plus bias, which is not negative; filled up with zeros. Without a bias the row itself has the
+// magnitudes of its scores.
+inline const float *scores_of(const float *active, const float *bias, int neurons, float *scores) {
+  if (!bias) return active;
+  each_vector(neurons, [=](int64_t j, auto count) { store(scores + j, magnitude(load(active + j)) + load_first(bias + j, count)); });
+  std::fill(scores + neurons, scores + rounded_up(neurons), 0.0f);
+  return scores;
+}
+
 constexpr int32_t FIRST_GUESS = 0x3e000000;  // 1/8; afterwards the threshold of the row before
 
 // Of neurons that a row keeps, hidden = act(gate) * up * prob in place of its gradient, and the gradients of the factors;
