@@ -272,6 +272,7 @@ def main(hydra_config: DictConfig) -> None:
         WITHOUT: functools.partial(build_ours, options),
         WITH: functools.partial(build_ours, options, loss),
         f"MoNE, loss over 1/{options.stride}": functools.partial(build_ours, options, loss, stride),
+        "MoNE, bias": functools.partial(build_ours, options, "model.neuron_bias=true"),
         "plain MoE": functools.partial(build_ours, options, "model.activation_ratio=1"),
     }
     if options.peers:

@@ -81,7 +81,7 @@ class MoneExperts(Qwen3MoeExperts):
         # A parameter without a gradient, so that it is loaded, saved and moved as the weights are.
         bias = torch.zeros(config.num_experts, config.moe_intermediate_size) if config.use_neuron_bias else None
         self.neuron_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.chosen = None
+        self.chosen: torch.Tensor | None = None
         """[N, k] the experts of the tokens, if there is a bias."""
 
     def _apply_gate(self, gate_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,6 +96,7 @@ class MoneExperts(Qwen3MoeExperts):
         name = self.config._experts_implementation
         if name not in ("batched_mm", "grouped_mm"):
             raise ValueError(f"experts_implementation={name!r}: use_neuron_bias needs eager, batched_mm, grouped_mm or mone")
+        assert self.chosen is not None
         experts = self.chosen.flatten()
         if name == "grouped_mm":  # sorts the rows
             experts = experts.sort().values

@@ -42,6 +42,8 @@ class NeuronExperts(MegatronModule):
     `counting_neurons` was set. Both count a token once, also with recomputation.
     """
 
+    neuron_bias: torch.Tensor | None
+
     def __init__(
         self,
         num_local_experts: int,
@@ -155,7 +157,7 @@ class NeuronExperts(MegatronModule):
 
     def update_bias(self, *, applied: bool) -> None:
         """Update the neuron bias after a step, or forget the step if it was not applied; a collective on every rank."""
-        if self.bias_rate is None:
+        if self.bias_rate is None or self.neuron_bias is None:
             return
         load_ET, self.load_ET = self.load_ET, None
         if not applied:
@@ -184,7 +186,10 @@ class NeuronExperts(MegatronModule):
     ) -> dict[str, ShardedTensor]:
         """Experts split over expert-parallel ranks on their first axis, neurons over expert-tensor ranks on theirs."""
         axes = len(sharded_offsets)
-        tensors = [("gate_up_weight", self.gate_up_weight, 2), ("down_weight", self.down_weight, 1)]
+        tensors: list[tuple[str, torch.Tensor, int]] = [
+            ("gate_up_weight", self.gate_up_weight, 2),
+            ("down_weight", self.down_weight, 1),
+        ]
         if self.neuron_bias is not None:
             tensors.append(("neuron_bias", self.neuron_bias, 1))
         experts = (axes, self.ep_group.rank(), self.ep_group.size())

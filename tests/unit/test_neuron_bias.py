@@ -23,12 +23,12 @@ def random(*shape: int, seed: int = 1) -> torch.Tensor:
 def computed(name: str, rule: Rule, activation: str, **request: Any) -> list[torch.Tensor]:
     """The output, and the gradients unless the backend is for inference."""
     count = int(TOKENS.sum())
-    inputs = [random(count, WIDTH), random(4, 2, NEURONS, WIDTH, seed=2) * 0.4, random(4, NEURONS, WIDTH, seed=3), None]
-    inputs[3] = random(count, seed=4).abs()
+    weights = random(4, 2, NEURONS, WIDTH, seed=2) * 0.4, random(4, NEURONS, WIDTH, seed=3)
+    inputs = random(count, WIDTH), *weights, random(count, seed=4).abs()
     x_ND, gate_up_E2HD, down_EHD, probs_N = (tensor.requires_grad_(name != "decode") for tensor in inputs)
     backend = BACKENDS[name]
-    weights = backend.prepare(gate_up_E2HD, down_EHD)
-    out_ND = backend.compute(weights, x_ND, TOKENS, probs_N, Request(rule, activation, **request)).out_ND
+    prepared = backend.prepare(gate_up_E2HD, down_EHD)
+    out_ND = backend.compute(prepared, x_ND, TOKENS, probs_N, Request(rule, activation, **request)).out_ND
     if name == "decode":
         return [out_ND]
     return [out_ND.detach(), *torch.autograd.grad(out_ND.square().sum(), [x_ND, gate_up_E2HD, down_EHD, probs_N])]
@@ -36,7 +36,7 @@ def computed(name: str, rule: Rule, activation: str, **request: Any) -> list[tor
 
 def defined(rule: Rule, activation: str, bias_EH: torch.Tensor) -> torch.Tensor:
     """The output as a loop over rows and neurons in float64."""
-    x_ND, gate_up, down = random(16, WIDTH).double(), random(4, 2, NEURONS, WIDTH, seed=2).double() * 0.4, None
+    x_ND, gate_up = random(16, WIDTH).double(), random(4, 2, NEURONS, WIDTH, seed=2).double() * 0.4
     down, probs_N = random(4, NEURONS, WIDTH, seed=3).double(), random(16, seed=4).abs().double()
     out = []
     for x, prob, e in zip(x_ND, probs_N, torch.arange(4).repeat_interleave(TOKENS).tolist(), strict=True):
