@@ -54,8 +54,7 @@ def distributed(
     if cuda:
         torch.cuda.set_device(local_rank)
     else:
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(_num_threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         keep_freed_memory()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     backend = "nccl" if cuda else "gloo"
@@ -68,6 +67,13 @@ def distributed(
     yield Runtime(rank, world_size, device)
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
+
+
+def _num_threads(local_world_size: int) -> int:
+    """Threads of this process: its share of the cores. For a single process OMP_NUM_THREADS says it, if it is set."""
+    if local_world_size == 1 and "OMP_NUM_THREADS" in os.environ:  # torchrun sets it to 1 for several processes
+        return torch.get_num_threads()
+    return max(1, len(os.sched_getaffinity(0)) // local_world_size)
 
 
 def keep_freed_memory() -> None:
