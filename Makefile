@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/demo
 RUN := runs/demo
+PLAIN := runs/plain
 EXPORTED := runs/demo-exported
 TRAIN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 --no-python $(BIN)/mone-pretrain experiment=demo
 
@@ -25,9 +26,10 @@ demo: data train  ## real text, tokenizer, shards, training on two processes wit
 	rm -rf $(EXPORTED)
 	$(BIN)/mone-export run=$(RUN) output=$(EXPORTED)
 	$(BIN)/python -c "$$LOAD" $(EXPORTED)
+	@if [ -d $(PLAIN) ]; then echo "== Loss and tokens/s beside the plain MoE twin"; $(BIN)/mone-status $(RUN) $(PLAIN); fi
 	@echo "== Figures: $(RUN)/figures/*.png. Next, try"
 	@echo "  source $(BIN)/activate"
-	@echo "  torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo run.name=plain_moe model.activation_ratio=1     # the plain MoE twin"
+	@echo "  torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo run.name=plain model.activation_ratio=1         # the plain MoE twin; then make demo again compares both"
 	@echo "  torchrun --nproc-per-node 2 --no-python mone-pretrain experiment=demo run.name=eighth model.activation_ratio=0.125    # keep fewer neurons"
 	@echo "  mone-sample run=$(RUN) 'prompts=[\"The river\"]' temperature=0.5"
 	@echo "  mone-pretrain --help"
