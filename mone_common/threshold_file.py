@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from mone_common.checks import is_number
+from mone_common.checks import check, is_number
 from mone_common.run_folder import DamagedFile, read_file
 
 
@@ -32,6 +32,27 @@ class ThresholdFile(NamedTuple):
                 f"thresholds={self.path}: has thresholds for the ratios {known}; choose one of them (ratio={ratio})"
             )
         return ratio, self.by_ratio[ratio]
+
+    def by_layer(
+        self, ratio: float | None, *, option: str, model_type: str, layers: list[int]
+    ) -> tuple[float, dict[int, float]]:
+        """The ratio, and its thresholds by the number of the layer; ValueError if they are not of this model.
+
+        ratio: None: the only one of the file. option: the name of the option that gives the file, for messages.
+        layers: the numbers of the model's layers that have experts.
+        """
+        ratio, found = self.at(ratio)
+        its = self.model_type
+        text = f"they are of a model of the type {its}, this one is {model_type}"
+        check(its in (None, model_type), option, self.path, text)
+        numbers = self.layers if self.layers is not None else list(range(len(found)))
+        text = f"it has thresholds for the layers {_short(numbers)}, the experts of this model are in {_short(layers)}"
+        check(numbers == layers and len(found) == len(numbers), option, self.path, text)
+        return ratio, dict(zip(numbers, found, strict=True))
+
+
+def _short(layers: list[int]) -> str:
+    return f"{layers[0]} to {layers[-1]} ({len(layers)})" if layers else "none"
 
 
 def read_threshold_file(path: Path, *, ratio: float | None = None) -> ThresholdFile:

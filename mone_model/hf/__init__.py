@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from mone_model.hf.configuration_mone import MoneConfig
-from mone_model.hf.experts import compute_experts as compute_experts
+from mone_model.hf.experts import keep_neurons
 from mone_model.hf.modeling_mone import MoneForCausalLM, MoneModel
 from mone_model.hf.recording import LayerRecord, record_neurons
 
@@ -36,4 +36,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["LayerRecord", "MoneConfig", "MoneForCausalLM", "MoneModel", "load", "record_neurons"]
+__all__ = ["LayerRecord", "MoneConfig", "MoneForCausalLM", "MoneModel", "keep_neurons", "load", "record_neurons"]

@@ -127,15 +127,8 @@ def read_selection(additional: Any, hf_config: Any) -> Selection | None:
 def _read_thresholds(options: Options, hf_config: Any) -> tuple[float, dict[int, float]]:
     """The ratio, and the thresholds by the number of the layer; ValueError if they are not of this model."""
     file = read_threshold_file(Path(str(options.thresholds)), ratio=options.ratio)
-    ratio, found = file.at(options.ratio)
-    kind, option = hf_config.model_type, "mone.thresholds"
-    its = file.model_type
-    check(its in (None, kind), option, file.path, f"they are of a model of the type {its}, this one is {kind}")
-    layers = file.layers if file.layers is not None else list(range(len(found)))
-    expected = layers_with_experts(hf_config)
-    way_out = f"it has thresholds for the layers {_short(layers)}, the experts of this model are in {_short(expected)}"
-    check(layers == expected and len(found) == len(layers), option, file.path, way_out)
-    return ratio, dict(zip(layers, found, strict=True))
+    kind, layers = hf_config.model_type, layers_with_experts(hf_config)
+    return file.by_layer(options.ratio, option="mone.thresholds", model_type=kind, layers=layers)
 
 
 def layers_with_experts(hf_config: Any) -> list[int]:
@@ -149,7 +142,3 @@ def layers_with_experts(hf_config: Any) -> list[int]:
     every, frequency = get("decoder_sparse_step", 1), get("moe_layer_freq", 1)
     layers = range(first, hf_config.num_hidden_layers)
     return [layer for layer in layers if layer not in without and (layer + 1) % every == 0 and layer % frequency == 0]
-
-
-def _short(layers: list[int]) -> str:
-    return f"{layers[0]} to {layers[-1]} ({len(layers)})" if layers else "none"
