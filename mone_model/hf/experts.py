@@ -86,7 +86,7 @@ def _check_computes(module: Any) -> None:
 
 def _selection_of(module: Any) -> Selection:
     if (chosen := getattr(module, "selection", None)) is not None:
-        return chosen  # type: ignore[no-any-return]
+        return chosen
     if not hasattr(module, "k"):
         raise ValueError(f"{type(module).__name__}: call mone_model.hf.keep_neurons(model, ratio=...) to use `mone`")
     rule: Rule = TopK(module.k) if module.threshold is None else AtLeast(module.threshold)
