@@ -28,7 +28,6 @@ from mone_model import megatron
 from mone_model.accounting import count_communication, count_flops, count_parameters, estimate_memory
 from mone_model.config import ModelConfig
 from train.config import RunConfig
-from train.runtime import keep_freed_memory
 
 
 @dataclass
@@ -57,7 +56,7 @@ class BenchmarkConfig:
     """Turns of each contender."""
     repeats: int = 2
     """Steps per turn."""
-    figure: Path | None = None
+    figure: str | None = None
     """Path of a PNG file for the figure."""
 
 
@@ -165,6 +164,8 @@ EXCHANGED_BYTES = 2 * 4 * EXCHANGED // 2
 def build_product() -> Run:
     """A plain fp32 matrix product, as a training step runs it."""
     megatron.prepare()
+    from train.runtime import keep_freed_memory  # imports Megatron-Core
+
     keep_freed_memory()
     a, b = torch.randn(PRODUCT_SIZE, PRODUCT_SIZE), torch.randn(PRODUCT_SIZE, PRODUCT_SIZE)
     return lambda: torch.mm(a, b)
@@ -228,7 +229,7 @@ def main(hydra_config: DictConfig) -> None:
     multiples = [statistics.median(point.multiples) for points in found.values() for point in points]
     print(f"all: {statistics.median(multiples):.2f} [{min(multiples):.2f}, {max(multiples):.2f}] times the cost")
     if options.figure is not None:
-        draw(options.figure, found, statistics.median(multiples))
+        draw(Path(options.figure), found, statistics.median(multiples))
         print(f"drawn: {options.figure}")
 
 
