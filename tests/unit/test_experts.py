@@ -199,7 +199,7 @@ def test_skipping_is_a_proper_operator_of_torch() -> None:
     leaves = [torch.randn(shape, requires_grad=True) for shape in ((7, 16), (3, 2, 24, 16), (3, 24, 16), (7,))]
     offsets = torch.tensor([0, 2, 2, 7])
     for counting, form, stride in ((True, 0, 1), (False, 1, 1), (False, 3, 2)):
-        torch.library.opcheck(torch.ops.mone.experts.default, (*leaves, offsets, 5, 0, counting, form, stride))
+        torch.library.opcheck(torch.ops.mone.experts.default, (*leaves, offsets, None, 5, 0, counting, form, stride))
 
 
 def test_ratio_one_equals_megatron_cores_own_experts() -> None:
