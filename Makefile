@@ -59,7 +59,7 @@ install: .venv/installed  ## the package and what its tests need, into .venv, wi
 test: .venv/installed  ## all tests, under 25 minutes on two cores: one process a core, each with whole files of tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-gpu:  ## check and measure the kernels on an NVIDIA GPU; torch and triton are enough, nothing is installed
+gpu:  ## check and measure what runs on an NVIDIA GPU, in under 10 minutes; torch and triton are enough, nothing is installed
 	$(PYTHON) -m benchmarks.gpu
 
 lint: .venv/installed

@@ -36,6 +36,7 @@ from omegaconf import DictConfig
 from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_interleaved
 from mone_common.console import command, to_dataclass
 from mone_model.config import ModelConfig
+from mone_model.weight_sources import WeightSource
 from train.config import RunConfig, load_config
 
 
@@ -102,8 +103,8 @@ def random_tokens(config: RunConfig) -> Iterator[torch.Tensor]:
         yield torch.randint(0, vocab_size, shape, generator=generator)
 
 
-def megatron_step(config: RunConfig) -> Run:
-    """A step of our engine over one micro-batch of this process."""
+def megatron_step(config: RunConfig, weights: WeightSource | None = None) -> Callable[[], Any]:
+    """A step of our engine over one micro-batch of this process, which returns a `StepResult`. weights: the initial ones."""
     from mone_model import megatron
 
     megatron.prepare()
@@ -112,7 +113,7 @@ def megatron_step(config: RunConfig) -> Run:
 
     group = contextlib.ExitStack()  # stays open as long as the process
     where = group.enter_context(runtime.distributed(config.parallel, seed=1, timeout_minutes=10))
-    engine = MegatronEngine(config, where)
+    engine = MegatronEngine(config, where, weights)
     tokens = random_tokens(config)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:

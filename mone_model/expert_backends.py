@@ -7,7 +7,7 @@
 grouped  one grouped GEMM for the gates and ups of all experts, one for down; neurons are selected between them
 loop     the same with one GEMM for each expert: what the others must equal
 sparse   (CPU, fp32) gates as above; up, down and the backward pass only of the neurons that are kept
-decode   (CPU, no gradients) for a few rows: reads up and down only of the neurons that are kept
+decode   (no gradients) for a few rows: reads up and down only of the neurons that are kept
 
 `compute.experts` chooses among the first three; `auto` measures them. Inference uses `decode` for few rows.
 
@@ -25,7 +25,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -175,7 +175,10 @@ class Sparse(ExpertBackend):
 
 
 class Decode(ExpertBackend):
-    """A few rows without gradients: weights of dropped neurons are not read. By kernels for CPUs in fp32 and bf16."""
+    """A few rows without gradients: weights up and down of dropped neurons are not read.
+
+    By kernels for CPUs in fp32 and bf16, and for GPUs in fp32, bf16 and fp16.
+    """
 
     def compute(
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
@@ -185,8 +188,19 @@ class Decode(ExpertBackend):
         assert not request.counting, "inference has no counters"
         assert request.balance is None, "inference has no balance loss"
         k, threshold = (rule.k, None) if isinstance(rule, TopK) else (0, rule.threshold)
-        kept = cpu.decode(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold, bias_EH=request.bias_EH)
-        return ExpertOutput(kept.out_ND)
+        kernel, bias_EH = _decode_kernel_for(x_ND), request.bias_EH
+        assert bias_EH is None or kernel is cpu.decode, "the kernels for GPUs have no bias"
+        more = {} if bias_EH is None else {"bias_EH": bias_EH}
+        return ExpertOutput(kernel(x_ND, *weights, probs_N, tokens_E, k, activation, threshold=threshold, **more).out_ND)
+
+
+def _decode_kernel_for(tensor: torch.Tensor) -> Any:
+    """`decode` for tensors of this device."""
+    if not tensor.is_cuda:
+        return cpu.decode
+    from mone_model.kernels.triton import decode as triton
+
+    return triton.decode
 
 
 def route(

@@ -1,12 +1,13 @@
-"""Check and measure the kernels on a machine with an NVIDIA GPU, in under five minutes.
+"""Check and measure what runs on GPUs on a machine with an NVIDIA GPU, in under ten minutes.
 
     make gpu                                          # or: python -m benchmarks.gpu
-    python -m benchmarks.gpu --output gpu.json --minutes 10
+    python -m benchmarks.gpu --output gpu.json --minutes 20
     python -m benchmarks.gpu --interpret              # without a GPU: tiny shapes in Triton's interpreter, no times
 
-It needs torch and triton and nothing else; with Megatron-Core it also times a training step. It checks values and gradients
-of the Triton kernels against their references, then measures `select_and_gate` and whole experts. Exit code: 0 if all is
-well, 1 if a check or a measurement failed, 2 if it cannot run here.
+It needs torch and triton and nothing else. It checks values and gradients of the Triton kernels and of the expert backends
+against their references, then measures `select_and_gate`, whole experts, and experts for a few rows. Where the project is
+installed, it also compares losses with a CPU's and measures training steps. Exit code: 0 if all is well, 1 if a check or a
+measurement failed, 2 if it cannot run here.
 """
 
 # Not Hydra, as elsewhere: a machine with a GPU may have torch and triton alone.
@@ -26,6 +27,8 @@ from benchmarks.gpu.isolation import Record, Task, run
 from benchmarks.gpu.report import Report, describe_machine
 
 WAIT = 150.0  # seconds for one result: compiling a kernel takes a few
+# Precision, sequences of a step, steps.
+STEPS = {"mone_tiny": ("fp32", 1, 1), "mone_small": ("bf16", 8, 15), "mone_925m": ("bf16", 4, 10)}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,17 +50,17 @@ def main(arguments: list[str] | None = None) -> int:
     follow(
         check_tasks(interpret=options.interpret), report, workers=1 if options.interpret else min(12, os.cpu_count() or 1)
     )
-    for task in measurement_tasks(deadline, interpret=options.interpret):
+    models = ("mone_tiny",) if options.interpret else ("mone_small", "mone_925m")
+    missing = [name for name in ("megatron", "hydra", "omegaconf") if importlib.util.find_spec(name) is None]
+    # Training takes a third of the time, if it can run.
+    between = deadline if missing else report.start + 40 * options.minutes
+    for task in measurement_tasks(between, interpret=options.interpret):
         # Its results come at the end.
         follow([task], report, timeout=WAIT + 60 * options.minutes)
-    missing = [name for name in ("megatron", "hydra", "omegaconf") if importlib.util.find_spec(name) is None]
-    reason = f"{', '.join(missing)} not installed" if missing else "not in the interpreter" if options.interpret else None
-    if reason or time.time() > deadline:
-        report.add({"kind": "skipped", "name": "training step of mone_small", "reason": reason or "no time left"})
-    else:
-        from benchmarks.gpu.measurements import measure_step
-
-        follow([Task("training step", "measurement", measure_step, ("mone_small", "bf16", 15))], report)
+    if importlib.util.find_spec("transformer_engine") is None:
+        reason = "not installed; training steps use Megatron-Core's own layers"
+        report.add({"kind": "skipped", "name": "Transformer Engine", "reason": reason})
+    train(models, report, deadline, f"{', '.join(missing)} not installed" if missing else None)
     report.content["machine_afterwards"] = describe_machine()["nvidia_smi"]
     report.save(complete=True)
     print(f"\n{report.tables()}\n")
@@ -66,6 +69,28 @@ def main(arguments: list[str] | None = None) -> int:
     passed = sum(record["passed"] for record in report.content["checks"])
     report.say(f"{passed} of {len(report.content['checks'])} checks passed; everything is in {options.output}")
     return 1 if report.failures else 0
+
+
+def train(models: tuple[str, ...], report: Report, deadline: float, obstacle: str | None) -> None:
+    """Losses of the first model against a CPU's, and training steps of all; obstacle: why nothing of it can run."""
+    from benchmarks.gpu.training import compare_losses, first_losses, measure_step
+
+    places = ("here", "on the CPU")
+    losses = [Task(f"losses {place}", "measurement", first_losses, (models[0], place, 4)) for place in places]
+    steps = [
+        Task(f"{model}, ratio {ratio:g}", "measurement", measure_step, (model, ratio, *STEPS[model]))
+        for model in models
+        for ratio in (1.0, 0.25)
+    ]
+    for tasks in (losses, *([step] for step in steps)):
+        reason = obstacle or ("no time left" if time.time() > deadline else None)
+        if reason is None:
+            follow(tasks, report)
+        for task in tasks if reason else ():
+            report.add({"kind": "skipped", "name": f"training: {task.name}", "reason": reason})
+    found = [record["losses"] for record in report.content["measurements"] if record.get("losses")]
+    if len(found) == 2:
+        report.add(compare_losses(models[0], *found))
 
 
 def _end(number: int, _: Any) -> None:
@@ -79,7 +104,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("report/gpu.json"), help="JSON file (default: %(default)s)")
     parser.add_argument(
-        "--minutes", type=float, default=4.5, help="start no measurement after so many minutes (default: %(default)s)"
+        "--minutes", type=float, default=8, help="start no measurement after so many minutes (default: %(default)s)"
     )
     parser.add_argument("--interpret", action="store_true", help="tiny shapes in Triton's interpreter: no GPU, no times")
     return parser.parse_args(arguments)
@@ -101,6 +126,7 @@ def _obstacle(*, interpret: bool) -> str | None:
 def check_tasks(*, interpret: bool) -> list[Task]:
     """The checks, each group in a process of its own."""
     from benchmarks.gpu.checks import DTYPES, LONG, SMALL, Shape, check_edges, check_selection
+    from benchmarks.gpu.decode_checks import check_backends, check_graphs, check_lists, check_products
     from benchmarks.gpu.operator_checks import check_experts, check_operators
     from mone_model.activations import ACTIVATIONS
 
@@ -113,6 +139,9 @@ def check_tasks(*, interpret: bool) -> list[Task]:
             task("silu edges", check_edges, "fp32", "silu", "cpu"),
             task("operators", check_operators, "cpu", "aot_eager"),
             task("experts", check_experts, "cpu", ("bf16",), 16, 32, 20),
+            task("lists silu fp16", check_lists, "fp16", "silu", SMALL[:1], "cpu"),
+            task("few rows fp16", check_products, "fp16", 32, 20, "cpu"),
+            task("backends", check_backends, "cpu", ("fp32",), 16, 40),
         ]
     # The longest first.
     return [
@@ -123,27 +152,44 @@ def check_tasks(*, interpret: bool) -> list[Task]:
         ),
         task("operators", check_operators, "cuda", "inductor"),
         task("experts", check_experts, "cuda", ("bf16", "fp32"), 256, 384, 500),
+        task("backends", check_backends, "cuda", tuple(DTYPES), 256, 384),
+        task("CUDA graphs", check_graphs, 512, 384),
         *(
-            task(f"{activation} {dtype}", check_selection, dtype, activation, SMALL, 8, "cuda")
-            for activation in ACTIVATIONS
+            task(f"few rows {dtype} D={width}", check_products, dtype, width, neurons, "cuda")
+            for width, neurons in ((2048, 1408), (200, 100))
             for dtype in DTYPES
         ),
+        *(
+            check
+            for activation in ACTIVATIONS
+            for dtype in DTYPES
+            for check in (
+                task(f"{activation} {dtype}", check_selection, dtype, activation, SMALL, 8, "cuda"),
+                task(f"lists {activation} {dtype}", check_lists, dtype, activation, SMALL, "cuda"),
+            )
+        ),
+        *(task(f"lists {dtype} long", check_lists, dtype, "silu", LONG, "cuda") for dtype in DTYPES),
         *(task(f"{activation} edges", check_edges, "fp32", activation, "cuda") for activation in ACTIVATIONS),
     ]
 
 
 def measurement_tasks(deadline: float, *, interpret: bool) -> Iterator[Task]:
     """The measurements, each shape in a process of its own, one at a time; the time left is shared among those to come."""
+    from benchmarks.gpu.decode_measurements import measure_few_rows
     from benchmarks.gpu.measurements import LAYERS, TINY, measure, measure_ceilings
 
-    how = ("cpu", "aot_eager") if interpret else ("cuda", "inductor")
+    device, compiler = ("cpu", "aot_eager") if interpret else ("cuda", "inductor")
     if not interpret:
         yield Task("ceilings", "measurement", measure_ceilings)
-    shapes = [(what, layer) for layer in ([TINY] if interpret else LAYERS) for what in ("experts", "select_and_gate")]
+    layers = [TINY] if interpret else LAYERS
+    shapes = [(what, layer) for layer in layers for what in ("few rows", "experts", "select_and_gate")]
     for position, (what, layer) in enumerate(shapes):
         now = time.time()
         until = now + (deadline - now) / (len(shapes) - position)
-        yield Task(f"{what}, {layer}", "measurement", measure, (what, layer, until, *how))
+        if what == "few rows":
+            yield Task(f"{what}, {layer}", "measurement", measure_few_rows, (layer, until, device))
+        else:
+            yield Task(f"{what}, {layer}", "measurement", measure, (what, layer, until, device, compiler))
 
 
 def follow(tasks: list[Task], report: Report, workers: int = 1, timeout: float = WAIT) -> None:

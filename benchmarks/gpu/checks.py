@@ -192,7 +192,7 @@ def compare(kernels: Any, inputs: Inputs, k: int, activation: str) -> Errors:
     """
     names, gate_NH, up_NH, probs_N, dhidden_NH = inputs
     dtype, neurons = gate_NH.dtype, gate_NH.size(1)
-    relative, exact = RELATIVE[dtype], activation in ("relu", "relu_squared")
+    relative = RELATIVE[dtype]
     step = torch.finfo(dtype).tiny * torch.finfo(dtype).eps
     gate, up, probs = (tensor.detach().clone().requires_grad_() for tensor in (gate_NH, up_NH, probs_N))
     right = select_and_gate_reference(gate, up, probs, k, activation)
@@ -207,13 +207,9 @@ def compare(kernels: Any, inputs: Inputs, k: int, activation: str) -> Errors:
     if errors.found["as many kept"]["share"] > 0:
         return errors  # nothing else has the right shape
 
-    active_NH = ACTIVATIONS[activation].function(gate_NH.float().clamp_min(torch.finfo(torch.float32).min))
-    score_NH, right_N1 = scores_of(active_NH), right.threshold_N[:, None]
-    slack_N1 = 0 * right_N1 if exact else (1e-6 if activation == "gelu" else TINY) + 1e-5 * right_N1
-    differ_NH = mask_NH != right_mask_NH
-    errors.add("which kept", torch.where(differ_NH, (score_NH - right_N1).abs() / slack_N1, 0.0))
-    errors.require("ties", _ties_right(gate_NH, mask_NH, right_mask_NH))
-    same_N1 = ~differ_NH.any(1, keepdim=True)
+    right_N1 = right.threshold_N[:, None]
+    active_NH, slack_N1 = compare_choice(errors, gate_NH, mask_NH, right_mask_NH, right_N1, activation)
+    same_N1 = (mask_NH == right_mask_NH).all(1, keepdim=True)
 
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     for name, kept_NK, all_NH in (("gates", gates_NK, gate_NH), ("ups", ups_NK, up_NH)):
@@ -241,8 +237,29 @@ def compare(kernels: Any, inputs: Inputs, k: int, activation: str) -> Errors:
         errors.require(f"{name} of dropped neurons", mask_NH | (result_NH == 0))
     intact = guard.intact() and guard_backward.intact()
     errors.require("inside its results", torch.full((len(names), 1), intact))
-    errors.rows_with_other_choice = int((~same_N1).sum())
     return errors
+
+
+def compare_choice(
+    errors: Errors,
+    gate_NH: torch.Tensor,
+    mask_NH: torch.Tensor,
+    right_mask_NH: torch.Tensor,
+    border_N1: torch.Tensor,
+    activation: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Add errors of a choice of neurons. Returns act(gate) [N, H], and how far from the border it may differ, [N, 1].
+
+    border_N1: the smallest magnitude that is kept.
+    """
+    active_NH = ACTIVATIONS[activation].function(gate_NH.float().clamp_min(torch.finfo(torch.float32).min))
+    exact = activation in ("relu", "relu_squared")
+    slack_N1 = 0 * border_N1 if exact else (1e-6 if activation == "gelu" else TINY) + 1e-5 * border_N1
+    differ_NH = mask_NH != right_mask_NH
+    errors.add("which kept", torch.where(differ_NH, (scores_of(active_NH) - border_N1).abs() / slack_N1, 0.0))
+    errors.require("ties", _ties_right(gate_NH, mask_NH, right_mask_NH))
+    errors.rows_with_other_choice = int(differ_NH.any(1).sum())
+    return active_NH, slack_N1
 
 
 def _ties_right(gate_NH: torch.Tensor, mask_NH: torch.Tensor, right_mask_NH: torch.Tensor) -> torch.Tensor:

@@ -240,25 +240,3 @@ def measure_ceilings(size: int = 8192) -> Iterator[Record]:
             milliseconds.append(start.elapsed_time(end))
         rate = 1000 * amount / statistics.median(milliseconds[WARM_UP:])
         yield {"what": "ceiling", "name": name, "passed": True, "rate": round(rate, 1), "unit": unit}
-
-
-def measure_step(model: str, precision: str, steps: int) -> Iterator[Record]:
-    """A training step of our engine on Megatron-Core; needs the whole project installed."""
-    from benchmarks.step import compose, megatron_step
-
-    config = compose(
-        f"model={model}", "model.vocab_size=4096", "training.micro_batch_size=8", f"compute.precision={precision}"
-    )
-    step = megatron_step(config)
-    seconds = []
-    for _ in range(WARM_UP + steps):
-        start = time.perf_counter()
-        step()  # it reads the loss, and so waits for the GPU
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[WARM_UP:])
-    tokens = config.training.micro_batch_size * config.model.seq_length
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    yield {
-        "what": "training step", "name": f"training step of {model}", "passed": True, "tokens": tokens,
-        "precision": precision, "step_ms": round(1000 * median, 2), "peak_bytes": peak,
-    }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu.checks import DTYPES, Errors, Inputs, Shape, make_inputs, recorded
 from benchmarks.gpu.isolation import Record
-from mone_model import neuron_selection
+from mone_model import expert_backends, neuron_selection
 from mone_model.activations import ACTIVATIONS
 from mone_model.expert_backends import BACKENDS, Request, expert_gemm
 from mone_model.neuron_selection import TopK, select_and_gate, unpack
@@ -16,10 +16,11 @@ from mone_model.neuron_selection import TopK, select_and_gate, unpack
 
 def use_interpreted_kernels() -> None:
     """Where Triton interprets, let its kernels serve tensors on the CPU, for the life of this process."""
-    from mone_model.kernels.triton import selection
+    from mone_model.kernels.triton import decode, selection
 
     if selection.INTERPRETED:
         neuron_selection._kernels_for = lambda tensor: selection
+        expert_backends._decode_kernel_for = lambda tensor: decode.decode
 
 
 def check_operators(device: str, compiler: str) -> Iterator[Record]:

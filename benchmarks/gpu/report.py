@@ -57,7 +57,7 @@ class Report:
 
     def tables(self) -> str:
         """All in Markdown: checks by group, then measurements by shape."""
-        return "\n\n".join(filter(None, [self._checks(), *self._measurements(), self._others()]))
+        return "\n\n".join(filter(None, [self._checks(), *self._few_rows(), *self._measurements(), self._others()]))
 
     def _checks(self) -> str:
         groups: dict[str, list[Record]] = {}
@@ -71,6 +71,35 @@ class Report:
             where = f"{worst['quantity']}, {worst['name']}" if worst else ""
             rows.append([group, len(records) - failed, failed, worst["worst"] if worst else "", where])
         return table(["checks", "passed", "failed", "largest error / allowed", "where"], rows)
+
+    def _few_rows(self) -> list[str]:
+        """For each shape: microseconds by contender and number of rows, and the share of the plain MoE's."""
+        shapes: dict[str, dict[tuple[str, float], dict[int, Record]]] = {}
+        for record in self.content["measurements"]:
+            if record.get("microseconds"):
+                of_shape = shapes.setdefault(record["shape"], {})
+                of_shape.setdefault((record["contender"], record["ratio"]), {})[record["rows"]] = record
+        tables = []
+        for shape, contenders in shapes.items():
+            plain = contenders.get(("plain MoE", 1.0), {})
+            numbers = sorted({number for records in contenders.values() for number in records})
+
+            def cell(record: Record | None, plain: dict[int, Record] = plain) -> str:
+                if record is None:
+                    return ""
+                microseconds, mark = record["microseconds"]["median"], "" if record["graph"] else " *"
+                whole = plain.get(record["rows"])
+                share = f" ({microseconds / whole['microseconds']['median']:.2f})" if whole else ""
+                return f"{microseconds:.1f}{share}{mark}"
+
+            rows = [
+                [name, f"{ratio:g}", *(cell(records.get(number)) for number in numbers)]
+                for (name, ratio), records in contenders.items()
+            ]
+            head = ["contender", "ratio", *(f"{number} rows" for number in numbers)]
+            title = f"few rows, {shape}, bf16, forward: microseconds (share of the plain MoE); *: without a CUDA graph"
+            tables.append(f"{title}\n\n{table(head, rows)}")
+        return tables
 
     def _measurements(self) -> list[str]:
         groups: dict[tuple[str, str], list[Record]] = {}
@@ -110,7 +139,10 @@ class Report:
             if record["passed"] and "rate" in record:
                 rows.append([record["name"], f"{record['rate']} {record['unit']}"])
             elif record["passed"] and "step_ms" in record:
-                rows.append([record["name"], f"{record['step_ms']} ms for {record['tokens']} tokens, {record['precision']}"])
+                peak = f"{record['peak_bytes'] / 2**30:.1f} GiB" if record["peak_bytes"] else "memory not measured"
+                layers = "Transformer Engine" if record["transformer_engine"] else "Megatron-Core's layers"
+                speed = f"{record['tokens_per_second']} tokens/s, {record['step_ms']} ms for {record['tokens']} tokens"
+                rows.append([record["name"], f"{speed}, {peak}, {record['precision']}, {layers}"])
         return table(["measured", "result"], rows) if rows else ""
 
 

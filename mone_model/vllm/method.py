@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -31,9 +32,16 @@ class NeuronMethod(UnquantizedFusedMoEMethod):
         selection = current_selection()
         if selection is None:
             return
+        if current_platform.is_cuda_alike():
+            from mone_model.vllm import gpu_experts
+
+            gpu_experts.check_layout(moe, selection)
+            # vLLM may prefer another backend, for which it would reorder the weights.
+            self.unquantized_backend, self.experts_cls = UnquantizedMoeBackend.TRITON, gpu_experts.NeuronTritonExperts
+            return
         stock, device = self.experts_cls, current_platform.device_name
         on_cpu = stock is not None and issubclass(stock, CPUUnquantizedExperts)
-        check(on_cpu, "device", device, "the plugin mone has experts for CPUs only")
+        check(on_cpu, "device", device, "the plugin mone has experts for CPUs, and for GPUs with CUDA or ROCm")
         check_layout(moe, selection)
         self.experts_cls = NeuronExperts
 

@@ -28,6 +28,7 @@ from vllm.model_executor.models.qwen3_moe import (
     Qwen3MoeModel,
 )
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.platforms import current_platform
 
 from mone_common.checks import check
 from mone_model.expert_backends import Weights
@@ -97,12 +98,20 @@ class MoneSharedExpert(nn.Module):
         check(neurons % self.ranks == 0, "tensor_parallel_size", self.ranks, way_out)
         self.neurons = neurons // self.ranks
         ratio = config.shared_expert_neuron_ratio
-        rule = rule_on_rank(TopK(top_k(ratio, neurons)), self.ranks)
         self.gate_up = nn.Parameter(torch.empty(1, 2, self.neurons, width), requires_grad=False)
         self.down = nn.Parameter(torch.empty(1, self.neurons, width), requires_grad=False)
         self.name = f"{prefix}.neurons"
         weights, kept = Weights(self.gate_up.data, self.down.data), top_k(ratio, self.neurons)
-        served = make_served(weights, rule, kept, ACTIVATIONS[config.hidden_act])
+        served: Any
+        if current_platform.is_cuda_alike():
+            from mone_model.vllm.gpu_experts import SharedExpert
+
+            way_out = "the K best neurons of a shared expert on several GPUs are not supported"
+            check(self.ranks == 1 or ratio == 1, "tensor_parallel_size", self.ranks, way_out)
+            served = SharedExpert(weights, TopK(kept), ACTIVATIONS[config.hidden_act])
+        else:
+            rule = rule_on_rank(TopK(top_k(ratio, neurons)), self.ranks)
+            served = make_served(weights, rule, kept, ACTIVATIONS[config.hidden_act])
         get_current_vllm_config().compilation_config.static_forward_context[self.name] = served
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:

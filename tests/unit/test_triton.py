@@ -1,23 +1,16 @@
-"""The Triton kernels: numerics in Triton's interpreter, and compilation.
+"""The Triton kernels of selection: numerics in Triton's interpreter, and compilation."""
 
-Triton reads at its first import whether to interpret, and torch imports Triton. The interpreter therefore runs in a separate
-process.
-"""
-
-import multiprocessing
-import pickle
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.gpu.checks import EXTREMES, Guarded
+from benchmarks.gpu.checks import EXTREMES
 from mone_model.activations import ACTIVATIONS
 from mone_model.neuron_selection import select_and_gate_reference, unpack
+from tests.interpreted import Interpreter, interpreting
 
 # Earlier interpreters fail with numpy 2.4; earlier compilers do not.
 pytest.importorskip("triton", minversion="3.7")
@@ -26,30 +19,12 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter truncates fp32 to bf16, and a GPU rounds: the last bit can differ.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
-Interpreter = Callable[..., Any]
-
-
-def call_guarded(pickled: bytes) -> bytes:
-    """Call a function of the kernels in this process and check that it writes only to its results."""
-    from mone_model.kernels.triton import selection as triton
-
-    name, arguments = pickle.loads(pickled)
-    torch.set_num_threads(1)
-    with Guarded() as guard:
-        results = getattr(triton, name)(*arguments)
-    assert guard.intact()
-    assert len(guard.cells) >= (0 if name == "selects" else 3), "not all results were guarded"
-    return pickle.dumps(results)
-
 
 @pytest.fixture(scope="module")
 def interpreter() -> Iterator[Interpreter]:
     """interpreter(name, *arguments) calls a function of mone_model.kernels.triton.selection."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        with pytest.MonkeyPatch.context() as environment:
-            environment.setenv("TRITON_INTERPRET", "1")
-            pool.submit(int).result()
-        yield lambda *call: pickle.loads(pool.submit(call_guarded, pickle.dumps((call[0], call[1:]))).result())
+    with interpreting("mone_model.kernels.triton.selection") as call:
+        yield lambda name, *arguments: call(name, *arguments, guarded=0 if name == "selects" else 3)
 
 
 def unambiguous(gate_NH: torch.Tensor, k: int, activation: str) -> bool:

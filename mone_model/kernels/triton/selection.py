@@ -29,7 +29,8 @@ INFINITE: tl.constexpr = tl.constexpr(0x7F800000)  # the bits of infinity; those
 
 
 @triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr):
+    """act(x) in fp32."""
     # The limit at -inf is 0; the formula would give NaN.
     if ACTIVATION == "silu":
         return tl.where(x < LOWEST, 0.0, x / (1 + tl.exp(-x)))
@@ -102,11 +103,43 @@ def _kth_largest(bits, guess, k, neurons, GRAIN: tl.constexpr):
 
 
 @triton.jit
-def _unpack(masks_ptr, start, neurons, CHUNK: tl.constexpr):
-    # [CHUNK] int32 for the neurons from `start` on: 1 if kept.
+def unpack(masks_ptr, start, neurons, CHUNK: tl.constexpr):
+    """[CHUNK] int32 for the neurons of a row's mask from `start` on: 1 if kept."""
     words = start // 16 + tl.arange(0, CHUNK // 16)
     masks = tl.load(masks_ptr + words, mask=words < (neurons + 15) // 16, other=0).to(tl.int32)
     return tl.reshape((masks[:, None] >> tl.arange(0, 16)[None, :]) & 1, (CHUNK,))
+
+
+@triton.jit
+def magnitudes(gate_ptr, neurons, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK] int32 bits of |act(gate)| of a row, and act(gate); bits are -1 behind the last neuron."""
+    neuron = tl.arange(0, BLOCK)
+    active = activate(tl.load(gate_ptr + neuron, mask=neuron < neurons, other=0).to(tl.float32), ACTIVATION)
+    # Without the sign, bits have the order of their floats. NaN counts as infinity.
+    bits = tl.where(neuron < neurons, tl.minimum(active.to(tl.int32, bitcast=True) & 0x7FFFFFFF, INFINITE), -1)
+    return bits, active
+
+
+@triton.jit
+def store_mask(kept, masks_ptr, neurons, BLOCK: tl.constexpr):
+    """Write the words of a row's mask. kept: [BLOCK] bool. `unpack` may read them afterwards."""
+    words = tl.arange(0, BLOCK // 16)
+    masks = tl.sum(tl.reshape(kept.to(tl.int32), (BLOCK // 16, 16)) << tl.arange(0, 16)[None, :], axis=1)
+    tl.store(masks_ptr + words, masks.to(tl.int16), mask=words < (neurons + 15) // 16)
+    tl.debug_barrier()  # other threads read them
+
+
+@triton.jit
+def mark_best(gate_ptr, masks_ptr, neurons, k, ACTIVATION: tl.constexpr, GRAIN: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the mask of the k neurons of a row with the largest |act(gate)|; returns the bits of the k-th largest."""
+    bits, active = magnitudes(gate_ptr, neurons, ACTIVATION, BLOCK)
+    mean = tl.sum(tl.where(bits >= 0, tl.abs(active), 0)) / neurons
+    threshold = _kth_largest(bits, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, k, neurons, GRAIN)
+    above = bits > threshold
+    equal = bits == threshold
+    wanted = k - tl.sum(above.to(tl.int32))
+    store_mask(above | (equal & (tl.cumsum(equal.to(tl.int32)) <= wanted)), masks_ptr, neurons, BLOCK)
+    return threshold
 
 
 @triton.jit
@@ -139,26 +172,13 @@ def forward_kernel(
     ups_ptr += row * k
     prob = tl.load(probs_ptr + row).to(tl.float32)
 
-    neuron = tl.arange(0, BLOCK)
-    active = _activate(tl.load(gate_ptr + neuron, mask=neuron < neurons, other=0).to(tl.float32), ACTIVATION)
-    # Without the sign, bits have the order of their floats. NaN counts as infinity.
-    bits = tl.where(neuron < neurons, tl.minimum(active.to(tl.int32, bitcast=True) & 0x7FFFFFFF, INFINITE), -1)
-    mean = tl.sum(tl.where(neuron < neurons, tl.abs(active), 0)) / neurons
-    threshold = _kth_largest(bits, mean.to(tl.int32, bitcast=True) & 0x7FFFFFFF, k, neurons, GRAIN)
+    threshold = mark_best(gate_ptr, masks_ptr, neurons, k, ACTIVATION, GRAIN, BLOCK)
     tl.store(threshold_ptr + row, threshold.to(tl.float32, bitcast=True))
-    above = bits > threshold
-    equal = bits == threshold
-    wanted = k - tl.sum(above.to(tl.int32))
-    kept = above | (equal & (tl.cumsum(equal.to(tl.int32)) <= wanted))
-    words = tl.arange(0, BLOCK // 16)
-    masks = tl.sum(tl.reshape(kept.to(tl.int32), (BLOCK // 16, 16)) << tl.arange(0, 16)[None, :], axis=1)
-    tl.store(masks_ptr + words, masks.to(tl.int16), mask=words < (neurons + 15) // 16)
 
-    # One chunk at a time: a long row at once would spill registers. The barrier orders the mask's writes and reads.
-    tl.debug_barrier()
+    # One chunk at a time: a long row at once would spill registers.
     before = 0
     for start in range(0, neurons, CHUNK):
-        chosen = _unpack(masks_ptr, start, neurons, CHUNK)
+        chosen = unpack(masks_ptr, start, neurons, CHUNK)
         position = before + tl.cumsum(chosen) - 1
         before += tl.sum(chosen)
         here = start + tl.arange(0, CHUNK)
@@ -166,7 +186,7 @@ def forward_kernel(
         up = tl.load(up_ptr + here, mask=here < neurons, other=0)
         tl.store(gates_ptr + position, gate, mask=chosen > 0)
         tl.store(ups_ptr + position, up, mask=chosen > 0)
-        hidden = _activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32) * prob
+        hidden = activate(gate.to(tl.float32), ACTIVATION) * up.to(tl.float32) * prob
         hidden = tl.where(chosen > 0, hidden, 0)
         tl.store(hidden_ptr + here, hidden.to(hidden_ptr.dtype.element_ty), mask=here < neurons)
 
@@ -200,14 +220,14 @@ def backward_kernel(
     before = 0
     dprob = tl.zeros((CHUNK,), tl.float32)
     for start in range(0, neurons, CHUNK):
-        chosen = _unpack(masks_ptr, start, neurons, CHUNK)
+        chosen = unpack(masks_ptr, start, neurons, CHUNK)
         position = before + tl.cumsum(chosen) - 1
         before += tl.sum(chosen)
         here = start + tl.arange(0, CHUNK)
         dhidden = tl.load(dhidden_ptr + here, mask=chosen > 0, other=0).to(tl.float32)
         gate = tl.load(gates_ptr + position, mask=chosen > 0, other=0).to(tl.float32)
         up = tl.load(ups_ptr + position, mask=chosen > 0, other=0).to(tl.float32)
-        active = _activate(gate, ACTIVATION)
+        active = activate(gate, ACTIVATION)
         # The mask is needed although dropped values are loaded as 0: 0 times NaN or infinity is NaN.
         dgate = tl.where(chosen > 0, dhidden * up * prob * _slope(gate, ACTIVATION), 0)
         dup = tl.where(chosen > 0, dhidden * active * prob, 0)
