@@ -1,6 +1,7 @@
 """Benchmarks time and memory of experts, forward and backward, at several activation ratios relative to ratio 1.
 
     python -m benchmarks.experts
+    python -m benchmarks.experts balance=true              # with the neuron balance loss below ratio 1
     python -m benchmarks.experts width=1024 neurons=512 experts=8 threads=1
 
 fp32. The baseline is ratio 1 with the backend that is fastest on this machine (`mone_model.expert_backends`). Memory is that
@@ -24,6 +25,7 @@ megatron.prepare()  # also in the processes of the contenders, which import this
 
 from mone_model.config import EXPERT_BACKENDS
 from mone_model.expert_backends import BACKENDS, Request
+from mone_model.neuron_balance import Balance
 from mone_model.neuron_selection import TopK
 from train.runtime import keep_freed_memory
 
@@ -42,6 +44,8 @@ class BenchmarkConfig:
     """Tokens of all experts together; each expert gets 0.5 to 1.5 times the mean."""
     ratios: list[float] = field(default_factory=lambda: [1.0, 0.5, 0.25, 0.125])
     """Shares of neurons kept."""
+    balance: bool = False
+    """Whether experts below ratio 1 also compute the sizes of neurons for the balance loss, and their gradient."""
     threads: int = 0
     """Threads; 0: one per core."""
     rounds: int = 7
@@ -73,21 +77,23 @@ def inputs_of(options: BenchmarkConfig) -> tuple[Inputs, torch.Tensor]:
     return (x_ND, gate_up, down, probs_N), tokens_E
 
 
-def compute(name: str, inputs: Inputs, tokens_E: torch.Tensor, k: int) -> torch.Tensor:
-    """The output of a backend that keeps `k` neurons of each row."""
+def compute(options: BenchmarkConfig, name: str, share: float, inputs: Inputs, tokens_E: torch.Tensor) -> list[torch.Tensor]:
+    """The output of a backend that keeps this share of the neurons of each row, and the sizes of neurons, if asked for."""
     x_ND, gate_up, down, probs_N = inputs
-    backend = BACKENDS[name]
-    return backend.compute(backend.prepare(gate_up, down), x_ND, tokens_E, probs_N, Request(TopK(k), "silu")).out_ND
+    backend, balance = BACKENDS[name], Balance() if options.balance and share < 1 else None
+    request = Request(TopK(round(share * options.neurons)), "silu", balance=balance)
+    found = backend.compute(backend.prepare(gate_up, down), x_ND, tokens_E, probs_N, request)
+    return [found.out_ND] if found.sizes_EH is None else [found.out_ND, found.sizes_EH]
 
 
 def build(options: BenchmarkConfig, backend: str, share: float) -> Run:
     """Forward and backward of the experts."""
     inputs, tokens_E = inputs_of(options)
-    target = torch.randn(options.rows, options.width)
-    k = round(share * options.neurons)
+    targets = torch.randn(options.rows, options.width), torch.randn(options.experts, options.neurons)
 
     def run() -> None:
-        torch.autograd.grad(compute(backend, inputs, tokens_E, k), inputs, target)
+        found = compute(options, backend, share, inputs, tokens_E)
+        torch.autograd.grad(found, inputs, targets[: len(found)])
 
     return run
 
@@ -103,7 +109,7 @@ def kept_bytes(options: BenchmarkConfig, backend: str, share: float) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = compute(backend, inputs, tokens_E, round(share * options.neurons))
+        out, *_ = compute(options, backend, share, inputs, tokens_E)
     size = sum(storage.nbytes() for pointer, storage in storages.items() if pointer not in given)
     assert out.requires_grad
     return size
@@ -119,6 +125,7 @@ def main(hydra_config: DictConfig) -> None:
     best = min((f"{backend} 1" for backend in EXPERT_BACKENDS), key=lambda name: statistics.median(seconds[name]))
     plain = kept_bytes(options, "grouped", 1.0)
     print(f"D {options.width}, H {options.neurons}, {options.experts} experts, {options.rows} rows; ratio 1 at best: {best}")
+    print(f"with{'' if options.balance else 'out'} the neuron balance loss below ratio 1")
     print("  ratio  backend       ms   over ratio 1         memory over ratio 1 grouped")
     for backend, share in cases:
         times = seconds[f"{backend} {share:g}"]
