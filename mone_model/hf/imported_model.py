@@ -112,6 +112,8 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
 def differences(ours: ModelConfig, theirs: ModelConfig, *, upcycle: bool = False) -> dict[str, tuple[Any, Any]]:
     """Fields that differ although both models should compute the same with the same weights: our value and theirs."""
     skipped = FREE | (UPCYCLED if upcycle else set())
+    if ours.neuron_bias and not theirs.neuron_bias:
+        skipped = skipped | {"neuron_bias"}  # it starts at 0
     a, b = _meaning(ours), _meaning(theirs)
     return {name: (a[name], b[name]) for name in a if name not in skipped and a[name] != b[name]}
 

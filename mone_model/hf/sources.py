@@ -19,7 +19,7 @@ from mone_model.hf.conversion import check_complete
 from mone_model.hf.imported_model import ImportedModel, model_of
 from mone_model.hf.model_folder import ModelFolder
 from mone_model.hf.weight_map import LAYERS, Part
-from mone_model.weight_sources import Wanted, WeightSource
+from mone_model.weight_sources import NEURON_BIAS, Wanted, WeightSource
 
 
 def open_weights(imported: ImportedModel, model: ModelConfig, *, checkpoint: Checkpoint | None) -> WeightSource:
@@ -40,9 +40,11 @@ class HuggingFaceWeights:
         self.tensors, self.table = folder.stored.tensors, folder.table(model)
         self._open = functools.cache(_open)
 
-    def read(self, wanted: Wanted) -> torch.Tensor:
+    def read(self, wanted: Wanted) -> torch.Tensor | None:
         """See `WeightSource`."""
         weight = self.table[wanted.key, wanted.place]
+        if wanted.key.endswith(NEURON_BIAS) and weight.parts[0].tensor not in self.tensors:
+            return None
         assert weight.shape == wanted.shape, (weight, wanted)
         rows, *columns = wanted.part
         found, start = [], 0
@@ -80,8 +82,10 @@ class StoredWeights:
         self.weights = CheckpointWeights(checkpoint)
         check_complete(self.weights, model_of(checkpoint))
 
-    def read(self, wanted: Wanted) -> torch.Tensor:
+    def read(self, wanted: Wanted) -> torch.Tensor | None:
         """See `WeightSource`."""
+        if wanted.key.endswith(NEURON_BIAS) and wanted.key not in self.weights.shapes:
+            return None
         stored = self.weights.shapes[wanted.key]
         rows, *others = wanted.part
         if wanted.key.startswith(LAYERS) or stored[0] >= rows.stop:

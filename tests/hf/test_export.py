@@ -1,5 +1,6 @@
 """Exported models compute what ours do, in every format, and bad input leaves nothing behind."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,9 +15,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from mone_model.config import ACTIVATIONS
+from mone_model.config import ACTIVATIONS, ComputeConfig, ParallelConfig
 from mone_model.hf import export
+from mone_model.hf.imported_model import differences, find_model
+from mone_model.hf.sources import open_weights
 from mone_model.megatron.calibration import select_by_threshold
+from mone_model.megatron.gpt import build_gpt
 from tests.hf.checkpoints import TOKENS, build, logits_of, model_of, save
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -68,6 +72,23 @@ def test_an_exported_model_has_the_same_logits(tmp_path: Path, call_main: Call, 
             with torch.no_grad():
                 found = loaded.eval()(TOKENS).logits
             assert (found - expected).abs().max() <= 2e-5 * expected.abs().max(), (asked, experts)
+
+
+def test_a_model_without_a_bias_starts_one_with_a_bias_of_zero(tmp_path: Path, call_main: Call) -> None:
+    model = model_of(activation_ratio=0.5)
+    gpt = build(model)
+    save(tmp_path / "run", gpt, model)
+    assert call_main(export.main, f"run={tmp_path / 'run'}", f"output={tmp_path / 'out'}")[0] == 0
+    biased = dataclasses.replace(model, neuron_bias=True)
+    for source in (tmp_path / "run", tmp_path / "out"):
+        imported = find_model(source)
+        assert differences(biased, imported.model) == {}
+        checkpoint = imported.checkpoints[-1] if imported.checkpoints else None
+        weights = open_weights(imported, biased, checkpoint=checkpoint)
+        found = build_gpt(biased, ParallelConfig(), ComputeConfig(experts="loop"), seed=1, weights=weights).eval()
+        expected = logits_of(gpt, model)
+        assert (logits_of(found, biased) - expected).abs().max() <= 2e-5 * expected.abs().max(), source
+        assert not found.decoder.layers[0].mlp.experts.neuron_bias.any()
 
 
 def test_gradients_of_one_step_are_equal(tmp_path: Path, call_main: Call) -> None:
