@@ -42,9 +42,9 @@ class HuggingFaceWeights:
 
     def read(self, wanted: Wanted) -> torch.Tensor | None:
         """See `WeightSource`."""
-        weight = self.table[wanted.key, wanted.place]
-        if wanted.key.endswith(NEURON_BIAS) and weight.parts[0].tensor not in self.tensors:
+        if wanted.key.endswith(NEURON_BIAS) and (wanted.key, wanted.place) not in self.table:
             return None
+        weight = self.table[wanted.key, wanted.place]
         assert weight.shape == wanted.shape, (weight, wanted)
         rows, *columns = wanted.part
         found, start = [], 0

@@ -169,8 +169,8 @@ def _experts(model: ModelConfig, names: Names, layer: int, there: str) -> Iterat
         part = Part(there + names.expert_bias, model.num_experts)
         yield Weight(f"{LAYERS}mlp.router.expert_bias", (layer,), (model.num_experts,), (part,))
     if model.neuron_bias:
-        name = None if names.neuron_bias is None else there + names.neuron_bias
-        part = Part(name, model.num_experts)
+        assert names.neuron_bias is not None
+        part = Part(there + names.neuron_bias, model.num_experts)
         yield Weight(f"{LAYERS}mlp.experts.neuron_bias", (layer,), (model.num_experts, neurons), (part,))
     for expert in range(model.num_experts):
         for half, projection in enumerate((names.gate, names.up)):
