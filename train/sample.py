@@ -63,7 +63,10 @@ class SampleConfig:
     stream: bool = False
     """Print each token when it is chosen; continues one prompt at a time."""
     thresholds: str | None = None
-    """Output file of mone-calibrate: keep the neurons that reach its thresholds; null: keep the K best of each token."""
+    """Output file of mone-calibrate or mone-sparsify: keep the neurons that reach its thresholds; null: keep the K best of
+    each token."""
+    ratio: float | None = None
+    """Share of an expert's neurons to keep; null: that of the model. With thresholds: which of those in the file."""
     trust: bool = False
     """Also load checkpoints that contain pickled code. Loading executes that code: use only with trusted checkpoints."""
 
@@ -78,6 +81,7 @@ class SampleConfig:
             ("repetition_penalty", self.repetition_penalty > 0, "must be positive, 1 for none"),
             ("seed", 0 <= self.seed < 2**63, "must be at least 0 and below 2^63"),
             ("batch_size", self.batch_size >= 1, "must be at least 1"),
+            ("ratio", self.ratio is None or 0 < self.ratio <= 1, "must be above 0 and at most 1"),
             ("interactive", not (self.interactive and self.file), "give either interactive=true or file"),
         ):
             if not right:
@@ -99,9 +103,12 @@ def main(hydra_config: DictConfig) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    thresholds_L = None if options.thresholds is None else load_thresholds(Path(options.thresholds))
+    thresholds_L = None if options.thresholds is None else load_thresholds(Path(options.thresholds), options.ratio)
+    ratio = options.ratio if thresholds_L is None else None
     try:
-        model, tokenizer = load(options.run, step=options.step, thresholds_L=thresholds_L, trust=options.trust)
+        model, tokenizer = load(
+            options.run, step=options.step, activation_ratio=ratio, thresholds_L=thresholds_L, trust=options.trust
+        )
     except UserError as error:
         raise UserError(f"run={error}") from error
     if tokenizer is None:
@@ -150,10 +157,10 @@ def typed_prompts() -> Iterator[str]:
             yield line
 
 
-def load_thresholds(path: Path) -> list[float]:
-    """The thresholds in an output file of mone-calibrate; UserError for any other file."""
+def load_thresholds(path: Path, ratio: float | None) -> list[float]:
+    """The thresholds in an output file of mone-calibrate or mone-sparsify; UserError for any other file."""
     try:
-        return read_thresholds(path)
+        return read_thresholds(path, ratio=ratio)
     except DamagedFile as error:
         raise UserError(str(error)) from error
 

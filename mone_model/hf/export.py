@@ -60,7 +60,10 @@ class ExportConfig:
     max_shard_size: str = "5GB"
     """Largest size of a file, such as 500MB."""
     thresholds: str | None = None
-    """Output file of mone-calibrate: the model keeps the neurons that reach its thresholds; null: the K best."""
+    """Output file of mone-calibrate or mone-sparsify: the model keeps the neurons that reach its thresholds; null: the K
+    best."""
+    ratio: float | None = None
+    """Which thresholds of a file of mone-sparsify, by the share of neurons that they keep; null: the only ones."""
     license: str | None = None
     """License in the model card, such as apache-2.0; null: none is stated."""
     trust: bool = False
@@ -71,6 +74,8 @@ class ExportConfig:
             if getattr(self, name) not in choices:
                 names = ", ".join("null" if choice is None else choice for choice in choices)
                 raise UserError(f"{name}={getattr(self, name)}: choose from {names}")
+        if self.ratio is not None and self.thresholds is None:
+            raise UserError(f"ratio={self.ratio}: chooses among the thresholds of a file; give thresholds=FILE")
         _ = self.largest_shard
 
     @property
@@ -106,7 +111,7 @@ def export(options: ExportConfig) -> None:
     thresholds_L = None
     if options.thresholds is not None:
         try:
-            thresholds_L = read_thresholds(Path(options.thresholds))
+            thresholds_L = read_thresholds(Path(options.thresholds), ratio=options.ratio)
         except DamagedFile as error:
             raise UserError(str(error)) from error
     format = options.format if options.format != "auto" else choose_format(model, thresholds_L)

@@ -209,6 +209,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
     "a format that cannot select": (lambda path: None, ["format=qwen3_moe"], "model.activation_ratio=0.5 (must be 1"),
     "a size without unit": (lambda path: None, ["max_shard_size=big"], "max_shard_size=big: give a number and a unit"),
     "an unknown type": (lambda path: None, ["dtype=int8"], "dtype=int8: choose from null, float32"),
+    "a ratio without thresholds": (lambda path: None, ["ratio=0.5"], "ratio=0.5: chooses among the thresholds of a file"),
     "no thresholds": (lambda path: None, ["thresholds=none.json"], "thresholds=none.json: is missing"),
     "a truncated file": (
         lambda path: os.truncate(next((path / "run").rglob("*.distcp")), 100),

@@ -94,14 +94,18 @@ def test_a_long_prompt_keeps_its_last_tokens(run: Path, call_main: Call) -> None
 
 
 def test_thresholds_and_exported_folders(run: Path, tmp_path: Path, call_main: Call) -> None:
-    (tmp_path / "thresholds.json").write_text(json.dumps({"thresholds": [0.3, 0.3]}))
-    thresholds = f"thresholds={tmp_path / 'thresholds.json'}"
+    part = {"layers": [0, 1], "ratios": {"0.5": [0.1, 0.1], "0.25": [0.3, 0.3]}}
+    (tmp_path / "thresholds.json").write_text(json.dumps({"parts": {"routed": part}}))
+    thresholds = [f"thresholds={tmp_path / 'thresholds.json'}", "ratio=0.25"]
     options = ["temperature=0", "max_new_tokens=9", f"prompts={json.dumps(PROMPTS)}"]
     best = call_main(sample.main, f"run={run}", *options)[1]
-    code, by_threshold, errors = call_main(sample.main, f"run={run}", thresholds, *options)
+    code, by_threshold, errors = call_main(sample.main, f"run={run}", *thresholds, *options)
     assert code == 0, errors
     assert by_threshold != best
-    for name, more, expected in (("best", [], best), ("thresholds", [thresholds], by_threshold)):
+    assert call_main(sample.main, f"run={run}", "ratio=1", *options)[1] != best
+    code, _, errors = call_main(sample.main, f"run={run}", thresholds[0], *options)
+    assert (code, "has thresholds for the ratios 0.5, 0.25; choose one of them" in errors) == (2, True)
+    for name, more, expected in (("best", [], best), ("thresholds", thresholds, by_threshold)):
         assert call_main(export.main, f"run={run}", f"output={tmp_path / name}", *more)[0] == 0
         assert call_main(sample.main, f"run={tmp_path / name}", *options)[1] == expected
 
@@ -119,6 +123,7 @@ BAD = {
     "batch_size=0": "batch_size=0: must be at least 1",
     "file=none.txt": "file=none.txt: does not exist or has no line with a prompt",
     "thresholds=none.json": "thresholds=none.json: is missing",
+    "ratio=2": "ratio=2.0: must be above 0 and at most 1",
     "run=none": "run=none: does not exist",
     "step=9": "has no checkpoint of step=9",
     'prompts=["a", ""]': "must be a list of texts, none of them empty",
