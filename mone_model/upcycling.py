@@ -11,11 +11,10 @@ import functools
 import torch
 
 from mone_model.config import ModelConfig
-from mone_model.weight_sources import RandomWeights, Wanted, WeightSource, draw
+from mone_model.weight_sources import NEURON_BIAS, RandomWeights, Wanted, WeightSource, draw
 
 GATE_UP, DOWN = "decoder.layers.mlp.experts.gate_up_weight", "decoder.layers.mlp.experts.down_weight"
 ROUTER, EXPERT_BIAS = "decoder.layers.mlp.router.weight", "decoder.layers.mlp.router.expert_bias"
-NEURON_BIAS = "decoder.layers.mlp.experts.neuron_bias"
 
 
 class UpcycledWeights:
@@ -49,7 +48,7 @@ class UpcycledWeights:
 
     def read(self, wanted: Wanted) -> torch.Tensor | None:
         """See `WeightSource`."""
-        if wanted.key in (EXPERT_BIAS, NEURON_BIAS):
+        if wanted.key.endswith((EXPERT_BIAS, NEURON_BIAS)):
             return torch.zeros(wanted.shape)[wanted.part]
         if wanted.key == ROUTER:
             return self._router(wanted)
