@@ -56,8 +56,8 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 
 install: .venv/installed  ## the package and what its tests need, into .venv, with the versions that are tested
 
-test: .venv/installed  ## all tests, about 25 minutes on two cores: one process a core, each with whole files of tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+test: .venv/installed  ## all tests, about 25 minutes on two cores: one process a core and one more, each with whole files of tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 gpu:  ## check and measure what runs on an NVIDIA GPU, in under 10 minutes; torch and triton are enough, nothing is installed
 	$(PYTHON) -m benchmarks.gpu

@@ -17,6 +17,11 @@ from mone_model.kernels.cpu import library
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process a core and one more: the tests of real processes, launching and Slurm often wait."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slurm's tests first: their file takes the longest, and pytest-xdist starts the files in this order."""
     items.sort(key=lambda item: item.path.parent.name != "slurm")
