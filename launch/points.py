@@ -5,16 +5,15 @@ point.validation.mean, point.validation.spread, point.parameters.active_experts
 """
 
 import itertools
-import json
 import math
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mone_common.checks import is_number
-from mone_common.run_folder import read_file
 from mone_common.run_records import last_value
 from mone_common.text import printable
 from mone_model.accounting import Parameters, count_flops, count_parameters
@@ -31,16 +30,40 @@ INCIDENTAL = (
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """The losses of a model on the documents of a text, by `mone-evaluate`."""
+
+    sha256: str
+    """Identifies the documents and their order."""
+    sources: list[tuple[str, int]]
+    """Name and number of documents of each source, in order."""
+    tokens: list[int]
+    """Scored tokens of each document."""
+    nll: list[float]
+    """Summed negative log-likelihood of each document, nats."""
+
+    @property
+    def nats_per_token(self) -> float:
+        """Mean negative log-likelihood of a token."""
+        return math.fsum(self.nll) / sum(self.tokens)
+
+
+@dataclass(frozen=True)
 class Run:
-    """One run folder."""
+    """One run folder, or its record (`launch.recorded`)."""
 
     folder: Path
+    """Folder of the run, or file of the record."""
     options: dict[str, Any]
     records: list[dict[str, Any]]
     state: str
     """complete, stopped, failed, running or not started, as in `launch.status`."""
     reading: list[dict[str, Any]] = field(default_factory=list)
     """Tokens that the run reads from each source (`read_reading`); [] if not recorded."""
+    commit: str = "unknown"
+    """Git commit of the code that trained the run."""
+    evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
+    """Evaluations of text by name."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -91,15 +114,6 @@ class Run:
     def peak_gib(self) -> float | None:
         """Peak memory of the rank that uses most, GiB."""
         return max((value for _, value in self.series("memory/peak_gib")), default=None)
-
-    @cached_property
-    def commit(self) -> str:
-        """Git commit of the code that trained the run, or "unknown"."""
-        try:
-            found = json.loads(read_file(self.folder / "environment.json") or b"{}")
-        except (ValueError, RecursionError):
-            found = None
-        return printable(found.get("commit") or "unknown") if isinstance(found, dict) else "unknown"
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,23 @@
 A point contains the runs that differ only in their seed. Its group is the sweep that it belongs to.
 """
 
+import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launch.points import RATIO, SEEDS, Point, Run, essential, model_of
+from launch.points import RATIO, SEEDS, Evaluation, Point, Run, essential, model_of
 from mone_common.checks import is_number
-from mone_common.run_folder import CONFIG_FILE, DamagedFile, check_readable, find_runs
+from mone_common.console import UserError
+from mone_common.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, DamagedFile, check_readable, find_runs, read_file
 from mone_common.run_records import examine_metrics, read_config, read_reading, read_state
 from mone_common.text import printable
+from mone_eval.results import read_evaluations
 from mone_model.accounting import count_parameters
 
 BLEND = "data.blend"
@@ -41,7 +45,15 @@ def read_runs(
             if not options:
                 raise DamagedFile(f"{printable(folder)}: no {CONFIG_FILE}")
             records, problem = examine_metrics(folder)
-            run = Run(folder, options, records, read_state(folder), _reading(folder, warn))
+            run = Run(
+                folder,
+                options,
+                records,
+                read_state(folder),
+                reading=_reading(folder, warn),
+                commit=_commit(folder),
+                evaluations=_evaluations(folder, warn),
+            )
             _check(run)
         except DamagedFile as error:
             warn(f"left out {error}")
@@ -60,6 +72,39 @@ def _reading(folder: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
     except DamagedFile as error:
         warn(str(error))
         return []
+
+
+def _commit(folder: Path) -> str:
+    try:
+        found = json.loads(read_file(folder / ENVIRONMENT_FILE) or b"{}")
+    except (ValueError, RecursionError):
+        found = None
+    return printable(found.get("commit") or "unknown") if isinstance(found, dict) else "unknown"
+
+
+def _evaluations(folder: Path, warn: Callable[[str], None]) -> dict[str, Evaluation]:
+    """The scores of each text by mone-evaluate, with the losses of its documents."""
+    found = {}
+    try:
+        for name, result in read_evaluations(folder):
+            if text := result.get("text"):
+                documents = text["documents"]
+                sources = itertools.groupby(_source(document["name"]) for document in documents)
+                found[name] = Evaluation(
+                    text["sha256"],
+                    [(source, len(list(its))) for source, its in sources],
+                    [document["tokens"] for document in documents],
+                    [round(document["nll"], 3) for document in documents],
+                )
+    except (UserError, KeyError, TypeError) as error:
+        warn(str(error))
+    return found
+
+
+def _source(document: str) -> str:
+    """The name of a document's token shards or file."""
+    path = Path(document.rpartition(":")[0])
+    return path.parent.name if re.fullmatch(r"(train|validation)-\d+", path.name) else path.stem
 
 
 def _check(run: Run) -> None:

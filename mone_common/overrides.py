@@ -58,7 +58,9 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
     found = [argument for argument, override in parsed.items() if override and override.key_or_group == "hydra.searchpath"]
 
     def choices(group: str) -> list[str]:
-        return loader.get_group_options(group, ObjectType.CONFIG, config_name, found)
+        inner = loader.get_group_options(group, ObjectType.GROUP, config_name, found) if group else []
+        nested = [f"{name}/{choice}" for name in inner for choice in choices(f"{group}/{name}")]
+        return [*loader.get_group_options(group, ObjectType.CONFIG, config_name, found), *nested]
 
     def compose(overrides: list[str]) -> DictConfig:
         return hydra.compose_config(config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)

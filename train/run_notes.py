@@ -83,6 +83,17 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "processors": os.cpu_count(),
+        "processor": _processor(),
         "world_size": rank_and_world_size()[1],
         "packages": versions,
     }
+
+
+def _processor() -> str:
+    """Kind of the processor and the vector instructions it has, on Linux; which losses depend on, by rounding."""
+    with contextlib.suppress(OSError):
+        lines = dict(line.split("\t", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t" in line)
+        name, flags = (lines.get(key, "").lstrip("\t: ") for key in ("model name", "flags"))
+        found = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if flag in flags.split()]
+        return " ".join([name or platform.machine(), *found])
+    return platform.machine()

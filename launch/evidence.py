@@ -1,0 +1,193 @@
+"""Trains the recorded experiments and reports on them.
+
+    python -m launch.evidence train=true jobs=2         # trains what has no record yet; continues after an interruption
+    python -m launch.evidence                           # tables and figures from the records
+
+The plan is configs/evidence.yaml. Each run trains on one core, scores the held-out documents, and leaves a record in
+docs/evidence/runs (`launch.recorded`).
+"""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
+
+from launch.experiments import Plan, Planned, due
+from launch.recorded import read_record, write_record
+from mone_common.console import ReportedError, UserError, command, to_dataclass
+from mone_common.run_folder import DamagedFile
+from mone_common.run_records import last_step, read_metrics, read_status
+from mone_common.text import clock
+
+TRAINED = "trained"
+"""Name of the evaluation that selects neurons as in training."""
+PROGRESS_SECONDS = 60.0
+
+
+@dataclass
+class EvidenceConfig(Plan):
+    """Options of `python -m launch.evidence`; those of the plan are in configs/evidence.yaml."""
+
+    train: bool = False
+    """Train the runs that have no record."""
+    only: list[str] = field(default_factory=list)
+    """Names of the experiments; empty: all."""
+    jobs: int = 1
+    """Runs that train at the same time, each on its own core."""
+    records: str = "docs/evidence/runs"
+    """Folder of the records."""
+    runs: str = "runs/evidence"
+    """Folder of the runs."""
+    text: str = "data/evidence/shards/*"
+    """Text whose held-out documents are scored."""
+    evaluate: list[str] = field(default_factory=lambda: ["stride=256"])
+    """Options of mone-evaluate for all runs."""
+    overrides: list[str] = field(default_factory=lambda: ["experiment=evidence/common"])
+    """Options of mone-pretrain for all runs; those of experiments and points come after them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.only if name not in self.experiments]:
+            raise UserError(f"only={self.only}: there is no {', '.join(unknown)}; choose from {', '.join(self.experiments)}")
+        cores = len(os.sched_getaffinity(0))
+        if not 1 <= self.jobs <= cores:
+            raise UserError(f"jobs={self.jobs}: must be from 1 to the number of cores, {cores}")
+
+    @property
+    def chosen(self) -> list[str]:
+        """Names of the experiments."""
+        return self.only or list(self.experiments)
+
+
+ConfigStore.instance().store(name="evidence_schema", node=EvidenceConfig)
+
+
+@command("evidence")
+def main(hydra_config: DictConfig) -> None:
+    """Train or report; exit code 1 if a run fails."""
+    options = to_dataclass(hydra_config, EvidenceConfig)
+    if options.train:
+        _Trainer(options).train()
+
+
+def read_losses(folder: Path) -> dict[str, float]:
+    """Held-out loss of each recorded run by its name, nats per token; UserError for a damaged record."""
+    try:
+        return {
+            f"{path.parent.name}/{path.stem}": read_record(path).evaluations[TRAINED].nats_per_token
+            for path in sorted(folder.glob("*/*.json"))
+        }
+    except DamagedFile as error:
+        raise UserError(str(error)) from error
+
+
+class _Trainer:
+    def __init__(self, options: EvidenceConfig) -> None:
+        self.options = options
+        self.cores: queue.Queue[int] = queue.Queue()
+        for core in sorted(os.sched_getaffinity(0))[: options.jobs]:
+            self.cores.put(core)
+        self.stopping = threading.Event()
+
+    def train(self) -> None:
+        """Train until no run is due; ReportedError if one fails, after the others have ended."""
+        running: dict[Future[None], Planned] = {}
+        problems: list[str] = []
+        with ThreadPoolExecutor(self.options.jobs) as pool:
+            try:
+                while True:
+                    losses = read_losses(Path(self.options.records))
+                    waiting = [
+                        run
+                        for run in due(self.options, losses, self.options.chosen)
+                        if run not in running.values() and not any(run.name in problem for problem in problems)
+                    ]
+                    while waiting and len(running) < self.options.jobs:
+                        run = waiting.pop(0)
+                        running[pool.submit(self._run, run)] = run
+                    if not running:
+                        break
+                    done, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        if error := future.exception():
+                            problems.append(f"{running[future].name}: {error}")
+                            print(problems[-1], file=sys.stderr, flush=True)
+                        del running[future]
+                    if not done:
+                        self._print_progress(list(running.values()), len(waiting))
+            except KeyboardInterrupt:
+                self.stopping.set()  # the runs got the signal too: they save and end
+        if problems:
+            raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems]))
+
+    def _run(self, run: Planned) -> None:
+        folder = Path(self.options.runs) / run.name
+        core, began = self.cores.get(), time.monotonic()
+        try:
+            overrides = [*self.options.overrides, *run.overrides(self.options)]
+            overrides += [f"run.dir={folder}", f"run.name=evidence/{run.name}"]
+            self._call("train.pretrain", list(map(_quoted, overrides)), folder, core)
+            if read_status(folder).get("state") != "complete":
+                if self.stopping.is_set():
+                    return
+                raise ReportedError(f"did not complete; see {folder}/log.txt")
+            for name, more in {TRAINED: [], **self._evaluations(run)}.items():
+                output = folder / "evaluations" / f"{name}.json"
+                if not output.exists():
+                    every = [f"model={folder}", f"text={self.options.text}", f"output={output}", *self.options.evaluate]
+                    self._call("mone_eval.evaluate", list(map(_quoted, [*every, *more])), folder, core)
+            record = Path(self.options.records) / f"{run.name}.json"
+            write_record(folder, record)
+            loss = read_record(record).evaluations[TRAINED].nats_per_token
+            print(f"{run.name}: {loss:.4f} nats per token, in {clock(time.monotonic() - began)}", flush=True)
+        finally:
+            self.cores.put(core)
+
+    def _evaluations(self, run: Planned) -> dict[str, list[str]]:
+        experiment = self.options.experiments[run.experiment]
+        return experiment.evaluations if run.seed in experiment.evaluated_seeds else {}
+
+    def _call(self, module: str, arguments: list[str], folder: Path, core: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "log.txt", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+            os.sched_setaffinity(process.pid, {core})
+            if code := process.wait():
+                raise ReportedError(f"{module} ended with exit code {code}; see {folder}/log.txt")
+
+    def _print_progress(self, running: list[Planned], waiting: int) -> None:
+        parts = []
+        for run in running:
+            records = read_metrics(Path(self.options.runs) / run.name)
+            parts.append(f"{run.name} step {last_step(records)}{_time_left(records)}")
+        print(f"{', '.join(parts)}; {waiting} more are due", flush=True)
+
+
+def _time_left(records: list[dict[str, Any]]) -> str:
+    speeds = [record["speed/tokens_per_second"] for record in records if "speed/tokens_per_second" in record]
+    return f" ({speeds[-1]:,.0f} tokens/s)" if speeds else ""
+
+
+def _quoted(option: str) -> str:
+    """An option with quotes around a value that has characters with a meaning in Hydra's grammar."""
+    name, _, value = option.partition("=")
+    return f"{name}='{value}'" if any(character in value for character in ",=*") else option
+
+
+if __name__ == "__main__":
+    main()

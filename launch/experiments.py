@@ -1,0 +1,164 @@
+"""Plans of experiments: points, learning rates, seeds and contrasts, and which runs are due.
+
+plan = Plan(experiments={"equal_total": Experiment(points={"plain": ["model.activation_ratio=1"]}, ...)})
+due(plan, losses)                  # the runs whose settings are known and that have no result yet
+best_rate(plan, losses, "equal_total", "plain")
+
+A learning rate is chosen for each point by runs with the tuning seed, which is not reported.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from mone_common.console import UserError
+
+FACTOR = 2.0
+"""Factor between learning rates; the next rate is tried if the best one is the lowest or highest."""
+MOST_RATES = 6
+
+
+@dataclass
+class Experiment:
+    """One question, and the runs that answer it."""
+
+    question: str = ""
+    """What is asked."""
+    overrides: list[str] = field(default_factory=list)
+    """Options of all points; {seed} stands for the seed."""
+    points: dict[str, list[str]] = field(default_factory=dict)
+    """Options of each point."""
+    learning_rates: list[float] = field(default_factory=list)
+    """Peak learning rates to try with the tuning seed; empty: learning_rate_of."""
+    learning_rate_of: str | None = None
+    """Where the rate comes from: EXPERIMENT/POINT, or EXPERIMENT for its point of the same name."""
+    learning_rate_factor: float = 1.0
+    """Multiplies the rate of learning_rate_of."""
+    seeds: list[int] = field(default_factory=list)
+    """Seeds that are reported."""
+    contrasts: list[list[str]] = field(default_factory=list)
+    """Pairs [point, baseline], also EXPERIMENT/POINT of other experiments."""
+    interaction: str | None = None
+    """An experiment with the same points: the difference of the differences."""
+    evaluations: dict[str, list[str]] = field(default_factory=dict)
+    """Further options of mone-evaluate by the name of an evaluation; `trained`, without options, always takes place."""
+    evaluated_seeds: list[int] = field(default_factory=list)
+    """Seeds with these evaluations."""
+
+
+@dataclass
+class Plan:
+    """All experiments, in the order in which they run."""
+
+    tuning_seed: int = 0
+    """Seed of the runs that choose a learning rate."""
+    margin: float = 0.03
+    """Two points are equivalent if their losses differ by less than this, nats per token."""
+    primary: list[list[str]] = field(default_factory=list)
+    """Contrasts whose p values get Holm's correction together."""
+    experiments: dict[str, Experiment] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, experiment in self.experiments.items():
+            if bool(experiment.learning_rates) == (experiment.learning_rate_of is not None):
+                raise UserError(f"experiments.{name}: give learning_rates or learning_rate_of")
+            if self.tuning_seed in experiment.seeds:
+                raise UserError(f"experiments.{name}.seeds={experiment.seeds}: {self.tuning_seed} is the tuning seed")
+            if experiment.learning_rate_of is not None:
+                for point in experiment.points:
+                    self._check_point(name, "learning_rate_of", _rate_of(experiment, point))
+            for pair in experiment.contrasts:
+                if len(pair) != 2:
+                    raise UserError(f"experiments.{name}.contrasts: {pair} must be a pair, [point, baseline]")
+                for point in pair:
+                    self._check_point(name, "contrasts", full_name(name, point))
+            if experiment.interaction is not None and experiment.interaction not in self.experiments:
+                raise UserError(f"experiments.{name}.interaction={experiment.interaction}: no such experiment")
+
+    def _check_point(self, name: str, option: str, point: str) -> None:
+        experiment, _, its = point.partition("/")
+        if its not in getattr(self.experiments.get(experiment), "points", {}):
+            raise UserError(f"experiments.{name}.{option}: there is no point {point}")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run of the plan."""
+
+    experiment: str
+    point: str
+    seed: int
+    rate: float
+    tuning: bool
+    """Whether the run is one of those that choose the learning rate."""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder and record: equal_total/plain,seed=1; that of a tuning run has the rate."""
+        rate = f",lr={self.rate:g}" if self.tuning else ""
+        return f"{self.experiment}/{self.point}{rate},seed={self.seed}"
+
+    def overrides(self, plan: Plan) -> list[str]:
+        """Options of mone-pretrain."""
+        experiment = plan.experiments[self.experiment]
+        own = [f"optimizer.lr={self.rate:g}", f"run.seed={self.seed}", f"logging.wandb_group={self.experiment}"]
+        overrides = [*experiment.overrides, *experiment.points[self.point], *own]
+        return [option.replace("{seed}", str(self.seed)) for option in overrides]
+
+
+def full_name(experiment: str, point: str) -> str:
+    """EXPERIMENT/POINT of a point that an experiment names."""
+    return point if "/" in point else f"{experiment}/{point}"
+
+
+def _rate_of(experiment: Experiment, point: str) -> str:
+    assert experiment.learning_rate_of is not None
+    source = experiment.learning_rate_of
+    return source if "/" in source else f"{source}/{point}"
+
+
+def best_rate(plan: Plan, losses: Mapping[str, float], experiment: str, point: str) -> float | None:
+    """The learning rate of a point; None while it is not known. losses: by `Planned.name`."""
+    own = plan.experiments[experiment]
+    if own.learning_rate_of is not None:
+        found = best_rate(plan, losses, *_rate_of(own, point).split("/"))
+        return None if found is None else found * own.learning_rate_factor
+    if any(run.name not in losses for run in _tuning_runs(plan, losses, experiment, point)):
+        return None
+    return min(_tuning_runs(plan, losses, experiment, point), key=lambda run: losses[run.name]).rate
+
+
+def _tuning_runs(plan: Plan, losses: Mapping[str, float], experiment: str, point: str) -> list[Planned]:
+    """The runs that choose the rate, as far as they are known; a neighbour is added while the best rate is an extreme."""
+    rates = sorted(plan.experiments[experiment].learning_rates)
+
+    def run(rate: float) -> Planned:
+        return Planned(experiment, point, plan.tuning_seed, rate, tuning=True)
+
+    while len(rates) < MOST_RATES and all(run(rate).name in losses for rate in rates):
+        best = min(rates, key=lambda rate: losses[run(rate).name])
+        if best == rates[-1]:
+            rates.append(best * FACTOR)
+        elif best == rates[0]:
+            rates.insert(0, best / FACTOR)
+        else:
+            break
+    return list(map(run, rates))
+
+
+def runs_of(plan: Plan, losses: Mapping[str, float], experiment: str) -> list[Planned]:
+    """The runs of an experiment whose settings are known, those that choose learning rates first."""
+    own = plan.experiments[experiment]
+    tuning = [] if own.learning_rate_of else [run for p in own.points for run in _tuning_runs(plan, losses, experiment, p)]
+    rates = {point: best_rate(plan, losses, experiment, point) for point in own.points}
+    # By seed: an interruption leaves as many complete pairs as possible.
+    return tuning + [
+        Planned(experiment, point, seed, rate, tuning=False)
+        for seed in own.seeds
+        for point, rate in rates.items()
+        if rate is not None
+    ]
+
+
+def due(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> list[Planned]:
+    """The runs of these experiments whose settings are known and that have no result, in order."""
+    return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses]

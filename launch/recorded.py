@@ -1,0 +1,83 @@
+"""Records of runs: one small JSON file each, without weights, from which reports are made again.
+
+write_record(Path("runs/evidence/equal_total/plain,seed=1"), Path("docs/evidence/runs/equal_total/plain,seed=1.json"))
+run = read_record(path)                                  # launch.points.Run
+run.evaluations["trained"].nats_per_token
+
+A record has the options, the loss curve, the last value of each metric, and the losses of each document that `mone-evaluate`
+scored (evaluations/*.json in the run folder).
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.points import Evaluation, Run
+from launch.results import read_runs
+from mone_common.files import writing
+from mone_common.run_folder import DamagedFile, read_file
+from mone_common.text import printable
+
+FORMAT = "mone-run-1"
+CURVE = ("step", "train/tokens", "train/loss")
+"""Metrics of which a record has the whole series."""
+
+
+def write_record(folder: Path, path: Path) -> None:
+    """Write the record of a complete run; ValueError if the folder is damaged or the run is not complete."""
+    (run,) = read_runs([folder])
+    if run.state != "complete":
+        raise ValueError(f"{printable(folder)}: {run.state}, not complete")
+    content = {
+        "format": FORMAT,
+        "state": run.state,
+        "commit": run.commit,
+        "environment": json.loads(read_file(folder / "environment.json") or b"{}"),
+        "options": run.options,
+        "reading": run.reading,
+        "records": _shorten(run),
+        "evaluations": {name: dataclasses.asdict(found) for name, found in run.evaluations.items()},
+    }
+    with writing(path) as unfinished:
+        # One line for each entry: a change of one run changes few lines.
+        entries = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in content.items())
+        unfinished.write_text(f"{{\n{entries}\n}}\n", encoding="utf-8")
+
+
+def _shorten(run: Run) -> list[dict[str, Any]]:
+    """The loss curves, then one record with the last value of all other metrics."""
+    curve = [{name: record[name] for name in CURVE} for record in run.records if all(name in record for name in CURVE)]
+    validations = [
+        {"step": record["step"], **losses}
+        for record in run.records
+        if (losses := {name: value for name, value in record.items() if name.startswith("validation/")})
+    ]
+    last: dict[str, Any] = {}
+    for record in run.records:
+        last |= {name: value for name, value in record.items() if not name.startswith(("validation/", "train/"))}
+    return [*curve, *validations, last | {"speed/tokens_per_second": run.tokens_per_second, "memory/peak_gib": run.peak_gib}]
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is named like a record."""
+    return path.suffix == ".json" and path.is_file()
+
+
+def read_record(path: Path) -> Run:
+    """The run of a record; DamagedFile if the file is none."""
+    try:
+        content = json.loads(read_file(path) or b"")
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']}, expected {FORMAT}")
+        return Run(
+            folder=path,
+            options=content["options"],
+            records=content["records"],
+            state=content["state"],
+            reading=content["reading"],
+            commit=content["commit"],
+            evaluations={name: Evaluation(**found) for name, found in content["evaluations"].items()},
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedFile(f"{printable(path)}: not the record of a run ({error})") from error
