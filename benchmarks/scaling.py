@@ -25,8 +25,7 @@ from benchmarks.interleaved_timing import HYDRA, LOGGING, Run, ratio, time_inter
 from benchmarks.step import compose, megatron_step
 from mone_common.console import UserError, command, to_dataclass
 from mone_model import megatron
-from mone_model.accounting import count_communication, count_flops, count_parameters, estimate_memory
-from mone_model.config import ModelConfig
+from mone_model.accounting import count_communication, count_parameters, count_training_flops, estimate_memory
 from train.config import RunConfig
 
 
@@ -115,7 +114,7 @@ class Cost:
 
 
 def cost_of(config: RunConfig) -> Cost:
-    """The cost of a step: operations of `training_flops`, and bytes of weights and saved activations.
+    """The cost of a step: operations of `count_training_flops`, and bytes of weights and saved activations.
 
     Both passes read the weights. Accumulated gradients are cleared; new gradients are written and added to them (four more
     passes), except those of sparse experts, which are written directly. The optimizer reads the gradients for the norm, then
@@ -126,31 +125,15 @@ def cost_of(config: RunConfig) -> Cost:
     described = config.model, config.parallel, config.compute
     memory = estimate_memory(*described, micro_batch_size=size, data_parallel_size=processes)
     sent = count_communication(*described, micro_batch_size=size, data_parallel_size=processes, micro_batches=1)
-    skips = config.compute.experts == "sparse"
+    skips, flops = config.compute.experts == "sparse", count_training_flops(config.model)
     saved = 4 * 4 * count_parameters(config.model).experts / processes if skips else 0
     # Half of the optimizer's bytes are one number per weight.
     moved = 7 * memory.weights - saved + 9 * memory.optimizer / 2 + 2 * (memory.activations + memory.working)
     return Cost(
-        flops=training_flops(config.model)[SKIPPED if skips else DENSE] * tokens,
+        flops=(flops.sparse if skips else flops.dense) * tokens,
         moved=processes * moved,
         sent=processes * sum(part.bytes for part in sent.values()),
     )
-
-
-def training_flops(model: ModelConfig) -> dict[str, int]:
-    """Training FLOPs per token: of the dense model, and without products of dropped neurons."""
-    dense = 3 * count_flops(model).dense
-    return {DENSE: dense, SKIPPED: dense - moe_flops(model, skipping=False) + moe_flops(model)}
-
-
-def moe_flops(model: ModelConfig, *, skipping: bool = True) -> int:
-    """Training FLOPs per token of all experts; skipping: count one of nine products (the gate) for dropped neurons."""
-    k = model.active_neurons if skipping else model.moe_ffn_hidden_size
-    routed = model.router_topk * (model.moe_ffn_hidden_size + 8 * k)
-    return 2 * model.hidden_size * model.num_layers * (routed + 9 * model.shared_expert_ffn_hidden_size)
-
-
-DENSE, SKIPPED = "of the dense model", "left when dropped neurons are skipped"
 
 
 PRODUCT_SIZE = 2048

@@ -106,7 +106,7 @@ class _Paragraphs(HTMLParser):
 
 
 def without_pod(text: str) -> str:
-    """POD (perlpod) as plain text."""
+    """POD (perlpod) as plain text. `=begin` and `=for` go with their paragraph; the rest of a block stays."""
     text = re.sub(r"(?ms)^=(begin|for)\b.*?(^=end\b[^\n]*\n|\n\n)", "", text)
     text = re.sub(r"(?m)^=(over|back|cut|encoding|pod)\b.*\n", "", text)
     text = re.sub(r"(?m)^=(?:head\d|item) *", "", text)

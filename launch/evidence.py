@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 
 from launch.experiments import Plan, Planned, due
 from launch.recorded import read_record, write_record
+from launch.results import read_runs
 from mone_common.console import ReportedError, UserError, command, to_dataclass
 from mone_common.run_folder import DamagedFile
 from mone_common.run_records import last_step, read_metrics, read_status
@@ -146,7 +147,7 @@ class _Trainer:
                     every = [f"model={folder}", f"text={self.options.text}", f"output={output}", *self.options.evaluate]
                     self._call("mone_eval.evaluate", list(map(_quoted, [*every, *more])), folder, core)
             record = Path(self.options.records) / f"{run.name}.json"
-            write_record(folder, record)
+            write_record(read_runs([folder])[0], record)
             loss = read_record(record).evaluations[TRAINED].nats_per_token
             print(f"{run.name}: {loss:.4f} nats per token, in {clock(time.monotonic() - began)}", flush=True)
         finally:

@@ -28,7 +28,7 @@ class Experiment:
     points: dict[str, list[str]] = field(default_factory=dict)
     """Options of each point."""
     learning_rates: list[float] = field(default_factory=list)
-    """Peak learning rates to try with the tuning seed; empty: learning_rate_of."""
+    """Peak learning rates to try with the tuning seed; one: it is used without a trial; empty: learning_rate_of."""
     learning_rate_of: str | None = None
     """Where the rate comes from: EXPERIMENT/POINT, or EXPERIMENT for its point of the same name."""
     learning_rate_factor: float = 1.0
@@ -122,14 +122,17 @@ def best_rate(plan: Plan, losses: Mapping[str, float], experiment: str, point: s
     if own.learning_rate_of is not None:
         found = best_rate(plan, losses, *_rate_of(own, point).split("/"))
         return None if found is None else found * own.learning_rate_factor
-    if any(run.name not in losses for run in _tuning_runs(plan, losses, experiment, point)):
-        return None
-    return min(_tuning_runs(plan, losses, experiment, point), key=lambda run: losses[run.name]).rate
+    if len(own.learning_rates) == 1:
+        return own.learning_rates[0]
+    trials = _tuning_runs(plan, losses, experiment, point)
+    return min(trials, key=lambda run: losses[run.name]).rate if all(run.name in losses for run in trials) else None
 
 
 def _tuning_runs(plan: Plan, losses: Mapping[str, float], experiment: str, point: str) -> list[Planned]:
     """The runs that choose the rate, as far as they are known; a neighbour is added while the best rate is an extreme."""
     rates = sorted(plan.experiments[experiment].learning_rates)
+    if len(rates) < 2:
+        return []
 
     def run(rate: float) -> Planned:
         return Planned(experiment, point, plan.tuning_seed, rate, tuning=True)
@@ -148,7 +151,7 @@ def _tuning_runs(plan: Plan, losses: Mapping[str, float], experiment: str, point
 def runs_of(plan: Plan, losses: Mapping[str, float], experiment: str) -> list[Planned]:
     """The runs of an experiment whose settings are known, those that choose learning rates first."""
     own = plan.experiments[experiment]
-    tuning = [] if own.learning_rate_of else [run for p in own.points for run in _tuning_runs(plan, losses, experiment, p)]
+    tuning = [run for point in own.points for run in _tuning_runs(plan, losses, experiment, point)]
     rates = {point: best_rate(plan, losses, experiment, point) for point in own.points}
     # By seed: an interruption leaves as many complete pairs as possible.
     return tuning + [

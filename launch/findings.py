@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from launch.baselines import Comparison
 from launch.points import Point, Spread
 from launch.results import labels
+from launch.statistics import contrast
 
 
 def sentence(points: Sequence[Point], compared: Sequence[Comparison | None], baseline: str) -> str:
@@ -70,7 +71,9 @@ def _of_several(differences: Sequence[tuple[str, Comparison]], baseline: str) ->
     parts = [f"lower in every seed at {lower or 'none'} of {count} points", f"higher in every seed at {higher or 'none'}"]
     if undecided := count - lower - higher:
         parts.append(f"undecided at {undecided} (the seeds disagree, or there is one seed)")
-    return f"Compared with {baseline}, the validation loss is {', '.join(parts)}; {lowest}{_over(difference)}."
+    return (
+        f"Compared with {baseline}, the validation loss is {', '.join(parts)}; {lowest}{_over(difference)}{_interval(best)}."
+    )
 
 
 def _sign(comparison: Comparison) -> int:
@@ -88,8 +91,17 @@ def _certainty(comparison: Comparison) -> str:
     if count == 1:
         return "one seed each, so the difference may be chance"
     if (sign := _sign(comparison)) == 0:
-        return f"the {count} seeds disagree, so the sign of the difference is open"
-    return f"{'lower' if sign < 0 else 'higher'} in each of {count} seeds"
+        return f"the {count} seeds disagree, so the sign of the difference is open{_interval(comparison)}"
+    return f"{'lower' if sign < 0 else 'higher'} in each of {count} seeds{_interval(comparison)}"
+
+
+def _interval(comparison: Comparison) -> str:
+    """The 95 % interval of the difference, if there are several pairs of runs."""
+    values = comparison.difference.values
+    if not comparison.paired or len(values) < 2:
+        return ""
+    found = contrast(values, margin=1.0)
+    return f" (95 % interval {found.low:+.4f} to {found.high:+.4f})"
 
 
 def _size(difference: Spread) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from mone_common.checks import is_number
 from mone_common.run_records import last_value
 from mone_common.text import printable
-from mone_model.accounting import Parameters, count_flops, count_parameters
+from mone_model.accounting import Flops, Parameters, count_parameters, count_training_flops
 from mone_model.config import ModelConfig
 
 RATIO = "model.activation_ratio"
@@ -64,6 +64,10 @@ class Run:
     """Git commit of the code that trained the run."""
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """Evaluations of text by name."""
+    evaluation: str | None = None
+    """The evaluation whose loss is reported; None: the validation loss of training."""
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    """Options that were chosen for this point by other runs (`launch.tuning`); they are not among `options`."""
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -100,15 +104,29 @@ class Run:
 
     @property
     def validation_loss(self) -> float | None:
-        """The last validation loss, nats per token; None if there is none or it is not finite."""
+        """Nats per token: the last validation loss, or that of `evaluation`; None if there is none or it is not finite."""
+        if self.evaluation is not None:
+            loss = self.documents.nats_per_token if self.documents is not None else math.nan
+            return loss if math.isfinite(loss) else None
         found = [record["validation/loss"] for record in self.records if "validation/loss" in record]
         return found[-1] if found and is_number(found[-1]) else None
+
+    @property
+    def documents(self) -> Evaluation | None:
+        """Losses of the documents of `evaluation`."""
+        return None if self.evaluation is None else self.evaluations.get(self.evaluation)
 
     @property
     def tokens_per_second(self) -> float | None:
         """Median speed over the run."""
         speeds = [value for _, value in self.series("speed/tokens_per_second")]
         return statistics.median(speeds) if speeds else None
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds of training at the median speed."""
+        tokens, speed = self.last("train/tokens"), self.tokens_per_second
+        return None if tokens is None or speed is None else tokens / speed
 
     @property
     def peak_gib(self) -> float | None:
@@ -201,9 +219,9 @@ class Point:
         return count_parameters(self.model)
 
     @cached_property
-    def training_flops(self) -> int:
-        """Training FLOPs per token of dense kernels."""
-        return 3 * count_flops(self.model).dense
+    def training_flops(self) -> Flops:
+        """Training FLOPs per token."""
+        return count_training_flops(self.model)
 
     @property
     def ratio(self) -> float:

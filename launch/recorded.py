@@ -14,26 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from launch.points import Evaluation, Run
-from launch.results import read_runs
 from mone_common.files import writing
-from mone_common.run_folder import DamagedFile, read_file
+from mone_common.run_folder import ENVIRONMENT_FILE, DamagedFile, read_file
 from mone_common.text import printable
 
 FORMAT = "mone-run-1"
+START = f'{{\n"format": "{FORMAT}"'.encode()
+"""First bytes of a record."""
 CURVE = ("step", "train/tokens", "train/loss")
 """Metrics of which a record has the whole series."""
 
 
-def write_record(folder: Path, path: Path) -> None:
-    """Write the record of a complete run; ValueError if the folder is damaged or the run is not complete."""
-    (run,) = read_runs([folder])
+def write_record(run: Run, path: Path) -> None:
+    """Write the record of a run; ValueError if it is not complete."""
     if run.state != "complete":
-        raise ValueError(f"{printable(folder)}: {run.state}, not complete")
+        raise ValueError(f"{printable(run.folder)}: {run.state}, not complete")
     content = {
         "format": FORMAT,
         "state": run.state,
         "commit": run.commit,
-        "environment": json.loads(read_file(folder / "environment.json") or b"{}"),
+        "environment": json.loads(read_file(run.folder / ENVIRONMENT_FILE) or b"{}"),
         "options": run.options,
         "reading": run.reading,
         "records": _shorten(run),
@@ -59,9 +59,17 @@ def _shorten(run: Run) -> list[dict[str, Any]]:
     return [*curve, *validations, last | {"speed/tokens_per_second": run.tokens_per_second, "memory/peak_gib": run.peak_gib}]
 
 
-def is_record(path: Path) -> bool:
-    """Whether a file is named like a record."""
-    return path.suffix == ".json" and path.is_file()
+def find_records(folder: Path) -> list[Path]:
+    """The records in a folder and its subfolders, or the file itself if it is one."""
+    paths = [folder] if folder.is_file() else sorted([*folder.glob("*.json"), *folder.glob("*/*.json")])
+    return [path for path in paths if _starts_like_a_record(path)]
+
+
+def _starts_like_a_record(path: Path) -> bool:
+    try:
+        return (read_file(path) or b"").startswith(START)
+    except DamagedFile:
+        return False
 
 
 def read_record(path: Path) -> Run:
@@ -77,7 +85,10 @@ def read_record(path: Path) -> Run:
             state=content["state"],
             reading=content["reading"],
             commit=content["commit"],
-            evaluations={name: Evaluation(**found) for name, found in content["evaluations"].items()},
+            evaluations={
+                name: Evaluation(**found | {"sources": [tuple(source) for source in found["sources"]]})
+                for name, found in content["evaluations"].items()
+            },
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedFile(f"{printable(path)}: not the record of a run ({error})") from error

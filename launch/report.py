@@ -2,15 +2,18 @@
 
     mone-report runs/k_sweep runs/k_sweep_equal_active --output report
     mone-report runs/demo runs/plain --baseline runs/plain
+    mone-report runs/rates --tune optimizer.lr --tuning-seed 0
 
 The command writes report/index.html, a page without external files, each chart as a PNG file, and a W&B run with the same
 charts and tables. Runs that differ only in their seed form one point.
 """
 
+import dataclasses
 import hashlib
+import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,27 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from launch import charts
-from launch.baselines import Comparison, compare
+from launch.baselines import compare
+from launch.contrasts import assess
 from launch.findings import sentence
 from launch.page import page
-from launch.points import Point
-from launch.results import format_value, group_runs, labels, read_runs, short_name, varying_options
+from launch.points import Point, Run
+from launch.results import group_runs, labels, read_runs
+from launch.tables import (
+    tabulate_contrasts,
+    tabulate_data,
+    tabulate_evaluations,
+    tabulate_points,
+    tabulate_runs,
+    tabulate_settings,
+)
+from launch.tuning import choose
 from mone_common.console import Parser, ReportedError, UserError
 from mone_common.files import writing
 from mone_common.page import Chart, Table
-from mone_common.run_records import flat, last_step
+from mone_common.run_records import flat
 from mone_common.text import printable
 from mone_common.wandb_runs import wandb_settings
-from mone_eval.results import read_evaluations, score_rows
 
 
 def main() -> None:
@@ -46,6 +58,23 @@ def main() -> None:
         "e.g. model.neuron_balance_coeff=0 (model.activation_ratio=1, the plain MoE)",
     )
     parser.add_argument(
+        "--margin",
+        type=_positive,
+        default=0.03,
+        help="points are equivalent if their losses differ by less than this, nats per token (0.03)",
+    )
+    parser.add_argument(
+        "--tune",
+        metavar="OPTION",
+        help="choose the value of this option, e.g. optimizer.lr, for each point by its runs with the tuning seed",
+    )
+    parser.add_argument("--tuning-seed", type=int, default=0, help="run.seed of these runs, which are not reported (0)")
+    parser.add_argument(
+        "--evaluation",
+        metavar="NAME",
+        help="report the loss of this result of mone-evaluate, evaluations/NAME.json, in place of the validation loss",
+    )
+    parser.add_argument(
         "--wandb",
         choices=("offline", "online", "disabled"),
         default="offline",
@@ -53,14 +82,40 @@ def main() -> None:
     )
     options = parser.parse_args()
     try:
-        write_report(options.runs, options.output, options.title, options.wandb, options.baseline)
+        write_report(
+            options.runs,
+            options.output,
+            title=options.title,
+            wandb_mode=options.wandb,
+            baseline=options.baseline,
+            margin=options.margin,
+            tune=options.tune,
+            tuning_seed=options.tuning_seed,
+            evaluation=options.evaluation,
+        )
     except ReportedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError(text)
+    return number
+
+
 def write_report(
-    folders: Sequence[Path], output: Path, title: str | None, wandb_mode: str, baseline: str | None = None
+    folders: Sequence[Path],
+    output: Path,
+    *,
+    title: str | None = None,
+    wandb_mode: str = "disabled",
+    baseline: str | None = None,
+    margin: float = 0.03,
+    tune: str | None = None,
+    tuning_seed: int = 0,
+    evaluation: str | None = None,
 ) -> None:
     """Read the runs, draw the charts, write the page; UserError if there are no runs or `output` cannot be written."""
     problems = list[str]()
@@ -72,6 +127,10 @@ def write_report(
     of_baseline = Path(baseline) if baseline is not None and os.path.isdir(baseline) else None
     try:
         runs = read_runs([*folders, *([of_baseline] if of_baseline else [])], warn)
+        if evaluation is not None:
+            runs = evaluated(runs, evaluation)
+        if tune is not None:
+            runs = choose(runs, tune, seed=tuning_seed)
         points = group_runs(runs)
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -88,6 +147,7 @@ def write_report(
         losses, validation, layers = draw(points, output)
         tables = [
             tabulate_points(points, compared, against),
+            *tabulate_contrasts(assess(points, compared, margin=margin)),
             *tabulate_settings(points),
             *tabulate_data(points),
             tabulate_runs(points),
@@ -102,6 +162,15 @@ def write_report(
         send_to_wandb(points, [*losses, *validation, *layers], tables, output, wandb_mode)
     print(f"{printable(output)}/index.html  {len(runs)} runs, {len(points)} points; charts beside it as PNG files")
     print(finding)
+
+
+def evaluated(runs: Sequence[Run], evaluation: str) -> list[Run]:
+    """The runs with the loss of an evaluation; UserError unless all that have it scored the same documents."""
+    texts = {run.evaluations[evaluation].sha256 for run in runs if evaluation in run.evaluations}
+    if len(texts) != 1:
+        problem = "no run has it" if not texts else "the runs scored different documents"
+        raise UserError(f"--evaluation={printable(evaluation)}: {problem}")
+    return [dataclasses.replace(run, evaluation=evaluation) for run in runs]
 
 
 def named_baseline(points: Sequence[Point], folder: Path) -> Point:
@@ -164,110 +233,6 @@ def draw(points: Sequence[Point], output: Path) -> tuple[list[Chart], list[Chart
     return losses, validation, layers
 
 
-def tabulate_points(points: Sequence[Point], compared: Sequence[Comparison | None], against: str) -> Table:
-    """Size, results and cost of each point; against: name of the baseline."""
-    rows = []
-    names = labels(points)
-    name_of = dict(zip(map(id, points), names, strict=True))
-    for label, point, comparison in zip(names, points, compared, strict=True):
-        parameters, speeds = point.parameters, [run.tokens_per_second for run in point.runs if run.tokens_per_second]
-        memory = [run.peak_gib for run in point.runs if run.peak_gib]
-        rows.append(
-            (
-                label,
-                f"{len(point.complete)} of {len(point.runs)}",
-                str(point.validation),
-                "-" if comparison is None or not comparison.difference.values else _difference(comparison),
-                "-" if comparison is None else _baseline(comparison, name_of[id(comparison.base)]),
-                f"{point.ratio:g}",
-                f"{point.model.active_neurons} of {point.model.moe_ffn_hidden_size}",
-                f"{parameters.active_expert_params:.1%}",
-                f"{parameters.active_moe_params:.1%}",
-                f"{parameters.active_experts / 1e6:.2f}M",
-                f"{parameters.active / 1e6:.2f}M of {parameters.total / 1e6:.2f}M",
-                f"{point.training_flops / 1e6:,.1f}M",
-                f"{sum(speeds) / len(speeds):,.0f}" if speeds else "-",
-                f"{max(memory):.2f}" if memory else "-",
-            )
-        )
-    return Table(
-        "Points",
-        "Validation loss in nats per token: mean ± standard deviation over the seeds of complete runs. "
-        f"Over {against}: the difference to the baseline, which has the same value of all other options that affect the "
-        "result. Runs with the same seed are compared, because they read the same data in the same order; unpaired: the "
-        "difference of the means, if no seed is common. Tokens per second: median; other load on the machine lowers it.",
-        (
-            *("point", "complete", "validation loss", f"over {against}", "baseline", "activation_ratio", "K of H neurons"),
-            *("active_expert_params", "active_moe_params", "active expert weights", "active weights"),
-            *("training FLOPs a token", "tokens/s", "peak GiB"),
-        ),
-        rows,
-    )
-
-
-def tabulate_settings(points: Sequence[Point]) -> list[Table]:
-    """The options that differ between points; no table if none do."""
-    varying = varying_options([point.options for point in points])
-    if not varying:
-        return []
-    rows = [(label, *(format_value(values[row]) for values in varying.values())) for row, label in enumerate(labels(points))]
-    return [Table("Settings that differ", "All other options are the same in all points.", ("point", *varying), rows)]
-
-
-def tabulate_data(points: Sequence[Point]) -> list[Table]:
-    """Tokens and epochs of each source, for each point; no table if no run has recorded them."""
-    rows = []
-    for label, point in zip(labels(points), points, strict=True):
-        for source in next((run.reading for run in point.runs if run.reading), []):
-            read, tokens = (f"{source[name] / 1e6:,.2f}M" for name in ("read", "tokens"))
-            rows.append(
-                (label, printable(source["name"]), f"{source['share']:.1%}", tokens, read, f"{source['epochs']:.2f}")
-            )
-    headings = ("point", "source", "share of the blend", "training tokens", "tokens read", "epochs")
-    return [Table("Data", "Epochs: how often a complete run reads a source.", headings, rows)] if rows else []
-
-
-def tabulate_runs(points: Sequence[Point]) -> Table:
-    """One row for each run."""
-    rows = []
-    for point in points:
-        for run in point.runs:
-            loss, step = run.validation_loss, last_step(run.records)
-            rows.append(
-                (
-                    printable(run.folder),
-                    printable(run.state),
-                    f"{step} of {run.options['training.steps']:g}",
-                    run.seed,
-                    "-" if loss is None else f"{loss:.4f}",
-                    f"{run.tokens_per_second:,.0f}" if run.tokens_per_second else "-",
-                    f"{run.peak_gib:.2f}" if run.peak_gib else "-",
-                    run.commit,
-                )
-            )
-    headings = ("run", "state", "step", "seed", "validation loss", "tokens/s", "peak GiB", "commit")
-    return Table("Runs", "", headings, rows)
-
-
-def tabulate_evaluations(points: Sequence[Point], warn: Callable[[str], None]) -> list[Table]:
-    """The scores of mone-evaluate in the folders of the runs; no table if there are none.
-
-    warn: called with a message for a run with a file that is no result.
-    """
-    rows = []
-    for run in (run for point in points for run in point.runs):
-        try:
-            for name, result in read_evaluations(run.folder):
-                model = result.get("model", {})
-                where = (printable(run.folder), printable(name), printable(Path(model.get("source", "-")).name))
-                ratio = format_value(model.get("activation_ratio"))
-                rows += [(*where, ratio, *map(printable, scores)) for scores in score_rows(result)]
-        except UserError as error:
-            warn(str(error))
-    headings = ("run", "evaluation", "checkpoint", "activation_ratio", "text or task", "score", "value")
-    return [Table("Evaluations", "Values have an interval of 95 % or a standard error.", headings, rows)] if rows else []
-
-
 def send_to_wandb(
     points: Sequence[Point], pictures: Sequence[Chart], tables: Sequence[Table], output: Path, mode: str
 ) -> None:
@@ -300,17 +265,6 @@ def send_to_wandb(
         wandb.teardown()
     except Exception as error:  # the page is written already: an error of W&B must not fail the command
         print(f"no W&B run of the report ({error})", file=sys.stderr)
-
-
-def _difference(comparison: Comparison) -> str:
-    text = str(comparison.difference)
-    return (text if text.startswith("-") else f"+{text}") + ("" if comparison.paired else " (unpaired)")
-
-
-def _baseline(comparison: Comparison, name: str) -> str:
-    """Name of the baseline, and the other options that differ."""
-    others = [f"{short_name(option)} {format_value(theirs)}" for option, (_, theirs) in comparison.other_options.items()]
-    return f"{name}, with {', '.join(others)}" if others else name
 
 
 if __name__ == "__main__":

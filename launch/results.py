@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.points import RATIO, SEEDS, Evaluation, Point, Run, essential, model_of
+from launch.recorded import find_records, read_record
 from mone_common.checks import is_number
 from mone_common.console import UserError
 from mone_common.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, DamagedFile, check_readable, find_runs, read_file
@@ -33,12 +34,22 @@ def read_runs(
     folders: Sequence[Path],
     warn: Callable[[str], None] = partial(print, file=sys.stderr),  # noqa: B008
 ) -> list[Run]:
-    """The runs in these folders or in their subfolders; ValueError if there are none.
+    """The runs in these folders or in their subfolders, and those of records; ValueError if there are none.
+
+    folders: also files that `launch.recorded` wrote, and folders of such files.
 
     warn: called with a message for each damaged file, and for each run that cannot be read and is left out.
     """
     runs = []
-    for folder in find_runs(folders):
+    recorded = {folder: find_records(folder) for folder in folders}
+    for path in itertools.chain(*recorded.values()):
+        try:
+            _check(run := read_record(path))
+            runs.append(run)
+        except DamagedFile as error:
+            warn(f"left out {error}")
+    without = [folder for folder in folders if not recorded[folder]]
+    for folder in find_runs(without) if without or not runs else []:
         try:
             check_readable(folder)
             options = read_config(folder)

@@ -67,9 +67,44 @@ def equal_active_width(dense_neurons: int, activation_ratio: float) -> int:
     return max(8, 8 * round(3 * dense_neurons / (1 + 2 * activation_ratio) / 8))
 
 
+def equal_flops_width(dense_neurons: int, activation_ratio: float) -> int:
+    """Neurons H of an expert that owes as many training FLOPs as a dense one with `dense_neurons` N.
+
+    H + 8 K = 9 N with K = activation_ratio H (`count_training_flops`), so H = 9 N / (1 + 8 activation_ratio), to the nearest
+    multiple of 8.
+    """
+    return max(8, 8 * round(9 * dense_neurons / (1 + 8 * activation_ratio) / 8))
+
+
+def equal_total_experts(num_experts: int, activation_ratio: float, splits: int = 1) -> int:
+    """Experts of a plain MoE with the total and active expert parameters of a MoNE with `num_experts` E.
+
+    Each token activates `splits` times as many experts, whose width is that of `equal_total_width`:
+    E' = E splits 3 / (1 + 2 activation_ratio). ValueError if that is no integer.
+    """
+    experts = num_experts * splits * 3 / (1 + 2 * activation_ratio)
+    if abs(experts - round(experts)) > 1e-9:
+        raise ValueError(
+            f"equal_total_experts:{num_experts},{activation_ratio},{splits}: {experts:.3f} is no number of experts; "
+            "choose a ratio such as 0.25 or 1, or other splits"
+        )
+    return round(experts)
+
+
+def equal_total_width(neurons: int, activation_ratio: float, splits: int = 1) -> int:
+    """Neurons of each of the `equal_total_experts`: neurons (1 + 2 activation_ratio) / (3 splits).
+
+    ValueError unless that is a multiple of 8.
+    """
+    width = neurons * (1 + 2 * activation_ratio) / (3 * splits)
+    if width < 8 or abs(width / 8 - round(width / 8)) > 1e-9:
+        raise ValueError(f"equal_total_width:{neurons},{activation_ratio},{splits}: {width:.3f} is no multiple of 8")
+    return round(width)
+
+
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations per token of a forward pass; a multiply-add is two. Training takes three times these."""
+    """Floating-point operations per token; a multiply-add is two."""
 
     dense: int
     """As computed by dense kernels, which multiply dropped neurons by zero; attention over the full s x s square."""
@@ -78,7 +113,7 @@ class Flops:
 
 
 def count_flops(model: ModelConfig) -> Flops:
-    """2 per weight of every matrix product, and 4 s a c for the scores and their application in each layer."""
+    """Of a forward pass: 2 per weight of every matrix product, and 4 s a c for attention's two products in each layer."""
     width, neurons, k = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     projections = 2 * (width * (queries + 2 * groups) + queries * width)
@@ -92,6 +127,19 @@ def count_flops(model: ModelConfig) -> Flops:
         sparse=logits
         + model.num_layers * (every_layer + 2 * width * (model.router_topk * (neurons + 2 * k) + shared + 2 * shared_k)),
     )
+
+
+def count_training_flops(model: ModelConfig) -> Flops:
+    """Of a forward and backward pass: three times those of a forward pass, but owed gates have gradients only where kept.
+
+    A routed expert owes 2 D (H + 8 K): the gates of all neurons forward, everything else of the K kept neurons. With a
+    balance loss that reaches dropped neurons, the gates of all neurons owe their backward pass too.
+    """
+    forward = count_flops(model)
+    reached = model.neuron_balance_coeff > 0 and model.neuron_balance_form != "masked"
+    dropped = 0 if reached else model.router_topk * (model.moe_ffn_hidden_size - model.active_neurons)
+    dropped += model.shared_expert_ffn_hidden_size - _shared_k(model)
+    return Flops(dense=3 * forward.dense, sparse=3 * forward.sparse - model.num_layers * 4 * model.hidden_size * dropped)
 
 
 @dataclass(frozen=True)

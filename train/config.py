@@ -12,7 +12,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from mone_common.checks import check
 from mone_common.console import to_dataclass
-from mone_model.accounting import Memory, equal_active_width, estimate_memory
+from mone_model.accounting import (
+    Memory,
+    equal_active_width,
+    equal_flops_width,
+    equal_total_experts,
+    equal_total_width,
+    estimate_memory,
+)
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from train.config_init import InitConfig
 from train.config_sections import (
@@ -88,7 +95,8 @@ class RunConfig:
 
 ConfigStore.instance().store(name="run_config", node=RunConfig)
 # For experiments: moe_ffn_hidden_size: ${equal_active_width:160,${model.activation_ratio}}
-OmegaConf.register_new_resolver("equal_active_width", equal_active_width, replace=True)
+for _resolver in (equal_active_width, equal_flops_width, equal_total_experts, equal_total_width):
+    OmegaConf.register_new_resolver(_resolver.__name__, _resolver, replace=True)
 
 
 def load_config(config: DictConfig) -> RunConfig:

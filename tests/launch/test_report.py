@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from launch import charts
 from launch.baselines import Comparison, compare
 from launch.findings import sentence
+from launch.recorded import read_record, write_record
 from launch.report import main
 from launch.results import group_runs, labels, read_runs
 from mone_model.config import ModelConfig
@@ -125,6 +126,7 @@ def test_the_page_has_every_number_and_no_external_files(
         "model.moe_ffn_hidden_size",
         "24.60M",
         "14.47",
+        "-0.0097 to +0.0897",
     ):
         assert f"{cell}</t" in page, cell
     assert not re.findall(r"""(?:src|href)=["'](?!data:)|url\(|https?://|@import""", page)
@@ -132,7 +134,13 @@ def test_the_page_has_every_number_and_no_external_files(
     assert {"validation_by_ratio.png", "validation_by_active.png", "training_loss.png", "expert_load_max.png"} <= {*pictures}
     assert page.count("data:image/png;base64,") == len(pictures)
     tables = list((runs.parent / "report/wandb").glob("offline-run-*-report-*/files/media/table/table/*.table.json"))
-    assert sorted(path.name.split("_")[0] for path in tables) == ["Data", "Points", "Runs", "Settings that differ"]
+    assert sorted(path.name.split("_")[0] for path in tables) == [
+        "Data",
+        "Differences",
+        "Points",
+        "Runs",
+        "Settings that differ",
+    ]
     (points,) = (json.loads(path.read_text()) for path in tables if path.name.startswith("Points"))
     assert points["data"][1][:4] == ["sweep: activation_ratio=0.25", "3 of 4", "4.5400 ± 0.1114", "+0.0400 ± 0.0200"]
 
@@ -221,7 +229,8 @@ def test_seeds_of_runs_made_one_by_one_make_a_point(tmp_path: Path) -> None:
     assert comparison.difference.values == pytest.approx([-0.03, -0.05, -0.01])
     assert comparison.other_options == {"model.moe_ffn_hidden_size": (256, 128)}
     assert finding(tmp_path).endswith(
-        "0.0300 ± 0.0200 below that of the plain MoE (plain, 4.5000): lower in each of 3 seeds."
+        "0.0300 ± 0.0200 below that of the plain MoE (plain, 4.5000): lower in each of 3 seeds "
+        "(95 % interval -0.0797 to +0.0197)."
     )
 
 
@@ -274,9 +283,97 @@ def test_an_invalid_baseline_is_refused(runs: Path, call_main: Call, monkeypatch
     assert len(error.splitlines()) == 1
 
 
+def write_evaluation(run: Path, nll: Sequence[float], name: str = "held_out") -> None:
+    """Write what mone-evaluate records of a text with documents of 10, 20, ... tokens."""
+    documents = [
+        {"name": f"shards/{'ab'[number % 2]}/validation-00000:{number}", "tokens": 10 * number, "nll": loss * 10 * number}
+        for number, loss in enumerate(nll, start=1)
+    ]
+    path = run / f"evaluations/{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    scores = {each: {"value": 1.0} for each in ("nll_per_token", "perplexity", "bits_per_byte")}
+    text = {"name": "shards", "sha256": "5a", "documents": documents, **scores}
+    path.write_text(json.dumps({"format": "mone-evaluation-1", "text": text}))
+
+
+def differences(folder: Path) -> list[str]:
+    """The cells of the table of differences in a page."""
+    (table,) = re.findall(r"<h2>Differences</h2>.*?<tbody>(.*?)</tbody>", (folder / "index.html").read_text(), re.DOTALL)
+    return re.findall(r"<t[dh][^>]*>(.*?)</t", table)
+
+
+def test_the_rate_is_chosen_by_a_seed_that_is_not_reported(tmp_path: Path, call_main: Call) -> None:
+    for ratio, best in ((1.0, 0.002), (0.25, 0.004)):
+        for rate in (0.002, 0.004):
+            for seed in (0, 1, 2):
+                # The rate that is best with seed 0 is worse with the others.
+                loss = 4 + ratio / 10 + seed / 100 + (0.01 if (rate == best) != (seed == 0) else 0)
+                folder = tmp_path / f"runs/{ratio:g},{rate:g},{seed}"
+                write_run(folder, "sweep", ratio, seed, loss, options=[f"optimizer.lr={rate}"])
+    options = ("--wandb", "disabled", "--output", str(tmp_path / "page"))
+    code, out, _ = call_main(main, str(tmp_path / "runs"), *options, "--tune", "optimizer.lr", "--tuning-seed", "0")
+    assert (code, out.splitlines()[0].split("  ")[1][:16]) == (0, "4 runs, 2 points")
+    assert "-0.0750 ± 0.0000 over 2 seeds" not in out
+    assert differences(tmp_path / "page")[:5] == [
+        "activation_ratio=0.25",
+        "activation_ratio=1",
+        "2",
+        "-0.0750",
+        "-0.0750 to -0.0750",
+    ]
+    for wrong, said in (("9", "no complete run of the point of sweep/"), ("2", "")):
+        code, _, error = call_main(main, str(tmp_path / "runs"), *options, "--tune", "optimizer.lr", "--tuning-seed", wrong)
+        assert (code, said in error) == (2 if said else 0, True)
+    code, _, error = call_main(main, str(tmp_path / "runs"), *options, "--tune", "optimizer.rate")
+    assert (code, error.startswith("error: --tune=optimizer.rate:")) == (2, True)
+
+
+def test_an_evaluation_takes_the_place_of_the_validation_loss(tmp_path: Path, call_main: Call) -> None:
+    for ratio, loss in ((1.0, 4.0), (0.25, 4.02)):
+        for seed in (1, 2, 3):
+            write_run(tmp_path / f"runs/{ratio:g},{seed}", "sweep", ratio, seed, 9.0)
+            write_evaluation(tmp_path / f"runs/{ratio:g},{seed}", [loss + seed / 100] * 4)
+    options = ("--wandb", "disabled", "--output", str(tmp_path / "page"))
+    code, out, _ = call_main(main, str(tmp_path / "runs"), *options, "--evaluation", "held_out", "--margin", "0.05")
+    assert (code, "4.0400 nats per token" in out) == (0, True)
+    found = differences(tmp_path / "page")
+    assert found[3:6] == ["+0.0200", "+0.0200 to +0.0200", "+0.0200 to +0.0200"]
+    assert found[8].startswith("yes")
+    code, _, error = call_main(main, str(tmp_path / "runs"), *options, "--evaluation", "other")
+    assert (code, "--evaluation=other: no run has it" in error) == (2, True)
+    code, _, error = call_main(main, str(tmp_path / "runs"), *options, "--margin", "-1")
+    assert (code, "--margin" in error) == (2, True)
+
+
+def test_records_give_the_same_report_as_the_runs(runs: Path, tmp_path: Path, call_main: Call) -> None:
+    for run in read_runs([runs]):
+        write_evaluation(run.folder, [run.validation_loss or 1.0] * 4)
+    for run in read_runs([runs]):
+        record = tmp_path / f"records/{run.name}.json"
+        if run.state != "complete":
+            with pytest.raises(ValueError, match="failed, not complete"):
+                write_record(run, record)
+        else:
+            write_record(run, record)
+            assert read_record(record).evaluations == run.evaluations
+            assert run.evaluations["held_out"].sources == [("b", 1), ("a", 1), ("b", 1), ("a", 1)]
+    shutil.rmtree(runs / "sweep/activation_ratio=0.25,seed=4")
+    for folder in ("runs", "records"):
+        options = ("--output", str(tmp_path / folder / "page"), "--wandb", "disabled", "--evaluation", "held_out")
+        assert call_main(main, str(tmp_path / folder), *options)[0] == 0
+    pages = [(tmp_path / folder / "page/index.html").read_text() for folder in ("runs", "records")]
+    of_runs, of_records = (re.findall(r"<h2>(?:Points|Differences|Data)</h2>.*?</table>", page, re.DOTALL) for page in pages)
+    assert len(of_runs) == 3
+    assert of_runs == of_records
+    assert "2 runs" in call_main(main, str(tmp_path / "records/wide"), "--wandb", "disabled", "--output", str(tmp_path))[1]
+    (tmp_path / "records/wide/128.json").write_text('{\n"format": "mone-run-1"}')
+    assert "left out" in call_main(main, str(tmp_path / "records"), "--wandb", "disabled", "--output", str(tmp_path))[2]
+
+
 def test_the_sentence_for_each_kind_of_comparison(runs: Path, tmp_path: Path) -> None:
     assert finding(runs / "sweep").endswith(
-        "0.0400 ± 0.0200 above that of the plain MoE (activation_ratio=1, 4.5000): higher in each of 3 seeds."
+        "0.0400 ± 0.0200 above that of the plain MoE (activation_ratio=1, 4.5000): higher in each of 3 seeds "
+        "(95 % interval -0.0097 to +0.0897)."
     )
     # With a second sweep of one seed.
     said = "Compared with the plain MoE, the validation loss is lower in every seed at none of 2 points, higher in every "
@@ -304,7 +401,9 @@ def test_the_sentence_for_each_kind_of_comparison(runs: Path, tmp_path: Path) ->
     shutil.rmtree(one / "more")
     write_run(one / "mone2", None, 0.5, 2, 4.2)
     write_run(one / "plain2", None, 1.0, 2, 4.3)
-    assert finding(one).endswith("the 2 seeds disagree, so the sign of the difference is open.")
+    assert finding(one).endswith(
+        "the 2 seeds disagree, so the sign of the difference is open (95 % interval -0.9780 to +0.9280)."
+    )
     other = tmp_path / "other"
     write_run(other / "mone", None, 0.5, 1, 4.3)
     write_run(other / "plain", None, 1.0, 2, 4.2)
@@ -418,7 +517,7 @@ def test_it_opens_in_a_browser_on_a_phone_and_on_a_desk(
     assert found["signs"] == found["cut"] >= 1, "each table that can be scrolled has a hint"
     assert found["titles"] == [
         *("Validation loss", "Training loss", "Experts and neurons"),
-        *("Points", "Settings that differ", "Data", "Runs"),
+        *("Points", "Differences", "Settings that differ", "Data", "Runs"),
     ]
 
 
