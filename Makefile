@@ -19,7 +19,7 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 endef
 export LOAD
 
-.PHONY: install demo data train evidence-data test gpu lint clean
+.PHONY: install demo data train evidence-data evidence evidence-runs test gpu lint clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples, export
 	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/mone-sample run=$(RUN)
@@ -64,6 +64,12 @@ $(EVIDENCE)/shards/openjdk/manifest.json: .venv/installed
 	  $(BIN)/mone-tokenize corpus.path=$(EVIDENCE)/text/$$source.jsonl tokenizer=$(EVIDENCE)/tokenizer \
 	    output=$(EVIDENCE)/shards/$$source validation_fraction=0.04 workers=2 || exit 1; \
 	done
+
+evidence: .venv/installed  ## tables and figures of docs/evidence.md from the records in docs/evidence/runs
+	$(BIN)/python -m launch.evidence
+
+evidence-runs: evidence-data  ## train the recorded experiments that have no record; most of a day on two cores
+	$(BIN)/python -m launch.evidence train=true jobs=2
 
 install: .venv/installed  ## the package and what its tests need, into .venv, with the versions that are tested
 

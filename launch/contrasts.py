@@ -27,7 +27,7 @@ class Assessment:
     """Label of the baseline."""
     test: Contrast
     p_holm: float
-    """The p value of the test, corrected for all contrasts."""
+    """The p value of the test, corrected for several contrasts; nan for a contrast that is not among them."""
     over_documents: tuple[float, float] | None
     """95 % interval over seeds and documents; None if the runs have no losses of documents."""
     tokens_saved: float
@@ -44,16 +44,16 @@ def assess(points: Sequence[Point], compared: Sequence[Comparison | None], *, ma
     ]
     corrected = holm([test.p for _, _, test in pairs])
     return [
-        Assessment(
-            names[id(point)],
-            names[id(base)],
-            test,
-            p,
-            bootstrap_points(point, base),
-            saved_tokens(test.mean, curve_slope(base)),
-        )
+        assessment(names[id(point)], names[id(base)], point, base, test, p_holm=p)
         for (point, base, test), p in zip(pairs, corrected, strict=True)
     ]
+
+
+def assessment(name: str, base_name: str, point: Point, base: Point, test: Contrast, *, p_holm: float) -> Assessment:
+    """A tested contrast with its interval over documents and its worth in tokens."""
+    return Assessment(
+        name, base_name, test, p_holm, bootstrap_points(point, base), saved_tokens(test.mean, curve_slope(base))
+    )
 
 
 def bootstrap_points(point: Point, base: Point) -> tuple[float, float] | None:

@@ -21,7 +21,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
+from launch.evidence_page import TRAINED, update_page
 from launch.experiments import Plan, Planned, due
+from launch.local_queue import last_error
 from launch.recorded import read_record, write_record
 from launch.results import read_runs
 from mone_common.console import ReportedError, UserError, command, to_dataclass
@@ -29,8 +31,6 @@ from mone_common.run_folder import DamagedFile
 from mone_common.run_records import last_step, read_metrics, read_status
 from mone_common.text import clock
 
-TRAINED = "trained"
-"""Name of the evaluation that selects neurons as in training."""
 PROGRESS_SECONDS = 60.0
 
 
@@ -46,6 +46,8 @@ class EvidenceConfig(Plan):
     """Runs that train at the same time, each on its own core."""
     records: str = "docs/evidence/runs"
     """Folder of the records."""
+    page: str = "docs/evidence.md"
+    """Page with the tables."""
     runs: str = "runs/evidence"
     """Folder of the runs."""
     text: str = "data/evidence/shards/*"
@@ -78,6 +80,12 @@ def main(hydra_config: DictConfig) -> None:
     options = to_dataclass(hydra_config, EvidenceConfig)
     if options.train:
         _Trainer(options).train()
+        return
+    try:
+        update_page(options, Path(options.records), Path(options.page))
+    except (DamagedFile, OSError) as error:
+        raise UserError(str(error)) from error
+    print(f"{options.page}: tables and figures of the records in {options.records}")
 
 
 def read_losses(folder: Path) -> dict[str, float]:
@@ -140,7 +148,7 @@ class _Trainer:
             if read_status(folder).get("state") != "complete":
                 if self.stopping.is_set():
                     return
-                raise ReportedError(f"did not complete; see {folder}/log.txt")
+                raise ReportedError(f"did not complete ({folder}/log.txt)")
             for name, more in {TRAINED: [], **self._evaluations(run)}.items():
                 output = folder / "evaluations" / f"{name}.json"
                 if not output.exists():
@@ -169,7 +177,8 @@ class _Trainer:
             )
             os.sched_setaffinity(process.pid, {core})
             if code := process.wait():
-                raise ReportedError(f"{module} ended with exit code {code}; see {folder}/log.txt")
+                log_file = folder / "log.txt"
+                raise ReportedError(f"{last_error(log_file) or f'{module} ended with exit code {code}'} ({log_file})")
 
     def _print_progress(self, running: list[Planned], waiting: int) -> None:
         parts = []

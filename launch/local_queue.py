@@ -183,7 +183,7 @@ class _Queue:
         elif state == "stopped":
             outcome = Outcome("stopped", f"at step {status['step']} after {took}")
         else:
-            reason = status["reason"] if state == "failed" else _last_error(folder / LOG)
+            reason = status["reason"] if state == "failed" else last_error(folder / LOG)
             code = run.process.returncode
             outcome = Outcome("failed", f"{reason or f'exit code {code}'} (after {took}; {folder / LOG})")
         self.outcomes[run.number] = outcome
@@ -226,7 +226,7 @@ def _last_step(folder: Path) -> int:
     return last_step(read_metrics(folder))
 
 
-def _last_error(log: Path) -> str | None:
+def last_error(log: Path) -> str | None:
     """The last `error: ` line of a log since the last start."""
     text = log.read_text(errors="replace") if log.exists() else ""
     since_start = text.rpartition(f"{HEADER} ")[2]

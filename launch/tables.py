@@ -74,7 +74,7 @@ def tabulate_contrasts(contrasts: Sequence[Assessment]) -> list[Table]:
             f"{found.test.low:+.4f} to {found.test.high:+.4f}",
             "-" if found.over_documents is None else "{:+.4f} to {:+.4f}".format(*found.over_documents),
             f"{found.test.p:.2g}",
-            f"{found.p_holm:.2g}",
+            "-" if math.isnan(found.p_holm) else f"{found.p_holm:.2g}",
             f"{'yes' if found.test.equivalent else 'not shown'} ({found.test.p_equivalent:.2g})",
             "-" if math.isnan(found.tokens_saved) else f"{found.tokens_saved:+.0%}",
         )

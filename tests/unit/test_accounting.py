@@ -12,7 +12,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import configs
-from mone_model.accounting import count_communication, count_flops, count_parameters, equal_active_width, estimate_memory
+from mone_model.accounting import (
+    count_communication,
+    count_flops,
+    count_parameters,
+    count_training_flops,
+    equal_active_width,
+    equal_flops_width,
+    equal_total_experts,
+    equal_total_width,
+    estimate_memory,
+)
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.megatron.gpt import build_gpt
 from tests.conftest import ROOT
@@ -69,6 +79,55 @@ def test_experts_of_equal_active_width_cost_a_token_what_the_dense_one_does(dens
     # Tolerance: half a multiple of 8 neurons, each with 1 + 2 ratio weights per channel, and half a kept neuron.
     assert abs(touched - 3 * dense) <= 4 * (1 + 2 * ratio) + 1
     assert width % 8 == 0
+
+
+@given(dense=st.integers(16, 5000), ratio=st.floats(1 / 64, 1))
+def test_experts_of_equal_flops_width_owe_what_the_dense_one_does(dense: int, ratio: float) -> None:
+    width = equal_flops_width(dense, ratio)
+    model = ModelConfig(**SMALL | {"moe_ffn_hidden_size": width, "activation_ratio": ratio, "neuron_balance_coeff": 0.0})
+    # Nine products of each neuron, one of them (the gate forward) for all and eight for those that are kept.
+    owed = model.moe_ffn_hidden_size + 8 * model.active_neurons
+    # Tolerance: half a multiple of 8 neurons, and half a kept neuron.
+    assert abs(owed - 9 * dense) <= 4 * (1 + 8 * ratio) + 4 + 1
+    assert width % 8 == 0
+
+
+def test_owed_training_flops_leave_out_the_backward_pass_of_dropped_gates() -> None:
+    base = SMALL | {"neuron_balance_coeff": 0.0}
+    model, twin = ModelConfig(**base), ModelConfig(**base | {"activation_ratio": 1.0})
+    owed, of_plain = count_training_flops(model), count_training_flops(twin)
+    assert of_plain.sparse == of_plain.dense == owed.dense == 3 * count_flops(model).dense
+    product = 2 * model.hidden_size * model.router_topk * model.num_layers
+    dropped = model.moe_ffn_hidden_size - model.active_neurons
+    assert owed.dense - owed.sparse == 8 * product * dropped
+    # The loss sends gradients to the gates of dropped neurons, except in the form that leaves them out.
+    for form, products in (("normalised", 6), ("unmasked", 6), ("masked", 8)):
+        balanced = count_training_flops(ModelConfig(**base | {"neuron_balance_coeff": 0.1, "neuron_balance_form": form}))
+        assert balanced.dense - balanced.sparse == products * product * dropped
+
+
+@pytest.mark.parametrize(("ratio", "splits"), [(0.25, 1), (0.25, 2), (1.0, 1), (0.25, 4), (1 / 16, 3)])
+def test_a_plain_moe_of_equal_total_size_has_the_same_total_and_active_expert_weights(ratio: float, splits: int) -> None:
+    mone = ModelConfig(**SMALL | {"num_experts": 8, "router_topk": 2, "moe_ffn_hidden_size": 768, "activation_ratio": ratio})
+    plain = ModelConfig(
+        **SMALL
+        | {
+            "num_experts": equal_total_experts(8, ratio, splits),
+            "router_topk": 2 * splits,
+            "moe_ffn_hidden_size": equal_total_width(768, ratio, splits),
+            "activation_ratio": 1.0,
+        }
+    )
+    of_mone, of_plain = count_parameters(mone), count_parameters(plain)
+    assert of_mone.experts == of_plain.experts
+    assert of_mone.active_experts == of_plain.active_experts
+
+
+def test_sizes_without_an_equal_plain_moe_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"equal_total_experts:8,0.125,1: 19\.200 is no number of experts"):
+        equal_total_experts(8, 0.125, 1)
+    with pytest.raises(ValueError, match=r"equal_total_width:320,0.25,3: 53\.333 is no multiple of 8"):
+        equal_total_width(320, 0.25, 3)
 
 
 def test_the_recorded_sweep_has_equal_active_widths() -> None:

@@ -1,0 +1,129 @@
+"""The recorded experiments: training from a plan in real processes, and the page made from records."""
+
+import json
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from launch.evidence_page import update_page
+from launch.experiments import Experiment, Plan
+from launch.recorded import read_record, write_record
+from launch.results import read_runs
+from mone_common.console import UserError
+from tests.conftest import ROOT
+from tests.e2e.test_pretrain import OPTIONS
+from tests.launch.test_report import write_evaluation, write_run
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, command: Command) -> None:
+    random.seed(1)
+    words = ["river", "mountain", "city", "people", "house", "water", "street", "winter", "summer", "garden"]
+    texts = [" ".join(random.choices(words, k=120)) for _ in range(60)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for module, *options in (
+        ("data_prep.tokenizer_training", "vocab_size=300", "output=tokenizer"),
+        ("data_prep.tokenize", "tokenizer=tokenizer", "output=shards", "validation_fraction=0.2"),
+    ):
+        assert command(module, "corpus.path=text.jsonl", *options).returncode == 0
+    data = "data.blend=[{path: shards}]"
+    tiny = [*(option for option in OPTIONS if not option.startswith("data.")), data, "parallel.expert=1", "training.steps=4"]
+    tiny += ["model.vocab_size=null", "logging.wandb_mode=disabled"]
+    points = '{plain: ["model.activation_ratio=1"], half: ["model.activation_ratio=0.5"]}'
+    plan = (
+        f"experiments={{e: {{points: {points}, learning_rates: [0.001], seeds: [1], contrasts: [[half, plain]], "
+        + "evaluations: {ratio_1_4: ['ratio=0.25']}, evaluated_seeds: [1]}}",
+        "only=[e]",
+        f"overrides={json.dumps(tiny)}",
+        "text=shards",
+        "records=records",
+        'evaluate=["stride=16"]',
+        "train=true",
+    )
+    first = command("launch.evidence", *plan, "jobs=2")
+    assert first.returncode == 0, first.stderr
+    assert sorted(path.name for path in (tmp_path / "records/e").iterdir()) == ["half,seed=1.json", "plain,seed=1.json"]
+    found = read_record(tmp_path / "records/e/half,seed=1.json")
+    assert [found.options[name] for name in ("run.seed", "optimizer.lr", "model.activation_ratio")] == [1, 0.001, 0.5]
+    assert set(found.evaluations) == {"trained", "ratio_1_4"}
+    assert found.evaluations["trained"].sources == [("shards", len(found.evaluations["trained"].nll))]
+    assert found.evaluations["trained"].nll != found.evaluations["ratio_1_4"].nll
+    again = command("launch.evidence", *plan)
+    assert (again.returncode, again.stdout) == (0, "")
+    (tmp_path / "records/e/half,seed=1.json").unlink()
+    shutil.rmtree(tmp_path / "runs/evidence/e/half,seed=1/evaluations")
+    failing = command("launch.evidence", *plan, 'evaluate=["stride=0"]')
+    assert failing.returncode == 1
+    assert "e/half,seed=1: stride=0: must be at least 1 (runs/evidence/e/half,seed=1/log.txt)" in failing.stderr
+
+
+PAGE = "before\n<!-- e -->\n<!-- end e -->\nbetween\n<!-- f -->\nold\n<!-- end f -->\nafter\n"
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    """Records of two points over three seeds, and an experiment without records."""
+    (tmp_path / "page.md").write_text(PAGE)
+    for ratio, name in ((1.0, "plain"), (0.25, "quarter")):
+        for seed in (1, 2, 3):
+            folder = tmp_path / f"runs/{name},{seed}"
+            write_run(folder, "e", ratio, seed, 9.0, options=["optimizer.lr=0.003"])
+            loss = 4 + (0.02 + seed / 1000 if name == "quarter" else 0)
+            for evaluation in ("trained", "ratio_1", "ratio_1_2", "ratio_1_4", "ratio_1_8"):
+                write_evaluation(folder, [loss] * 4, evaluation)
+            write_record(read_runs([folder])[0], tmp_path / f"records/e/{name},seed={seed}.json")
+    shutil.copy(tmp_path / "records/e/plain,seed=1.json", tmp_path / "records/e/plain,lr=0.001,seed=0.json")
+    e = Experiment(
+        points={"plain": [], "quarter": []},
+        learning_rates=[1e-3, 2e-3],
+        seeds=[1, 2, 3, 4],
+        contrasts=[["quarter", "plain"], ["plain", "quarter"]],
+    )
+    return Plan(
+        experiments={"e": e, "f": Experiment(points={"x": []}, learning_rate_of="e/plain", contrasts=[["x", "e/plain"]])},
+        primary=[["e/quarter", "e/plain"]],
+        margin=0.05,
+    )
+
+
+def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Path) -> None:
+    update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    lines = text.splitlines()
+    assert (lines[0], lines[-1]) == ("before", "after")
+    assert "No reported run yet." in text
+    (row,) = [line for line in lines if line.startswith("| quarter | plain |")]
+    cells = row.strip("| ").split(" | ")
+    # Mean 0.022 of 0.021, 0.022 and 0.023; 4.303 standard errors of 0.001 / sqrt(3).
+    assert cells[2:5] == ["3", "+0.0220", "+0.0195 to +0.0245"]
+    assert cells[6] == cells[7], "one primary contrast: Holm's correction changes nothing"
+    (other,) = [line for line in lines if line.startswith("| plain | quarter |")]
+    assert other.strip("| ").split(" | ")[7] == "-"
+    assert cells[8].startswith("yes")
+    (ratios,) = [line for line in lines if line.startswith("| quarter, trained at 0.25 |")]
+    assert ratios == "| quarter, trained at 0.25 | 3 | 4.0220 | 4.0220 | 4.0220 | 4.0220 |"
+    assert "Not complete: plain, quarter." in text
+    assert (tmp_path / "images/evidence_e.png").read_bytes().startswith(b"\x89PNG")
+    update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    assert (tmp_path / "page.md").read_text() == text
+
+
+def test_a_page_without_a_place_for_an_experiment_is_refused(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text("<!-- e -->\n<!-- end e -->\n")
+    with pytest.raises(UserError, match="has no place for the tables of f"):
+        update_page(plan, tmp_path / "records", tmp_path / "page.md")
+
+
+def test_the_published_page_agrees_with_the_records(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "docs/evidence.md", tmp_path / "evidence.md")
+    loaded = OmegaConf.load(ROOT / "configs/evidence.yaml")
+    assert isinstance(loaded, DictConfig)
+    plan = OmegaConf.merge(OmegaConf.structured(Plan), {name: loaded[name] for name in ("margin", "primary", "experiments")})
+    update_page(OmegaConf.to_object(plan), ROOT / "docs/evidence/runs", tmp_path / "evidence.md")  # type: ignore[arg-type]
+    assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs/evidence.md").read_text(), "run `make evidence`"
