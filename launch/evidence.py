@@ -9,6 +9,7 @@ docs/evidence/runs (`launch.recorded`).
 
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -99,6 +100,10 @@ def read_losses(folder: Path) -> dict[str, float]:
         raise UserError(str(error)) from error
 
 
+class _Stopped(Exception):
+    """The command was asked to stop."""
+
+
 class _Trainer:
     def __init__(self, options: EvidenceConfig) -> None:
         self.options = options
@@ -106,9 +111,11 @@ class _Trainer:
         for core in sorted(os.sched_getaffinity(0))[: options.jobs]:
             self.cores.put(core)
         self.stopping = threading.Event()
+        self.processes: set[subprocess.Popen[bytes]] = set()
 
     def train(self) -> None:
         """Train until no run is due; ReportedError if one fails, after the others have ended."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         running: dict[Future[None], Planned] = {}
         problems: list[str] = []
         with ThreadPoolExecutor(self.options.jobs) as pool:
@@ -134,7 +141,10 @@ class _Trainer:
                     if not done:
                         self._print_progress(list(running.values()), len(waiting))
             except KeyboardInterrupt:
-                self.stopping.set()  # the runs got the signal too: they save and end
+                self.stopping.set()
+                print("stopping: the runs save; the same command continues", flush=True)
+                for process in list(self.processes):
+                    process.send_signal(signal.SIGTERM)
         if problems:
             raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems]))
 
@@ -146,8 +156,6 @@ class _Trainer:
             overrides += [f"run.dir={folder}", f"run.name=evidence/{run.name}"]
             self._call("train.pretrain", list(map(_quoted, overrides)), folder, core)
             if read_status(folder).get("state") != "complete":
-                if self.stopping.is_set():
-                    return
                 raise ReportedError(f"did not complete ({folder}/log.txt)")
             for name, more in {TRAINED: [], **self._evaluations(run)}.items():
                 output = folder / "evaluations" / f"{name}.json"
@@ -158,6 +166,8 @@ class _Trainer:
             write_record(read_runs([folder])[0], record)
             loss = read_record(record).evaluations[TRAINED].nats_per_token
             print(f"{run.name}: {loss:.4f} nats per token, in {clock(time.monotonic() - began)}", flush=True)
+        except _Stopped:
+            return
         finally:
             self.cores.put(core)
 
@@ -174,9 +184,15 @@ class _Trainer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
+                process_group=0,  # Ctrl-C reaches only this process, which then stops the runs
             )
+            self.processes.add(process)
             os.sched_setaffinity(process.pid, {core})
-            if code := process.wait():
+            code = process.wait()
+            self.processes.discard(process)
+            if self.stopping.is_set():
+                raise _Stopped
+            if code:
                 log_file = folder / "log.txt"
                 raise ReportedError(f"{last_error(log_file) or f'{module} ended with exit code {code}'} ({log_file})")
 

@@ -1,9 +1,12 @@
 """The recorded experiments: training from a plan in real processes, and the page made from records."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from launch.experiments import Experiment, Plan
 from launch.recorded import read_record, write_record
 from launch.results import read_runs
 from mone_common.console import UserError
+from mone_common.run_records import read_metrics, read_status
 from tests.conftest import ROOT
 from tests.e2e.test_pretrain import OPTIONS
 from tests.launch.test_report import write_evaluation, write_run
@@ -61,6 +65,24 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
     failing = command("launch.evidence", *plan, 'evaluate=["stride=0"]')
     assert failing.returncode == 1
     assert "e/half,seed=1: stride=0: must be at least 1 (runs/evidence/e/half,seed=1/log.txt)" in failing.stderr
+    # A signal saves and stops the runs.
+    longer = plan[2].replace("training.steps=4", "training.steps=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launch.evidence", *plan[:2], longer, *plan[3:], "experiments.e.seeds=[2]"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    run = tmp_path / "runs/evidence/e/plain,seed=2"
+    while not read_metrics(run):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    output, _ = process.communicate(timeout=120)
+    assert (process.returncode, "stopping: the runs save" in output) == (0, True)
+    assert read_status(run)["state"] == "stopped"
+    assert not (tmp_path / "records/e/plain,seed=2.json").exists()
 
 
 PAGE = "before\n<!-- e -->\n<!-- end e -->\nbetween\n<!-- f -->\nold\n<!-- end f -->\nafter\n"
