@@ -175,6 +175,8 @@ def _hook_routed(name: str, module: Any) -> HookedExperts:
     if ours:
         if module.neuron_bias is not None:
             raise UserError(f"{name}: use_neuron_bias=true: the study ranks neurons by |act(gate)| alone")
+        if module.score != "abs_gate":
+            raise UserError(f"{name}: neuron_score={module.score}: the study ranks neurons by |act(gate)|")
         experts.trained = Rule(k=module.k) if module.threshold is None else Rule(threshold=module.threshold)
         experts.rule = experts.trained
     stock = getattr(type(module), "_apply_gate", _default_apply_gate)

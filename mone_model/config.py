@@ -20,11 +20,14 @@ ACTIVATIONS = ("silu", "gelu", "relu", "sigmoid", "relu_squared")
 EXPERT_BACKENDS = ("grouped", "loop", "sparse")
 """Values of `compute.experts` beside auto; `mone_model.expert_backends` defines each of them."""
 QK_LAYERNORM_SCOPES = ("head", "projection")
+NEURON_SCORES = ("abs_gate", "gate", "abs_gate_up", "preactivation", "random", "random_in_training", "frozen")
+"""Values of `model.neuron_score`; `mone_model.neuron_score` defines each of them."""
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
 CHANGEABLE = (
     "rotary_base",
     "norm_epsilon",
     "activation",
+    "neuron_score",
     "router_topk",
     "router_score_function",
     "router_pre_softmax",
@@ -84,6 +87,9 @@ class ModelConfig:
     """Gate activation: silu, gelu, relu, sigmoid or relu_squared."""
     activation_ratio: float = 0.25
     """Share of a routed expert's neurons that a token keeps: K = max(1, round(activation_ratio * H)). 1 is a plain MoE."""
+    neuron_score: str = "abs_gate"
+    """By which score a token keeps neurons of routed experts: abs_gate (the paper's), gate, abs_gate_up, preactivation,
+    random, random_in_training or frozen (`mone_model.neuron_score`). All but abs_gate are controls without kernels."""
     shared_expert_neuron_ratio: float = 1.0
     """The same share for the shared expert; 1 keeps it dense."""
 
@@ -171,6 +177,18 @@ class ModelConfig:
             "must be 0 (no shared expert) or a multiple of 8",
         )
         check(self.activation in ACTIVATIONS, "model.activation", self.activation, f"choose from {', '.join(ACTIVATIONS)}")
+        check(
+            self.neuron_score in NEURON_SCORES,
+            "model.neuron_score",
+            self.neuron_score,
+            f"choose from {', '.join(NEURON_SCORES)}",
+        )
+        check(
+            self.neuron_score == "abs_gate" or not self.neuron_bias,
+            "model.neuron_bias",
+            self.neuron_bias,
+            f"needs model.neuron_score=abs_gate, not {self.neuron_score}",
+        )
         check(
             self.qk_layernorm_scope in QK_LAYERNORM_SCOPES,
             "model.qk_layernorm_scope",
@@ -332,6 +350,8 @@ def why_not_sparse(model: ModelConfig, parallel: ParallelConfig, compute: Comput
         return "needs compute.cpu_kernels=auto, not off"
     if compute.precision != "fp32":
         return f"needs compute.precision=fp32, not {compute.precision}"
+    if model.neuron_score != "abs_gate":
+        return f"needs model.neuron_score=abs_gate, not {model.neuron_score}"
     if model.hidden_size % 16 != 0:  # the kernels read 16 numbers at a time
         return f"needs model.hidden_size to be a multiple of 16, not {model.hidden_size}"
     if parallel.expert_tensor > 1:

@@ -37,7 +37,8 @@ from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, why_no
 from mone_model.kernels.cpu import experts as cpu
 from mone_model.kernels.cpu import library
 from mone_model.neuron_balance import Balance, neuron_sizes, sum_by_expert
-from mone_model.neuron_selection import Selection, TopK, scores_of, select_and_gate, select_neurons, unpack
+from mone_model.neuron_score import score_neurons
+from mone_model.neuron_selection import Selection, TopK, scores_of, select_and_gate, select_best, unpack
 from mone_model.thresholds import AtLeast
 
 Rule = TopK | AtLeast
@@ -79,6 +80,10 @@ class Request(NamedTuple):
     """Whether to return what `NeuronCounters` count."""
     balance: Balance | None = None
     """Which sizes of neurons to return for the balance loss; None: none."""
+    score: str = "abs_gate"
+    """By which score `TopK` selects (`mone_model.neuron_score`); others than abs_gate by `grouped` and `loop` only."""
+    frozen_EHD: torch.Tensor | None = None
+    """[E, h, D] `mone_model.neuron_score.frozen_projection`, for score=frozen."""
     bias_EH: torch.Tensor | None = None
     """[E, h] fp32, not negative: added to |gate| in the score by which the rule selects. It changes no value."""
 
@@ -110,13 +115,13 @@ class Dense(ExpertBackend):
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
     ) -> ExpertOutput:
         """See `ExpertBackend`."""
-        rule, activation, counting, balance, bias_EH = request
+        rule, activation, counting, balance, score, frozen_EHD, bias_EH = request
         act, group = ACTIVATIONS[activation].function, rule.group if isinstance(rule, TopK) else None
         gate_up_EDH = weights.gate_up_E2HD.flatten(1, 2).transpose(1, 2)
         gate_NH, up_NH = self.gemm(x_ND, gate_up_EDH, tokens_E).chunk(2, dim=-1)
         neurons = gate_NH.size(1)
         selecting = isinstance(rule, AtLeast) or not rule.keeps_all(neurons)
-        if isinstance(rule, TopK) and group is None and selecting and bias_EH is None:
+        if isinstance(rule, TopK) and group is None and selecting and bias_EH is None and score == "abs_gate":
             hidden_NH, masks_NW, threshold_N = select_and_gate(gate_NH, up_NH, probs_N, rule.k, activation)
             if counting or balance:
                 active_NH, mask_NH = act(gate_NH if balance else gate_NH.detach()), unpack(masks_NW, neurons)
@@ -124,7 +129,12 @@ class Dense(ExpertBackend):
             active_NH = act(gate_NH)
             hidden_NH = (active_NH * up_NH * probs_N[:, None]).to(x_ND.dtype)
             if selecting or counting or balance:
-                mask_NH, threshold_N = _select(active_NH, rule, rows_of_experts(bias_EH, tokens_E, len(x_ND)))
+                if score == "abs_gate":
+                    score_NH = scores_of(active_NH, rows_of_experts(bias_EH, tokens_E, len(x_ND)))
+                else:
+                    frozen_NH = None if frozen_EHD is None else self.gemm(x_ND, frozen_EHD.transpose(1, 2), tokens_E)
+                    score_NH = score_neurons(score, gate_NH=gate_NH, active_NH=active_NH, up_NH=up_NH, frozen_NH=frozen_NH)
+                mask_NH, threshold_N = _select(score_NH, rule)
             if selecting:
                 hidden_NH = hidden_NH * mask_NH
         out_ND = self.gemm(hidden_NH, weights.down_EHD, tokens_E)
@@ -139,16 +149,15 @@ class Dense(ExpertBackend):
         return output
 
 
-def _select(active_NH: torch.Tensor, rule: Rule, bias_NH: torch.Tensor | None) -> Selection:
+def _select(score_NH: torch.Tensor, rule: Rule) -> Selection:
     if isinstance(rule, AtLeast):
-        mask_NH = scores_of(active_NH, bias_NH) >= rule.threshold
-        return Selection(mask_NH, active_NH.new_full(active_NH.shape[:1], rule.threshold))
-    if not rule.keeps_all(active_NH.size(1)):
-        return select_neurons(active_NH, rule.k, rule.group, bias_NH)
-    smallest_N = scores_of(active_NH, bias_NH).amin(-1)
+        return Selection(score_NH >= rule.threshold, score_NH.new_full(score_NH.shape[:1], rule.threshold))
+    if not rule.keeps_all(score_NH.size(1)):
+        return select_best(score_NH, rule.k, rule.group)
+    smallest_N = score_NH.amin(-1)
     if rule.group is not None:
         dist.all_reduce(smallest_N, op=dist.ReduceOp.MIN, group=rule.group)
-    return Selection(torch.ones_like(active_NH, dtype=torch.bool), smallest_N)
+    return Selection(torch.ones_like(score_NH, dtype=torch.bool), smallest_N)
 
 
 class Sparse(ExpertBackend):
@@ -158,7 +167,8 @@ class Sparse(ExpertBackend):
         self, weights: Weights, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor, request: Request
     ) -> ExpertOutput:
         """See `ExpertBackend`. By thresholds it computes as `loop` does."""
-        rule, activation, counting, balance, bias_EH = request
+        rule, activation, counting, balance, score, _, bias_EH = request
+        assert score == "abs_gate", "the kernels select by |act(gate)|"
         if isinstance(rule, AtLeast):
             return BACKENDS["loop"].compute(weights, x_ND, tokens_E, probs_N, request)
         assert rule.group is None, "the kernels need all neurons of an expert on one rank"
@@ -187,6 +197,7 @@ class Decode(ExpertBackend):
         rule, activation = request.rule, request.activation
         assert not request.counting, "inference has no counters"
         assert request.balance is None, "inference has no balance loss"
+        assert request.score == "abs_gate", "the kernels select by |act(gate)|"
         k, threshold = (rule.k, None) if isinstance(rule, TopK) else (0, rule.threshold)
         kernel, bias_EH = _decode_kernel_for(x_ND), request.bias_EH
         assert bias_EH is None or kernel is cpu.decode, "the kernels for GPUs have no bias"

@@ -69,11 +69,15 @@ def select_neurons(
 
     Raises ValueError if k is out of range.
     """
+    return select_best(scores_of(gate_NH, bias_NH), k, group)
+
+
+def select_best(score_NH: torch.Tensor, k: int, group: dist.ProcessGroup | None = None) -> Selection:
+    """Like `select_neurons` by a score [N, h] without NaN, in place of |gate|."""
     ranks = 1 if group is None else dist.get_world_size(group)
-    rows, neurons = gate_NH.shape
+    rows, neurons = score_NH.shape
     if not 1 <= k <= neurons * ranks:
         raise ValueError(f"k={k}: must be between 1 and the number of neurons, {neurons * ranks}")
-    score_NH = scores_of(gate_NH, bias_NH)
     candidates_NC = score_NH.topk(min(k, neurons), dim=-1, sorted=False).values
     if ranks == 1:
         threshold_N1 = candidates_NC.amin(-1, keepdim=True)

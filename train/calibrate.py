@@ -73,6 +73,9 @@ def main(hydra_config: DictConfig) -> None:
     check_alone("train.calibrate")
     options = to_dataclass(hydra_config, CalibrateConfig)
     run = load_run_config(Path(options.run))
+    score = run.model.neuron_score
+    if score != "abs_gate":
+        raise UserError(f"run={options.run}: model.neuron_score={score}: thresholds need abs_gate")
     ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
     if output.exists() and not output.is_file():

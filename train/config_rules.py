@@ -171,6 +171,12 @@ def _validate_layout(config: RunConfig, world_size: int, transformer_engine: boo
         parallel.virtual_pipeline,
         "needs parallel.pipeline of at least 2",
     )
+    check(
+        not model.neuron_score.startswith("random") or parallel.expert_tensor == 1,
+        "model.neuron_score",
+        model.neuron_score,
+        f"needs whole experts: parallel.expert_tensor=1, not {parallel.expert_tensor}",
+    )
     obstacle = why_not_sparse(model, parallel, compute)
     check(
         compute.experts != "sparse" or obstacle is None,

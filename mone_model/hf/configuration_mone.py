@@ -9,6 +9,8 @@ model loads with `trust_remote_code=True` where MoNE is not installed.
 
 from transformers import Qwen3MoeConfig
 
+NEURON_SCORES = ("abs_gate", "gate", "abs_gate_up", "preactivation", "random", "random_in_training", "frozen")
+
 
 class MoneConfig(Qwen3MoeConfig):
     """Qwen3-MoE's configuration, with the fields in which the models differ."""
@@ -42,6 +44,8 @@ class MoneConfig(Qwen3MoeConfig):
     """Whether the router adds a bias to its scores when it chooses experts (arXiv 2408.15664)."""
     use_neuron_bias: bool = False
     """Whether a bias is added to |act(gate)| when neurons are selected."""
+    neuron_score: str = "abs_gate"
+    """By which score neurons are kept: abs_gate, |act(gate)|; the others are controls of experiments (`score_neurons`)."""
     routed_scaling_factor: float = 1.0
     """Multiplies the routing weights."""
 
@@ -62,6 +66,8 @@ class MoneConfig(Qwen3MoeConfig):
                 raise ValueError(f"{name}={getattr(self, name)}: must be in (0, 1]")
         if self.scoring_func not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring_func={self.scoring_func!r}: choose softmax or sigmoid")
+        if self.neuron_score not in NEURON_SCORES:
+            raise ValueError(f"neuron_score={self.neuron_score!r}: choose from {', '.join(NEURON_SCORES)}")
         thresholds = self.neuron_thresholds
         if thresholds is not None and len(thresholds) != self.num_hidden_layers:
             raise ValueError(f"neuron_thresholds has {len(thresholds)} numbers for {self.num_hidden_layers} layers")

@@ -100,8 +100,17 @@ def compute_experts(
     selection = _selection_of(self)
     gate_up_E2HD = self.gate_up_proj.unflatten(1, (2, -1))
     down_EHD = _neuron_major(self.down_proj).transpose(1, 2)
-    request = Request(selection.rule, selection.activation, bias_EH=getattr(self, "neuron_bias", None))
-    backend = BACKENDS[_choose(gate_up_E2HD, selection, top_k_index.numel())]
+    rule, score = selection.rule, getattr(self, "score", "abs_gate")
+    if getattr(self, "keeps_all_scaled", False):
+        top_k_weights, rule = top_k_weights * (selection.k / down_EHD.size(1)), TopK(down_EHD.size(1))
+    request = Request(
+        rule,
+        selection.activation,
+        score=score,
+        frozen_EHD=self.frozen_projections() if score == "frozen" else None,
+        bias_EH=getattr(self, "neuron_bias", None),
+    )
+    backend = BACKENDS[_choose(gate_up_E2HD, selection, top_k_index.numel(), score)]
     weights = backend.prepare(gate_up_E2HD, down_EHD)
     return route(backend, weights, hidden_states, top_k_index, top_k_weights, request)
 
@@ -113,12 +122,12 @@ def _neuron_major(down: torch.nn.Parameter) -> torch.nn.Parameter:
     return down
 
 
-def _choose(gate_up_E2HD: torch.Tensor, selection: Selection, rows: int) -> str:
+def _choose(gate_up_E2HD: torch.Tensor, selection: Selection, rows: int, score: str) -> str:
     """The name of the backend for so many rows."""
     if gate_up_E2HD.device.type != "cpu":
         return "grouped"
     _, _, neurons, width = gate_up_E2HD.shape
-    usable = width % library.WORD == 0 and library.usable(gate_up_E2HD, dtypes=library.DTYPES)
+    usable = score == "abs_gate" and width % library.WORD == 0 and library.usable(gate_up_E2HD, dtypes=library.DTYPES)
     shape = (width, neurons, selection.k, selection.activation, gate_up_E2HD.dtype)
     sparse = usable and gate_up_E2HD.dtype == torch.float32 and isinstance(selection.rule, TopK)
     many = measure(*shape, sparse=sparse).fastest

@@ -229,6 +229,7 @@ def _mone(fields: Fields) -> dict[str, Any]:
         "router_scaling_factor": None if scale == 1 else scale,
         "expert_bias": bool(fields.get("use_expert_bias", False)),
         "neuron_bias": bool(fields.get("use_neuron_bias", False)),
+        "neuron_score": fields.get("neuron_score", "abs_gate"),
         "qk_layernorm": bool(fields.get("qk_layernorm", True)),
         "qk_layernorm_scope": fields.get("qk_layernorm_scope", "head"),
         "activation_ratio": fields.get("activation_ratio", 1.0),

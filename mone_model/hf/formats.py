@@ -48,6 +48,7 @@ def why_not(model: ModelConfig, format: str, thresholds_L: Sequence[float] | Non
         needs += [
             ("activation_ratio", model.activation_ratio == 1, "1: it keeps all neurons"),
             ("neuron_bias", not model.neuron_bias, "false: it keeps all neurons"),
+            ("neuron_score", model.neuron_score == "abs_gate", "abs_gate: it keeps all neurons"),
             ("shared_expert_neuron_ratio", model.shared_expert_neuron_ratio == 1, "1: it keeps all neurons"),
             ("activation", model.activation == "silu", "silu: engines assume it"),
             ("qk_layernorm_scope", not model.qk_layernorm or model.qk_layernorm_scope == "head", "head"),
@@ -163,6 +164,7 @@ def config_of(
             "scoring_func": model.router_score_function,
             "use_expert_bias": model.expert_bias,
             "use_neuron_bias": model.neuron_bias,
+            "neuron_score": model.neuron_score,
             "routed_scaling_factor": model.router_scaling_factor or 1.0,
         }
     return config

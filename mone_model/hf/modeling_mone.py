@@ -46,13 +46,20 @@ def check_engine(config: MoneConfig) -> None:
 
 
 def select_neurons(
-    active: torch.Tensor, k: int, threshold: float | None = None, bias: torch.Tensor | None = None
+    active: torch.Tensor,
+    k: int,
+    threshold: float | None = None,
+    bias: torch.Tensor | None = None,
+    score: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Whether each neuron [..., H] is kept: the k with the largest |active| + bias, or those that reach the threshold."""
+    """Whether each neuron [..., H] is kept: the k with the largest |active| + bias, or those that reach the threshold.
+
+    score: [..., H] in place of |active| + bias.
+    """
+    if score is None:
+        score = active.detach().abs() if bias is None else active.detach().abs() + bias
     # NaN counts as infinity, so that exactly k are kept.
-    score = active.detach().abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
-    if bias is not None:
-        score = score + bias
+    score = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     if threshold is not None:
         return score >= threshold
     smallest = score.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
@@ -61,12 +68,35 @@ def select_neurons(
 
 
 def keep_neurons(
-    active: torch.Tensor, k: int, threshold: float | None = None, bias: torch.Tensor | None = None
+    active: torch.Tensor,
+    k: int,
+    threshold: float | None = None,
+    bias: torch.Tensor | None = None,
+    score: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Zero the neurons [..., H] that are not kept."""
     if threshold is None and k >= active.size(-1):
         return active
-    return active.masked_fill(~select_neurons(active, k, threshold, bias), 0)
+    return active.masked_fill(~select_neurons(active, k, threshold, bias, score), 0)
+
+
+def score_neurons(name: str, gate: torch.Tensor, active: torch.Tensor, up: torch.Tensor) -> torch.Tensor | None:
+    """Scores [..., H] by which neurons are kept, other than |active|. gate: before the activation; active: after it."""
+    gate, active, up = gate.detach(), active.detach(), up.detach()
+    if name == "gate":
+        return active
+    if name == "abs_gate_up":
+        return (active * up).abs()
+    if name == "preactivation":
+        return gate.abs()
+    if name in ("random", "random_in_training"):
+        return torch.rand_like(active)
+    return None
+
+
+def frozen_projection(expert: int, neurons: int, width: int) -> torch.Tensor:
+    """[H, D] the fixed random matrix R of an expert: with neuron_score="frozen", |R x| is the score."""
+    return torch.randn(neurons, width, generator=torch.Generator().manual_seed(251005781 + expert)) / width**0.5
 
 
 @use_experts_implementation
@@ -83,13 +113,40 @@ class MoneExperts(Qwen3MoeExperts):
         self.neuron_bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.chosen: torch.Tensor | None = None
         """[N, k] the experts of the tokens, if there is a bias."""
+        self.score = config.neuron_score
+        self.frozen: torch.Tensor | None = None
+        """[E, H, D] the `frozen_projection` of each expert, from the first use on."""
 
-    def _apply_gate(self, gate_up: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _apply_gate(
+        self, gate_up: torch.Tensor, bias: torch.Tensor | None = None, score: torch.Tensor | None = None
+    ) -> torch.Tensor:
         # Every implementation of transformers calls this, except Qwen3-MoE's own forward.
         gate, up = gate_up.float().chunk(2, dim=-1)
+        active = self.act_fn(gate)
+        if self.keeps_all_scaled:
+            return (active * up * (self.k / active.size(-1))).to(gate_up.dtype)
         if self.neuron_bias is not None and bias is None:
             bias = self.neuron_bias[self._experts_of_rows()]
-        return (keep_neurons(self.act_fn(gate), self.k, self.threshold, bias) * up).to(gate_up.dtype)
+        if self.score == "frozen" and score is None:
+            name = self.config._experts_implementation
+            raise ValueError(f"experts_implementation={name!r}: neuron_score='frozen' needs eager or mone")
+        if score is None:
+            score = score_neurons(self.score, gate, active, up)
+        return (keep_neurons(active, self.k, self.threshold, bias, score) * up).to(gate_up.dtype)
+
+    @property
+    def keeps_all_scaled(self) -> bool:
+        """Whether all neurons are kept and their outputs multiplied by K / H: random_in_training outside of training."""
+        return self.score == "random_in_training" and not self.training and self.threshold is None
+
+    def frozen_projections(self) -> torch.Tensor:
+        """[E, H, D] the matrices of neuron_score="frozen", on the device and in the type of the weights."""
+        weight = self.gate_up_proj
+        if self.frozen is None or self.frozen.device != weight.device or self.frozen.dtype != weight.dtype:
+            neurons, width = weight.size(1) // 2, weight.size(2)
+            each = [frozen_projection(expert, neurons, width) for expert in range(self.num_experts)]
+            self.frozen = torch.stack(each).to(weight)
+        return self.frozen
 
     def _experts_of_rows(self) -> torch.Tensor:
         """[N * k] the expert of each row that an implementation of transformers hands to `_apply_gate`."""
@@ -109,8 +166,11 @@ class MoneExperts(Qwen3MoeExperts):
             if expert == self.num_experts:  # under expert parallelism: an expert of another rank
                 continue
             token, slot = torch.where(top_k_index == expert)
+            x = hidden_states[token]
             bias = None if self.neuron_bias is None else self.neuron_bias[expert]
-            hidden = self._apply_gate(F.linear(hidden_states[token], self.gate_up_proj[expert]), bias)
+            frozen = F.linear(x, self.frozen_projections()[expert]).detach() if self.score == "frozen" else None
+            score = None if frozen is None else frozen.float().abs()
+            hidden = self._apply_gate(F.linear(x, self.gate_up_proj[expert]), bias, score)
             y = F.linear(hidden, self.down_proj[expert]) * top_k_weights[token, slot, None]
             out.index_add_(0, token, y.to(out.dtype))
         return out

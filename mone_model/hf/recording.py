@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from mone_common.checks import check
 from mone_model.hf.modeling_mone import MoneExperts, select_neurons
 
 
@@ -64,6 +65,7 @@ def _record(record: LayerRecord, experts: Any, inputs: tuple[torch.Tensor, ...])
         token, slot = torch.where(experts_Tk == expert)
         gate = torch.nn.functional.linear(x_TD[token], experts.gate_up_proj[expert, :neurons])
         gates_TkH[token, slot] = experts.act_fn(gate.float())
+    check(experts.score == "abs_gate", "neuron_score", experts.score, "only neurons kept by abs_gate can be recorded")
     bias_TkH = None if experts.neuron_bias is None else experts.neuron_bias[experts_Tk]
     kept_TkH = select_neurons(gates_TkH, experts.k, experts.threshold, bias_TkH)
     for name, new in (

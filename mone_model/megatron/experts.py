@@ -24,6 +24,7 @@ from mone_model.loss_record import LossRecord
 from mone_model.megatron.cpu_support import current_device
 from mone_model.neuron_balance import Balance, neuron_balance_loss
 from mone_model.neuron_bias import update_neuron_bias
+from mone_model.neuron_score import frozen_projection
 from mone_model.neuron_selection import TopK, select_and_gate, select_neurons
 from mone_model.neuron_stats import NeuronCounters
 
@@ -34,6 +35,7 @@ class NeuronExperts(MegatronModule):
     active_neurons: K. Equal to H it is a plain MoE: no selection takes place.
     balance_coeff, balance: the neuron balance loss (`mone_model.neuron_balance`).
     bias_rate: step of the neuron bias (`mone_model.neuron_bias`), which `update_bias` changes; None: there is no bias.
+    score: by which score neurons are selected (`mone_model.neuron_score`).
     backend: grouped, loop or sparse (`mone_model.expert_backends`).
 
     Calibration (`mone_model.megatron.calibration`) may set `rule` to thresholds.
@@ -55,6 +57,7 @@ class NeuronExperts(MegatronModule):
         balance_coeff: float = 0.0,
         balance: Balance | None = None,
         bias_rate: float | None = None,
+        score: str = "abs_gate",
         backend: str = "grouped",
         name: str | None = None,
     ) -> None:
@@ -78,6 +81,12 @@ class NeuronExperts(MegatronModule):
             set_tensor_model_parallel_attributes(tensor=weight, is_parallel=True, dim=axis, stride=1)
             # By the first backward pass of a step, so that it need not be zeroed before (`cpu_overrides.zero_gradients`).
             weight.gradient_is_written_over = backend == "sparse"  # type: ignore[attr-defined]
+        self.score = score
+        self.frozen_EHD: torch.Tensor | None = None
+        if score == "frozen":
+            first, part = self.ep_group.rank() * num_local_experts, self.etp_group.rank()
+            all_EHD = frozen_projection(range(first, first + num_local_experts), self.num_neurons, width)
+            self.frozen_EHD = all_EHD[:, part * neurons : (part + 1) * neurons].to(**options)
         self.bias_rate = bias_rate
         bias_EH = None if bias_rate is None else torch.zeros(num_local_experts, neurons, device=current_device())
         self.register_buffer("neuron_bias", bias_EH)
@@ -96,14 +105,21 @@ class NeuronExperts(MegatronModule):
         observing = self.training and torch.is_grad_enabled()
         assert isinstance(self.rule, TopK) or not observing, "thresholds are for inference"
 
+        rule = self.rule
+        if self.score == "random_in_training" and not self.training and isinstance(rule, TopK):
+            probs_N = probs_N * (rule.k / self.num_neurons)
+            rule = rule._replace(k=self.num_neurons)
+
         # 1. Select and compute: the backend applies the rule between the gates and the down projection.
         backend = BACKENDS[self.backend]
         request = Request(
-            self.rule,
+            rule,
             self.activation,
             counting=observing and (self.counting_neurons or self.neuron_bias is not None),
             # In both passes of recomputation, which must compute the same.
             balance=self.balance if self.training and self.balance_coeff > 0 else None,
+            score=self.score,
+            frozen_EHD=self.frozen_EHD,
             bias_EH=self.neuron_bias,
         )
         weights = backend.prepare(self.gate_up_weight, self.down_weight)

@@ -49,6 +49,7 @@ def block_spec(
         balance_coeff=model.neuron_balance_coeff,
         balance=Balance(model.neuron_balance_form, model.neuron_balance_stride),
         bias_rate=model.neuron_bias_update_rate if model.neuron_bias else None,
+        score=model.neuron_score,
         backend=backend,
     )
     if model.shared_expert_neuron_ratio < 1:

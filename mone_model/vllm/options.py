@@ -101,6 +101,8 @@ def read_selection(additional: Any, hf_config: Any) -> Selection | None:
     check(ours or kind in FAMILIES, "model_type", kind, f"the option mone works for {known}; leave it out for this model")
     has_bias = ours and getattr(hf_config, "use_neuron_bias", False)
     check(not has_bias, "use_neuron_bias", True, "the plugin has no bias of neurons; use transformers for this model")
+    score = getattr(hf_config, "neuron_score", "abs_gate") if ours else "abs_gate"
+    check(score == "abs_gate", "neuron_score", score, "the plugin selects by abs_gate; use transformers for this model")
     name = hf_config.hidden_act
     check(name in ACTIVATIONS, "hidden_act", name, f"known activations are {', '.join(ACTIVATIONS)}")
     options = options or Options()

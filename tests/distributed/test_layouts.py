@@ -63,6 +63,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
     A step is two global micro-batches of four sequences on every layout.
     """
     cases: dict[str, dict[str, Any]] = {}
+    scores = {"normalised": "abs_gate", "unmasked": "abs_gate", "masked": "frozen"}
     for layout, parallel in LAYOUTS[processes].items():
         replicas = processes // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
         options = {
@@ -75,7 +76,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 cases[f"{layout}/{kind}/{form}"] = {
                     **options,
                     "parallel": parallel | {"distributed_optimizer": False},
-                    "model": model | LOSSES | {"neuron_balance_form": form},
+                    "model": model | LOSSES | {"neuron_balance_form": form, "neuron_score": scores[form]},
                     "optimizer": {"clip_grad": 0.0},
                     "gradients": True,
                 }

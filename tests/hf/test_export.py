@@ -44,6 +44,10 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "all heads have keys": (PLAIN | {"num_query_groups": None, "rotary_base": 500}, "qwen3_moe"),
     "a quarter of the neurons": ({"activation_ratio": 0.25}, "mone"),
     "a bias of the neurons": ({"activation_ratio": 0.25, "neuron_bias": True}, "mone"),
+    **{
+        f"neurons chosen by {score}": ({"activation_ratio": 0.25, "neuron_score": score}, "mone")
+        for score in ("gate", "abs_gate_up", "preactivation", "random_in_training", "frozen")
+    },
     "half of the shared neurons": ({"shared_expert_neuron_ratio": 0.5}, "mone"),
     **{
         f"{name}, half of the neurons": (PLAIN | {"activation": name, "activation_ratio": 0.5}, "mone")
@@ -65,7 +69,8 @@ def test_an_exported_model_has_the_same_logits(tmp_path: Path, call_main: Call, 
         code, _, errors = call_main(export.main, f"run={tmp_path / 'run'}", f"output={output}", f"format={asked}")
         assert code == 0, errors
         assert json.loads((output / "config.json").read_text())["model_type"] == written
-        for experts in ("eager", "grouped_mm", "batched_mm", *(["mone"] if written == "mone" else [])):
+        stock = ["grouped_mm", "batched_mm"] if model.neuron_score != "frozen" else []
+        for experts in ("eager", *stock, *(["mone"] if written == "mone" else [])):
             loaded = AutoModelForCausalLM.from_pretrained(
                 output, trust_remote_code=True, dtype="auto", experts_implementation=experts
             )
