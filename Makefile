@@ -68,7 +68,7 @@ $(EVIDENCE)/shards/openjdk/manifest.json: .venv/installed
 evidence: .venv/installed  ## tables and figures of docs/evidence.md from the records in docs/evidence/runs
 	$(BIN)/python -m launch.evidence
 
-evidence-runs: evidence-data  ## train the recorded experiments that have no record; most of a day on two cores
+evidence-runs: evidence-data  ## train the recorded experiments that have no record; all of them take about 30 hours on two cores
 	$(BIN)/python -m launch.evidence train=true jobs=2
 
 install: .venv/installed  ## the package and what its tests need, into .venv, with the versions that are tested
