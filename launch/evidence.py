@@ -162,9 +162,9 @@ class _Trainer:
                 if not output.exists():
                     every = [f"model={folder}", f"text={self.options.text}", f"output={output}", *self.options.evaluate]
                     self._call("mone_eval.evaluate", list(map(_quoted, [*every, *more])), folder, core)
-            record = Path(self.options.records) / f"{run.name}.json"
-            write_record(read_runs([folder])[0], record)
-            loss = read_record(record).evaluations[TRAINED].nats_per_token
+            (found,) = read_runs([folder])
+            write_record(found, Path(self.options.records) / f"{run.name}.json")
+            loss = found.evaluations[TRAINED].nats_per_token
             print(f"{run.name}: {loss:.4f} nats per token, in {clock(time.monotonic() - began)}", flush=True)
         except _Stopped:
             return

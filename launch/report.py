@@ -121,8 +121,9 @@ def write_report(
     problems = list[str]()
 
     def warn(problem: str) -> None:
-        problems.append(problem)
-        print(problem, file=sys.stderr)
+        if problem not in problems:  # several tables may read a damaged file
+            problems.append(problem)
+            print(problem, file=sys.stderr)
 
     of_baseline = Path(baseline) if baseline is not None and os.path.isdir(baseline) else None
     try:

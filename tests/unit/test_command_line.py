@@ -51,6 +51,7 @@ WITH_FLAGS: dict[str, Callable[[], None]] = {"status": status.main, "report": re
         ("pretrain", ["model=mone_tinny"], ["model=mone_tinny: no such choice", "mone_925m", "did you mean mone_tiny?"]),
         ("pretrain", ["experiment=dmeo"], ["experiment=dmeo", "k_sweep", "did you mean demo?"]),
         ("pretrain", ["data=mine"], ["data=mine: no such choice; choose from demo"]),
+        ("pretrain", ["experiment=evidence/comon"], ["no such choice", "did you mean evidence/common?"]),
         ("pretrain", ["hydra/launcher=surm"], ["did you mean slurm?"]),
         ("pretrain", ["hydra.launcher.job=2"], ["did you mean hydra.launcher.jobs"]),
         ("tokenize", ["model=mone_tiny"], ["model=mone_tiny: this command has no such option"]),

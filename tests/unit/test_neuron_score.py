@@ -1,16 +1,16 @@
 """Scores other than |act(gate)|: experts against loops over tokens and neurons, and options that do not fit."""
 
-from typing import Any
-
 import pytest
 import torch
 
 from mone_model.activations import ACTIVATIONS
 from mone_model.config import NEURON_SCORES, ComputeConfig, ModelConfig, ParallelConfig
 from mone_model.expert_backends import BACKENDS, DENSE_BACKENDS, Request
+from mone_model.hf import configuration_mone
 from mone_model.hf.modeling_mone import frozen_projection as frozen_in_transformers
 from mone_model.neuron_score import frozen_projection, score_neurons
 from mone_model.neuron_selection import TopK
+from tests.tiny import TINY_MODEL
 
 E, N, D, H, K = 3, 20, 16, 24, 6
 DETERMINED = [score for score in NEURON_SCORES if not score.startswith("random")]
@@ -114,20 +114,8 @@ def test_frozen_projections_do_not_depend_on_the_layout_and_are_those_of_transfo
     assert whole.std() == pytest.approx(D**-0.5, rel=0.1)
 
 
-MODEL: dict[str, Any] = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "seq_length": 16,
-    "vocab_size": 64,
-    "num_experts": 4,
-    "moe_ffn_hidden_size": 32,
-    "shared_expert_ffn_hidden_size": 32,
-    "init_std": 0.2,
-}
-
-
 def test_options_that_do_not_fit_are_refused() -> None:
+    assert NEURON_SCORES == configuration_mone.NEURON_SCORES, "that file cannot import ours"
     with pytest.raises(ValueError, match="neuron_score=best: choose from abs_gate, gate"):
         ModelConfig(neuron_score="best")
     with pytest.raises(ValueError, match="neuron_bias=True: needs model.neuron_score=abs_gate, not gate"):
@@ -139,7 +127,7 @@ def test_options_that_do_not_fit_are_refused() -> None:
         ("gate", ParallelConfig(), ComputeConfig(experts="sparse"), "needs model.neuron_score=abs_gate, not gate"),
         ("random", ParallelConfig(expert_tensor=2), ComputeConfig(), "needs whole experts: parallel.expert_tensor=1, not 2"),
     ):
-        model = ModelConfig(**MODEL, neuron_score=score)
+        model = ModelConfig(**TINY_MODEL, neuron_score=score)
         config = RunConfig(model=model, parallel=parallel, compute=compute)
         with pytest.raises(ValueError, match=said):
             validate(config, 2)
