@@ -114,15 +114,16 @@ def differences(config: RunConfig, manifests: list[Manifest], checkpoint: Checkp
 
 
 def check_continues(
-    config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None
+    config: RunConfig, manifests: list[Manifest], checkpoint: Checkpoint | None, *, branch: bool = False
 ) -> tuple[dict[str, Any], int, int]:
     """The order of samples, the step and the number of samples read at the start of this run.
 
-    ValueError if this config cannot continue from the checkpoint. checkpoint: None at the start of a new run.
+    ValueError if this config cannot continue from the checkpoint. checkpoint: None at the start of a new run. branch: it is
+    that of another run, whose model may differ as `initial_source.check_source` allows.
     """
     if checkpoint is None:
         return plan_order(config, manifests, None, 0), 0, 0
-    if changed := differences(config, manifests, checkpoint):
+    if not branch and (changed := differences(config, manifests, checkpoint)):
         raise ValueError(
             f"{checkpoint.path} belongs to another run: {', '.join(changed)}; restore these options, or give another run.dir"
         )

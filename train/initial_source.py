@@ -1,17 +1,22 @@
-"""Initial weights from elsewhere (`init.source`): check that they fit the run, then open them.
+"""Initial weights from elsewhere (`init.source`): check that they fit the run, then open them; and branches of runs.
 
 check_source(config)                                   # in the preparation: no collectives; ValueError
 source, noted = open_source(config, device)            # a collective on every rank
+
+check_branch(config, manifests)                        # with init.branch: the checkpoints to continue from
 """
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_prep.shards import Manifest
+from mone_common.checkpoint_folder import Checkpoint
 from mone_common.console import UserError
 from mone_model.config import CHANGEABLE
 from mone_model.hf.imported_model import ImportedModel, differences, find_model
+from train.checkpoint_facts import read_facts
 from train.config import RunConfig
-from train.continuation import report_problems
+from train.continuation import check_continues, report_problems
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +49,33 @@ def check_source(config: RunConfig) -> ImportedModel:
     return imported
 
 
+TIED = ("seq_length", "vocab_multiple", "neuron_bias")
+"""Fields of the model that a branch cannot change: its data are counted in sequences, and its optimizer state has the
+tensors of the source."""
+
+
+def check_branch(config: RunConfig, manifests: list[Manifest]) -> list[Checkpoint]:
+    """The checkpoints that `init.branch` can continue from, oldest first; ValueError if the run cannot branch off them."""
+    source = f"init.source={config.init.source}"
+    imported = check_source(config)
+    if imported.folder is not None:
+        raise UserError(f"init.branch=true: {source} is a {imported.format} model, which has no optimizer state; give a run")
+    newest = imported.checkpoints[-1]
+    facts, ours = read_facts(newest), vars(config.model) | {"precision": config.compute.precision}
+    theirs = vars(imported.model) | {"precision": facts.precision}
+    for name in (*TIED, "precision"):
+        if ours[name] != theirs[name]:
+            option = "compute.precision" if name == "precision" else f"model.{name}"
+            raise UserError(f"{option}={ours[name]}: a branch of {newest.path} needs {option}={theirs[name]}, as its source")
+    if newest.step >= config.training.steps:
+        raise UserError(
+            f"training.steps={config.training.steps}: {newest.path} is already at step {newest.step}; a branch counts from "
+            "the start of its source"
+        )
+    check_continues(config, manifests, newest, branch=True)
+    return imported.checkpoints
+
+
 def open_source(config: RunConfig, device: "torch.device") -> tuple["WeightSource", dict[str, Any]]:
     """The initial weights, and what is recorded of them; a collective on every rank. UserError if they are damaged.
 
@@ -71,16 +103,27 @@ def open_source(config: RunConfig, device: "torch.device") -> tuple["WeightSourc
             seed=config.run.seed,
             device=device,
         )
-    noted: dict[str, Any] = {
-        "source": str((imported.path if checkpoint is None else checkpoint.path).resolve()),
-        "format": imported.format,
+    if checkpoint is not None:
+        return source, note_checkpoint(config, checkpoint)
+    return source, _note(config, imported.path, imported.format)
+
+
+def note_checkpoint(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is recorded of a checkpoint that a new run starts from."""
+    before = {"step": checkpoint.step, "run": checkpoint.noted.get("run"), "initial": checkpoint.noted.get("initial")}
+    return _note(config, checkpoint.path, "checkpoint") | before
+
+
+def _note(config: RunConfig, path: Path, kind: str) -> dict[str, Any]:
+    init = config.init
+    return {
+        "source": str(path.resolve()),
+        "format": kind,
+        "branch": init.branch,
         "upcycle": init.upcycle,
         "upcycle_splits": init.upcycle_splits,
         "upcycle_noise": init.upcycle_noise,
     }
-    if checkpoint is not None:
-        noted |= {"step": checkpoint.step, "run": checkpoint.noted.get("run"), "initial": checkpoint.noted.get("initial")}
-    return source, noted
 
 
 def describe_initial(noted: dict[str, Any]) -> str:

@@ -80,13 +80,34 @@ class Trainer:
         checkpoint: the one that the engine was loaded from; None for a new run. skipped_steps: steps of newer checkpoints
         that were skipped. initial: where the weights of a new run came from; a resumed one has it from the checkpoint.
         """
-        facts = read_facts(checkpoint) if checkpoint is not None else None
-        self.initial = initial if facts is None else facts.initial
-        if checkpoint is not None and facts is not None:
-            self.step, self.samples = checkpoint.step, facts.samples
-            self.saver.resumed(checkpoint.step, skipped_steps=skipped_steps)
-        self.began_at = self.step
-        self.run_id = self._agree_on_id(facts.run if facts else None)
+        if checkpoint is None:
+            self._begin(0, None, run_id=None, wandb_id=None, initial=initial)
+            return
+        facts = read_facts(checkpoint)
+        self.saver.resumed(checkpoint.step, skipped_steps=skipped_steps)
+        self._begin(checkpoint.step, facts, run_id=facts.run, wandb_id=facts.wandb_id, initial=facts.initial)
+        self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
+
+    def branch(self, checkpoint: Checkpoint, initial: dict[str, Any]) -> None:
+        """Begin a new run where a checkpoint of another run ended, and open the records.
+
+        checkpoint: the one that the engine was loaded from. initial: what is recorded of it.
+        """
+        self._begin(checkpoint.step, read_facts(checkpoint), run_id=None, wandb_id=None, initial=initial)
+        self.recorder.say(f"branched off {checkpoint.path} at step {self.step}")
+
+    def _begin(
+        self,
+        step: int,
+        facts: CheckpointFacts | None,
+        *,
+        run_id: str | None,
+        wandb_id: str | None,
+        initial: dict[str, Any] | None,
+    ) -> None:
+        self.step, self.samples = step, facts.samples if facts else 0
+        self.initial, self.began_at = initial, step
+        self.run_id = self._agree_on_id(run_id)
         self.guard = StepGuard(self.config.guard, self.runtime.device, facts.guard if facts else None)
         self.recorder = Recorder(
             self.config,
@@ -94,10 +115,8 @@ class Trainer:
             self.engine.modules,
             resume_step=self.step,
             samples=self.samples,
-            wandb_id=facts.wandb_id if facts else None,
+            wandb_id=wandb_id,
         )
-        if checkpoint is not None:
-            self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
 
     def train(self) -> StopReason:
         """Train until the last step or until a reason to stop, and return the reason.

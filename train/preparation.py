@@ -39,9 +39,12 @@ def prepare_run(
         raise ValueError(f"model.vocab_size={config.model.vocab_size}: the data's tokenizer has {manifests[0].vocab_size}")
     checkpoints = find_checkpoints(config, manifests)
     if config.init.source is not None and not checkpoints:
-        from train.initial_source import check_source  # most runs need none of the importers
+        from train.initial_source import check_branch, check_source  # most runs need none of the importers
 
-        check_source(config)
+        if config.init.branch:
+            check_branch(config, manifests)
+        else:
+            check_source(config)
     return config, manifests, checkpoints
 
 

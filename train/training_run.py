@@ -45,25 +45,29 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
     with contextlib.closing(watchdog), ending_with_launcher() as started, joining as runtime:
         if runtime.is_main:
             print(describe_run(config, world_size), flush=True)
+        weights = initial = None
+        begins, branches = config.init.source is not None and not checkpoints, config.init.branch and not checkpoints
+        if begins:
+            from train import initial_source  # imports transformers; most runs do not need it
+        if branches:
+            with value_errors_as_user_errors():
+                checkpoints = initial_source.check_branch(config, manifests)
         with value_errors_as_user_errors():
             config.compute.experts = agree_on_experts(config, checkpoints[-1] if checkpoints else None)
         if runtime.is_main:
             print(f"experts   compute.experts={config.compute.experts}", flush=True)
-        weights = initial = None
-        if config.init.source is not None and not checkpoints:
-            from train.initial_source import describe_initial, open_source
-
+        if begins and not branches:
             watchdog.enter(0, "verifying the initial weights")
-            weights, initial = open_source(config, runtime.device)
+            weights, initial = initial_source.open_source(config, runtime.device)
             if runtime.is_main:
-                print(describe_initial(initial), flush=True)
+                print(initial_source.describe_initial(initial), flush=True)
         watchdog.enter(0, "building the model")
         engine = build_engine(config, runtime, weights)
         del weights  # which holds what it read last
         stop = StopRequest(config.run.time_limit_seconds)
-        checkpoint = fill_engine(config, engine, checkpoints, watchdog)
+        checkpoint = fill_engine(config, engine, checkpoints, watchdog, branch=branches)
         with value_errors_as_user_errors():
-            order, step, read = check_continues(config, manifests, checkpoint)
+            order, step, read = check_continues(config, manifests, checkpoint, branch=branches)
         watchdog.enter(step, "building the order of samples")
         samples = read + (config.training.steps - step) * config.training.global_batch_size
         data = load_data(config, manifests, order, samples=samples)
@@ -77,8 +81,12 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
             if data.unvalidated:
                 print(f"no validation on {', '.join(data.unvalidated)}: fewer held-out tokens than one sequence", flush=True)
         trainer = Trainer(config, runtime, engine, data, watchdog, stop, usual_hooks())
-        newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
-        trainer.resume(checkpoint, skipped_steps=newer, initial=initial)
+        if branches:
+            assert checkpoint is not None
+            trainer.branch(checkpoint, initial_source.note_checkpoint(config, checkpoint))
+        else:
+            newer = {found.step for found in checkpoints if checkpoint is not None and found.step > checkpoint.step}
+            trainer.resume(checkpoint, skipped_steps=newer, initial=initial)
         started()
         reason = trainer.train()
         complete = trainer.step >= config.training.steps
@@ -87,10 +95,13 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
             print(describe_end(trainer, complete), flush=True)
 
 
-def fill_engine(config: RunConfig, engine: Engine, checkpoints: list[Checkpoint], watchdog: Watchdog) -> Checkpoint | None:
+def fill_engine(
+    config: RunConfig, engine: Engine, checkpoints: list[Checkpoint], watchdog: Watchdog, *, branch: bool = False
+) -> Checkpoint | None:
     """Load the newest checkpoint that is intact and fits, and return it; a collective on every rank.
 
-    Returns None if there are no checkpoints; UserError if none of them can be loaded.
+    branch: the checkpoints are those of `init.source`. Returns None if there are no checkpoints; UserError if none of them
+    can be loaded.
     """
     watchdog.enter(0, "verifying checkpoints")
 
@@ -108,6 +119,8 @@ def fill_engine(config: RunConfig, engine: Engine, checkpoints: list[Checkpoint]
     report_problems(problems)
     if checkpoint is not None:
         engine.load_state(loaded)
+    elif branch:
+        raise UserError(f"init.source={config.init.source}: none of its checkpoints can be loaded; restore one")
     elif checkpoints:
         raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to start again")
     return checkpoint

@@ -26,6 +26,7 @@ from train import training_run
 from train.checkpoint import NotFinite, Saver
 from train.checkpoint_facts import CheckpointFacts
 from train.config import RunConfig
+from train.config_init import InitConfig
 from train.config_sections import (
     CheckpointConfig,
     DataConfig,
@@ -568,3 +569,101 @@ def test_a_run_whose_last_steps_were_all_dropped_fails(
             train(config_of(run_folder, shards, **many))
     assert names_in(run_folder / "checkpoints") == [name_of(2), name_of(4)]
     assert "\ncomplete\n" in train(config_of(run_folder, shards))
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run, without what depends on the machine."""
+    return [
+        {
+            name: value
+            for name, value in record.items()
+            if name.split("/")[0] not in ("time", "speed", "memory", "checkpoint")
+        }
+        for record in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    ]
+
+
+def branch_of(source: Path, folder: Path, shards: Path, **sections: Any) -> RunConfig:
+    """A run that branches off another one."""
+    init = {"source": str(source), "branch": True} | sections.pop("init", {})
+    config = config_of(folder, shards, **sections)
+    return dataclasses.replace(config, init=InitConfig(**init))
+
+
+@pytest.mark.parametrize("engine", ["megatron", "deepspeed"])
+def test_a_branch_with_the_options_of_its_source_is_the_source_continued(
+    engine: str, shards: Path, tmp_path: Path, train: Train
+) -> None:
+    model = TINY_MODEL | {"hidden_dropout": 0.1}
+    trunk, branch = tmp_path / "trunk", tmp_path / "branch"
+    train(config_of(trunk, shards, engine=engine, model=model))
+    options = branch_of(trunk, branch, shards, engine=engine, model=model, init={"step": 4}, run={"stop_at_step": 5})
+    said = train(options)
+    assert f"branched off {trunk}/checkpoints/step-00000004 at step 4" in said
+    assert "resumed from" in train(dataclasses.replace(options, run=ExecutionConfig(dir=str(branch))))
+    expected = [record for record in metrics(trunk) if record["step"] > 4]
+    assert [record for record in metrics(branch) if "train/loss" in record] == [
+        record for record in expected if "train/loss" in record
+    ]
+    assert metrics(branch)[-1] == metrics(trunk)[-1]
+    files = [json.loads((folder / "checkpoints/step-00000006" / MANIFEST).read_text()) for folder in (trunk, branch)]
+    assert files[0]["run"] != files[1]["run"]
+    assert files[1]["initial"]["source"] == str(trunk / "checkpoints/step-00000004")
+    assert files[1]["initial"]["run"] == files[0]["run"]
+    assert files[0]["samples"] == files[1]["samples"]
+
+
+def test_branches_change_the_schedule_and_the_neurons_and_read_new_text(
+    run_folder: Path, shards: Path, tmp_path: Path, train: Train
+) -> None:
+    before = names_in(run_folder / "checkpoints")
+    for name, step, options in (
+        ("early", 2, {"training": {"steps": 4}}),
+        ("late", 4, {"model": TINY_MODEL | {"activation_ratio": 1.0, "neuron_balance_coeff": 0.1}}),
+    ):
+        optimizer = {"schedule": "wsd", "warmup_steps": 1, "wsd_decay_steps": 2, "lr": 1e-3, "min_lr": 0.0}
+        said = train(branch_of(run_folder, tmp_path / name, shards, init={"step": step}, optimizer=optimizer, **options))
+        assert "before the resume cosine" in said
+        found = [record for record in metrics(tmp_path / name) if "train/loss" in record]
+        assert [record["step"] for record in found] == [step + 1, step + 2]
+        assert [record["train/learning_rate"] for record in found] == pytest.approx([5e-4, 0.0])
+        assert found[0]["train/tokens"] == (step + 1) * 4 * TINY_MODEL["seq_length"]
+    assert "aux/neuron_balance_loss" in found[-1]
+    assert names_in(run_folder / "checkpoints") == before
+
+
+def test_a_branch_leaves_out_damaged_checkpoints(run_folder: Path, shards: Path, tmp_path: Path, train: Train) -> None:
+    files = [sorted(path.glob("*.distcp"))[0] for path in sorted((run_folder / "checkpoints").iterdir())]
+    damage(files[1])
+    assert "step-00000002 at step 2" in train(branch_of(run_folder, tmp_path / "older", shards))
+    damage(files[0])
+    with pytest.raises(ReportedError, match=r"init.source=.*none of its checkpoints can be loaded"):
+        train(branch_of(run_folder, tmp_path / "none", shards))
+    assert not (tmp_path / "none/metrics.jsonl").exists()
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": {"seq_length": 8}}, r"model.seq_length=8: a branch of .* needs model.seq_length=16"),
+        ({"model": {"neuron_bias": True}}, r"model.neuron_bias=True: a branch of .* needs model.neuron_bias=False"),
+        ({"model": {"num_experts": 8}}, r"init.source=.*: does not fit: model.num_experts=8 \(source: 4\)"),
+        ({"compute": {"precision": "bf16"}}, r"compute.precision=bf16: a branch of .* needs compute.precision=fp32"),
+        ({"training": {"steps": 4}}, r"training.steps=4: .* is already at step 4"),
+        ({"run": {"seed": 7}}, r"run.seed=7 \(saved: 1234\)"),
+        ({"init": {"step": 3}}, r"init.source=.* has no checkpoint of step=3"),
+    ],
+)
+def test_branches_that_do_not_fit_are_refused(
+    options: dict[str, Any], message: str, run_folder: Path, shards: Path, tmp_path: Path, train: Train
+) -> None:
+    options = options | ({"model": TINY_MODEL | options["model"]} if "model" in options else {})
+    with pytest.raises(ValueError, match=message):
+        train(branch_of(run_folder, tmp_path / "branch", shards, **options))
+    assert not (tmp_path / "branch").exists()
