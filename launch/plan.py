@@ -17,7 +17,7 @@ from launch.cluster import WITH_BF16, ClusterConfig
 from launch.estimate import Estimate, check_run, estimate_run, propose
 from mone_common.checks import check
 from mone_common.console import UserError, command
-from mone_model.accounting import Memory, count_flops, count_parameters
+from mone_model.accounting import Memory, count_parameters, count_training_flops
 from train.config import RunConfig, load_config
 
 
@@ -79,7 +79,8 @@ def _vocabulary(config: RunConfig) -> int:
 
 
 def _describe_model(config: PlanConfig) -> str:
-    model, parameters, flops = config.model, count_parameters(config.model), count_flops(config.model)
+    model, parameters = config.model, count_parameters(config.model)
+    flops = count_training_flops(model, config.training.steps)
     return _table(
         "Model",
         [
@@ -92,7 +93,7 @@ def _describe_model(config: PlanConfig) -> str:
             ),
             ("active_expert_params", f"{parameters.active_expert_params:.1%}, {_count(parameters.active_experts)}"),
             ("active_moe_params", f"{parameters.active_moe_params:.1%}, with router and shared expert"),
-            ("training FLOPs per token", f"{3 * flops.dense:.3g} dense, {3 * flops.sparse:.3g} for kept neurons only"),
+            ("training FLOPs per token", f"{flops.dense:.3g} dense, {flops.sparse:.3g} for kept neurons only"),
         ],
     )
 

@@ -221,7 +221,7 @@ class Point:
     @cached_property
     def training_flops(self) -> Flops:
         """Training FLOPs per token."""
-        return count_training_flops(self.model)
+        return count_training_flops(self.model, self.options.get("training.steps"))
 
     @property
     def ratio(self) -> float:

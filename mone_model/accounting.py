@@ -34,28 +34,30 @@ class Parameters:
     """Share of its MoE layer's weights that a token touches: of its routed experts, the shared expert and the router.
 
     (E + r (H + 2 K) + S + 2 S_K) / (E + 3 r H + 3 S), with S_K kept of the S shared neurons; a plain MoE's is 1.
+    If layers keep different shares, K is the mean in both.
     """
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """Count weights as `build_gpt` makes them."""
-    width, neurons, k = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
+    width, neurons, layers = model.hidden_size, model.moe_ffn_hidden_size, model.num_layers
+    kept = sum(model.active_neurons_by_layer)
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     attention = width * (queries + 2 * groups) + queries * width
     router = model.num_experts * width
     shared, shared_k = model.shared_expert_ffn_hidden_size, _shared_k(model)
-    active_moe = router + width * (model.router_topk * (neurons + 2 * k) + shared + 2 * shared_k)
+    active_experts = model.router_topk * width * (layers * neurons + 2 * kept)
+    active_moe = layers * (router + width * (shared + 2 * shared_k)) + active_experts
     embeddings = model.padded_vocab_size * width * (1 if model.tie_embeddings else 2)
-    experts = 3 * width * neurons * model.num_experts * model.num_layers
-    active_experts = model.router_topk * model.num_layers * width * (neurons + 2 * k)
-    rest = embeddings + _norms(model) + model.num_layers * (attention + router)
+    experts = 3 * width * neurons * model.num_experts * layers
+    rest = embeddings + _norms(model) + layers * (attention + router)
     return Parameters(
-        total=rest + experts + model.num_layers * 3 * width * shared,
+        total=rest + experts + layers * 3 * width * shared,
         experts=experts,
-        active=rest + active_experts + model.num_layers * width * (shared + 2 * shared_k),
+        active=rest + active_experts + layers * width * (shared + 2 * shared_k),
         active_experts=active_experts,
-        active_expert_params=(1 + 2 * k / neurons) / 3,
-        active_moe_params=active_moe / (router + 3 * width * (model.router_topk * neurons + shared)),
+        active_expert_params=(1 + 2 * kept / (layers * neurons)) / 3,
+        active_moe_params=active_moe / (layers * (router + 3 * width * (model.router_topk * neurons + shared))),
     )
 
 
@@ -114,7 +116,7 @@ class Flops:
 
 def count_flops(model: ModelConfig) -> Flops:
     """Of a forward pass: 2 per weight of every matrix product, and 4 s a c for attention's two products in each layer."""
-    width, neurons, k = model.hidden_size, model.moe_ffn_hidden_size, model.active_neurons
+    width, neurons, layers = model.hidden_size, model.moe_ffn_hidden_size, model.num_layers
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     projections = 2 * (width * (queries + 2 * groups) + queries * width)
     scores = 4 * model.seq_length * queries
@@ -122,24 +124,31 @@ def count_flops(model: ModelConfig) -> Flops:
     shared, shared_k = model.shared_expert_ffn_hidden_size, _shared_k(model)
     every_layer = projections + scores + router
     logits = 2 * width * model.padded_vocab_size
+    kept = model.router_topk * (layers * neurons + 2 * sum(model.active_neurons_by_layer))
     return Flops(
-        dense=logits + model.num_layers * (every_layer + 6 * width * (model.router_topk * neurons + shared)),
-        sparse=logits
-        + model.num_layers * (every_layer + 2 * width * (model.router_topk * (neurons + 2 * k) + shared + 2 * shared_k)),
+        dense=logits + layers * (every_layer + 6 * width * (model.router_topk * neurons + shared)),
+        sparse=logits + layers * (every_layer + 2 * width * (shared + 2 * shared_k)) + 2 * width * kept,
     )
 
 
-def count_training_flops(model: ModelConfig) -> Flops:
+def count_training_flops(model: ModelConfig, steps: int | None = None) -> Flops:
     """Of a forward and backward pass: three times those of a forward pass, but owed gates have gradients only where kept.
 
     A routed expert owes 2 D (H + 8 K): the gates of all neurons forward, everything else of the K kept neurons. With a
     balance loss that reaches dropped neurons, the gates of all neurons owe their backward pass too.
+
+    steps: with a schedule of the ratio, the mean over these training steps; None: at the end of the schedule.
     """
+    if model.activation_ratio_schedule and steps is not None:
+        sampled = range(1, steps + 1, -(-steps // 1000))
+        owed = [count_training_flops(model.at_step(step)).sparse for step in sampled]
+        return Flops(dense=count_training_flops(model).dense, sparse=round(sum(owed) / len(owed)))
     forward = count_flops(model)
     reached = model.neuron_balance_coeff > 0 and model.neuron_balance_form != "masked"
-    dropped = 0 if reached else model.router_topk * (model.moe_ffn_hidden_size - model.active_neurons)
-    dropped += model.shared_expert_ffn_hidden_size - _shared_k(model)
-    return Flops(dense=3 * forward.dense, sparse=3 * forward.sparse - model.num_layers * 4 * model.hidden_size * dropped)
+    neurons = model.num_layers * model.moe_ffn_hidden_size
+    dropped = 0 if reached else model.router_topk * (neurons - sum(model.active_neurons_by_layer))
+    dropped += model.num_layers * (model.shared_expert_ffn_hidden_size - _shared_k(model))
+    return Flops(dense=3 * forward.dense, sparse=3 * forward.sparse - 4 * model.hidden_size * dropped)
 
 
 @dataclass(frozen=True)
@@ -180,8 +189,13 @@ def estimate_memory(
 
     Weights, gradients and optimizer are those of the first pipeline stage. It also holds the activations of as many
     micro-batches as there are stages, with virtual stages a little more; the last stage those of one, and the logits:
-    the larger counts. Not in it: what the allocator and the communication libraries keep for themselves.
+    the larger counts. With a schedule of the ratio, it is the memory at the largest one. Not in it: what the allocator and
+    the communication libraries keep for themselves.
     """
+    if model.activation_ratio_schedule:
+        model = max(
+            (model.at_step(point.step) for point in model.activation_ratio_schedule), key=lambda at: at.activation_ratio
+        )
     stage = parallel.pipeline
     dense, experts = _rank_weights(model, parallel)
     weight_bytes = 2 if compute.precision == "bf16" else 4

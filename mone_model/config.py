@@ -7,7 +7,8 @@ Each class checks its own fields; rules that span classes or need the world size
 does not import torch.
 """
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mone_common.checks import check, deprecated
@@ -23,6 +24,7 @@ QK_LAYERNORM_SCOPES = ("head", "projection")
 NEURON_SCORES = ("abs_gate", "gate", "abs_gate_up", "preactivation", "random", "random_in_training", "frozen")
 """Values of `model.neuron_score`; `mone_model.neuron_score` defines each of them."""
 NEURON_BALANCE_FORMS = ("normalised", "unmasked", "masked")
+RATIO_CURVES = ("linear", "cosine", "steps")
 CHANGEABLE = (
     "rotary_base",
     "norm_epsilon",
@@ -35,6 +37,16 @@ CHANGEABLE = (
 )
 """Fields of `ModelConfig` that change no tensor, but what the weights compute."""
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "moe", "shared_experts")
+
+
+@dataclass
+class RatioPoint:
+    """A point of `model.activation_ratio_schedule`."""
+
+    step: int = 0
+    """Training step, counted from 1; 0: the start."""
+    ratio: float | None = None
+    """The ratio at that step; null: model.activation_ratio."""
 
 
 @dataclass
@@ -87,6 +99,13 @@ class ModelConfig:
     """Gate activation: silu, gelu, relu, sigmoid or relu_squared."""
     activation_ratio: float = 0.25
     """Share of a routed expert's neurons that a token keeps: K = max(1, round(activation_ratio * H)). 1 is a plain MoE."""
+    layer_activation_ratios: list[float] | None = None
+    """The share in each layer, if layers keep different shares; their mean must be activation_ratio. null: all the same."""
+    activation_ratio_schedule: list[RatioPoint] = field(default_factory=list)
+    """The ratio during training, e.g. [{step: 0, ratio: 1}, {step: 1000}]: from 1 to activation_ratio in 1000 steps. The
+    last ratio must be activation_ratio. Layers with ratios of their own follow in proportion. []: constant."""
+    activation_ratio_curve: str = "linear"
+    """How the ratio moves between these steps: linear, cosine (half a period), or steps (constant until the next one)."""
     neuron_score: str = "abs_gate"
     """By which score a token keeps neurons of routed experts: abs_gate (the paper's), gate, abs_gate_up, preactivation,
     random, random_in_training or frozen (`mone_model.neuron_score`). All but abs_gate are controls without kernels."""
@@ -125,6 +144,10 @@ class ModelConfig:
     """Step of the neuron bias, once per optimizer step, in units of |act(gate)|."""
 
     def __post_init__(self) -> None:
+        # Files hold the points of the schedule as dictionaries.
+        self.activation_ratio_schedule = [
+            RatioPoint(**point) if isinstance(point, dict) else point for point in self.activation_ratio_schedule
+        ]
         at_least_1 = "num_layers hidden_size num_attention_heads seq_length vocab_multiple num_experts neuron_balance_stride"
         for name in at_least_1.split():
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "must be at least 1")
@@ -170,6 +193,7 @@ class ModelConfig:
         )
         for name in ("activation_ratio", "shared_expert_neuron_ratio"):
             check(0 < getattr(self, name) <= 1, f"model.{name}", getattr(self, name), "must be in (0, 1]")
+        self._check_ratios()
         check(
             self.shared_expert_ffn_hidden_size >= 0 and self.shared_expert_ffn_hidden_size % 8 == 0,
             "model.shared_expert_ffn_hidden_size",
@@ -230,6 +254,41 @@ class ModelConfig:
         for name in ("hidden_dropout", "attention_dropout"):
             check(0 <= getattr(self, name) < 1, f"model.{name}", getattr(self, name), "must be in [0, 1)")
 
+    def _check_ratios(self) -> None:
+        layers, schedule = self.layer_activation_ratios, self.activation_ratio_schedule
+        final = f"model.activation_ratio={self.activation_ratio}"
+        if layers is not None:
+            option = "model.layer_activation_ratios"
+            check(len(layers) == self.num_layers, option, layers, f"needs model.num_layers={self.num_layers} ratios")
+            check(all(0 < ratio <= 1 for ratio in layers), option, layers, "all must be in (0, 1]")
+            mean = sum(layers) / len(layers)
+            check(
+                abs(mean - self.activation_ratio) < 5e-4,
+                "model.activation_ratio",
+                self.activation_ratio,
+                f"must be the mean of {option}, {mean:.4g}",
+            )
+        option, curve = "model.activation_ratio_schedule", self.activation_ratio_curve
+        check(curve in RATIO_CURVES, "model.activation_ratio_curve", curve, f"choose from {', '.join(RATIO_CURVES)}")
+        steps, ratios = [point.step for point in schedule], [ratio for _, ratio in self._ratio_points]
+        shown = ", ".join(f"{ratio:g} at step {step}" for step, ratio in self._ratio_points)
+        check(all(0 < ratio <= 1 for ratio in ratios), option, shown, "all ratios must be in (0, 1]")
+        check(steps == sorted({*steps}) and min(steps, default=0) >= 0, option, shown, "the steps must rise, from 0 on")
+        check(not ratios or ratios[-1] == self.activation_ratio, option, shown, f"must end at {final}")
+        check(
+            layers is None or min(ratios, default=1) >= self.activation_ratio,
+            option,
+            shown,
+            f"with model.layer_activation_ratios all ratios must be at least {final}",
+        )
+
+    @property
+    def _ratio_points(self) -> list[tuple[int, float]]:
+        return [
+            (point.step, self.activation_ratio if point.ratio is None else point.ratio)
+            for point in self.activation_ratio_schedule
+        ]
+
     @property
     def head_size(self) -> int:
         """Channels of one attention head."""
@@ -237,8 +296,42 @@ class ModelConfig:
 
     @property
     def active_neurons(self) -> int:
-        """K: neurons that a token keeps in each routed expert."""
+        """K: neurons that a token keeps in each routed expert, at `activation_ratio`."""
         return top_k(self.activation_ratio, self.moe_ffn_hidden_size)
+
+    @property
+    def active_neurons_by_layer(self) -> list[int]:
+        """K of each layer."""
+        ratios = self.layer_activation_ratios or [self.activation_ratio] * self.num_layers
+        return [top_k(ratio, self.moe_ffn_hidden_size) for ratio in ratios]
+
+    def at_step(self, step: int) -> "ModelConfig":
+        """The model as it is at a step of training, counted from 1: with the ratios of that step, and no schedule.
+
+        A layer with the ratio r_l drops 1 - r_l of its neurons at the end. Before, it drops as much of that as the schedule
+        drops of 1 - activation_ratio.
+        """
+        if not self.activation_ratio_schedule:
+            return self
+        ratio, layers = self._scheduled_ratio(step), self.layer_activation_ratios
+        if layers is not None and self.activation_ratio < 1:
+            dropped = (1 - ratio) / (1 - self.activation_ratio)
+            layers = [1 - dropped * (1 - last) for last in layers]
+            ratio = sum(layers) / len(layers)
+        return replace(self, activation_ratio=ratio, layer_activation_ratios=layers, activation_ratio_schedule=[])
+
+    def _scheduled_ratio(self, step: int) -> float:
+        schedule = self._ratio_points
+        after = next((index for index, (start, _) in enumerate(schedule) if start > step), len(schedule))
+        if after in (0, len(schedule)):
+            return schedule[min(after, len(schedule) - 1)][1]
+        (start, ratio), (end, following) = schedule[after - 1], schedule[after]
+        progress = (step - start) / (end - start)
+        if self.activation_ratio_curve == "steps":
+            progress = 0.0
+        elif self.activation_ratio_curve == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return ratio + progress * (following - ratio)
 
     @property
     def padded_vocab_size(self) -> int:

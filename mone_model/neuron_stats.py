@@ -8,6 +8,7 @@
 Shapes: L layers, E experts of the model, e on this rank, H neurons of an expert, h on this rank, N rows sorted by expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -154,10 +155,10 @@ def summarise_experts(usage: NeuronUsage) -> dict[str, torch.Tensor]:
     }
 
 
-def summarise_neurons(usage: NeuronUsage, k: int) -> dict[str, torch.Tensor]:
+def summarise_neurons(usage: NeuronUsage, k_L: Sequence[int]) -> dict[str, torch.Tensor]:
     """Per layer [L], means over experts with tokens: dead share, usage entropy, Gini, overlap, |gate|, threshold.
 
-    A neuron is dead when its expert had tokens and none of them kept it.
+    A neuron is dead when its expert had tokens and none of them kept it. k_L: neurons that a token keeps in each layer.
     """
     active_LE = usage.tokens_LE > 0
 
@@ -168,7 +169,7 @@ def summarise_neurons(usage: NeuronUsage, k: int) -> dict[str, torch.Tensor]:
         "dead": over_experts((usage.selected_LEH == 0).double().mean(-1)),
         "usage_entropy": over_experts(_entropy(_shares(usage.selected_LEH))),
         "usage_gini": over_experts(gini(usage.selected_LEH)),
-        "overlap": torch.tensor([top_neuron_overlap(layer, k) for layer in usage.selected_LEH]),
+        "overlap": torch.tensor([top_neuron_overlap(layer, k) for layer, k in zip(usage.selected_LEH, k_L, strict=True)]),
         "gate_magnitude": over_experts(usage.magnitude_LEH.mean(-1)),
         "threshold": over_experts(usage.threshold_LE),
     }

@@ -27,14 +27,16 @@ def count_magnitudes(active_NH: torch.Tensor) -> torch.Tensor:
     return torch.bincount(bits.flatten(), minlength=2**16)
 
 
-def find_thresholds(counts_LM: torch.Tensor, *, ratio: float, per: str = "layer") -> list[float]:
+def find_thresholds(counts_LM: torch.Tensor, *, ratio: float | Sequence[float], per: str = "layer") -> list[float]:
     """For each layer the largest threshold that at least this share of its neurons reaches on average.
 
-    counts_LM: [L, 2^16] sums of `count_magnitudes`. per: `layer`, or `model` for one threshold in all layers.
+    counts_LM: [L, 2^16] sums of `count_magnitudes`. ratio: the share, or one for each layer. per: `layer`, or `model` for
+    one threshold in all layers.
     """
     if per == "model":
         counts_LM = counts_LM.sum(0, keepdim=True).expand_as(counts_LM)
-    last_L = (_shares_from(counts_LM) >= ratio).sum(-1) - 1
+    ratio_L1 = torch.tensor(ratio, dtype=torch.float64).reshape(-1, 1)
+    last_L = (_shares_from(counts_LM) >= ratio_L1).sum(-1) - 1
     return (last_L.int() << _DROPPED_BITS).view(torch.float32).tolist()
 
 

@@ -76,7 +76,6 @@ def main(hydra_config: DictConfig) -> None:
     score = run.model.neuron_score
     if score != "abs_gate":
         raise UserError(f"run={options.run}: model.neuron_score={score}: thresholds need abs_gate")
-    ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
     output = Path(options.output or Path(options.run) / "thresholds.json")
     if output.exists() and not output.is_file():
         raise UserError(f"output={output}: is not a file; give the name of the file to write")
@@ -94,9 +93,11 @@ def main(hydra_config: DictConfig) -> None:
         if not held_out:
             raise UserError(f"sequences={options.sequences}: needs two of one source; the data of the run has fewer")
         model = load_model(run, step=options.step, trust=options.trust)
+        ratio = options.ratio if options.ratio is not None else run.model.activation_ratio
+        by_layer = run.model.layer_activation_ratios if options.ratio is None and options.per == "layer" else None
         with counting_magnitudes(model) as counts_LM:
             mean_loss(model, setting)
-        thresholds_L = find_thresholds(counts_LM, ratio=ratio, per=options.per)
+        thresholds_L = find_thresholds(counts_LM, ratio=by_layer or ratio, per=options.per)
         with counting_magnitudes(model) as counts_LM:
             exact = mean_loss(model, held_out)
         shares_L = shares_reaching(counts_LM, thresholds_L)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from mone_common.checkpoint_folder import list_checkpoints
 from mone_model.accounting import count_flops, count_parameters
+from mone_model.config import ModelConfig
 from mone_model.megatron.transformer_engine import uses_transformer_engine
 from train.config import RunConfig
 
@@ -21,7 +22,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         [
             f"model     {parameters.total / 1e6:.1f}M parameters, {parameters.active / 1e6:.1f}M active; "
             f"{model.num_experts} experts of {model.moe_ffn_hidden_size} neurons, top {model.router_topk}",
-            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.active_neurons}), "
+            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.active_neurons}){describe_ratios(model)}, "
             f"active_expert_params {parameters.active_expert_params:.1%}, "
             f"active_moe_params {parameters.active_moe_params:.1%} with router and shared expert",
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
@@ -36,6 +37,20 @@ def describe_run(config: RunConfig, world_size: int) -> str:
             f"{config.optimizer.warmup_steps} steps of warm-up",
         ]
     )
+
+
+def describe_ratios(model: ModelConfig) -> str:
+    """The ratios of the layers and the schedule, where they differ from activation_ratio."""
+    text = ""
+    if model.layer_activation_ratios is not None:
+        text += f", by layer {' '.join(f'{ratio:g}' for ratio in model.layer_activation_ratios)}"
+    if model.activation_ratio_schedule:
+        at = [
+            f"{model.at_step(point.step).activation_ratio:g} at step {point.step}"
+            for point in model.activation_ratio_schedule
+        ]
+        text += f", in training {', '.join(at)} ({model.activation_ratio_curve})"
+    return text
 
 
 def describe_process_memory(model: float) -> str:

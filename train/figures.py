@@ -9,6 +9,8 @@ from matplotlib.ticker import MaxNLocator
 from mone_common.figures import plt, save
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mone_model.neuron_stats import NeuronUsage
 
 
@@ -49,8 +51,11 @@ def draw_expert_load(path: Path, usage: "NeuronUsage", step: int) -> None:
     save(figure, path)
 
 
-def draw_neuron_use(path: Path, usage: "NeuronUsage", active_neurons: int, step: int) -> None:
-    """Share of tokens for which each neuron is kept: one panel per layer, one row per expert, neurons sorted by use."""
+def draw_neuron_use(path: Path, usage: "NeuronUsage", k_L: "Sequence[int]", step: int) -> None:
+    """Share of tokens for which each neuron is kept: one panel per layer, one row per expert, neurons sorted by use.
+
+    k_L: neurons that a token keeps in each layer.
+    """
     tokens_LE1 = usage.tokens_LE[..., None].clamp_min(1)
     kept_LEH = (usage.selected_LEH / tokens_LE1).sort(dim=-1, descending=True).values.numpy()
     layers, experts, neurons = kept_LEH.shape
@@ -69,12 +74,13 @@ def draw_neuron_use(path: Path, usage: "NeuronUsage", active_neurons: int, step:
             axes.axis("off")
             continue
         image = axes.imshow(kept_LEH[layer], aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
-        axes.axvline(active_neurons - 0.5, color="white", linewidth=0.8, linestyle=":")
+        axes.axvline(k_L[layer] - 0.5, color="white", linewidth=0.8, linestyle=":")
         axes.set_title(f"layer {layer}", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_yticks(np.arange(experts) if experts <= 8 else [])
         axes.tick_params(labelsize=7)
-    figure.supxlabel(f"neurons of an expert, most used first (dotted: K = {active_neurons} of {neurons})", fontsize=9)
+    kept = f"K = {k_L[0]}" if len(set(k_L)) == 1 else "K"
+    figure.supxlabel(f"neurons of an expert, most used first (dotted: {kept} of {neurons})", fontsize=9)
     figure.supylabel("expert", fontsize=9)
     figure.suptitle(f"share of its expert's tokens that keep a neuron, step {step}", fontsize=10)
     if image is not None:

@@ -21,6 +21,7 @@ from megatron.core import parallel_state
 from data_prep.errors import DataError
 from mone_common.checkpoint_folder import Checkpoint
 from mone_common.run_records import read_published
+from mone_model.megatron.gpt import set_active_neurons
 from train.checkpoint import NotFinite, SaveFailed, Saver
 from train.checkpoint_facts import CheckpointFacts, read_facts
 from train.config import RunConfig, describe
@@ -165,6 +166,8 @@ class Trainer:
     def train_step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, which the guard may drop."""
         self.watchdog.enter(self.step, "forward and backward")
+        if self.config.model.activation_ratio_schedule:
+            set_active_neurons(self.engine.modules, self.config.model.at_step(self.step))
         self.recorder.begin_step()
         began = time.monotonic()
         self.result = self.engine.train_step(

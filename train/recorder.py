@@ -73,8 +73,8 @@ class Recorder:
 
     def record_step(self, step: int, samples: int, result: StepResult, *, dropped: int) -> None:
         """Write losses, speed and memory of this step. samples, dropped: counts since the start of the run."""
-        names = auxiliary_loss_names(self.config)
-        losses = reduce_losses(self._records_by_layer(), names=names, num_layers=self.config.model.num_layers)
+        names, model = auxiliary_loss_names(self.config), self.config.model
+        losses = reduce_losses(self._records_by_layer(), names=names, num_layers=model.num_layers)
         memory = self._peak_memory_gib()
         if self.writer is None:
             return
@@ -88,6 +88,7 @@ class Recorder:
             "train/learning_rate": result.learning_rate,
             "train/tokens": float(samples * self.config.model.seq_length),
             "train/dropped_steps": float(dropped),
+            **({"train/activation_ratio": model.at_step(step).activation_ratio} if model.activation_ratio_schedule else {}),
             "speed/tokens_per_second": tokens_a_second,
             "speed/flops_per_second": 3 * count_flops(self.config.model).dense * tokens_a_second,
             "memory/peak_gib": memory,
@@ -99,7 +100,7 @@ class Recorder:
 
     def record_neurons(self, step: int, samples: int, *, draw: bool) -> None:
         """Write expert load and neuron statistics since the last such record; if `draw`, also figures."""
-        model = self.config.model
+        model = self.config.model.at_step(step)
         usage = reduce_counters(
             {layer: experts.counters for layer, experts, _ in self.layers if experts.counters is not None},
             num_layers=model.num_layers,
@@ -116,7 +117,9 @@ class Recorder:
         with self._printing_errors("record"):
             summary = {f"expert/{name}": values for name, values in summarise_experts(usage).items()}
             summary["expert/dropped"] = 1 - usage.tokens_LE.sum(-1) / routed
-            summary |= {f"neuron/{name}": values for name, values in summarise_neurons(usage, model.active_neurons).items()}
+            summary |= {
+                f"neuron/{name}": values for name, values in summarise_neurons(usage, model.active_neurons_by_layer).items()
+            }
             by_layer = {
                 f"{name}/layer_{layer:02d}": value
                 for name, values in summary.items()
@@ -195,7 +198,7 @@ class Recorder:
             from train import figures
 
             figures.draw_expert_load(load, usage, step)
-            figures.draw_neuron_use(use, usage, self.config.model.active_neurons, step)
+            figures.draw_neuron_use(use, usage, self.config.model.at_step(step).active_neurons_by_layer, step)
             self.writer.write_figure(step, "expert_load", load)
             self.writer.write_figure(step, "neuron_use", use)
         with self._printing_errors("histogram"):

@@ -74,12 +74,13 @@ def one_process(config: RunConfig) -> AbstractContextManager["Runtime"]:
 def load_model(config: RunConfig, *, step: int | None = None, trust: bool = False) -> "GPTModel":
     """The whole model with the weights of a checkpoint, in evaluation mode; call it within `one_process`.
 
-    config: from `load_run_config`. step: of the checkpoint; None: the newest that can be loaded; those skipped are
-    logged. trust: also load checkpoints that contain pickled code, which loading executes.
+    config: from `load_run_config`; with a schedule of the ratio, `config.model` becomes the model at the step of the
+    checkpoint. step: of the checkpoint; None: the newest that can be loaded; those skipped are logged. trust: also load
+    checkpoints that contain pickled code, which loading executes.
 
     Raises UserError if there is no such checkpoint, or it cannot be loaded.
     """
-    from mone_model.megatron.gpt import build_gpt
+    from mone_model.megatron.gpt import build_gpt, set_active_neurons
     from train.checkpoint_integrity import load_newest
 
     folder = Path(config.run.dir)
@@ -98,4 +99,6 @@ def load_model(config: RunConfig, *, step: int | None = None, trust: bool = Fals
     for problem in problems:
         logger.info("skipped %s", problem)
     model.load_state_dict(loaded["model0"])
+    config.model = config.model.at_step(checkpoint.step)
+    set_active_neurons([model], config.model)
     return model.eval()

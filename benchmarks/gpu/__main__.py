@@ -141,7 +141,7 @@ def check_tasks(*, interpret: bool) -> list[Task]:
             task("experts", check_experts, "cpu", ("bf16",), 16, 32, 20),
             task("lists silu fp16", check_lists, "fp16", "silu", SMALL[:1], "cpu"),
             task("few rows fp16", check_products, "fp16", 32, 20, "cpu"),
-            task("backends", check_backends, "cpu", ("fp32",), 16, 40),
+            task("backends", check_backends, "cpu", ("fp32",), 16, 40, (50, 16)),
         ]
     # The longest first.
     return [
@@ -152,7 +152,7 @@ def check_tasks(*, interpret: bool) -> list[Task]:
         ),
         task("operators", check_operators, "cuda", "inductor"),
         task("experts", check_experts, "cuda", ("bf16", "fp32"), 256, 384, 500),
-        task("backends", check_backends, "cuda", tuple(DTYPES), 256, 384),
+        task("backends", check_backends, "cuda", tuple(DTYPES), 256, 384, (400, 64)),
         task("CUDA graphs", check_graphs, 512, 384),
         *(
             task(f"few rows {dtype} D={width}", check_products, dtype, width, neurons, "cuda")

@@ -148,20 +148,22 @@ def compare_products(
     return errors
 
 
-def check_backends(device: str, dtypes: tuple[str, ...], width: int, neurons: int) -> Iterator[Record]:
-    """`grouped` (with gradients) and `decode` against `loop`."""
+def check_backends(
+    device: str, dtypes: tuple[str, ...], width: int, neurons: int, rows: tuple[int, int]
+) -> Iterator[Record]:
+    """`grouped` (with gradients) and `decode` against `loop`; rows: the most for each."""
     use_interpreted_kernels()
     for dtype in dtypes:
-        for backend, rows, rules in (
-            ("grouped", 400, (TopK(neurons), TopK(neurons // 4))),
+        for backend, number, rules in (
+            ("grouped", rows[0], (TopK(neurons), TopK(neurons // 4))),
             ("decode", 1, (TopK(neurons // 4),)),
             ("decode", 7, (TopK(neurons // 4), AtLeast(0.5))),
-            ("decode", 64, (TopK(neurons), TopK(neurons // 4), TopK(neurons // 10), AtLeast(0.5))),
+            ("decode", rows[1], (TopK(neurons), TopK(neurons // 4), TopK(neurons // 10), AtLeast(0.5))),
         ):
             for rule in rules:
                 how = f"ratio {rule.k / neurons:.3g}" if isinstance(rule, TopK) else f"threshold {rule.threshold:g}"
-                name = f"{backend} against loop, {dtype}, {how}, {rows} rows"
-                check = functools.partial(compare_backend, backend, device, DTYPES[dtype], width, neurons, rule, rows)
+                name = f"{backend} against loop, {dtype}, {how}, {number} rows"
+                check = functools.partial(compare_backend, backend, device, DTYPES[dtype], width, neurons, rule, number)
                 yield recorded(name, check)
 
 

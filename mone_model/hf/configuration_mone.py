@@ -28,6 +28,8 @@ class MoneConfig(Qwen3MoeConfig):
 
     activation_ratio: float = 1.0
     """Share of a routed expert's neurons that a token keeps: K = max(1, round(ratio * H)). 1 is a plain MoE."""
+    layer_activation_ratios: list[float] | None = None
+    """The share in each layer, if layers keep different shares; None: activation_ratio in all."""
     neuron_thresholds: list[float] | None = None
     """One for each layer: keep the neurons whose |act(gate)| is at least this, in place of the K best; None: the K best."""
     shared_expert_intermediate_size: int = 0
@@ -68,14 +70,22 @@ class MoneConfig(Qwen3MoeConfig):
             raise ValueError(f"scoring_func={self.scoring_func!r}: choose softmax or sigmoid")
         if self.neuron_score not in NEURON_SCORES:
             raise ValueError(f"neuron_score={self.neuron_score!r}: choose from {', '.join(NEURON_SCORES)}")
-        thresholds = self.neuron_thresholds
-        if thresholds is not None and len(thresholds) != self.num_hidden_layers:
-            raise ValueError(f"neuron_thresholds has {len(thresholds)} numbers for {self.num_hidden_layers} layers")
+        for name in ("neuron_thresholds", "layer_activation_ratios"):
+            numbers = getattr(self, name)
+            if numbers is not None and len(numbers) != self.num_hidden_layers:
+                raise ValueError(f"{name} has {len(numbers)} numbers for {self.num_hidden_layers} layers")
+        if any(not 0 < ratio <= 1 for ratio in self.layer_activation_ratios or ()):
+            raise ValueError(f"layer_activation_ratios={self.layer_activation_ratios}: all must be in (0, 1]")
 
     @property
     def active_neurons(self) -> int:
-        """K: neurons that a token keeps in each routed expert."""
+        """K: neurons that a token keeps in each routed expert, at activation_ratio."""
         return top_k(self.activation_ratio, self.moe_intermediate_size)
+
+    def active_neurons_of(self, layer_idx: int) -> int:
+        """K of a layer."""
+        ratio = self.activation_ratio if self.layer_activation_ratios is None else self.layer_activation_ratios[layer_idx]
+        return top_k(ratio, self.moe_intermediate_size)
 
 
 def top_k(ratio: float, num_neurons: int) -> int:

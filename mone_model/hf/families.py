@@ -233,6 +233,7 @@ def _mone(fields: Fields) -> dict[str, Any]:
         "qk_layernorm": bool(fields.get("qk_layernorm", True)),
         "qk_layernorm_scope": fields.get("qk_layernorm_scope", "head"),
         "activation_ratio": fields.get("activation_ratio", 1.0),
+        "layer_activation_ratios": fields.get("layer_activation_ratios"),
         "shared_expert_ffn_hidden_size": fields.get("shared_expert_intermediate_size", 0),
         "shared_expert_neuron_ratio": fields.get("shared_expert_neuron_ratio", 1.0),
     }

@@ -158,6 +158,7 @@ def config_of(
             "qk_layernorm": model.qk_layernorm,
             "qk_layernorm_scope": model.qk_layernorm_scope,
             "activation_ratio": model.activation_ratio,
+            "layer_activation_ratios": model.layer_activation_ratios,
             "neuron_thresholds": None if thresholds_L is None else list(thresholds_L),
             "shared_expert_intermediate_size": model.shared_expert_ffn_hidden_size,
             "shared_expert_neuron_ratio": model.shared_expert_neuron_ratio,

@@ -17,6 +17,9 @@ from mone_model.hf.model_folder import ModelFolder
 
 FREE = {
     "activation_ratio",
+    "layer_activation_ratios",
+    "activation_ratio_schedule",
+    "activation_ratio_curve",
     "shared_expert_neuron_ratio",
     "seq_length",
     "vocab_multiple",
@@ -97,7 +100,10 @@ def list_saved(folder: Path, *, step: int | None = None) -> tuple[list[Checkpoin
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The `model` section of the run that wrote a checkpoint; UserError if it is missing or invalid."""
+    """The `model` section of the run that wrote a checkpoint; UserError if it is missing or invalid.
+
+    With a schedule of the ratio: the model at the step of the checkpoint.
+    """
     noted = checkpoint.noted.get("model")
     try:
         if not isinstance(noted, dict):
@@ -106,7 +112,7 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
         _ = model.padded_vocab_size
     except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: not a model of this version ({error})") from error
-    return model
+    return model.at_step(checkpoint.step)
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig, *, upcycle: bool = False) -> dict[str, tuple[Any, Any]]:

@@ -50,10 +50,10 @@ def load(
     """
     folder = Path(path)
     if (folder / "config.json").is_file():
-        changes: dict[str, Any] = {"activation_ratio": activation_ratio, "neuron_thresholds": thresholds_L}
-        model, tokenizer = _load_exported(
-            folder, dtype, {name: value for name, value in changes.items() if value is not None}
-        )
+        changes: dict[str, Any] = {} if thresholds_L is None else {"neuron_thresholds": thresholds_L}
+        if activation_ratio is not None:
+            changes |= {"activation_ratio": activation_ratio, "layer_activation_ratios": None}
+        model, tokenizer = _load_exported(folder, dtype, changes)
     else:
         checkpoint = find_checkpoint(folder, step=step, trust=trust, warn=logger.warning)
         tokenizer = _load_tokenizer(checkpoint)
@@ -90,9 +90,10 @@ def _change(
             f"{folder}: model.expert_capacity_factor={model.expert_capacity_factor}: tokens were dropped in training; "
             "the loaded model drops none"
         )
-    ratio = model.activation_ratio if activation_ratio is None else activation_ratio
     try:
-        model = dataclasses.replace(model, activation_ratio=ratio, expert_capacity_factor=None)
+        model = dataclasses.replace(model, expert_capacity_factor=None)
+        if activation_ratio is not None:
+            model = dataclasses.replace(model, activation_ratio=activation_ratio, layer_activation_ratios=None)
     except ValueError as error:
         raise UserError(str(error)) from error
     if obstacles := why_not(model, "mone", thresholds_L):

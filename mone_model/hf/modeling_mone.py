@@ -106,7 +106,7 @@ class MoneExperts(Qwen3MoeExperts):
     def __init__(self, config: MoneConfig, layer_idx: int):
         super().__init__(config)
         self.activation = config.hidden_act
-        self.k = config.active_neurons
+        self.k = config.active_neurons_of(layer_idx)
         self.threshold = None if config.neuron_thresholds is None else config.neuron_thresholds[layer_idx]
         # A parameter without a gradient, so that it is loaded, saved and moved as the weights are.
         bias = torch.zeros(config.num_experts, config.moe_intermediate_size) if config.use_neuron_bias else None

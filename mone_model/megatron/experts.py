@@ -32,7 +32,7 @@ from mone_model.neuron_stats import NeuronCounters
 class NeuronExperts(MegatronModule):
     """The routed experts of one layer on this rank; each token keeps its `active_neurons` best neurons in each expert.
 
-    active_neurons: K. Equal to H it is a plain MoE: no selection takes place.
+    active_neurons: K, which `set_active_neurons` changes. Equal to H it is a plain MoE: no selection takes place.
     balance_coeff, balance: the neuron balance loss (`mone_model.neuron_balance`).
     bias_rate: step of the neuron bias (`mone_model.neuron_bias`), which `update_bias` changes; None: there is no bias.
     score: by which score neurons are selected (`mone_model.neuron_score`).
@@ -170,6 +170,10 @@ class NeuronExperts(MegatronModule):
         # DDP averages gradients over data-parallel ranks, but the shares of the ranks add up.
         replicas = parallel_state.get_data_parallel_world_size()
         return MoEAuxLossAutoScaler.apply(output.out_ND, self.balance_coeff * replicas * share)
+
+    def set_active_neurons(self, k: int) -> None:
+        """Keep another number of neurons from now on; also replaces thresholds."""
+        self.rule = self.top_k = self.top_k._replace(k=k)
 
     def update_bias(self, *, applied: bool) -> None:
         """Update the neuron bias after a step, or forget the step if it was not applied; a collective on every rank."""

@@ -59,6 +59,7 @@ def build_gpt(
         )
     if gpt.post_process and model.vocab_size is not None and model.vocab_size < model.padded_vocab_size:
         gpt.output_layer.register_forward_hook(functools.partial(_mask_padding, model.vocab_size, model.padded_vocab_size))
+    set_active_neurons([gpt], model)
     if not meta:
         device = next(gpt.parameters()).device
         fill_weights(gpt, weights or RandomWeights(model, seed=seed, device=device))
@@ -86,6 +87,13 @@ def _on_meta_device() -> Iterator[None]:
     # Megatron-Core's layers call torch.cuda.current_device and ignore the default device.
     with device, mock.patch.object(cpu_support.cuda(), "current_device", return_value=device):
         yield
+
+
+def set_active_neurons(modules: Iterable[torch.nn.Module], model: ModelConfig) -> None:
+    """Let the experts of every layer keep as many neurons as the model says (`ModelConfig.at_step`)."""
+    for module in modules:
+        for layer, experts, _ in moe_layers(module):
+            experts.set_active_neurons(model.active_neurons_by_layer[layer])
 
 
 def update_neuron_biases(modules: Iterable[torch.nn.Module], *, applied: bool) -> None:

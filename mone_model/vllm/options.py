@@ -113,6 +113,9 @@ def read_selection(additional: Any, hf_config: Any) -> Selection | None:
         ratio = hf_config.activation_ratio
         if hf_config.neuron_thresholds is not None:
             thresholds = dict(enumerate(hf_config.neuron_thresholds))
+        layers = getattr(hf_config, "layer_activation_ratios", None)
+        way_out = "the plugin keeps one share in all layers; give mone.ratio, or use transformers for this model"
+        check(thresholds is not None or layers is None, "layer_activation_ratios", layers, way_out)
     if ratio is None:
         raise ValueError("mone.ratio=None: give the share of neurons to keep, or the thresholds of mone-sparsify")
     trained = ours and (hf_config.activation_ratio < 1 or hf_config.neuron_thresholds is not None)

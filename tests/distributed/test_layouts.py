@@ -64,6 +64,7 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
     """
     cases: dict[str, dict[str, Any]] = {}
     scores = {"normalised": "abs_gate", "unmasked": "abs_gate", "masked": "frozen"}
+    by_layer = {"normalised": None, "unmasked": None, "masked": [0.5, 0.25, 0.125, 0.125]}
     for layout, parallel in LAYOUTS[processes].items():
         replicas = processes // (parallel.get("tensor", 1) * parallel.get("pipeline", 1))
         options = {
@@ -76,7 +77,13 @@ def cases_of(processes: int) -> dict[str, dict[str, Any]]:
                 cases[f"{layout}/{kind}/{form}"] = {
                     **options,
                     "parallel": parallel | {"distributed_optimizer": False},
-                    "model": model | LOSSES | {"neuron_balance_form": form, "neuron_score": scores[form]},
+                    "model": model
+                    | LOSSES
+                    | {
+                        "neuron_balance_form": form,
+                        "neuron_score": scores[form],
+                        "layer_activation_ratios": by_layer[form],
+                    },
                     "optimizer": {"clip_grad": 0.0},
                     "gradients": True,
                 }

@@ -37,8 +37,10 @@ OPTIONS = [
     "checkpoint.interval=2",
     "logging.interval=1",
     "logging.neuron_interval=4",
-    "logging.figure_interval=4",
+    "logging.figure_interval=0",
+    "logging.wandb_mode=disabled",
 ]
+RECORDED = ["logging.figure_interval=4", "logging.wandb_mode=offline"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,7 @@ def values(folder: Path, name: str, metric: str) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def undisturbed(folder: Path) -> str:
-    return finish(start(folder, "undisturbed"))
+    return finish(start(folder, "undisturbed", *RECORDED))
 
 
 def test_a_run_learns_and_leaves_everything_in_its_folder(folder: Path, undisturbed: str) -> None:
@@ -102,14 +104,14 @@ def test_every_recorded_name_is_documented(folder: Path, undisturbed: str) -> No
 
 
 def test_the_same_command_gives_the_same_losses_also_after_a_signal(folder: Path, undisturbed: str) -> None:
-    process = start(folder, "interrupted")
+    process = start(folder, "interrupted", *RECORDED)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith(f"step 2/{STEPS}"):
             process.send_signal(signal.SIGTERM)
             break
     assert "the same command continues" in finish(process)
-    resumed = finish(start(folder, "interrupted"))
+    resumed = finish(start(folder, "interrupted", *RECORDED))
     assert "resumed from" in resumed
     for metric in ("train/loss", "train/grad_norm", "validation/loss", "aux/neuron_balance_loss", "train/tokens"):
         assert values(folder, "interrupted", metric) == values(folder, "undisturbed", metric), metric
@@ -197,7 +199,7 @@ def test_invalid_options_are_reported_before_anything_is_written(folder: Path, o
 def test_wandb_without_a_server_continues_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("HOME", str(folder))
-    options = ("logging.wandb_mode=online", "training.steps=3", "logging.figure_interval=0")
+    options = ("logging.wandb_mode=online", "training.steps=3")
     assert "W&B has no login" in finish(start(folder, "no_login", *options))
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")

@@ -43,6 +43,7 @@ MODELS: dict[str, tuple[dict[str, Any], str]] = {
     "scaled softmax": (PLAIN | {"router_scaling_factor": 1.5}, "mone"),
     "all heads have keys": (PLAIN | {"num_query_groups": None, "rotary_base": 500}, "qwen3_moe"),
     "a quarter of the neurons": ({"activation_ratio": 0.25}, "mone"),
+    "a share of the neurons for each layer": ({"activation_ratio": 0.5, "layer_activation_ratios": [0.75, 0.25]}, "mone"),
     "a bias of the neurons": ({"activation_ratio": 0.25, "neuron_bias": True}, "mone"),
     **{
         f"neurons chosen by {score}": ({"activation_ratio": 0.25, "neuron_score": score}, "mone")

@@ -23,7 +23,7 @@ from mone_model.accounting import (
     equal_total_width,
     estimate_memory,
 )
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, RatioPoint
 from mone_model.megatron.gpt import build_gpt
 from tests.conftest import ROOT
 from tests.tiny import TINY_MODEL, always
@@ -43,6 +43,7 @@ SMALL = TINY_MODEL | {
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"activation_ratio": 1.0, "tie_embeddings": True},
+    {"activation_ratio": 0.5, "layer_activation_ratios": [0.75, 0.25]},
     {"num_query_groups": 2, "kv_channels": 16, "qk_layernorm": False, "router_topk": 3},
     {"shared_expert_ffn_hidden_size": 0},
     {"num_query_groups": 2, "qk_layernorm_scope": "projection"},
@@ -106,6 +107,21 @@ def test_owed_training_flops_leave_out_the_backward_pass_of_dropped_gates() -> N
         assert balanced.dense - balanced.sparse == products * product * dropped
 
 
+def test_training_flops_of_a_schedule_are_the_mean_over_the_steps() -> None:
+    base = SMALL | {"neuron_balance_coeff": 0.0, "activation_ratio": 0.25}
+    scheduled = ModelConfig(
+        **base,
+        activation_ratio_schedule=[RatioPoint(1, 1.0), RatioPoint(4, 0.5), RatioPoint(7)],
+        activation_ratio_curve="steps",
+    )
+    plain, half, quarter = (
+        count_training_flops(ModelConfig(**base | {"activation_ratio": ratio})).sparse for ratio in (1.0, 0.5, 0.25)
+    )
+    # Three steps at 1, three at 1/2, two at 1/4.
+    assert count_training_flops(scheduled, steps=8).sparse == pytest.approx((3 * plain + 3 * half + 2 * quarter) / 8, abs=1)
+    assert count_training_flops(scheduled).sparse == quarter
+
+
 @pytest.mark.parametrize(("ratio", "splits"), [(0.25, 1), (0.25, 2), (1.0, 1), (0.25, 4), (1 / 16, 3)])
 def test_a_plain_moe_of_equal_total_size_has_the_same_total_and_active_expert_weights(ratio: float, splits: int) -> None:
     mone = ModelConfig(**SMALL | {"num_experts": 8, "router_topk": 2, "moe_ffn_hidden_size": 768, "activation_ratio": ratio})
@@ -146,7 +162,8 @@ def test_active_parameters_are_those_a_token_gets_gradients_from(variant: dict[s
         if name.endswith("gate_up_weight"):
             assert weight.grad is not None
             up_rows = int((weight.grad[:, 1] != 0).any(-1).sum())
-            assert up_rows == model.router_topk * model.active_neurons
+            layer = int(name.split(".layers.")[1].split(".")[0])
+            assert up_rows == model.router_topk * model.active_neurons_by_layer[layer]
             touched += up_rows * model.hidden_size + model.router_topk * model.moe_ffn_hidden_size * model.hidden_size
         elif name.endswith("down_weight"):
             assert weight.grad is not None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, top_k
+from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, RatioPoint, top_k
 from mone_model.megatron.transformer_config import transformer_config
 from tests.tiny import TINY_MODEL
 from train.config import RunConfig, describe, load_config
@@ -26,6 +26,10 @@ from train.config_sections import (
 from train.description import describe_run
 
 
+def scheduled(*points: tuple[int, float | None], **options: Any) -> ModelConfig:
+    return ModelConfig(activation_ratio_schedule=[RatioPoint(*point) for point in points], **options)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -35,6 +39,21 @@ from train.description import describe_run
         (lambda: ModelConfig(num_query_groups=3), ["model.num_query_groups=3"]),
         (lambda: ModelConfig(activation_ratio=0), ["model.activation_ratio=0", "(0, 1]"]),
         (lambda: ModelConfig(activation_ratio=1.5), ["model.activation_ratio=1.5"]),
+        (lambda: ModelConfig(layer_activation_ratios=[0.25]), ["model.layer_activation_ratios=[0.25]", "num_layers=4"]),
+        (lambda: ModelConfig(layer_activation_ratios=[0.5, 0, 0.25, 0.25]), ["model.layer_activation_ratios=", "(0, 1]"]),
+        (
+            lambda: ModelConfig(layer_activation_ratios=[0.5, 0.25, 0.5, 0.25]),
+            ["model.activation_ratio=0.25", "0.375"],
+        ),
+        (lambda: ModelConfig(activation_ratio_curve="sine"), ["model.activation_ratio_curve=sine", "cosine"]),
+        (lambda: scheduled((0, 1.0), (9, 0.5)), ["model.activation_ratio_schedule=1 at step 0, 0.5 at step 9", "0.25"]),
+        (lambda: scheduled((0, 1.5), (9, 0.25)), ["model.activation_ratio_schedule=1.5 at step 0", "(0, 1]"]),
+        (lambda: scheduled((5, 1.0), (5, 0.25)), ["model.activation_ratio_schedule=", "the steps must rise"]),
+        (lambda: scheduled((-1, 1.0), (5, 0.25)), ["model.activation_ratio_schedule=", "from 0 on"]),
+        (
+            lambda: scheduled((0, 0.125), (9, 0.25), layer_activation_ratios=[0.5, 0.25, 0.125, 0.125]),
+            ["model.activation_ratio_schedule=0.125 at step 0", "model.layer_activation_ratios", "at least"],
+        ),
         (lambda: ModelConfig(activation="swish"), ["model.activation=swish", "silu"]),
         (lambda: ModelConfig(neuron_balance_form="none"), ["model.neuron_balance_form=none", "normalised"]),
         (lambda: ModelConfig(expert_bias=True), ["model.expert_bias=True", "router_score_function=sigmoid"]),

@@ -18,9 +18,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from omegaconf import OmegaConf
 
+from data_prep.shards import load_manifest
 from mone_common.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
 from mone_common.console import ReportedError, showing_log
-from mone_model.config import ComputeConfig, ModelConfig
+from mone_model.config import ComputeConfig, ModelConfig, RatioPoint
+from mone_model.hf.loading import load
 from tests.tiny import TINY_MODEL, make_shards
 from train import training_run
 from train.checkpoint import NotFinite, Saver
@@ -38,6 +40,7 @@ from train.config_sections import (
     SourceConfig,
     TrainingConfig,
 )
+from train.data import load_data, micro_batches
 from train.engines import build_engine
 from train.guards import Diverged
 from train.loop import Trainer
@@ -45,6 +48,8 @@ from train.meeting import Meeting
 from train.preparation import prepare_run
 from train.run_notes import take_run_folder
 from train.runtime import Runtime, set_seeds
+from train.sample_order import plan_order
+from train.trained_model import load_model, load_run_config
 
 pytestmark = pytest.mark.usefixtures("one_process")
 STEPS = 6
@@ -667,3 +672,49 @@ def test_branches_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=message):
         train(branch_of(run_folder, tmp_path / "branch", shards, **options))
     assert not (tmp_path / "branch").exists()
+
+
+SCHEDULE = {"activation_ratio_schedule": [RatioPoint(0, 1.0), RatioPoint(4)], "activation_ratio_curve": "steps"}
+
+
+@pytest.mark.parametrize(("engine", "experts"), [("megatron", "sparse"), ("deepspeed", "grouped")])
+def test_a_schedule_of_the_ratio_is_a_branch_with_another_ratio(
+    engine: str, experts: str, shards: Path, tmp_path: Path, train: Train
+) -> None:
+    base = {"engine": engine, "compute": {"experts": experts}, "checkpoint": {"interval": 0}}
+    balance = {"neuron_balance_coeff": 0.1, "neuron_balance_form": "unmasked"}
+    model = TINY_MODEL | balance
+    plain, branch, whole = (tmp_path / name for name in ("plain", "branch", "whole"))
+    train(config_of(plain, shards, model=model | {"activation_ratio": 1.0}, run={"stop_at_step": 3}, **base))
+    train(branch_of(plain, branch, shards, model=model, **base))
+    said = train(config_of(whole, shards, model=model | SCHEDULE, run={"stop_at_step": 3}, **base))
+    assert "in training 1 at step 0, 0.25 at step 4 (steps)" in said
+    train(config_of(whole, shards, model=model | SCHEDULE, **base))
+    found = metrics(whole)
+    assert [record.pop("train/activation_ratio") for record in found if "train/loss" in record] == [1.0] * 3 + [0.25] * 3
+    assert found == metrics(plain) + metrics(branch)
+
+
+def test_validation_and_loaded_checkpoints_use_the_ratio_of_their_step(shards: Path, tmp_path: Path, train: Train) -> None:
+    model = TINY_MODEL | {"activation_ratio_schedule": [RatioPoint(0, 1.0), RatioPoint(6)]}
+    options = {"model": model, "evaluation": {"interval": 2, "sequences": 4}, "checkpoint": {"interval": 2, "keep_last": 9}}
+    train(config_of(tmp_path / "run", shards, run={"dir": str(tmp_path / "run"), "stop_at_step": 4}, **options))
+    losses = [record["validation/loss"] for record in metrics(tmp_path / "run") if "validation/loss" in record]
+    assert len(losses) == 2
+    for step, ratio, loss in ((2, 0.75, losses[0]), (4, 0.5, losses[1])):
+        config = load_run_config(tmp_path / "run")
+        loaded = load_model(config, step=step)
+        assert config.model.activation_ratio == ratio
+        twin, _ = load(tmp_path / "run", step=step)
+        assert twin.config.activation_ratio == ratio
+        manifests = [load_manifest(shards)]
+        data = load_data(config, manifests, plan_order(config, manifests, None, 0), samples=1)
+        batch = next(
+            iter(micro_batches(data.validation["a"], start=0, stop=4, micro_batch_size=4, data_rank=0, data_size=1))
+        )
+        with torch.no_grad():
+            of_ours = loaded(batch["tokens"], batch["position_ids"], None, labels=batch["labels"]).mean().item()
+            logits = twin(batch["tokens"]).logits
+        of_twin = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).item()
+        assert of_ours == pytest.approx(loss, rel=1e-6)
+        assert of_twin == pytest.approx(loss, rel=1e-5)

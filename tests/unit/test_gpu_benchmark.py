@@ -309,7 +309,7 @@ def test_wrong_backends_fail(monkeypatch: pytest.MonkeyPatch) -> None:
             return output._replace(out_ND=output.out_ND * 1.05)
 
     monkeypatch.setitem(BACKENDS, "decode", BACKENDS["loop"])
-    arguments = ("cpu", ("bf16", "fp32"), 16, 40)
+    arguments = ("cpu", ("bf16", "fp32"), 16, 40, (50, 16))
     assert [record["passed"] for record in decode_checks.check_backends(*arguments)] == [True] * 18
     for name in ("decode", "grouped"):
         monkeypatch.setitem(BACKENDS, name, Wrong(BACKENDS["grouped"].gemm))  # type: ignore[attr-defined]

@@ -51,7 +51,7 @@ def test_counters_equal_a_count_by_hand() -> None:
 def test_dead_neurons_entropy_and_load() -> None:
     gate_NH = torch.tensor([[9.0, 8, 1, 1, 1, 1]] * 4 + [[1.0, 1, 1, 1, 8, 9]] * 2)
     usage = usage_of([4, 2], gate_NH)
-    summary = summarise_neurons(usage, K)
+    summary = summarise_neurons(usage, [K] * len(usage.tokens_LE))
     assert summary["dead"].tolist() == [pytest.approx(4 / 6)]
     assert summary["usage_entropy"].tolist() == [pytest.approx(math.log(2) / math.log(6))]
     assert summary["usage_gini"].tolist() == [pytest.approx(4 / 6)]
