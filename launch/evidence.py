@@ -157,11 +157,7 @@ class _Trainer:
             self._call("train.pretrain", list(map(_quoted, overrides)), folder, core)
             if read_status(folder).get("state") != "complete":
                 raise ReportedError(f"did not complete ({folder}/log.txt)")
-            for name, more in {TRAINED: [], **self._evaluations(run)}.items():
-                output = folder / "evaluations" / f"{name}.json"
-                if not output.exists():
-                    every = [f"model={folder}", f"text={self.options.text}", f"output={output}", *self.options.evaluate]
-                    self._call("mone_eval.evaluate", list(map(_quoted, [*every, *more])), folder, core)
+            self._evaluate(run, folder, core)
             (found,) = read_runs([folder])
             write_record(found, Path(self.options.records) / f"{run.name}.json")
             loss = found.evaluations[TRAINED].nats_per_token
@@ -171,9 +167,21 @@ class _Trainer:
         finally:
             self.cores.put(core)
 
-    def _evaluations(self, run: Planned) -> dict[str, list[str]]:
-        experiment = self.options.experiments[run.experiment]
-        return experiment.evaluations if run.seed in experiment.evaluated_seeds else {}
+    def _evaluate(self, run: Planned, folder: Path, core: int) -> None:
+        experiment, evaluations = self.options.experiments[run.experiment], {TRAINED: list[str]()}
+        if run.seed in experiment.evaluated_seeds:
+            evaluations |= experiment.evaluations
+            for share in experiment.thresholds:
+                output = folder / f"thresholds_{share:g}.json"
+                if not output.exists():
+                    options = [f"run={folder}", f"ratio={share:g}", f"output={output}"]
+                    self._call("train.calibrate", list(map(_quoted, options)), folder, core)
+        for name, options in evaluations.items():
+            output = folder / "evaluations" / f"{name}.json"
+            if not output.exists():
+                every = [f"model={folder}", f"text={self.options.text}", f"output={output}", *self.options.evaluate]
+                own = [option.replace("{run}", str(folder)) for option in options]
+                self._call("mone_eval.evaluate", list(map(_quoted, [*every, *own])), folder, core)
 
     def _call(self, module: str, arguments: list[str], folder: Path, core: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)

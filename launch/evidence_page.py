@@ -27,8 +27,10 @@ from mone_common.text import clock
 
 TRAINED = "trained"
 """Name of the evaluation that selects neurons as in training."""
-RATIO_NAMES = {"ratio_1": "1", "ratio_1_2": "1/2", "ratio_1_4": "1/4", "ratio_1_8": "1/8"}
-"""Names of the evaluations that keep another share of the neurons than training did."""
+RATIO_NAMES = {"1": "1", "1_2": "1/2", "1_4": "1/4", "1_8": "1/8"}
+"""Ends of the names of evaluations that keep another share of the neurons than training did, and the shares."""
+SELECTIONS = {"ratio": "the K best", "threshold": "by threshold"}
+"""Beginnings of these names, and how they select."""
 
 
 def read_points(plan: Plan, records: Path) -> dict[str, Point]:
@@ -132,16 +134,20 @@ def ratios_table(points: Mapping[str, Point]) -> str:
     """Mean loss of each point when it keeps another share of its neurons; empty if that was not evaluated."""
     rows = []
     for name, point in points.items():
-        losses = {
-            evaluation: [
-                run.evaluations[evaluation].nats_per_token for run in point.complete if evaluation in run.evaluations
-            ]
-            for evaluation in RATIO_NAMES
-        }
-        if all(losses.values()):
-            cells = (f"{statistics.fmean(values):.4f}" for values in losses.values())
-            rows.append((f"{name}, trained at {point.ratio:g}", str(len(losses["ratio_1"])), *cells))
-    return markdown(("loss at ratio", "seeds", *RATIO_NAMES.values()), rows) if rows else ""
+        for kind, how in SELECTIONS.items():
+            losses = {
+                end: [
+                    run.evaluations[f"{kind}_{end}"].nats_per_token
+                    for run in point.complete
+                    if f"{kind}_{end}" in run.evaluations
+                ]
+                for end in RATIO_NAMES
+            }
+            seeds = max(map(len, losses.values()))
+            cells = (f"{statistics.fmean(values):.4f}" if values else "-" for values in losses.values())
+            if seeds:
+                rows.append((f"{name}, trained at {point.ratio:g}", how, str(seeds), *cells))
+    return markdown(("loss at ratio", "neurons kept", "seeds", *RATIO_NAMES.values()), rows) if rows else ""
 
 
 def update_page(plan: Plan, records: Path, page: Path) -> None:

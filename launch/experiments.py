@@ -40,7 +40,10 @@ class Experiment:
     interaction: str | None = None
     """An experiment with the same points: the difference of the differences."""
     evaluations: dict[str, list[str]] = field(default_factory=dict)
-    """Further options of mone-evaluate by the name of an evaluation; `trained`, without options, always takes place."""
+    """Further options of mone-evaluate by the name of an evaluation; `trained`, without options, always takes place. {run}
+    stands for the folder of the run."""
+    thresholds: list[float] = field(default_factory=list)
+    """Shares of neurons for which mone-calibrate writes {run}/thresholds_SHARE.json before these evaluations."""
     evaluated_seeds: list[int] = field(default_factory=list)
     """Seeds with these evaluations."""
 

@@ -42,7 +42,8 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
     points = '{plain: ["model.activation_ratio=1"], half: ["model.activation_ratio=0.5"]}'
     plan = (
         f"experiments={{e: {{points: {points}, learning_rates: [0.001], seeds: [1], contrasts: [[half, plain]], "
-        + "evaluations: {ratio_1_4: ['ratio=0.25']}, evaluated_seeds: [1]}}",
+        + "evaluations: {threshold_1_4: ['thresholds={run}/thresholds_0.25.json']}, "
+        + "thresholds: [0.25], evaluated_seeds: [1]}}",
         "only=[e]",
         f"overrides={json.dumps(tiny)}",
         "text=shards",
@@ -55,9 +56,9 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
     assert sorted(path.name for path in (tmp_path / "records/e").iterdir()) == ["half,seed=1.json", "plain,seed=1.json"]
     found = read_record(tmp_path / "records/e/half,seed=1.json")
     assert [found.options[name] for name in ("run.seed", "optimizer.lr", "model.activation_ratio")] == [1, 0.001, 0.5]
-    assert set(found.evaluations) == {"trained", "ratio_1_4"}
+    assert set(found.evaluations) == {"trained", "threshold_1_4"}
     assert found.evaluations["trained"].sources == [("shards", len(found.evaluations["trained"].nll))]
-    assert found.evaluations["trained"].nll != found.evaluations["ratio_1_4"].nll
+    assert found.evaluations["trained"].nll != found.evaluations["threshold_1_4"].nll
     again = command("launch.evidence", *plan)
     assert (again.returncode, again.stdout) == (0, "")
     (tmp_path / "records/e/half,seed=1.json").unlink()
@@ -97,7 +98,7 @@ def plan(tmp_path: Path) -> Plan:
             folder = tmp_path / f"runs/{name},{seed}"
             write_run(folder, "e", ratio, seed, 9.0, options=["optimizer.lr=0.003"])
             loss = 4 + (0.02 + seed / 1000 if name == "quarter" else 0)
-            for evaluation in ("trained", "ratio_1", "ratio_1_2", "ratio_1_4", "ratio_1_8"):
+            for evaluation in ("trained", "ratio_1", "ratio_1_2", "ratio_1_4", "ratio_1_8", "threshold_1_4"):
                 write_evaluation(folder, [loss] * 4, evaluation)
             write_record(read_runs([folder])[0], tmp_path / f"records/e/{name},seed={seed}.json")
     shutil.copy(tmp_path / "records/e/plain,seed=1.json", tmp_path / "records/e/plain,lr=0.001,seed=0.json")
@@ -128,8 +129,10 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
     (other,) = [line for line in lines if line.startswith("| plain | quarter |")]
     assert other.strip("| ").split(" | ")[7] == "-"
     assert cells[8].startswith("yes")
-    (ratios,) = [line for line in lines if line.startswith("| quarter, trained at 0.25 |")]
-    assert ratios == "| quarter, trained at 0.25 | 3 | 4.0220 | 4.0220 | 4.0220 | 4.0220 |"
+    assert [line for line in lines if line.startswith("| quarter, trained at 0.25 |")] == [
+        "| quarter, trained at 0.25 | the K best | 3 | 4.0220 | 4.0220 | 4.0220 | 4.0220 |",
+        "| quarter, trained at 0.25 | by threshold | 3 | - | - | 4.0220 | - |",
+    ]
     assert "Not complete: plain, quarter." in text
     assert (tmp_path / "images/evidence_e.png").read_bytes().startswith(b"\x89PNG")
     update_page(plan, tmp_path / "records", tmp_path / "page.md")
