@@ -4,6 +4,7 @@ Each draw_* returns False if there is nothing to draw. A chart shows at most MOS
 """
 
 import math
+import statistics
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -115,6 +116,40 @@ def draw_validation_by_point(path: Path, points: Sequence[Point]) -> bool:
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.set_xlabel("validation loss, nats per token")
         _save(figure, axes, path)
+    return True
+
+
+COSTS: dict[str, Callable[[Point], float]] = {
+    "million parameters": lambda point: point.parameters.total / 1e6,
+    "million active parameters": lambda point: point.parameters.active / 1e6,
+    "million training FLOPs per token, as owed": lambda point: point.training_flops.sparse / 1e6,
+    "minutes of training on one core": lambda point: (
+        statistics.fmean(run.seconds or math.nan for run in point.complete) / 60
+    ),
+}
+"""What a point costs."""
+
+
+def draw_costs(path: Path, points: Sequence[Point]) -> bool:
+    """Validation loss against each of the COSTS: the mean over seeds, with their standard deviation as error bars."""
+    shown = [point for point in points if point.validation.values][:MOST]
+    if not shown:
+        return False
+    with plt.rc_context(LETTERS):
+        rows = math.ceil(len(COSTS) / 2)
+        figure, panels = plt.subplots(rows, 2, figsize=(2 * WIDTH, rows * HEIGHT), sharey=True, layout="constrained")
+        for axes, (label, cost) in zip(panels.flat, COSTS.items(), strict=True):
+            for number, point in enumerate(shown):
+                spread = 0 if math.isnan(point.validation.spread) else point.validation.spread
+                look = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5], "markersize": 5, "capsize": 2}
+                axes.errorbar([cost(point)], [point.validation.mean], yerr=[spread], **look)
+                axes.annotate(point.name, (cost(point), point.validation.mean), textcoords="offset points", xytext=(6, 3))
+            axes.set_xlabel(label)
+            axes.margins(x=0.25, y=0.1)
+            axes.grid(alpha=0.3)
+        for axes in panels[:, 0]:
+            axes.set_ylabel("held-out loss, nats per token")
+        save(figure, path, dots=SHARPNESS)
     return True
 
 

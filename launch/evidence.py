@@ -55,6 +55,8 @@ class EvidenceConfig(Plan):
     """Text whose held-out documents are scored."""
     evaluate: list[str] = field(default_factory=lambda: ["stride=256"])
     """Options of mone-evaluate for all runs."""
+    calibrate: list[str] = field(default_factory=lambda: ["sequences=512"])
+    """Options of mone-calibrate for all runs."""
     overrides: list[str] = field(default_factory=lambda: ["experiment=evidence/common"])
     """Options of mone-pretrain for all runs; those of experiments and points come after them."""
 
@@ -174,7 +176,7 @@ class _Trainer:
             for share in experiment.thresholds:
                 output = folder / f"thresholds_{share:g}.json"
                 if not output.exists():
-                    options = [f"run={folder}", f"ratio={share:g}", f"output={output}"]
+                    options = [f"run={folder}", f"ratio={share:g}", f"output={output}", *self.options.calibrate]
                     self._call("train.calibrate", list(map(_quoted, options)), folder, core)
         for name, options in evaluations.items():
             output = folder / "evaluations" / f"{name}.json"

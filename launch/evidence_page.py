@@ -2,18 +2,19 @@
 
     update_page(plan, Path("docs/evidence/runs"), Path("docs/evidence.md"))
 
-Text between `<!-- NAME -->` and `<!-- end NAME -->` is replaced by the tables of experiment NAME; everything else is written
-by hand.
+Text between `<!-- NAME -->` and `<!-- end NAME -->` is replaced; everything else is written by hand. NAME is that of an
+experiment, or `headline`, `claims` or `costs`.
 """
 
 import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from launch.charts import draw_validation_by_point
+from launch.charts import draw_costs, draw_validation_by_point
+from launch.claims import Claim, verdict
 from launch.contrasts import Assessment, assessment
 from launch.experiments import Experiment, Plan, full_name
 from launch.points import Point, Run
@@ -31,6 +32,9 @@ RATIO_NAMES = {"1": "1", "1_2": "1/2", "1_4": "1/4", "1_8": "1/8"}
 """Ends of the names of evaluations that keep another share of the neurons than training did, and the shares."""
 SELECTIONS = {"ratio": "the K best", "threshold": "by threshold"}
 """Beginnings of these names, and how they select."""
+NO_RUN = "No reported run yet."
+Pair = tuple[str, str]
+"""A point and its baseline, each EXPERIMENT/POINT or EXPERIMENT/POINT@EVALUATION."""
 
 
 def read_points(plan: Plan, records: Path) -> dict[str, Point]:
@@ -49,32 +53,115 @@ def read_points(plan: Plan, records: Path) -> dict[str, Point]:
     }
 
 
+def evaluated(points: Mapping[str, Point], name: str) -> Point | None:
+    """The point EXPERIMENT/POINT or, for its runs with that evaluation, EXPERIMENT/POINT@EVALUATION; None without runs."""
+    name, _, evaluation = name.partition("@")
+    point = points.get(name)
+    if point is None or not evaluation:
+        return point
+    runs = [dataclasses.replace(run, evaluation=evaluation) for run in point.runs if evaluation in run.evaluations]
+    return dataclasses.replace(point, runs=tuple(runs)) if runs else None
+
+
+def paired(point: Point, base: Point) -> tuple[Point, Point]:
+    """Both points, with the complete runs that have a partner: the same seeds, trained on the same kind of processor."""
+
+    def only(one: Point, other: Point) -> Point:
+        partners = {(run.seeds, run.processor) for run in other.complete}
+        return dataclasses.replace(one, runs=tuple(run for run in one.complete if (run.seeds, run.processor) in partners))
+
+    return only(point, base), only(base, point)
+
+
+def differences(points: Mapping[str, Point], names: Pair) -> dict[tuple[int, ...], float]:
+    """Loss of the first point minus that of the second by seeds; names: as for `evaluated`."""
+    point, base = (evaluated(points, name) for name in names)
+    if point is None or base is None:
+        return {}
+    runs = (each.runs for each in paired(point, base))
+    pairs = [(ours.seeds, ours.validation_loss, theirs.validation_loss) for ours, theirs in zip(*runs, strict=True)]
+    return {seeds: ours - theirs for seeds, ours, theirs in pairs if ours is not None and theirs is not None}
+
+
+def tested(plan: Plan, points: Mapping[str, Point], pairs: Iterable[Pair]) -> dict[Pair, Contrast]:
+    """The differences between these points, where there are at least two pairs of runs."""
+    found = {pair: list(differences(points, pair).values()) for pair in pairs}
+    return {pair: contrast(values, margin=plan.margin) for pair, values in found.items() if len(values) > 1}
+
+
+def correct(plan: Plan, tests: Mapping[Pair, Contrast]) -> dict[Pair, float]:
+    """Holm's corrected p values of the primary contrasts that were tested."""
+    primary = {pair: test.p for pair, test in tests.items() if list(pair) in plan.primary}
+    return dict(zip(primary, holm(list(primary.values())), strict=True))
+
+
+def pairs_of(plan: Plan, name: str) -> list[Pair]:
+    """The contrasts of an experiment."""
+    return [(full_name(name, point), full_name(name, base)) for point, base in plan.experiments[name].contrasts]
+
+
+def interactions(plan: Plan, name: str, points: Mapping[str, Point]) -> list[Assessment]:
+    """By how much the contrasts of an experiment exceed those of the experiment that it names."""
+    found, other = [], plan.experiments[name].interaction
+    for point, base in plan.experiments[name].contrasts if other is not None else ():
+        here, there = (differences(points, (f"{where}/{point}", f"{where}/{base}")) for where in (name, other))
+        excess = [here[seeds] - there[seeds] for seeds in sorted(here.keys() & there.keys())]
+        if len(excess) > 1:
+            result = contrast(excess, margin=plan.margin)
+            found.append(Assessment(f"{point} - {base}", f"{point} - {base} of {other}", result, math.nan, None, math.nan))
+    return found
+
+
 def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Assessment]]:
     """The contrasts of each experiment with at least two pairs of runs; Holm's correction is for the primary ones."""
-    found: dict[str, list[tuple[str, str, Contrast]]] = {}
-    for name, experiment in plan.experiments.items():
-        for pair in experiment.contrasts:
-            point, base = (full_name(name, each) for each in pair)
-            if point in points and base in points:
-                differences = points[point].difference(points[base]).values
-                if len(differences) > 1:
-                    found.setdefault(name, []).append((point, base, contrast(differences, margin=plan.margin)))
-    primary = {(point, base): test.p for its in found.values() for point, base, test in its if [point, base] in plan.primary}
-    corrected = dict(zip(primary, holm(list(primary.values())), strict=True))
+    tests = tested(plan, points, (pair for name in plan.experiments for pair in pairs_of(plan, name)))
+    corrected = correct(plan, tests)
     return {
         name: [
             assessment(
-                point.removeprefix(f"{name}/"),
-                base.removeprefix(f"{name}/"),
-                points[point],
-                points[base],
-                test,
-                p_holm=corrected.get((point, base), math.nan),
+                pair[0].removeprefix(f"{name}/"),
+                pair[1].removeprefix(f"{name}/"),
+                *paired(points[pair[0]], points[pair[1]]),
+                tests[pair],
+                p_holm=corrected.get(pair, math.nan),
             )
-            for point, base, test in its
+            for pair in pairs_of(plan, name)
+            if pair in tests
         ]
-        for name, its in found.items()
+        + interactions(plan, name, points)
+        for name in plan.experiments
     }
+
+
+def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
+    """The claims with their differences and verdicts."""
+    tests = tested(plan, points, map(_pair, plan.claims))
+    corrected = correct(plan, tests)
+    rows = []
+    for claim in plan.claims:
+        pair = _pair(claim)
+        cells = ("not yet measured", "", "", "")
+        if found := tests.get(pair):
+            result = verdict(claim.says, found, corrected.get(pair, found.p))
+            cells = (f"{found.mean:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", str(found.pairs), result)
+        rows.append((claim.claim, " - ".join(f"`{name}`" for name in pair), *cells))
+    return markdown(("claim", "runs compared", "difference", "95 % interval", "seeds", "verdict"), rows)
+
+
+def headline(plan: Plan, points: Mapping[str, Point]) -> str:
+    """One sentence about the claims of the first experiment."""
+    first = [_pair(claim) for claim in plan.claims if _pair(claim)[0].startswith(f"{next(iter(plan.experiments))}/")]
+    parts = [
+        f"with {points[point].ratio:g} of the neurons the loss is {found.mean:+.3f} nats per token "
+        f"({found.low:+.3f} to {found.high:+.3f}, {found.pairs} seeds)"
+        for (point, _), found in tested(plan, points, first).items()
+        if "@" not in point
+    ]
+    return f"Against the plain MoE with the same weights, {', and '.join(parts)}." if parts else NO_RUN
+
+
+def _pair(claim: Claim) -> Pair:
+    return claim.contrast[0], claim.contrast[1]
 
 
 def describe(plan: Plan, name: str, points: Mapping[str, Point], tables: list[Table]) -> str:
@@ -82,7 +169,7 @@ def describe(plan: Plan, name: str, points: Mapping[str, Point], tables: list[Ta
     experiment = plan.experiments[name]
     own = {point: points[full_name(name, point)] for point in experiment.points if full_name(name, point) in points}
     if not own:
-        return "No reported run yet."
+        return NO_RUN
     parts = [tabulate(own), *(markdown(table.headings, table.rows) for table in tables)]
     if table := ratios_table(own):
         parts.append(table)
@@ -152,19 +239,32 @@ def ratios_table(points: Mapping[str, Point]) -> str:
 
 def update_page(plan: Plan, records: Path, page: Path) -> None:
     """Write the tables of all experiments to the page, and their figures beside it; UserError for a missing place."""
-    points = read_points(plan, records)
+    points, images = read_points(plan, records), page.parent / "images"
     assessed = assess_plan(plan, points)
-    text = page.read_text(encoding="utf-8")
+    blocks = {}
     for name, experiment in plan.experiments.items():
+        blocks[name] = describe(plan, name, points, tabulate_contrasts(assessed[name]))
+        if draw(name, experiment, points, images):
+            blocks[name] += f"\n\n![Loss of each point of {name}](images/evidence_{name}.png)"
+    if plan.claims:
+        blocks |= {"headline": f"**{headline(plan, points)}**", "claims": describe_claims(plan, points)}
+        blocks["costs"] = NO_RUN
+        if draw_costs(images / "evidence_costs.png", same_text(points)):
+            blocks["costs"] = "![Loss against four costs](images/evidence_costs.png)"
+    text = page.read_text(encoding="utf-8")
+    for name, content in blocks.items():
         block = re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end {name} -->)")
         if not block.search(text):
-            raise UserError(f"{page}: has no place for the tables of {name}: <!-- {name} --> and <!-- end {name} -->")
-        tables = describe(plan, name, points, tabulate_contrasts(assessed.get(name, [])))
-        if draw(name, experiment, points, page.parent / "images"):
-            tables += f"\n\n![Loss of each point of {name}](images/evidence_{name}.png)"
-        text = block.sub(lambda found, tables=tables: f"{found[1]}\n{tables}\n\n{found[2]}", text)  # type: ignore[misc]
+            raise UserError(f"{page}: has no place for {name}: <!-- {name} --> and <!-- end {name} -->")
+        text = block.sub(lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text)  # type: ignore[misc]
     with writing(page) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
+
+
+def same_text(points: Mapping[str, Point]) -> list[Point]:
+    """The points that were trained on as much text as those of the first experiment."""
+    found = list(points.values())
+    return [point for point in found if point.options["training.steps"] == found[0].options["training.steps"]]
 
 
 def draw(name: str, experiment: Experiment, points: Mapping[str, Point], folder: Path) -> bool:

@@ -10,6 +10,7 @@ A learning rate is chosen for each point by runs with the tuning seed, which is 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from launch.claims import Claim
 from mone_common.console import UserError
 
 FACTOR = 2.0
@@ -59,8 +60,13 @@ class Plan:
     primary: list[list[str]] = field(default_factory=list)
     """Contrasts whose p values get Holm's correction together."""
     experiments: dict[str, Experiment] = field(default_factory=dict)
+    claims: list[Claim] = field(default_factory=list)
+    """Claims whose verdicts are the first table."""
 
     def __post_init__(self) -> None:
+        for claim in self.claims:
+            for point in claim.contrast:
+                self._check_point("claims", claim.claim, point.partition("@")[0])
         for name, experiment in self.experiments.items():
             if bool(experiment.learning_rates) == (experiment.learning_rate_of is not None):
                 raise UserError(f"experiments.{name}: give learning_rates or learning_rate_of")
@@ -80,7 +86,8 @@ class Plan:
     def _check_point(self, name: str, option: str, point: str) -> None:
         experiment, _, its = point.partition("/")
         if its not in getattr(self.experiments.get(experiment), "points", {}):
-            raise UserError(f"experiments.{name}.{option}: there is no point {point}")
+            where = f"claims: {option}" if name == "claims" else f"experiments.{name}.{option}"
+            raise UserError(f"{where}: there is no point {point}")
 
 
 @dataclass(frozen=True)

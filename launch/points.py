@@ -62,6 +62,8 @@ class Run:
     """Tokens that the run reads from each source (`read_reading`); [] if not recorded."""
     commit: str = "unknown"
     """Git commit of the code that trained the run."""
+    processor: str | None = None
+    """Model and vector instructions of the processor; None if not recorded."""
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     """Evaluations of text by name."""
     evaluation: str | None = None

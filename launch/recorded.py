@@ -85,6 +85,7 @@ def read_record(path: Path) -> Run:
             state=content["state"],
             reading=content["reading"],
             commit=content["commit"],
+            processor=content["environment"].get("processor"),
             evaluations={
                 name: Evaluation(**found | {"sources": [tuple(source) for source in found["sources"]]})
                 for name, found in content["evaluations"].items()

@@ -56,13 +56,15 @@ def read_runs(
             if not options:
                 raise DamagedFile(f"{printable(folder)}: no {CONFIG_FILE}")
             records, problem = examine_metrics(folder)
+            environment = _environment(folder)
             run = Run(
                 folder,
                 options,
                 records,
                 read_state(folder),
                 reading=_reading(folder, warn),
-                commit=_commit(folder),
+                commit=printable(environment.get("commit") or "unknown"),
+                processor=environment.get("processor"),
                 evaluations=_evaluations(folder, warn),
             )
             _check(run)
@@ -85,12 +87,12 @@ def _reading(folder: Path, warn: Callable[[str], None]) -> list[dict[str, Any]]:
         return []
 
 
-def _commit(folder: Path) -> str:
+def _environment(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(read_file(folder / ENVIRONMENT_FILE) or b"{}")
     except (ValueError, RecursionError):
         found = None
-    return printable(found.get("commit") or "unknown") if isinstance(found, dict) else "unknown"
+    return found if isinstance(found, dict) else {}
 
 
 def _evaluations(folder: Path, warn: Callable[[str], None]) -> dict[str, Evaluation]:

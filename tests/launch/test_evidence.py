@@ -1,5 +1,6 @@
 """The recorded experiments: training from a plan in real processes, and the page made from records."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,10 +14,12 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from launch.claims import Claim, verdict
 from launch.evidence_page import update_page
 from launch.experiments import Experiment, Plan
 from launch.recorded import read_record, write_record
 from launch.results import read_runs
+from launch.statistics import contrast
 from mone_common.console import UserError
 from mone_common.run_records import read_metrics, read_status
 from tests.conftest import ROOT
@@ -49,6 +52,7 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
         "text=shards",
         "records=records",
         'evaluate=["stride=16"]',
+        "calibrate=[]",
         "train=true",
     )
     first = command("launch.evidence", *plan, "jobs=2")
@@ -86,7 +90,8 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
     assert not (tmp_path / "records/e/plain,seed=2.json").exists()
 
 
-PAGE = "before\n<!-- e -->\n<!-- end e -->\nbetween\n<!-- f -->\nold\n<!-- end f -->\nafter\n"
+BLOCKS = ("headline", "claims", "costs", "e", "f", "g")
+PAGE = "before\n" + "between\n".join(f"<!-- {name} -->\nold\n<!-- end {name} -->\n" for name in BLOCKS) + "after\n"
 
 
 @pytest.fixture
@@ -101,6 +106,8 @@ def plan(tmp_path: Path) -> Plan:
             for evaluation in ("trained", "ratio_1", "ratio_1_2", "ratio_1_4", "ratio_1_8", "threshold_1_4"):
                 write_evaluation(folder, [loss] * 4, evaluation)
             write_record(read_runs([folder])[0], tmp_path / f"records/e/{name},seed={seed}.json")
+            write_evaluation(folder, [loss + (0.1 if name == "quarter" else 0)] * 4, "trained")
+            write_record(read_runs([folder])[0], tmp_path / f"records/g/{name},seed={seed}.json")
     shutil.copy(tmp_path / "records/e/plain,seed=1.json", tmp_path / "records/e/plain,lr=0.001,seed=0.json")
     e = Experiment(
         points={"plain": [], "quarter": []},
@@ -109,9 +116,19 @@ def plan(tmp_path: Path) -> Plan:
         contrasts=[["quarter", "plain"], ["plain", "quarter"]],
     )
     return Plan(
-        experiments={"e": e, "f": Experiment(points={"x": []}, learning_rate_of="e/plain", contrasts=[["x", "e/plain"]])},
+        experiments={
+            "e": e,
+            "f": Experiment(points={"x": []}, learning_rate_of="e/plain", contrasts=[["x", "e/plain"]]),
+            "g": dataclasses.replace(e, contrasts=[["quarter", "plain"]], interaction="e"),
+        },
         primary=[["e/quarter", "e/plain"]],
         margin=0.05,
+        claims=[
+            Claim("enough", ["e/quarter", "e/plain"]),
+            Claim("worse", ["g/quarter", "g/plain"]),
+            Claim("by threshold", ["e/quarter@threshold_1_4", "e/quarter"], says="better"),
+            Claim("nothing", ["f/x", "e/plain"]),
+        ],
     )
 
 
@@ -121,27 +138,77 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
     lines = text.splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "No reported run yet." in text
-    (row,) = [line for line in lines if line.startswith("| quarter | plain |")]
+    of_e = text.partition("<!-- e -->")[2].partition("<!-- end e -->")[0].splitlines()
+    (row,) = [line for line in of_e if line.startswith("| quarter | plain |")]
     cells = row.strip("| ").split(" | ")
     # Mean 0.022 of 0.021, 0.022 and 0.023; 4.303 standard errors of 0.001 / sqrt(3).
     assert cells[2:5] == ["3", "+0.0220", "+0.0195 to +0.0245"]
     assert cells[6] == cells[7], "one primary contrast: Holm's correction changes nothing"
-    (other,) = [line for line in lines if line.startswith("| plain | quarter |")]
+    (other,) = [line for line in of_e if line.startswith("| plain | quarter |")]
     assert other.strip("| ").split(" | ")[7] == "-"
     assert cells[8].startswith("yes")
-    assert [line for line in lines if line.startswith("| quarter, trained at 0.25 |")] == [
+    assert [line for line in of_e if line.startswith("| quarter, trained at 0.25 |")] == [
         "| quarter, trained at 0.25 | the K best | 3 | 4.0220 | 4.0220 | 4.0220 | 4.0220 |",
         "| quarter, trained at 0.25 | by threshold | 3 | - | - | 4.0220 | - |",
     ]
     assert "Not complete: plain, quarter." in text
+    (excess,) = [line for line in lines if line.startswith("| quarter - plain | quarter - plain of e |")]
+    assert excess.strip("| ").split(" | ")[2:5] == ["3", "+0.1000", "+0.1000 to +0.1000"]
+    rows = [line.strip("| ").split(" | ") for line in lines if line.count("|") == 7]
+    claims = {cells[0]: cells[2:] for cells in rows}
+    assert claims["enough"] == ["+0.0220", "+0.0195 to +0.0245", "3", "holds: equal within ±0.05"]
+    assert claims["worse"] == ["+0.1220", "+0.1195 to +0.1245", "3", "does not hold: higher loss"]
+    assert claims["by threshold"] == ["+0.0000", "+0.0000 to +0.0000", "3", "does not hold: equal within ±0.05"]
+    assert claims["nothing"][0] == "not yet measured"
+    headline = "with 0.25 of the neurons the loss is +0.022 nats per token (+0.020 to +0.024, 3 seeds)."
+    assert f"**Against the plain MoE with the same weights, {headline}**" in lines
+    assert (tmp_path / "images/evidence_costs.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "images/evidence_e.png").read_bytes().startswith(b"\x89PNG")
     update_page(plan, tmp_path / "records", tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == text
 
 
+def test_runs_of_different_processors_are_not_paired(plan: Plan, tmp_path: Path) -> None:
+    record = tmp_path / "records/e/plain,seed=2.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"environment": {"processor": "another one"}}, separators=(",\n", ": ")))
+    record.write_text(record.read_text().replace("{", "{\n", 1))
+    update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    (row,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| enough |")]
+    assert row.strip("| ").split(" | ")[2] == "+0.0220"
+    assert row.strip("| ").split(" | ")[4] == "2"
+
+
+@pytest.mark.parametrize(
+    ("says", "differences", "expected"),
+    [
+        ("equal", [-0.02, -0.021, -0.019], "holds: lower loss"),
+        ("better", [-0.02, -0.021, -0.019], "holds: lower loss"),
+        ("equal", [0.02, 0.021, 0.019], "holds: equal within ±0.03"),
+        ("better", [0.02, 0.021, 0.019], "does not hold: equal within ±0.03"),
+        ("equal", [0.05, 0.051, 0.049], "does not hold: higher loss"),
+        ("better", [0.05, 0.051, 0.049], "does not hold: higher loss"),
+        ("equal", [0.06, -0.06, 0.0], "not decided"),
+        ("better", [0.06, -0.06, 0.0], "not decided"),
+        ("better", [-0.06, -0.001, -0.03], "not decided"),
+    ],
+)
+def test_verdicts(says: str, differences: list[float], expected: str) -> None:
+    test = contrast(differences, margin=0.03)
+    assert verdict(says, test, test.p) == expected
+
+
+def test_claims_of_unknown_points_are_refused() -> None:
+    experiments = {"e": Experiment(points={"x": []}, learning_rates=[1.0])}
+    with pytest.raises(UserError, match="claims: same: there is no point e/y"):
+        Plan(experiments=experiments, claims=[Claim("same", ["e/x@trained", "e/y"])])
+    with pytest.raises(UserError, match="says=worse: choose from equal, better"):
+        Claim("same", ["e/x", "e/y"], says="worse")
+
+
 def test_a_page_without_a_place_for_an_experiment_is_refused(plan: Plan, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("<!-- e -->\n<!-- end e -->\n")
-    with pytest.raises(UserError, match="has no place for the tables of f"):
+    with pytest.raises(UserError, match="has no place for f"):
         update_page(plan, tmp_path / "records", tmp_path / "page.md")
 
 
@@ -149,6 +216,8 @@ def test_the_published_page_agrees_with_the_records(tmp_path: Path) -> None:
     shutil.copy(ROOT / "docs/evidence.md", tmp_path / "evidence.md")
     loaded = OmegaConf.load(ROOT / "configs/evidence.yaml")
     assert isinstance(loaded, DictConfig)
-    plan = OmegaConf.merge(OmegaConf.structured(Plan), {name: loaded[name] for name in ("margin", "primary", "experiments")})
+    plan = OmegaConf.merge(
+        OmegaConf.structured(Plan), {name: loaded[name] for name in ("margin", "primary", "claims", "experiments")}
+    )
     update_page(OmegaConf.to_object(plan), ROOT / "docs/evidence/runs", tmp_path / "evidence.md")  # type: ignore[arg-type]
     assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs/evidence.md").read_text(), "run `make evidence`"
