@@ -8,6 +8,7 @@ number, truth value or null for an option of type text is quoted, also in lists,
 one-line UserError that names the option, its value and what would be valid.
 """
 
+import functools
 import re
 import shlex
 import typing
@@ -57,7 +58,11 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
     parsed = {argument: _safely(argument, _parse) for argument in arguments}
     found = [argument for argument, override in parsed.items() if override and override.key_or_group == "hydra.searchpath"]
 
+    @functools.cache
     def choices(group: str) -> list[str]:
+        # Each listing copies all sources of configuration. Names of groups have no dots.
+        if "." in group or not (found or loader.repository.group_exists(group)):  # type: ignore[attr-defined]
+            return []
         inner = loader.get_group_options(group, ObjectType.GROUP, config_name, found) if group else []
         nested = [f"{name}/{choice}" for name in inner for choice in choices(f"{group}/{name}")]
         return [*loader.get_group_options(group, ObjectType.CONFIG, config_name, found), *nested]
