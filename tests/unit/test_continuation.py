@@ -599,7 +599,7 @@ def branch_of(source: Path, folder: Path, shards: Path, **sections: Any) -> RunC
 def test_a_branch_with_the_options_of_its_source_is_the_source_continued(
     engine: str, shards: Path, tmp_path: Path, train: Train
 ) -> None:
-    model = TINY_MODEL | {"hidden_dropout": 0.1}
+    model = TINY_MODEL | {"hidden_dropout": 0.1, "neuron_score": "random"}
     trunk, branch = tmp_path / "trunk", tmp_path / "branch"
     train(config_of(trunk, shards, engine=engine, model=model))
     options = branch_of(trunk, branch, shards, engine=engine, model=model, init={"step": 4}, run={"stop_at_step": 5})

@@ -253,9 +253,16 @@ def test_an_expert_rank_without_tokens_keeps_its_weights_in_the_graph(backend: s
         assert weight.grad.abs().sum() == 0
 
 
-@pytest.mark.parametrize("recompute", ["none", "core_attn", "moe", "shared_experts", "full"])
-def test_recomputation_counts_each_token_once_and_changes_no_gradient(recompute: str) -> None:
-    model = ModelConfig(**TINY_MODEL, neuron_balance_coeff=0.1, z_loss_coeff=0.01)
+@pytest.mark.parametrize(
+    ("recompute", "score"),
+    [
+        *((recompute, "abs_gate") for recompute in ("none", "core_attn", "moe", "shared_experts", "full")),
+        ("moe", "random"),
+        ("full", "random"),
+    ],
+)
+def test_recomputation_counts_each_token_once_and_changes_no_gradient(recompute: str, score: str) -> None:
+    model = ModelConfig(**TINY_MODEL, neuron_balance_coeff=0.1, z_loss_coeff=0.01, neuron_score=score)
 
     def train_once(compute: ComputeConfig) -> tuple[list[Any], list[torch.Tensor]]:
         torch.manual_seed(0)
