@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from mone_common.checkpoint_folder import list_checkpoints
 from mone_model.accounting import count_flops, count_parameters
-from mone_model.config import ModelConfig
 from mone_model.megatron.transformer_engine import uses_transformer_engine
 from train.config import RunConfig
 
@@ -22,9 +21,10 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         [
             f"model     {parameters.total / 1e6:.1f}M parameters, {parameters.active / 1e6:.1f}M active; "
             f"{model.num_experts} experts of {model.moe_ffn_hidden_size} neurons, top {model.router_topk}",
-            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.active_neurons}){describe_ratios(model)}, "
+            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.active_neurons}), "
             f"active_expert_params {parameters.active_expert_params:.1%}, "
             f"active_moe_params {parameters.active_moe_params:.1%} with router and shared expert",
+            *describe_ratios(config),
             f"layout    {world_size} processes: data {config.data_parallel_size(world_size)}, tensor {parallel.tensor}, "
             f"pipeline {parallel.pipeline}, expert {parallel.expert}, expert_tensor {parallel.expert_tensor}; "
             f"{config.micro_batches(world_size)} micro-batches a step; engine {config.engine}",
@@ -39,18 +39,21 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     )
 
 
-def describe_ratios(model: ModelConfig) -> str:
-    """The ratios of the layers and the schedule, where they differ from activation_ratio."""
-    text = ""
+def describe_ratios(config: RunConfig) -> list[str]:
+    """A line for the ratios of the layers, and one for the schedule, if there are any."""
+    model, lines = config.model, []
     if model.layer_activation_ratios is not None:
-        text += f", by layer {' '.join(f'{ratio:g}' for ratio in model.layer_activation_ratios)}"
+        lines.append(f"          by layer {', '.join(f'{ratio:g}' for ratio in model.layer_activation_ratios)}")
     if model.activation_ratio_schedule:
-        at = [
-            f"{model.at_step(point.step).activation_ratio:g} at step {point.step}"
-            for point in model.activation_ratio_schedule
-        ]
-        text += f", in training {', '.join(at)} ({model.activation_ratio_curve})"
-    return text
+        steps = [point.step for point in model.activation_ratio_schedule]
+        ratios = ", ".join(f"{model.at_step(step).activation_ratio:g} at step {step}" for step in steps)
+        lines.append(f"          in training {ratios} ({model.activation_ratio_curve})")
+        if steps[-1] > config.training.steps:
+            lines.append(
+                f"warning: training.steps={config.training.steps} ends before model.activation_ratio_schedule, whose last "
+                f"step is {steps[-1]}"
+            )
+    return lines
 
 
 def describe_process_memory(model: float) -> str:

@@ -74,8 +74,14 @@ class MoneConfig(Qwen3MoeConfig):
             numbers = getattr(self, name)
             if numbers is not None and len(numbers) != self.num_hidden_layers:
                 raise ValueError(f"{name} has {len(numbers)} numbers for {self.num_hidden_layers} layers")
-        if any(not 0 < ratio <= 1 for ratio in self.layer_activation_ratios or ()):
-            raise ValueError(f"layer_activation_ratios={self.layer_activation_ratios}: all must be in (0, 1]")
+        layers = self.layer_activation_ratios
+        if layers is not None and any(not 0 < ratio <= 1 for ratio in layers):
+            raise ValueError(f"layer_activation_ratios={layers}: all must be in (0, 1]")
+        if layers is not None and abs(sum(layers) / len(layers) - self.activation_ratio) > 1e-3:
+            raise ValueError(
+                f"activation_ratio={self.activation_ratio}: must be the mean of layer_activation_ratios={layers}; for one "
+                "ratio in all layers set layer_activation_ratios=None"
+            )
 
     @property
     def active_neurons(self) -> int:

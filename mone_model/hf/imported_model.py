@@ -68,8 +68,9 @@ def find_model(path: Path, *, step: int | None = None) -> ImportedModel:
     """The model in a folder; step: of the checkpoint of a run, None: the newest. UserError if there is none."""
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
         checkpoints, problems = list_saved(path, step=step)
-        model = model_of(checkpoints[-1])
-        return ImportedModel(path, "checkpoint", model, None, [each for each in checkpoints if model_of(each) == model])
+        model, of_run = model_of(checkpoints[-1]), _model_of_run(checkpoints[-1])
+        same = [each for each in checkpoints if _model_of_run(each) == of_run]
+        return ImportedModel(path, "checkpoint", model, None, same)
     if step is not None:
         raise UserError(f"{path}: has no checkpoints, of which step={step} could be one")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -100,10 +101,12 @@ def list_saved(folder: Path, *, step: int | None = None) -> tuple[list[Checkpoin
 
 
 def model_of(checkpoint: Checkpoint) -> ModelConfig:
-    """The `model` section of the run that wrote a checkpoint; UserError if it is missing or invalid.
+    """The model of the run that wrote a checkpoint, at its step; UserError if it is missing or invalid."""
+    return _model_of_run(checkpoint).at_step(checkpoint.step)
 
-    With a schedule of the ratio: the model at the step of the checkpoint.
-    """
+
+def _model_of_run(checkpoint: Checkpoint) -> ModelConfig:
+    """The `model` section, with the schedule of the ratio."""
     noted = checkpoint.noted.get("model")
     try:
         if not isinstance(noted, dict):
@@ -112,7 +115,7 @@ def model_of(checkpoint: Checkpoint) -> ModelConfig:
         _ = model.padded_vocab_size
     except (TypeError, ValueError) as error:
         raise UserError(f"{checkpoint.path}: not a model of this version ({error})") from error
-    return model.at_step(checkpoint.step)
+    return model
 
 
 def differences(ours: ModelConfig, theirs: ModelConfig, *, upcycle: bool = False) -> dict[str, tuple[Any, Any]]:

@@ -159,7 +159,11 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path, run: Path, call_main:
     with pytest.raises(UserError, match="transformers cannot load it"):
         load(tmp_path / "out")
     config = json.loads((tmp_path / "out/config.json").read_text())
-    for name, value in {"activation_ratio": 2.0, "scoring_func": "tanh", "neuron_thresholds": [0.1]}.items():
+    invalid: dict[str, Any] = {"activation_ratio": 2.0, "scoring_func": "tanh", "neuron_thresholds": [0.1]}
+    for name, value in [
+        *invalid.items(),
+        *(("layer_activation_ratios", value) for value in ([0.25], [0.25, 0], [0.5, 0.25])),
+    ]:
         (tmp_path / "out/config.json").write_text(json.dumps(config | {name: value}))
         with pytest.raises(UserError, match=name):
             load(tmp_path / "out")

@@ -335,3 +335,12 @@ def test_top_k_rounds_halves_up(ratio: float, neurons: int, k: int) -> None:
 )
 def test_time_limits_are_written_as_slurm_does(limit: str | None, seconds: float) -> None:
     assert ExecutionConfig(time_limit=limit).time_limit_seconds == seconds
+
+
+def test_a_run_that_ends_before_the_schedule_of_the_ratio_says_so() -> None:
+    model = scheduled((0, 1.0), (900, None), vocab_size=64)
+    config = RunConfig(model=model, training=TrainingConfig(steps=500))
+    warning = "warning: training.steps=500 ends before model.activation_ratio_schedule, whose last step is 900"
+    assert warning in describe_run(config, 1)
+    config.training.steps = 900
+    assert "warning" not in describe_run(config, 1)

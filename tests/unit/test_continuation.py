@@ -22,6 +22,7 @@ from data_prep.shards import load_manifest
 from mone_common.checkpoint_folder import BACKEND, COMMON, MANIFEST, METADATA, Checkpoint, digest, name_of
 from mone_common.console import ReportedError, showing_log
 from mone_model.config import ComputeConfig, ModelConfig, RatioPoint
+from mone_model.hf.imported_model import find_model
 from mone_model.hf.loading import load
 from tests.tiny import TINY_MODEL, make_shards
 from train import training_run
@@ -688,7 +689,8 @@ def test_a_schedule_of_the_ratio_is_a_branch_with_another_ratio(
     train(config_of(plain, shards, model=model | {"activation_ratio": 1.0}, run={"stop_at_step": 3}, **base))
     train(branch_of(plain, branch, shards, model=model, **base))
     said = train(config_of(whole, shards, model=model | SCHEDULE, run={"stop_at_step": 3}, **base))
-    assert "in training 1 at step 0, 0.25 at step 4 (steps)" in said
+    assert "in training 1 at step 0, 0.25 at step 4 (steps)\n" in said
+    assert "warning: training.steps" not in said
     train(config_of(whole, shards, model=model | SCHEDULE, **base))
     found = metrics(whole)
     assert [record.pop("train/activation_ratio") for record in found if "train/loss" in record] == [1.0] * 3 + [0.25] * 3
@@ -697,10 +699,11 @@ def test_a_schedule_of_the_ratio_is_a_branch_with_another_ratio(
 
 def test_validation_and_loaded_checkpoints_use_the_ratio_of_their_step(shards: Path, tmp_path: Path, train: Train) -> None:
     model = TINY_MODEL | {"activation_ratio_schedule": [RatioPoint(0, 1.0), RatioPoint(6)]}
-    options = {"model": model, "evaluation": {"interval": 2, "sequences": 4}, "checkpoint": {"interval": 2, "keep_last": 9}}
+    options: dict[str, Any] = {"model": model, "evaluation": {"interval": 2, "sequences": 4}}
     train(config_of(tmp_path / "run", shards, run={"dir": str(tmp_path / "run"), "stop_at_step": 4}, **options))
     losses = [record["validation/loss"] for record in metrics(tmp_path / "run") if "validation/loss" in record]
     assert len(losses) == 2
+    assert [found.step for found in find_model(tmp_path / "run").checkpoints] == [2, 4]
     for step, ratio, loss in ((2, 0.75, losses[0]), (4, 0.5, losses[1])):
         config = load_run_config(tmp_path / "run")
         loaded = load_model(config, step=step)
