@@ -66,6 +66,19 @@ def test_a_model_of_ours_needs_no_option() -> None:
     assert by_threshold.rule(2, 64) == AtLeast(0.3)
 
 
+def test_ratios_by_layer_need_one_ratio_or_thresholds() -> None:
+    model = mone(layer_activation_ratios=[0.5, 0.125, 0.125])
+    with pytest.raises(ValueError, match=r"layer_activation_ratios=\[0.5, 0.125, 0.125\]: .* give mone.ratio"):
+        read_selection({}, model)
+    selection = read_selection({"mone": {"ratio": 0.25}}, model)
+    assert selection is not None
+    assert selection.rule(0, 64) == TopK(16)
+    model.neuron_thresholds = [0.1, 0.2, 0.3]
+    by_threshold = read_selection({}, model)
+    assert by_threshold is not None
+    assert by_threshold.rule(2, 64) == AtLeast(0.3)
+
+
 def test_an_activation_without_selection_needs_our_experts() -> None:
     selection = read_selection({}, mone(activation_ratio=1.0, hidden_act="relu"))
     assert selection is not None
