@@ -132,23 +132,28 @@ COSTS: dict[str, Callable[[Point], float]] = {
 
 def draw_costs(path: Path, points: Sequence[Point]) -> bool:
     """Validation loss against each of the COSTS: the mean over seeds, with their standard deviation as error bars."""
-    shown = [point for point in points if point.validation.values][:MOST]
-    if not shown:
+    names = [(point, name) for point, name in zip(points, labels(points), strict=True) if point.validation.values][:MOST]
+    if not names:
         return False
     with plt.rc_context(LETTERS):
-        rows = math.ceil(len(COSTS) / 2)
-        figure, panels = plt.subplots(rows, 2, figsize=(2 * WIDTH, rows * HEIGHT), sharey=True, layout="constrained")
-        for axes, (label, cost) in zip(panels.flat, COSTS.items(), strict=True):
-            for number, point in enumerate(shown):
+        rows, groups = math.ceil(len(COSTS) / 2), list(dict.fromkeys(point.group for point, _ in names))
+        size = (2 * WIDTH, rows * HEIGHT + 0.2 * math.ceil(len(names) / 3))
+        figure, panels = plt.subplots(rows, 2, figsize=size, sharey=True, layout="constrained")
+        for axes, (axis_label, cost) in zip(panels.flat, COSTS.items(), strict=True):
+            for number, (point, name) in enumerate(names):
                 spread = 0 if math.isnan(point.validation.spread) else point.validation.spread
-                look = {"color": f"C{number % 10}", "marker": "osD^v"[number // 10 % 5], "markersize": 5, "capsize": 2}
-                axes.errorbar([cost(point)], [point.validation.mean], yerr=[spread], **look)
-                axes.annotate(point.name, (cost(point), point.validation.mean), textcoords="offset points", xytext=(6, 3))
-            axes.set_xlabel(label)
-            axes.margins(x=0.25, y=0.1)
+                marker = "osD^vP*X"[groups.index(point.group) % 8]
+                look = {"color": f"C{number % 10}", "marker": marker, "markersize": 6, "elinewidth": 0.8, "capsize": 2}
+                axes.errorbar(
+                    [cost(point)], [point.validation.mean], yerr=[spread], linestyle="", label=_legend(name), **look
+                )
+            axes.set_xlabel(axis_label)
+            axes.margins(x=0.1, y=0.1)
             axes.grid(alpha=0.3)
         for axes in panels[:, 0]:
             axes.set_ylabel("held-out loss, nats per token")
+        entries = panels.flat[0].get_legend_handles_labels()
+        figure.legend(*entries, loc="outside lower center", ncols=3)
         save(figure, path, dots=SHARPNESS)
     return True
 
