@@ -32,6 +32,13 @@ RATIO_NAMES = {"1": "1", "1_2": "1/2", "1_4": "1/4", "1_8": "1/8"}
 """Ends of the names of evaluations that keep another share of the neurons than training did, and the shares."""
 SELECTIONS = {"ratio": "the K best", "threshold": "by threshold"}
 """Beginnings of these names, and how they select."""
+NEURONS = {
+    "dead": "neurons that no token kept",
+    "usage_gini": "Gini coefficient of use",
+    "gate_magnitude": "mean absolute activated gate",
+    "threshold": "smallest one kept, mean",
+}
+"""Metrics of neurons (docs/metrics.md) and their headings."""
 NO_RUN = "No reported run yet."
 Pair = tuple[str, str]
 """A point and its baseline, each EXPERIMENT/POINT or EXPERIMENT/POINT@EVALUATION."""
@@ -170,9 +177,10 @@ def describe(plan: Plan, name: str, points: Mapping[str, Point], tables: list[Ta
     own = {point: points[full_name(name, point)] for point in experiment.points if full_name(name, point) in points}
     if not own:
         return NO_RUN
-    parts = [tabulate(own), *(markdown(table.headings, table.rows) for table in tables)]
-    if table := ratios_table(own):
-        parts.append(table)
+    elsewhere = dict.fromkeys(each for pair in experiment.contrasts for each in pair if "/" in each and each in points)
+    shown = own | {point: points[point] for point in elsewhere}
+    parts = [tabulate(shown), *(markdown(table.headings, table.rows) for table in tables)]
+    parts += [table for table in (ratios_table(own), neurons_table(shown)) if table]
     missing = [point for point in experiment.points if point not in own or len(own[point].complete) < len(experiment.seeds)]
     if missing:
         parts.append(f"Not complete: {', '.join(missing)}.")
@@ -235,6 +243,16 @@ def ratios_table(points: Mapping[str, Point]) -> str:
             if seeds:
                 rows.append((f"{name}, trained at {point.ratio:g}", how, str(seeds), *cells))
     return markdown(("loss at ratio", "neurons kept", "seeds", *RATIO_NAMES.values()), rows) if rows else ""
+
+
+def neurons_table(points: Mapping[str, Point]) -> str:
+    """How the points that select use their neurons at the end of training; empty without such points."""
+    rows = []
+    for name, point in points.items():
+        values = [point.mean(f"neuron/{metric}") for metric in NEURONS]
+        if point.ratio < 1 and None not in values:
+            rows.append((name, *(f"{value:.3g}" for value in values)))
+    return markdown(("point", *NEURONS.values()), rows) if rows else ""
 
 
 def update_page(plan: Plan, records: Path, page: Path) -> None:

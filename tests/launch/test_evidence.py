@@ -102,6 +102,10 @@ def plan(tmp_path: Path) -> Plan:
         for seed in (1, 2, 3):
             folder = tmp_path / f"runs/{name},{seed}"
             write_run(folder, "e", ratio, seed, 9.0, options=["optimizer.lr=0.003"])
+            with open(folder / "metrics.jsonl", "a") as metrics:
+                names = ("dead", "usage_gini", "gate_magnitude", "threshold")
+                use = {f"neuron/{metric}": number / 10 for number, metric in enumerate(names, 1)}
+                metrics.write(json.dumps({"step": 20} | use) + "\n")
             loss = 4 + (0.02 + seed / 1000 if name == "quarter" else 0)
             for evaluation in ("trained", "ratio_1", "ratio_1_2", "ratio_1_4", "ratio_1_8", "threshold_1_4"):
                 write_evaluation(folder, [loss] * 4, evaluation)
@@ -152,6 +156,8 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
         "| quarter, trained at 0.25 | by threshold | 3 | - | - | 4.0220 | - |",
     ]
     assert "Not complete: plain, quarter." in text
+    assert "| quarter | 0.1 | 0.2 | 0.3 | 0.4 |" in of_e
+    assert not [line for line in of_e if line.startswith("| plain | 0.1 |")]
     (excess,) = [line for line in lines if line.startswith("| quarter - plain | quarter - plain of e |")]
     assert excess.strip("| ").split(" | ")[2:5] == ["3", "+0.1000", "+0.1000 to +0.1000"]
     rows = [line.strip("| ").split(" | ") for line in lines if line.count("|") == 7]
