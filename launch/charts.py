@@ -124,7 +124,7 @@ COSTS: dict[str, Callable[[Point], float]] = {
     "million active parameters": lambda point: point.parameters.active / 1e6,
     "million training FLOPs per token, as owed": lambda point: point.training_flops.sparse / 1e6,
     "minutes of training on one core": lambda point: (
-        statistics.fmean(run.seconds or math.nan for run in point.complete) / 60
+        statistics.fmean(run.undisturbed_seconds or math.nan for run in point.complete) / 60
     ),
 }
 """What a point costs."""

@@ -198,7 +198,7 @@ def tabulate(points: Mapping[str, Point]) -> str:
     rows = []
     for name, point in points.items():
         parameters, flops = point.parameters, point.training_flops
-        seconds = [run.seconds for run in point.complete if run.seconds]
+        seconds = [run.undisturbed_seconds for run in point.complete if run.undisturbed_seconds]
         memory = [run.peak_gib for run in point.complete if run.peak_gib]
         rates = {f"{run.options['optimizer.lr']:g}" for run in point.complete}
         rows.append(

@@ -20,6 +20,8 @@ from mone_model.accounting import Flops, Parameters, count_parameters, count_tra
 from mone_model.config import ModelConfig
 
 RATIO = "model.activation_ratio"
+UNDISTURBED = "speed/undisturbed_tokens_per_second"
+"""Metric of a record: `Run.undisturbed_speed`."""
 SEEDS = ("run.seed", "data.seed")
 """Options with seeds; null means: equal to the first."""
 INCIDENTAL = (
@@ -128,6 +130,20 @@ class Run:
     def seconds(self) -> float | None:
         """Seconds of training at the median speed."""
         tokens, speed = self.last("train/tokens"), self.tokens_per_second
+        return None if tokens is None or speed is None else tokens / speed
+
+    @property
+    def undisturbed_speed(self) -> float | None:
+        """Tokens per second that a tenth of the records exceed: the speed while the machine does little else."""
+        if (recorded := self.last(UNDISTURBED)) is not None:
+            return recorded
+        speeds = sorted(value for _, value in self.series("speed/tokens_per_second"))
+        return speeds[int(0.9 * (len(speeds) - 1))] if speeds else None
+
+    @property
+    def undisturbed_seconds(self) -> float | None:
+        """Seconds of training at that speed."""
+        tokens, speed = self.last("train/tokens"), self.undisturbed_speed
         return None if tokens is None or speed is None else tokens / speed
 
     @property

@@ -356,6 +356,8 @@ def test_records_give_the_same_report_as_the_runs(runs: Path, tmp_path: Path, ca
         else:
             write_record(run, record)
             assert read_record(record).evaluations == run.evaluations
+            for found in (run, read_record(record)):
+                assert (found.tokens_per_second, found.undisturbed_speed) == (910.5, 918.0)
             assert run.evaluations["held_out"].sources == [("b", 1), ("a", 1), ("b", 1), ("a", 1)]
     shutil.rmtree(runs / "sweep/activation_ratio=0.25,seed=4")
     for folder in ("runs", "records"):
