@@ -33,13 +33,14 @@ class Claim:
 
 
 def verdict(says: str, test: Contrast, p: float) -> str:
-    """Whether a claim holds, and why; p: of no difference, corrected where several tests count together."""
-    different = p < 1 - LEVEL
-    if different and test.mean < 0:
-        return "holds: lower loss"
-    if test.equivalent:
-        reason = f"equal within ±{test.margin:g}"
-        return f"holds: {reason}" if says == "equal" else f"does not hold: {reason}"
-    if different:
-        return "does not hold: higher loss"
-    return "not decided"
+    """Whether a claim holds, and why; p: of no difference, corrected where several tests count together.
+
+    Within the margin an equal loss is shown, but a lower loss is not refuted: it may be lower by less.
+    """
+    within = f"within ±{test.margin:g}"
+    if says == "equal" and test.equivalent:
+        return f"holds: {within}"
+    size = f", {within}" if test.equivalent else ""
+    if p < 1 - LEVEL:
+        return f"holds: lower loss{size}" if test.mean < 0 else f"does not hold: higher loss{size}"
+    return f"not decided{size}"

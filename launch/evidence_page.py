@@ -12,9 +12,10 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from launch.charts import draw_costs, draw_validation_by_point
-from launch.claims import Claim, verdict
+from launch.claims import verdict
 from launch.contrasts import Assessment, assessment
 from launch.experiments import Experiment, Plan, full_name
 from launch.points import Point, Run
@@ -36,7 +37,7 @@ NEURONS = {
     "dead": "neurons that no token kept",
     "usage_gini": "Gini coefficient of use",
     "gate_magnitude": "mean absolute activated gate",
-    "threshold": "smallest one kept, mean",
+    "threshold": "smallest score kept, mean",
 }
 """Metrics of neurons (docs/metrics.md) and their headings."""
 NO_RUN = "No reported run yet."
@@ -71,11 +72,17 @@ def evaluated(points: Mapping[str, Point], name: str) -> Point | None:
 
 
 def paired(point: Point, base: Point) -> tuple[Point, Point]:
-    """Both points, with the complete runs that have a partner: the same seeds, trained on the same kind of processor."""
+    """Both points, with the complete runs that have a partner.
+
+    Partners have the same seeds, were trained on the same kind of processor, and were scored on the same documents.
+    """
+
+    def key(run: Run) -> tuple[Any, ...]:
+        return run.seeds, run.processor, run.documents and run.documents.sha256
 
     def only(one: Point, other: Point) -> Point:
-        partners = {(run.seeds, run.processor) for run in other.complete}
-        return dataclasses.replace(one, runs=tuple(run for run in one.complete if (run.seeds, run.processor) in partners))
+        partners = set(map(key, other.complete))
+        return dataclasses.replace(one, runs=tuple(run for run in one.complete if key(run) in partners))
 
     return only(point, base), only(base, point)
 
@@ -97,9 +104,10 @@ def tested(plan: Plan, points: Mapping[str, Point], pairs: Iterable[Pair]) -> di
 
 
 def correct(plan: Plan, tests: Mapping[Pair, Contrast]) -> dict[Pair, float]:
-    """Holm's corrected p values of the primary contrasts that were tested."""
+    """Holm's corrected p values of the primary contrasts that were tested; those that were not count as tests too."""
     primary = {pair: test.p for pair, test in tests.items() if list(pair) in plan.primary}
-    return dict(zip(primary, holm(list(primary.values())), strict=True))
+    missing = [1.0] * (len(plan.primary) - len(primary))
+    return dict(zip(primary, holm([*primary.values(), *missing]), strict=False))
 
 
 def pairs_of(plan: Plan, name: str) -> list[Pair]:
@@ -142,11 +150,11 @@ def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Asses
 
 def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
     """The claims with their differences and verdicts."""
-    tests = tested(plan, points, map(_pair, plan.claims))
+    tests = tested(plan, points, (_pair(claim.contrast) for claim in plan.claims))
     corrected = correct(plan, tests)
     rows = []
     for claim in plan.claims:
-        pair = _pair(claim)
+        pair = _pair(claim.contrast)
         cells = ("not yet measured", "", "", "")
         if found := tests.get(pair):
             result = verdict(claim.says, found, corrected.get(pair, found.p))
@@ -156,19 +164,18 @@ def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
 
 
 def headline(plan: Plan, points: Mapping[str, Point]) -> str:
-    """One sentence about the claims of the first experiment."""
-    first = [_pair(claim) for claim in plan.claims if _pair(claim)[0].startswith(f"{next(iter(plan.experiments))}/")]
+    """One sentence about the primary contrasts of the first experiment, whose baseline is the plain MoE."""
+    first = [pair for pair in pairs_of(plan, next(iter(plan.experiments))) if list(pair) in plan.primary]
     parts = [
         f"with {points[point].ratio:g} of the neurons the loss is {found.mean:+.3f} nats per token "
         f"({found.low:+.3f} to {found.high:+.3f}, {found.pairs} seeds)"
         for (point, _), found in tested(plan, points, first).items()
-        if "@" not in point
     ]
     return f"Against the plain MoE with the same weights, {', and '.join(parts)}." if parts else NO_RUN
 
 
-def _pair(claim: Claim) -> Pair:
-    return claim.contrast[0], claim.contrast[1]
+def _pair(names: Sequence[str]) -> Pair:
+    return names[0], names[1]
 
 
 def describe(plan: Plan, name: str, points: Mapping[str, Point], tables: list[Table]) -> str:

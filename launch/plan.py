@@ -89,7 +89,7 @@ def _describe_model(config: PlanConfig) -> str:
             ("active for one token", _count(parameters.active)),
             (
                 "activation_ratio",
-                f"{model.activation_ratio:g}, K = {model.active_neurons} of {model.moe_ffn_hidden_size} neurons",
+                f"{model.activation_ratio:g}, K = {model.describe_active_neurons()} of {model.moe_ffn_hidden_size} neurons",
             ),
             ("active_expert_params", f"{parameters.active_expert_params:.1%}, {_count(parameters.active_experts)}"),
             ("active_moe_params", f"{parameters.active_moe_params:.1%}, with router and shared expert"),

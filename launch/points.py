@@ -20,8 +20,8 @@ from mone_model.accounting import Flops, Parameters, count_parameters, count_tra
 from mone_model.config import ModelConfig
 
 RATIO = "model.activation_ratio"
-UNDISTURBED = "speed/undisturbed_tokens_per_second"
-"""Metric of a record: `Run.undisturbed_speed`."""
+UNDISTURBED, TRAINED = "speed/undisturbed_tokens_per_second", "train/trained_tokens"
+"""Metrics of a record: `Run.undisturbed_speed` and `Run.trained_tokens`."""
 SEEDS = ("run.seed", "data.seed")
 """Options with seeds; null means: equal to the first."""
 INCIDENTAL = (
@@ -127,9 +127,17 @@ class Run:
         return statistics.median(speeds) if speeds else None
 
     @property
+    def trained_tokens(self) -> float | None:
+        """Tokens that the run trained on; those of the source of a branch (`init.branch`) are not among them."""
+        if (recorded := self.last(TRAINED)) is not None:
+            return recorded
+        counts = [value for _, value in self.series("train/tokens")]
+        return counts[-1] - (counts[0] if self.options.get("init.branch") else 0) if counts else None
+
+    @property
     def seconds(self) -> float | None:
         """Seconds of training at the median speed."""
-        tokens, speed = self.last("train/tokens"), self.tokens_per_second
+        tokens, speed = self.trained_tokens, self.tokens_per_second
         return None if tokens is None or speed is None else tokens / speed
 
     @property
@@ -143,7 +151,7 @@ class Run:
     @property
     def undisturbed_seconds(self) -> float | None:
         """Seconds of training at that speed."""
-        tokens, speed = self.last("train/tokens"), self.undisturbed_speed
+        tokens, speed = self.trained_tokens, self.undisturbed_speed
         return None if tokens is None or speed is None else tokens / speed
 
     @property

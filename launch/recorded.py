@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launch.points import UNDISTURBED, Evaluation, Run
+from launch.points import TRAINED, UNDISTURBED, Evaluation, Run
 from mone_common.files import writing
 from mone_common.run_folder import ENVIRONMENT_FILE, DamagedFile, read_file
 from mone_common.text import printable
@@ -56,7 +56,11 @@ def _shorten(run: Run) -> list[dict[str, Any]]:
     last: dict[str, Any] = {}
     for record in run.records:
         last |= {name: value for name, value in record.items() if not name.startswith(("validation/", "train/"))}
-    costs = {"speed/tokens_per_second": run.tokens_per_second, UNDISTURBED: run.undisturbed_speed}
+    costs = {
+        "speed/tokens_per_second": run.tokens_per_second,
+        UNDISTURBED: run.undisturbed_speed,
+        TRAINED: run.trained_tokens,
+    }
     return [*curve, *validations, last | costs | {"memory/peak_gib": run.peak_gib}]
 
 

@@ -13,7 +13,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from mone_common.run_records import examine_metrics, read_config, read_reading, 
 from mone_common.text import printable
 from mone_eval.results import read_evaluations
 from mone_model.accounting import count_parameters
+from mone_model.config import ModelConfig
+from train.config_init import InitConfig
 
 BLEND = "data.blend"
 
@@ -135,9 +138,18 @@ def _check(run: Run) -> None:
         raise DamagedFile(f"{printable(run.folder)}: not the configuration of a run ({error})") from error
 
 
+@cache
+def _defaults() -> dict[str, Any]:
+    """Defaults of the sections that newer versions extend."""
+    model, init = asdict(ModelConfig()), asdict(InitConfig())
+    return {f"model.{name}": value for name, value in model.items()} | {
+        f"init.{name}": value for name, value in init.items()
+    }
+
+
 def comparable(options: dict[str, Any]) -> dict[str, Any]:
-    """Options in a canonical form: without nulls, because older versions lack some options, and with absolute paths."""
-    found = {name: value for name, value in options.items() if value is not None}
+    """Options in a canonical form: without nulls, with absolute paths, and with defaults of what older versions lack."""
+    found = {name: value for name, value in (_defaults() | options).items() if value is not None}
     if isinstance(blend := found.get(BLEND), list):
         found[BLEND] = [
             {**source, "path": os.path.abspath(str(source.get("path")))} if isinstance(source, dict) else source

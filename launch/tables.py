@@ -33,7 +33,7 @@ def tabulate_points(points: Sequence[Point], compared: Sequence[Comparison | Non
                 "-" if comparison is None or not comparison.difference.values else _difference(comparison),
                 "-" if comparison is None else _baseline(comparison, name_of[id(comparison.base)]),
                 f"{point.ratio:g}",
-                f"{point.model.active_neurons} of {point.model.moe_ffn_hidden_size}",
+                f"{point.model.describe_active_neurons()} of {point.model.moe_ffn_hidden_size}",
                 f"{parameters.active_expert_params:.1%}",
                 f"{parameters.active_moe_params:.1%}",
                 f"{parameters.active_experts / 1e6:.2f}M",

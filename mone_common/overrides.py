@@ -59,13 +59,15 @@ def read_overrides(hydra: "Hydra", config_name: str, arguments: list[str], *, sw
     found = [argument for argument, override in parsed.items() if override and override.key_or_group == "hydra.searchpath"]
 
     @functools.cache
+    def repository() -> Any:
+        # As loader.get_group_options, which copies all sources of configuration in each call.
+        return loader._parse_overrides_and_create_caching_repo(config_name, found)[1]  # type: ignore[attr-defined]
+
+    @functools.cache
     def choices(group: str) -> list[str]:
-        # Each listing copies all sources of configuration. Names of groups have no dots.
-        if "." in group or not (found or loader.repository.group_exists(group)):  # type: ignore[attr-defined]
-            return []
-        inner = loader.get_group_options(group, ObjectType.GROUP, config_name, found) if group else []
+        inner = repository().get_group_options(group, ObjectType.GROUP) if group else []
         nested = [f"{name}/{choice}" for name in inner for choice in choices(f"{group}/{name}")]
-        return [*loader.get_group_options(group, ObjectType.CONFIG, config_name, found), *nested]
+        return [*repository().get_group_options(group, ObjectType.CONFIG), *nested]
 
     def compose(overrides: list[str]) -> DictConfig:
         return hydra.compose_config(config_name, overrides, RunMode.MULTIRUN, validate_sweep_overrides=False)

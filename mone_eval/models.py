@@ -229,6 +229,7 @@ def describe(model: Any) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "activation_ratio": ratio,
+        "layer_activation_ratios": getattr(config, "layer_activation_ratios", None),
         "thresholds": getattr(config, "neuron_thresholds", None),
         "fingerprint": fingerprint(model),
     }

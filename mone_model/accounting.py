@@ -11,6 +11,7 @@ L layers, s sequence length, a query heads, g key/value heads, c channels of a h
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from mone_model.config import ComputeConfig, ModelConfig, ParallelConfig, top_k
@@ -189,13 +190,20 @@ def estimate_memory(
 
     Weights, gradients and optimizer are those of the first pipeline stage. It also holds the activations of as many
     micro-batches as there are stages, with virtual stages a little more; the last stage those of one, and the logits:
-    the larger counts. With a schedule of the ratio, it is the memory at the largest one. Not in it: what the allocator and
-    the communication libraries keep for themselves.
+    the larger counts. With a schedule of the ratio, it is the memory of the step that needs most. Not in it: what the
+    allocator and the communication libraries keep for themselves.
     """
     if model.activation_ratio_schedule:
-        model = max(
-            (model.at_step(point.step) for point in model.activation_ratio_schedule), key=lambda at: at.activation_ratio
+        estimate = functools.partial(
+            estimate_memory,
+            parallel=parallel,
+            compute=compute,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            micro_batches=micro_batches,
+            fused=fused,
         )
+        return max(map(estimate, _ratios_of_schedule(model)), key=lambda memory: memory.total)
     stage = parallel.pipeline
     dense, experts = _rank_weights(model, parallel)
     weight_bytes = 2 if compute.precision == "bf16" else 4
@@ -223,6 +231,16 @@ def estimate_memory(
         activations=round(last if stage == 1 else max(first, last)),
         working=round(max(logits_gradient if stage == 1 or last > first else 0, recomputed)),
     )
+
+
+def _ratios_of_schedule(model: ModelConfig) -> list[ModelConfig]:
+    """The model at the points of its schedule and, if it begins with all neurons, at the largest ratio that selects."""
+    models = [model.at_step(point.step) for point in model.activation_ratio_schedule]
+    selecting = 1 - 1 / model.moe_ffn_hidden_size
+    if model.activation_ratio < selecting < max(each.activation_ratio for each in models):
+        constant = dataclasses.replace(model, layer_activation_ratios=None, activation_ratio_schedule=[])
+        models.append(dataclasses.replace(constant, activation_ratio=selecting))
+    return models
 
 
 def _rank_weights(model: ModelConfig, parallel: ParallelConfig) -> tuple[float, float]:
@@ -285,8 +303,17 @@ def _saved_by_norm(item: int, fused: bool) -> int:
 
 
 def _saved_by_neurons(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int) -> float:
-    """Bytes that the neurons of one token in one expert keep, beside their input; compute.experts=auto: as if grouped."""
-    neurons, k = model.moe_ffn_hidden_size, model.active_neurons
+    """Bytes that the neurons of one token in one expert keep, beside their input, as a mean over the layers.
+
+    compute.experts=auto: as if grouped.
+    """
+    by_layer = model.active_neurons_by_layer
+    return sum(_saved_by_kept(model, parallel, compute, item, k) for k in by_layer) / len(by_layer)
+
+
+def _saved_by_kept(model: ModelConfig, parallel: ParallelConfig, compute: ComputeConfig, item: int, k: int) -> float:
+    """The same in a layer that keeps k neurons."""
+    neurons = model.moe_ffn_hidden_size
     balancing, stride = model.neuron_balance_coeff > 0, model.neuron_balance_stride
     compressed = _compressed(neurons, k, item)
     if compute.experts == "sparse":  # the balance loss: the gates of the rows that it reads

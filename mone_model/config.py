@@ -268,6 +268,7 @@ class ModelConfig:
                 self.activation_ratio,
                 f"must be the mean of {option}, {mean:.4g}",
             )
+            check(mean == 1 or self.activation_ratio < 1, "model.activation_ratio", 1, f"{option} has ratios below 1")
         option, curve = "model.activation_ratio_schedule", self.activation_ratio_curve
         check(curve in RATIO_CURVES, "model.activation_ratio_curve", curve, f"choose from {', '.join(RATIO_CURVES)}")
         steps, ratios = [point.step for point in schedule], [ratio for _, ratio in self._ratio_points]
@@ -305,6 +306,11 @@ class ModelConfig:
         ratios = self.layer_activation_ratios or [self.activation_ratio] * self.num_layers
         return [top_k(ratio, self.moe_ffn_hidden_size) for ratio in ratios]
 
+    def describe_active_neurons(self) -> str:
+        """K, or its range over the layers: 128, or 64 to 256."""
+        by_layer = self.active_neurons_by_layer
+        return f"{min(by_layer)}" if len({*by_layer}) == 1 else f"{min(by_layer)} to {max(by_layer)}"
+
     def at_step(self, step: int) -> "ModelConfig":
         """The model as it is at a step of training, counted from 1: with the ratios of that step, and no schedule.
 
@@ -314,7 +320,7 @@ class ModelConfig:
         if not self.activation_ratio_schedule:
             return self
         ratio, layers = self._scheduled_ratio(step), self.layer_activation_ratios
-        if layers is not None and self.activation_ratio < 1:
+        if layers is not None and ratio != self.activation_ratio:
             dropped = (1 - ratio) / (1 - self.activation_ratio)
             layers = [1 - dropped * (1 - last) for last in layers]
             ratio = sum(layers) / len(layers)

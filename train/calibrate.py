@@ -110,7 +110,7 @@ def main(hydra_config: DictConfig) -> None:
     print("  layer  threshold   kept")
     for layer, (threshold, share) in enumerate(zip(thresholds_L, shares_L, strict=True)):
         print(f"  {layer:5} {threshold:10.4g}  {share:5.1%}")
-    kept = f"the {run.model.active_neurons} best" if run.model.activation_ratio < 1 else "all neurons"
+    kept = f"the {run.model.describe_active_neurons()} best" if run.model.activation_ratio < 1 else "all neurons"
     print(f"loss {loss:.4f} nats per token, with {kept} of each token {exact:.4f}")
     print(f"written: {output}")
 

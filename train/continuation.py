@@ -140,10 +140,11 @@ def report_problems(problems: list[str]) -> None:
             logger.info("skipped %s", problem)
 
 
-def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None) -> str:
-    """The learning-rate schedule and the rate of the next step; after a resume also the earlier schedule if it differs.
+def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None, *, branch: bool = False) -> str:
+    """The learning-rate schedule and the rate of the next step; also the schedule of the checkpoint if it differs.
 
-    Includes a warning if the rate is higher than with the earlier schedule, and the options that keep the earlier one.
+    Includes a warning if the rate is higher than with that schedule, and the options that keep it. branch: the checkpoint is
+    that of another run.
     """
     optimizer, steps = config.optimizer, config.training.steps
     step = min(1 if checkpoint is None else checkpoint.step + 1, steps)
@@ -159,7 +160,7 @@ def describe_schedule(config: RunConfig, checkpoint: Checkpoint | None) -> str:
     before = _rate(*earlier, step)
     if before == rate and _words(*earlier) == _words(optimizer, steps):
         return text
-    text += f"; before the resume {_words(*earlier)}; {before:.3g} at step {step}"
+    text += f"; {'in the source' if branch else 'before the resume'} {_words(*earlier)}; {before:.3g} at step {step}"
     if rate > JUMP * before:
         text += (
             f"\nwarning: the learning rate jumps from {before:.3g} to {rate:.3g}; "

@@ -21,7 +21,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         [
             f"model     {parameters.total / 1e6:.1f}M parameters, {parameters.active / 1e6:.1f}M active; "
             f"{model.num_experts} experts of {model.moe_ffn_hidden_size} neurons, top {model.router_topk}",
-            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.active_neurons}), "
+            f"neurons   activation_ratio {model.activation_ratio:g} (K = {model.describe_active_neurons()}), "
             f"active_expert_params {parameters.active_expert_params:.1%}, "
             f"active_moe_params {parameters.active_moe_params:.1%} with router and shared expert",
             *describe_ratios(config),

@@ -73,6 +73,7 @@ def check_branch(config: RunConfig, manifests: list[Manifest]) -> list[Checkpoin
             "the start of its source"
         )
     check_continues(config, manifests, newest, branch=True)
+    report_problems(imported.problems)
     return imported.checkpoints
 
 
@@ -92,7 +93,7 @@ def open_source(config: RunConfig, device: "torch.device") -> tuple["WeightSourc
         checkpoint, problems = newest_intact(imported.checkpoints, trust=config.checkpoint.trust)
         if checkpoint is None:
             raise UserError(f"init.source={init.source}: {'; '.join(problems)}")
-        report_problems(problems)
+        report_problems(imported.problems + problems)
     source = open_weights(imported, config.model, checkpoint=checkpoint)
     if init.upcycle:
         source = UpcycledWeights(

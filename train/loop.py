@@ -95,6 +95,8 @@ class Trainer:
         checkpoint: the one that the engine was loaded from. initial: what is recorded of it.
         """
         self._begin(checkpoint.step, read_facts(checkpoint), run_id=None, wandb_id=None, initial=initial)
+        # Where the tokens of the source end and those of the branch begin.
+        self.recorder.record(self.step, {"train/tokens": float(self.samples * self.config.model.seq_length)})
         self.recorder.say(f"branched off {checkpoint.path} at step {self.step}")
 
     def _begin(

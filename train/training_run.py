@@ -50,8 +50,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
         if begins:
             from train import initial_source  # imports transformers; most runs do not need it
         if branches:
-            with value_errors_as_user_errors():
-                checkpoints = initial_source.check_branch(config, manifests)
+            checkpoints = agree_on_source(config, manifests)
         with value_errors_as_user_errors():
             config.compute.experts = agree_on_experts(config, checkpoints[-1] if checkpoints else None)
         if runtime.is_main:
@@ -74,7 +73,7 @@ def train_run(config: RunConfig, manifests: list[Manifest], checkpoints: list[Ch
         if runtime.is_main:
             write_reading(config, data.reading)
             print(describe_reading(data.reading), flush=True)
-            print(describe_schedule(config, checkpoint), flush=True)
+            print(describe_schedule(config, checkpoint, branch=branches), flush=True)
             changed = describe_order(order, read_facts(checkpoint).order if checkpoint is not None else None)
             if changed:
                 print(changed, flush=True)
@@ -124,6 +123,26 @@ def fill_engine(
     elif checkpoints:
         raise UserError(f"run.dir={config.run.dir}: none of its checkpoints can be loaded; move them away to start again")
     return checkpoint
+
+
+def agree_on_source(config: RunConfig, manifests: list[Manifest]) -> list[Checkpoint]:
+    """The checkpoints that `init.branch` can continue from, as rank 0 sees them; a collective on every rank.
+
+    A source that still trains adds and deletes checkpoints. UserError on every rank if the run cannot branch off them.
+    """
+    from train.initial_source import check_branch
+
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [check_branch(config, manifests)]
+        except ValueError as error:
+            found = [str(error)]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], str):
+        raise UserError(found[0])
+    checkpoints: list[Checkpoint] = found[0]
+    return checkpoints
 
 
 def agree_on_experts(config: RunConfig, checkpoint: Checkpoint | None) -> str:

@@ -62,6 +62,8 @@ class ImportedModel(NamedTuple):
     folder: ModelFolder | None
     checkpoints: list[Checkpoint]
     """Of a run: those to choose from, oldest first. Their content has not been verified."""
+    problems: list[str] = []
+    """Checkpoints of the run that cannot be read."""
 
 
 def find_model(path: Path, *, step: int | None = None) -> ImportedModel:
@@ -70,7 +72,7 @@ def find_model(path: Path, *, step: int | None = None) -> ImportedModel:
         checkpoints, problems = list_saved(path, step=step)
         model, of_run = model_of(checkpoints[-1]), _model_of_run(checkpoints[-1])
         same = [each for each in checkpoints if _model_of_run(each) == of_run]
-        return ImportedModel(path, "checkpoint", model, None, same)
+        return ImportedModel(path, "checkpoint", model, None, same, problems)
     if step is not None:
         raise UserError(f"{path}: has no checkpoints, of which step={step} could be one")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -86,7 +88,12 @@ def list_saved(folder: Path, *, step: int | None = None) -> tuple[list[Checkpoin
     """
     if not (folder / "checkpoints").is_dir():
         try:
-            return [read_manifest(folder)], []
+            checkpoint = read_manifest(folder)
+            if step not in (None, checkpoint.step):
+                raise UserError(f"{folder}: is the checkpoint of step {checkpoint.step}, not of step={step}")
+            return [checkpoint], []
+        except UserError:
+            raise
         except ValueError as error:
             what = f"neither a run with checkpoints nor a checkpoint ({error})" if folder.is_dir() else "does not exist"
             raise UserError(f"{folder}: {what}; give the folder of a run, such as runs/demo") from error

@@ -150,6 +150,10 @@ def test_a_run_continues_with_another_engine_world_size_batch_size_blend_and_len
     assert list(losses) == list(range(1, 11))
     assert tokens[4] == 4 * 8 * 32
     assert tokens[10] == tokens[4] + 6 * 4 * 32
+    # A branch on two processes, off a checkpoint that the run still has, is the run itself.
+    branch = ["init.source=runs/changed", "init.step=8", "init.branch=true"]
+    assert "branched off runs/changed" in finish(start(folder, "branch", *options, *branch, processes=2))
+    assert values(folder, "branch", "train/loss") == {step: losses[step] for step in (9, 10)}
     # No moment or step is lost: the loss does not jump.
     assert abs(losses[5] - losses[4]) < 0.2
     assert losses[10] < losses[1]

@@ -345,6 +345,17 @@ def test_an_evaluation_takes_the_place_of_the_validation_loss(tmp_path: Path, ca
     assert (code, "--margin" in error) == (2, True)
 
 
+def test_runs_of_an_earlier_version_lack_options_and_belong_to_the_same_point(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write_run(tmp_path / f"runs/{seed}", "sweep", 0.5, seed, 3.0)
+    config = OmegaConf.load(tmp_path / "runs/1/config.yaml")
+    for section, name in (("model", "activation_ratio_curve"), ("model", "neuron_score"), ("init", "branch")):
+        del config[section][name]  # type: ignore[index]
+    OmegaConf.save(config, tmp_path / "runs/1/config.yaml")
+    (point,) = group_runs(read_runs([tmp_path / "runs"]))
+    assert [run.seed for run in point.runs] == ["1", "2"]
+
+
 def test_records_give_the_same_report_as_the_runs(runs: Path, tmp_path: Path, call_main: Call) -> None:
     for run in read_runs([runs]):
         write_evaluation(run.folder, [run.validation_loss or 1.0] * 4)

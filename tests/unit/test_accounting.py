@@ -122,6 +122,20 @@ def test_training_flops_of_a_schedule_are_the_mean_over_the_steps() -> None:
     assert count_training_flops(scheduled).sparse == quarter
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 0.001])
+def test_the_memory_of_a_schedule_is_that_of_the_step_that_needs_most(coefficient: float) -> None:
+    base: dict[str, Any] = SMALL | {"neuron_balance_coeff": coefficient, "moe_ffn_hidden_size": 64}
+
+    def needs(**options: Any) -> int:
+        model = ModelConfig(**base | options)
+        return estimate_memory(model, ParallelConfig(), ComputeConfig(), micro_batch_size=8, data_parallel_size=1).total
+
+    scheduled = needs(activation_ratio_schedule=[RatioPoint(0, 1.0), RatioPoint(99)])
+    assert scheduled == max(needs(activation_ratio=k / 64) for k in range(16, 65))
+    by_layer = needs(activation_ratio=0.75, layer_activation_ratios=[1.0, 0.5])
+    assert by_layer == (needs(activation_ratio=1.0) + needs(activation_ratio=0.5)) / 2
+
+
 @pytest.mark.parametrize(("ratio", "splits"), [(0.25, 1), (0.25, 2), (1.0, 1), (0.25, 4), (1 / 16, 3)])
 def test_a_plain_moe_of_equal_total_size_has_the_same_total_and_active_expert_weights(ratio: float, splits: int) -> None:
     mone = ModelConfig(**SMALL | {"num_experts": 8, "router_topk": 2, "moe_ffn_hidden_size": 768, "activation_ratio": ratio})

@@ -365,3 +365,14 @@ def test_commands_in_the_documentation_compose(
         assert code == 0, f"{line}: {err}"
         composed += 1
     assert composed >= 10
+
+
+def test_groups_of_a_search_path_in_a_configuration_file_are_known(tmp_path: Path, call_main: Callable[..., Any]) -> None:
+    (tmp_path / "more/experiment/sub").mkdir(parents=True)
+    (tmp_path / "more/experiment/sub/mine.yaml").write_text("# @package _global_\ntraining:\n  steps: 17\n")
+    path = f"hydra:\n  searchpath:\n    - file://{tmp_path}/more\n"
+    (tmp_path / "mine.yaml").write_text(f"defaults:\n  - pretrain\n  - _self_\n{path}")
+    arguments = ("--config-dir", str(tmp_path), "--config-name", "mine", "experiment=sub/mine", "--cfg", "job")
+    code, out, errors = call_main(pretrain.main, *arguments)
+    assert code == 0, errors
+    assert "steps: 17" in out

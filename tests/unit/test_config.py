@@ -45,6 +45,10 @@ def scheduled(*points: tuple[int, float | None], **options: Any) -> ModelConfig:
             lambda: ModelConfig(layer_activation_ratios=[0.5, 0.25, 0.5, 0.25]),
             ["model.activation_ratio=0.25", "0.375"],
         ),
+        (
+            lambda: ModelConfig(activation_ratio=1, layer_activation_ratios=[0.999, 1, 1, 1]),
+            ["activation_ratio=1", "below 1"],
+        ),
         (lambda: ModelConfig(activation_ratio_curve="sine"), ["model.activation_ratio_curve=sine", "cosine"]),
         (lambda: scheduled((0, 1.0), (9, 0.5)), ["model.activation_ratio_schedule=1 at step 0, 0.5 at step 9", "0.25"]),
         (lambda: scheduled((0, 1.5), (9, 0.25)), ["model.activation_ratio_schedule=1.5 at step 0", "(0, 1]"]),
