@@ -48,6 +48,7 @@ def _architecture(model: ModelConfig, format: str) -> str:
         ("parameters", f"{counted.total:,}"),
         ("parameters active for a token", f"{counted.active:,}"),
         ("`activation_ratio`: share of an expert's neurons that a token keeps", f"{model.activation_ratio:g}"),
+        ("neurons of a chosen expert that a token keeps", model.describe_active_neurons()),
         (
             "`active_expert_params`: share of a chosen expert that a token touches",
             f"{counted.active_expert_params:.1%}",

@@ -70,6 +70,8 @@ def test_an_exported_model_has_the_same_logits(tmp_path: Path, call_main: Call, 
         code, _, errors = call_main(export.main, f"run={tmp_path / 'run'}", f"output={output}", f"format={asked}")
         assert code == 0, errors
         assert json.loads((output / "config.json").read_text())["model_type"] == written
+        kept = f"| neurons of a chosen expert that a token keeps | {model.describe_active_neurons()} |"
+        assert kept in (output / "README.md").read_text()
         stock = ["grouped_mm", "batched_mm"] if model.neuron_score != "frozen" else []
         for experts in ("eager", *stock, *(["mone"] if written == "mone" else [])):
             loaded = AutoModelForCausalLM.from_pretrained(
