@@ -171,7 +171,7 @@ def headline(plan: Plan, points: Mapping[str, Point]) -> str:
         f"({found.low:+.3f} to {found.high:+.3f}, {found.pairs} seeds)"
         for (point, _), found in tested(plan, points, first).items()
     ]
-    return f"Against the plain MoE with the same weights, {', and '.join(parts)}." if parts else NO_RUN
+    return f"Against the plain MoE with the same weights, {', and '.join(parts)}." if parts else "Not yet measured."
 
 
 def _pair(names: Sequence[str]) -> Pair:

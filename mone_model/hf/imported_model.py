@@ -70,9 +70,9 @@ def find_model(path: Path, *, step: int | None = None) -> ImportedModel:
     """The model in a folder; step: of the checkpoint of a run, None: the newest. UserError if there is none."""
     if (path / "checkpoints").is_dir() or (path / MANIFEST).is_file():
         checkpoints, problems = list_saved(path, step=step)
-        model, of_run = model_of(checkpoints[-1]), _model_of_run(checkpoints[-1])
+        of_run = _model_of_run(checkpoints[-1])
         same = [each for each in checkpoints if _model_of_run(each) == of_run]
-        return ImportedModel(path, "checkpoint", model, None, same, problems)
+        return ImportedModel(path, "checkpoint", of_run.at_step(checkpoints[-1].step), None, same, problems)
     if step is not None:
         raise UserError(f"{path}: has no checkpoints, of which step={step} could be one")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -89,14 +89,12 @@ def list_saved(folder: Path, *, step: int | None = None) -> tuple[list[Checkpoin
     if not (folder / "checkpoints").is_dir():
         try:
             checkpoint = read_manifest(folder)
-            if step not in (None, checkpoint.step):
-                raise UserError(f"{folder}: is the checkpoint of step {checkpoint.step}, not of step={step}")
-            return [checkpoint], []
-        except UserError:
-            raise
         except ValueError as error:
             what = f"neither a run with checkpoints nor a checkpoint ({error})" if folder.is_dir() else "does not exist"
             raise UserError(f"{folder}: {what}; give the folder of a run, such as runs/demo") from error
+        if step not in (None, checkpoint.step):
+            raise UserError(f"{folder}: is the checkpoint of step {checkpoint.step}, not of step={step}")
+        return [checkpoint], []
     found, problems = list_checkpoints(folder / "checkpoints", run=read_published(folder).get("run"))
     asked = [checkpoint for checkpoint in found if step in (None, checkpoint.step)]
     if not asked:

@@ -91,9 +91,10 @@ def _on_meta_device() -> Iterator[None]:
 
 def set_active_neurons(modules: Iterable[torch.nn.Module], model: ModelConfig) -> None:
     """Let the experts of every layer keep as many neurons as the model says (`ModelConfig.at_step`)."""
+    by_layer = model.active_neurons_by_layer
     for module in modules:
         for layer, experts, _ in moe_layers(module):
-            experts.set_active_neurons(model.active_neurons_by_layer[layer])
+            experts.set_active_neurons(by_layer[layer])
 
 
 def update_neuron_biases(modules: Iterable[torch.nn.Module], *, applied: bool) -> None:

@@ -638,6 +638,10 @@ def test_branches_change_the_schedule_and_the_neurons_and_read_new_text(
         (run,) = read_runs([tmp_path / name])
         assert run.trained_tokens == 2 * 4 * TINY_MODEL["seq_length"]
     assert "aux/neuron_balance_loss" in found[-1]
+    checkpoint = run_folder / "checkpoints/step-00000004"
+    with pytest.raises(ReportedError, match="is the checkpoint of step 4, not of step=2"):
+        train(branch_of(checkpoint, tmp_path / "other", shards, init={"step": 2}))
+    assert "at step 4" in train(branch_of(checkpoint, tmp_path / "same", shards, init={"step": 4}))
     assert names_in(run_folder / "checkpoints") == before
 
 
