@@ -3,10 +3,11 @@
     python -m benchmarks.step                                       # ours alone: what the loss costs, what selection saves
     python -m benchmarks.step peers=true                            # beside the other frameworks
     python -m benchmarks.step model=mone_small micro_batch_size=2 rounds=4 repeats=2
+    python -m benchmarks.step bf16=true                             # beside bf16
     python -m benchmarks.step profile=true                          # profile of our step
 
-Forward, backward, clipping and AdamW on random tokens, fp32, all cores in one process. Each contender has a process of its
-own, which imports only what its users would import. The peers, all with torch's fused AdamW:
+Forward, backward, clipping and AdamW on random tokens, in fp32 unless the name says bf16, all cores in one process. Each
+contender has a process of its own, which imports only what its users would import. The peers, all with torch's fused AdamW:
 
 - Megatron-Core: its own layers, experts (SequentialMLP) and optimizer. "fused" compiles the functions that Megatron-Core
   marks for its JIT fuser (torch.compile), as it does by default. Both need the replacements of
@@ -58,6 +59,8 @@ class BenchmarkConfig:
     """Sequences per step."""
     peers: bool = False
     """Measure the other frameworks, too, all models without a shared expert."""
+    bf16: bool = False
+    """Measure MoNE and the plain MoE with compute.precision=bf16, too; the profile is one of bf16."""
     leave_out: list[str] = field(default_factory=list)
     """Leave out contenders whose name contains one of these words; all contenders are in memory at once."""
     rounds: int = 7
@@ -259,6 +262,7 @@ def _step_of(model: Any, config: RunConfig, other_losses: Callable[[], Any] = la
 
 
 WITHOUT, WITH = "MoNE", "MoNE, balance loss"
+BF16 = "compute.precision=bf16"
 
 
 @command("benchmark_step", path=None)
@@ -276,6 +280,11 @@ def main(hydra_config: DictConfig) -> None:
         "MoNE, bias": functools.partial(build_ours, options, "model.neuron_bias=true"),
         "plain MoE": functools.partial(build_ours, options, "model.activation_ratio=1"),
     }
+    if options.bf16:
+        contenders |= {
+            "MoNE, bf16": functools.partial(build_ours, options, loss, BF16),
+            "plain MoE, bf16": functools.partial(build_ours, options, "model.activation_ratio=1", BF16),
+        }
     if options.peers:
         contenders |= {
             "Megatron-Core": functools.partial(build_megatron, options, fused=False),
@@ -307,7 +316,8 @@ def report(seconds: dict[str, list[float]], tokens: int) -> None:
 
 def print_profile(options: BenchmarkConfig) -> None:
     """Print the milliseconds per step of each operation that takes over 1 % of a step."""
-    step = build_ours(options, f"model.neuron_balance_coeff={options.neuron_balance_coeff}")
+    precision = [BF16] if options.bf16 else []
+    step = build_ours(options, f"model.neuron_balance_coeff={options.neuron_balance_coeff}", *precision)
     for _ in range(5):  # the first profiles are slower, because matrix products allocate new pages
         for _ in range(options.rounds):
             step()

@@ -252,8 +252,10 @@ def expert_gemm(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Te
 
 def expert_gemm_loop(x_NK: torch.Tensor, weight_EKM: torch.Tensor, tokens_E: torch.Tensor) -> torch.Tensor:
     """What `expert_gemm` means: one GEMM for each expert."""
+    # Transposed weights are split before they are transposed: their gradients then have the layout of the parameter.
+    weights = weight_EKM.unbind() if weight_EKM.is_contiguous() else [weight.T for weight in weight_EKM.mT.unbind()]
     rows = x_NK.split(tokens_E.tolist())
-    return torch.cat([x @ weight for x, weight in zip(rows, weight_EKM, strict=True)])
+    return torch.cat([x @ weight for x, weight in zip(rows, weights, strict=True)])
 
 
 BACKENDS: dict[str, ExpertBackend] = {

@@ -155,8 +155,10 @@ def pack(mask_NH: torch.Tensor) -> torch.Tensor:
 
 def unpack(masks_NW: torch.Tensor, neurons: int) -> torch.Tensor:
     """[N, W] int16 words -> [N, H] bool."""
-    bits = torch.arange(16, dtype=torch.int32, device=masks_NW.device)
-    return ((masks_NW[:, :, None].int() >> bits) & 1).bool().flatten(1)[:, :neurons]
+    # A table of the eight flags of each byte, as one int64: shifts of whole masks take four times their memory.
+    bytes_256, bits_8 = (torch.arange(count, dtype=torch.uint8, device=masks_NW.device) for count in (256, 8))
+    flags_256 = ((bytes_256[:, None] >> bits_8) & 1).view(torch.int64).flatten()
+    return flags_256[masks_NW.contiguous().view(torch.uint8).int()].view(torch.bool)[:, :neurons]
 
 
 def _kernels_for(tensor: torch.Tensor) -> Any:
