@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,17 @@ def _obstacle(*, interpret: bool) -> str | None:
 
     if not interpret and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU; {needs}; --interpret runs in Triton's interpreter"
+    if interpret:
+        numpy, triton = metadata.version("numpy"), metadata.version("triton")
+        if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+            return f"the interpreter of Triton {triton} fails with NumPy {numpy}; install Triton 3.7 or 'numpy<2.4'"
     return None
+
+
+def _release(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def check_tasks(*, interpret: bool) -> list[Task]:

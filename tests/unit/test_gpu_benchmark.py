@@ -390,6 +390,22 @@ def test_without_a_gpu_it_says_what_it_needs(monkeypatch: pytest.MonkeyPatch, ca
     assert "it needs an NVIDIA GPU, torch built for CUDA, and triton" in line
 
 
+@pytest.mark.parametrize(("triton", "numpy", "code"), [("3.6.0", "2.4.0", 2), ("3.6.0", "2.3.5", 0), ("3.7.1", "2.5.5", 0)])
+def test_the_interpreter_refuses_versions_that_do_not_work_together(
+    triton: str, numpy: str, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    others = gpu.metadata.version
+    versions = {"triton": triton, "numpy": numpy}
+    monkeypatch.setattr(gpu.metadata, "version", lambda name: versions.get(name) or others(name))
+    for tasks in ("check_tasks", "measurement_tasks"):
+        monkeypatch.setattr(gpu, tasks, lambda *_, **__: [])
+    monkeypatch.setattr(gpu, "train", lambda *_: None)
+    assert gpu.main(["--interpret", "--output", str(tmp_path / "gpu.json")]) == code
+    assert ("fails with NumPy" in capsys.readouterr().err) == (code == 2)
+
+
 def test_a_failure_is_recorded_and_gives_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
