@@ -56,6 +56,8 @@ class BenchmarkConfig:
     """Experts per token."""
     layer_tokens: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     """Tokens in a layer; each has `topk` rows."""
+    layer_copies: int = 4
+    """Layers with weights of their own that `parts=[layers]` cycles through, together larger than the caches."""
     layers: int = 6
     """Layers of the model that generates: with the other defaults it has 0.34 billion parameters."""
     vocab_size: int = 8192
@@ -134,7 +136,7 @@ def measure_layers(options: BenchmarkConfig, dtype: str) -> dict[str, dict[str, 
     job = {
         "kind": "layer",
         "dtype": dtype,
-        "layers": 4,
+        "layers": options.layer_copies,
         "tokens": list(options.layer_tokens),
         "ratios": list(options.ratios),
     }

@@ -337,10 +337,10 @@ def measure(width: int, neurons: int, k: int, activation: str, dtype: torch.dtyp
     return Measured(seconds)
 
 
-def random_layers(width: int, neurons: int, dtype: torch.dtype) -> list[Weights]:
-    """Layers of random experts to measure with, together larger than the caches."""
+def random_layers(width: int, neurons: int, experts: int, dtype: torch.dtype) -> list[Weights]:
+    """Layers of at most so many random experts to measure with, together larger than the caches."""
     size = 3 * neurons * width * dtype.itemsize
-    experts = min(16, max(2, _BEYOND_CACHES // size))
+    experts = min(experts, 16, max(2, _BEYOND_CACHES // size))
     layers = min(8, max(1, _BEYOND_CACHES // (experts * size)))
     generator = torch.Generator().manual_seed(0)
 
@@ -351,14 +351,24 @@ def random_layers(width: int, neurons: int, dtype: torch.dtype) -> list[Weights]
     return [first, *(Weights(first.gate_up_E2HD.clone(), first.down_EHD.clone()) for _ in range(layers - 1))]
 
 
+def rows_alike(rows: int, measured: int, experts: int) -> int:
+    """The rows in a layer of `experts` experts that are like so many in a layer of the `measured` ones.
+
+    Each expert has as many of them; while no expert has two, they are as many in all.
+    """
+    return rows if rows < measured else rows * experts // measured
+
+
 @torch.no_grad()
-def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, backend: str) -> int:
+def measure_max_decode_rows(
+    width: int, neurons: int, experts: int, k: int, activation: str, dtype: torch.dtype, backend: str
+) -> int:
     """The largest number of rows (tokens times their experts) for which `decode` is faster here than this backend.
 
     0 if it never is. Both cycle through weights that are larger than the caches, as in generation.
     """
-    weights = random_layers(width, neurons, dtype)
-    experts, generator = len(weights[0].down_EHD), torch.Generator().manual_seed(0)
+    weights = random_layers(width, neurons, experts, dtype)
+    measured, generator = len(weights[0].down_EHD), torch.Generator().manual_seed(0)
 
     def seconds(name: str, x_ND: torch.Tensor, tokens_E: torch.Tensor, probs_N: torch.Tensor) -> float:
         start = time.perf_counter()
@@ -371,17 +381,17 @@ def measure_max_decode_rows(width: int, neurons: int, k: int, activation: str, d
         x_ND, probs_N, tokens_E = (
             torch.randn(rows, width, generator=generator).to(dtype),
             torch.ones(rows),
-            torch.zeros(experts, dtype=torch.long),
+            torch.zeros(measured, dtype=torch.long),
         )
         for row in range(rows):
-            tokens_E[row % experts] += 1
+            tokens_E[row % measured] += 1
         few = dense = math.inf
         for _ in range(3):
             few = min(few, seconds("decode", x_ND, tokens_E, probs_N))
             dense = min(dense, seconds(backend, x_ND, tokens_E, probs_N))
         if few > dense:
             break
-        fastest = rows
+        fastest = rows_alike(rows, measured, experts)
     return fastest
 
 

@@ -126,12 +126,12 @@ def _choose(gate_up_E2HD: torch.Tensor, selection: Selection, rows: int, score: 
     """The name of the backend for so many rows."""
     if gate_up_E2HD.device.type != "cpu":
         return "grouped"
-    _, _, neurons, width = gate_up_E2HD.shape
+    experts, _, neurons, width = gate_up_E2HD.shape
     usable = score == "abs_gate" and width % library.WORD == 0 and library.usable(gate_up_E2HD, dtypes=library.DTYPES)
-    shape = (width, neurons, selection.k, selection.activation, gate_up_E2HD.dtype)
+    kept = (selection.k, selection.activation, gate_up_E2HD.dtype)
     sparse = usable and gate_up_E2HD.dtype == torch.float32 and isinstance(selection.rule, TopK)
-    many = measure(*shape, sparse=sparse).fastest
-    if usable and not torch.is_grad_enabled() and 0 < rows <= _max_decode_rows(*shape, many):
+    many = measure(width, neurons, *kept, sparse=sparse).fastest
+    if usable and not torch.is_grad_enabled() and 0 < rows <= _max_decode_rows(width, neurons, experts, *kept, many):
         return "decode"
     return many
 

@@ -50,7 +50,7 @@ class ServedExperts:
     @torch.inference_mode()
     def compute(self, x_TD: torch.Tensor, experts_Tk: torch.Tensor, probs_Tk: torch.Tensor) -> torch.Tensor:
         """[T, D]; an expert of -1 is on another rank."""
-        name = self.switch(experts_Tk.numel())
+        name = self.switch(int((experts_Tk >= 0).sum()))
         if name == STOCK:
             assert self.stock is not None
             return self.stock(x_TD, experts_Tk, probs_Tk)
@@ -72,7 +72,7 @@ def _(x_TD: torch.Tensor, experts_Tk: Any, probs_Tk: Any, name: Any) -> torch.Te
 
 def make_served(weights: Weights, rule: Rule, kept: int, activation: str, *, stock_isa: str | None = None) -> ServedExperts:
     """Measure the backends for these weights. kept: neurons that a row keeps here, on average. stock_isa: see `measure`."""
-    _, neurons, width = weights.down_EHD.shape
+    experts, neurons, width = weights.down_EHD.shape
     dtype = weights.down_EHD.dtype
     names, stock = usable_backends(width, dtype, rule), None
     if stock_isa is not None:
@@ -82,7 +82,7 @@ def make_served(weights: Weights, rule: Rule, kept: int, activation: str, *, sto
         def stock(x_TD: torch.Tensor, experts_Tk: torch.Tensor, probs_Tk: torch.Tensor) -> torch.Tensor:
             return fused_moe(gate_up, down, x_TD, experts_Tk, probs_Tk, activation, stock_isa)
 
-    switch = measure(width, neurons, kept, activation, dtype, backends=names, isa=stock_isa)
+    switch = measure(width, neurons, experts, kept, activation, dtype, backends=names, isa=stock_isa)
     logger.info_once("mone: about %d of %d neurons for each row; %s", kept, neurons, str(switch))
     return ServedExperts(weights, Request(rule, activation), switch, stock)
 

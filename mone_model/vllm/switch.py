@@ -1,6 +1,6 @@
 """Which backend computes a number of rows fastest on this machine, measured at start-up.
 
-    fastest = measure(1024, 768, 192, "silu", torch.bfloat16, backends=("loop", "decode"), isa=None)
+    fastest = measure(1024, 768, 64, 192, "silu", torch.bfloat16, backends=("loop", "decode"), isa=None)
     fastest(4)          # "decode"
 
 A row is a token in one of its experts. Shapes: R rows, D width, H neurons on this rank, E experts.
@@ -14,32 +14,34 @@ from typing import NamedTuple
 
 import torch
 
-from mone_model.expert_backends import BACKENDS, DENSE_BACKENDS, Request, Rule, Weights, random_layers, route
+from mone_model.expert_backends import BACKENDS, DENSE_BACKENDS, Request, Rule, Weights, random_layers, route, rows_alike
 from mone_model.kernels.cpu import library
 from mone_model.neuron_selection import TopK
 
 STOCK = "vllm"
 """vLLM's own operator, beside the names of `BACKENDS`."""
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-"""The numbers of rows that are measured."""
+"""The numbers of rows that are measured, in the experts of `random_layers`."""
 
 
 class Switch(NamedTuple):
     """The fastest backend by the number of rows."""
 
     fastest: tuple[str, ...]
-    """For each number of `SIZES`."""
+    """For each number of `sizes`."""
+    sizes: tuple[int, ...]
+    """Numbers of rows in all experts, ascending."""
 
     def __call__(self, rows: int) -> str:
         """The name of the backend for so many rows: that of the next larger size."""
-        index = next((index for index, size in enumerate(SIZES) if rows <= size), -1)
+        index = next((index for index, size in enumerate(self.sizes) if rows <= size), -1)
         return self.fastest[index]
 
     def __str__(self) -> str:
         """Where it changes, for the log."""
         parts: list[str] = []
-        last = len(SIZES) - 1
-        for index, (size, name) in enumerate(zip(SIZES, self.fastest, strict=True)):
+        last = len(self.sizes) - 1
+        for index, (size, name) in enumerate(zip(self.sizes, self.fastest, strict=True)):
             if index == last:
                 parts.append(f"{name} above" if parts else name)
             elif name != self.fastest[index + 1]:
@@ -59,13 +61,21 @@ def usable_backends(width: int, dtype: torch.dtype, rule: Rule) -> tuple[str, ..
 @functools.cache
 @torch.inference_mode()
 def measure(
-    width: int, neurons: int, k: int, activation: str, dtype: torch.dtype, *, backends: tuple[str, ...], isa: str | None
+    width: int,
+    neurons: int,
+    experts: int,
+    k: int,
+    activation: str,
+    dtype: torch.dtype,
+    *,
+    backends: tuple[str, ...],
+    isa: str | None,
 ) -> Switch:
     """Time the backends on random experts that keep k neurons, for each of `SIZES`; the best of interleaved rounds.
 
     isa: also time vLLM's operator, which computes all neurons, with these instructions; only for activations that it has.
     """
-    layers = random_layers(width, neurons, dtype)
+    layers = random_layers(width, neurons, experts, dtype)
     request = Request(TopK(k), activation)
     candidates: dict[str, Callable[[Weights, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]] = {
         name: lambda weights, x_RD, experts_R1, probs_R1, name=name: route(  # type: ignore[misc]
@@ -81,7 +91,8 @@ def measure(
             ),
             **candidates,
         }
-    return Switch(tuple(_fastest(candidates, layers, rows) for rows in SIZES))
+    fastest = tuple(_fastest(candidates, layers, rows) for rows in SIZES)
+    return Switch(fastest, tuple(rows_alike(rows, len(layers[0].down_EHD), experts) for rows in SIZES))
 
 
 def _fastest(candidates: dict[str, Callable[..., torch.Tensor]], layers: list[Weights], rows: int) -> str:

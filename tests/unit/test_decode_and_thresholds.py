@@ -176,11 +176,15 @@ def test_the_switch_is_where_the_dense_experts_become_faster(monkeypatch: pytest
             clock[0] += self.seconds(len(x_ND))
             return ExpertOutput(x_ND)
 
-    def measured(of_few: Callable[[int], float]) -> int:
+    def measured(of_few: Callable[[int], float], experts: int = 16) -> int:
         monkeypatch.setitem(BACKENDS, "decode", Timed(of_few))
         monkeypatch.setitem(BACKENDS, "loop", Timed(lambda rows: 5))
-        return measure_max_decode_rows(32, 64, 8, "silu", torch.float32, "loop")
+        return measure_max_decode_rows(32, 64, experts, 8, "silu", torch.float32, "loop")
 
     assert measured(lambda rows: 1 + rows) == 4
     assert measured(lambda rows: 6) == 0
     assert measured(lambda rows: 1) == 256
+    # 16 experts are measured; as many rows in each of 128 experts are eight times as many.
+    assert measured(lambda rows: rows / 8, experts=128) == 8 * 32
+    assert measured(lambda rows: 1 + rows, experts=128) == 4  # no expert has two rows
+    assert measured(lambda rows: 1 + rows, experts=1) == 4

@@ -167,16 +167,17 @@ def test_all_files_name_the_same_version() -> None:
 
 
 def test_a_number_of_rows_gets_the_backend_of_the_next_size() -> None:
-    switch = Switch(("decode",) * 3 + ("loop",) * (len(SIZES) - 3))
+    switch = Switch(("decode",) * 3 + ("loop",) * (len(SIZES) - 3), SIZES)
     assert [switch(rows) for rows in (1, 2, 3, 4, 5, 100_000)] == ["decode", "decode", "decode", "decode", "loop", "loop"]
     assert str(switch) == "decode up to 4 rows, loop above"
-    assert str(Switch(("loop",) * len(SIZES))) == "loop"
+    assert str(Switch(("loop",) * len(SIZES), SIZES)) == "loop"
 
 
 def test_the_switch_is_measured() -> None:
     names = usable_backends(32, torch.float32, TopK(8))
     assert set(names) >= {"loop", "grouped"}
-    switch = measure(32, 32, 8, "silu", torch.float32, backends=names, isa=None)
+    switch = measure(32, 32, 64, 8, "silu", torch.float32, backends=names, isa=None)
+    assert switch.sizes == (1, 2, 4, 8, 64, 128, 256, 512, 1024, 2048)  # 16 of 64 experts are measured
     assert len(switch.fastest) == len(SIZES)
     assert set(switch.fastest) <= set(names)
     assert set(usable_backends(20, torch.float32, TopK(8))) == {"loop", "grouped"}  # the kernels read 16 numbers at a time
