@@ -1,7 +1,7 @@
 """Verdicts on claims, from the tested differences between points.
 
     claim = Claim("half of the neurons are enough", ["equal_total/half", "equal_total/plain"], says="equal")
-    verdict(claim.says, test, p)                       # "holds", "does not hold", "not decided", with the reason
+    verdict(claim.says, test, planned=5)               # "holds", "does not hold", "not decided", with the reason
 
 An end such as @ratio_1_4 names an evaluation of the point: equal_total/plain@ratio_1_4 is the plain model at ratio 1/4.
 """
@@ -12,6 +12,7 @@ from launch.statistics import LEVEL, Contrast
 from mone_common.console import UserError
 
 SAYS = ("equal", "better")
+HOLDS, REFUTED, UNDECIDED = "holds", "does not hold", "not decided"
 
 
 @dataclass
@@ -32,15 +33,18 @@ class Claim:
             raise UserError(f"claims: contrast={self.contrast} must be a pair, [point, baseline]")
 
 
-def verdict(says: str, test: Contrast, p: float) -> str:
-    """Whether a claim holds, and why; p: of no difference, corrected where several tests count together.
+def verdict(says: str, test: Contrast, *, planned: int) -> str:
+    """Whether a claim holds, and what is shown about the loss; with fewer pairs of runs than planned, how many there are.
 
-    Within the margin an equal loss is shown, but a lower loss is not refuted: it may be lower by less.
+    An "equal" claim is refuted by a loss that is higher by more than the margin, a "better" claim by a higher loss.
     """
-    within = f"within ±{test.margin:g}"
-    if says == "equal" and test.equivalent:
-        return f"holds: {within}"
-    size = f", {within}" if test.equivalent else ""
-    if p < 1 - LEVEL:
-        return f"holds: lower loss{size}" if test.mean < 0 else f"does not hold: higher loss{size}"
-    return f"not decided{size}"
+    if test.pairs < planned:
+        return f"{test.pairs} of {planned} seeds"
+    lower, higher = (test.p < 1 - LEVEL and sign * test.mean > 0 for sign in (-1, 1))
+    shown = ["lower loss"] * lower + ["higher loss"] * higher + [f"within ±{test.margin:g}"] * test.equivalent
+    if says == "equal":
+        holds, refuted = test.equivalent or lower, test.p_above < 1 - LEVEL
+    else:
+        holds, refuted = lower, higher
+    outcome = HOLDS if holds else REFUTED if refuted else UNDECIDED
+    return f"{outcome}: {', '.join(shown)}" if shown else outcome

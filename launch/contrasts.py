@@ -51,9 +51,9 @@ def assess(points: Sequence[Point], compared: Sequence[Comparison | None], *, ma
 
 def assessment(name: str, base_name: str, point: Point, base: Point, test: Contrast, *, p_holm: float) -> Assessment:
     """A tested contrast with its interval over documents and its worth in tokens."""
-    return Assessment(
-        name, base_name, test, p_holm, bootstrap_points(point, base), saved_tokens(test.mean, curve_slope(base))
-    )
+    # The curve of a branch is too short for a slope.
+    saved = math.nan if base.options.get("init.branch") else saved_tokens(test.mean, curve_slope(base))
+    return Assessment(name, base_name, test, p_holm, bootstrap_points(point, base), saved)
 
 
 def bootstrap_points(point: Point, base: Point) -> tuple[float, float] | None:

@@ -22,10 +22,10 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from launch.evidence_page import TRAINED, update_page
-from launch.experiments import Plan, Planned, due
+from launch.evidence_page import read_losses, update_page
+from launch.experiments import TRAINED, Plan, Planned, due
 from launch.local_queue import last_error
-from launch.recorded import read_record, write_record
+from launch.recorded import write_record
 from launch.results import read_runs
 from mone_common.console import ReportedError, UserError, command, to_dataclass
 from mone_common.run_folder import DamagedFile
@@ -91,17 +91,6 @@ def main(hydra_config: DictConfig) -> None:
     print(f"{options.page}: tables and figures of the records in {options.records}")
 
 
-def read_losses(folder: Path) -> dict[str, float]:
-    """Held-out loss of each recorded run by its name, nats per token; UserError for a damaged record."""
-    try:
-        return {
-            f"{path.parent.name}/{path.stem}": read_record(path).evaluations[TRAINED].nats_per_token
-            for path in sorted(folder.glob("*/*.json"))
-        }
-    except DamagedFile as error:
-        raise UserError(str(error)) from error
-
-
 class _Stopped(Exception):
     """The command was asked to stop."""
 
@@ -119,15 +108,15 @@ class _Trainer:
         """Train until no run is due; ReportedError if one fails, after the others have ended."""
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         running: dict[Future[None], Planned] = {}
-        problems: list[str] = []
+        problems: dict[str, str] = {}
         with ThreadPoolExecutor(self.options.jobs) as pool:
             try:
                 while True:
-                    losses = read_losses(Path(self.options.records))
+                    losses = read_losses(self.options, Path(self.options.records))
                     waiting = [
                         run
                         for run in due(self.options, losses, self.options.chosen)
-                        if run not in running.values() and not any(run.name in problem for problem in problems)
+                        if run not in running.values() and run.name not in problems
                     ]
                     while waiting and len(running) < self.options.jobs:
                         run = waiting.pop(0)
@@ -137,8 +126,9 @@ class _Trainer:
                     done, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
                     for future in done:
                         if error := future.exception():
-                            problems.append(f"{running[future].name}: {error}")
-                            print(problems[-1], file=sys.stderr, flush=True)
+                            name = running[future].name
+                            problems[name] = f"{name}: {error}"
+                            print(problems[name], file=sys.stderr, flush=True)
                         del running[future]
                     if not done:
                         self._print_progress(list(running.values()), len(waiting))
@@ -148,7 +138,7 @@ class _Trainer:
                 for process in list(self.processes):
                     process.send_signal(signal.SIGTERM)
         if problems:
-            raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems]))
+            raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems.values()]))
 
     def _run(self, run: Planned) -> None:
         folder = Path(self.options.runs) / run.name
@@ -170,9 +160,10 @@ class _Trainer:
             self.cores.put(core)
 
     def _evaluate(self, run: Planned, folder: Path, core: int) -> None:
-        experiment, evaluations = self.options.experiments[run.experiment], {TRAINED: list[str]()}
-        if run.seed in experiment.evaluated_seeds:
-            evaluations |= experiment.evaluations
+        experiment, names = self.options.experiments[run.experiment], self.options.evaluations_of(run.name)
+        known: dict[str, list[str]] = {TRAINED: [], **experiment.evaluations}
+        evaluations = {name: options for name, options in known.items() if name in names}
+        if len(evaluations) > 1:
             for share in experiment.thresholds:
                 output = folder / f"thresholds_{share:g}.json"
                 if not output.exists():

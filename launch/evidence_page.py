@@ -10,25 +10,27 @@ import dataclasses
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from launch.charts import draw_costs, draw_validation_by_point
-from launch.claims import verdict
+from launch.claims import HOLDS, REFUTED, UNDECIDED, Claim, verdict
 from launch.contrasts import Assessment, assessment
-from launch.experiments import Experiment, Plan, full_name
+from launch.experiments import TRAINED, Experiment, Pair, Plan, Planned, best_rate, full_name
 from launch.points import Point, Run
-from launch.recorded import find_records, read_record
+from launch.recorded import read_record
 from launch.statistics import Contrast, contrast, holm
 from launch.tables import tabulate_contrasts
 from mone_common.console import UserError
 from mone_common.files import writing
 from mone_common.page import Table
+from mone_common.run_folder import DamagedFile
 from mone_common.text import clock
 
-TRAINED = "trained"
-"""Name of the evaluation that selects neurons as in training."""
 RATIO_NAMES = {"1": "1", "1_2": "1/2", "1_4": "1/4", "1_8": "1/8"}
 """Ends of the names of evaluations that keep another share of the neurons than training did, and the shares."""
 SELECTIONS = {"ratio": "the K best", "threshold": "by threshold"}
@@ -41,24 +43,56 @@ NEURONS = {
 }
 """Metrics of neurons (docs/metrics.md) and their headings."""
 NO_RUN = "No reported run yet."
-Pair = tuple[str, str]
-"""A point and its baseline, each EXPERIMENT/POINT or EXPERIMENT/POINT@EVALUATION."""
+
+
+def read_losses(plan: Plan, records: Path) -> dict[str, float]:
+    """Held-out loss of each recorded run by its name, nats per token; UserError for a damaged record.
+
+    Runs whose record lacks a planned evaluation are left out.
+    """
+    losses = {}
+    for path in sorted(records.glob("*/*.json")):
+        try:
+            found = read_record(path).evaluations
+        except DamagedFile as error:
+            raise UserError(str(error)) from error
+        name = f"{path.parent.name}/{path.stem}"
+        if plan.evaluations_of(name) <= found.keys():
+            losses[name] = found[TRAINED].nats_per_token
+    return losses
 
 
 def read_points(plan: Plan, records: Path) -> dict[str, Point]:
-    """The points that have reported runs, by EXPERIMENT/POINT. DamagedFile for a damaged record."""
-    found: dict[str, list[Run]] = {}
-    for path in find_records(records):
-        point, _, seed = path.stem.partition(",")
-        if seed.startswith("seed="):  # not a run that chose a learning rate
-            run = dataclasses.replace(read_record(path), evaluation=TRAINED)
-            found.setdefault(f"{path.parent.name}/{point}", []).append(run)
-    return {
-        full_name(name, point): Point(name, point, name, tuple(sorted(runs, key=lambda run: run.seeds)))
-        for name, experiment in plan.experiments.items()
-        for point in experiment.points
-        if (runs := found.get(full_name(name, point)))
-    }
+    """The points that have reported runs, by EXPERIMENT/POINT.
+
+    DamagedFile for a damaged record; UserError for one whose options are not those of the plan.
+    """
+    losses = read_losses(plan, records)
+    found = {}
+    for name, experiment in plan.experiments.items():
+        for point in experiment.points:
+            rate = best_rate(plan, losses, name, point)
+            runs = []
+            for seed in sorted(experiment.seeds):
+                planned = Planned(name, point, seed, rate or 0.0, tuning=False)
+                path = records / f"{planned.name}.json"
+                if path.exists():
+                    runs.append(dataclasses.replace(read_record(path), evaluation=TRAINED))
+                    ignored = ("logging.", *(["optimizer.lr"] if rate is None else []))
+                    overrides = [option for option in planned.overrides(plan) if not option.startswith(tuple(ignored))]
+                    _check_options(path, runs[-1], overrides)
+            if runs:
+                found[full_name(name, point)] = Point(name, point, name, tuple(runs))
+    return found
+
+
+def _check_options(path: Path, run: Run, overrides: list[str]) -> None:
+    for override in overrides:
+        name = override.partition("=")[0]
+        planned, found = OmegaConf.select(OmegaConf.from_dotlist([override]), name), run.options.get(name)
+        if found != planned:
+            way_out = "move the record away and train again, or correct the plan"
+            raise UserError(f"{path}: {name}={found}, but the plan has {planned}; {way_out}")
 
 
 def evaluated(points: Mapping[str, Point], name: str) -> Point | None:
@@ -74,17 +108,24 @@ def evaluated(points: Mapping[str, Point], name: str) -> Point | None:
 def paired(point: Point, base: Point) -> tuple[Point, Point]:
     """Both points, with the complete runs that have a partner.
 
-    Partners have the same seeds, were trained on the same kind of processor, and were scored on the same documents.
+    Partners have the same seeds, were trained on the same kind of processor, and were scored on the same documents and
+    tokens. If not all pairs were scored on the same documents, those on the most frequent ones are used.
     """
 
-    def key(run: Run) -> tuple[Any, ...]:
-        return run.seeds, run.processor, run.documents and run.documents.sha256
+    def text(run: Run) -> Any:
+        return run.documents and (run.documents.sha256, tuple(run.documents.tokens))
 
-    def only(one: Point, other: Point) -> Point:
-        partners = set(map(key, other.complete))
-        return dataclasses.replace(one, runs=tuple(run for run in one.complete if key(run) in partners))
+    def key(run: Run) -> Any:
+        return run.seeds, run.processor, text(run)
 
-    return only(point, base), only(base, point)
+    partners = set(map(key, point.complete)) & set(map(key, base.complete))
+    most_frequent = Counter(scored for *_, scored in sorted(partners, key=str)).most_common(1)
+
+    def only(one: Point) -> Point:
+        runs = (run for run in one.complete if key(run) in partners and text(run) == most_frequent[0][0])
+        return dataclasses.replace(one, runs=tuple(runs))
+
+    return only(point), only(base)
 
 
 def differences(points: Mapping[str, Point], names: Pair) -> dict[tuple[int, ...], float]:
@@ -103,16 +144,19 @@ def tested(plan: Plan, points: Mapping[str, Point], pairs: Iterable[Pair]) -> di
     return {pair: contrast(values, margin=plan.margin) for pair, values in found.items() if len(values) > 1}
 
 
-def correct(plan: Plan, tests: Mapping[Pair, Contrast]) -> dict[Pair, float]:
-    """Holm's corrected p values of the primary contrasts that were tested; those that were not count as tests too."""
-    primary = {pair: test.p for pair, test in tests.items() if list(pair) in plan.primary}
+def correct(plan: Plan, tests: Mapping[Pair, Contrast]) -> dict[Pair, Contrast]:
+    """The tests with Holm's p values for the primary contrasts; those that were not tested count as tests too."""
+    primary = {pair: test for pair, test in tests.items() if list(pair) in plan.primary}
     missing = [1.0] * (len(plan.primary) - len(primary))
-    return dict(zip(primary, holm([*primary.values(), *missing]), strict=False))
 
+    def corrected(name: str) -> list[float]:
+        return holm([*(getattr(test, name) for test in primary.values()), *missing])
 
-def pairs_of(plan: Plan, name: str) -> list[Pair]:
-    """The contrasts of an experiment."""
-    return [(full_name(name, point), full_name(name, base)) for point, base in plan.experiments[name].contrasts]
+    of_primary = zip(primary.items(), corrected("p"), corrected("p_equivalent"), corrected("p_above"), strict=False)
+    return {**tests} | {
+        pair: dataclasses.replace(test, p=p, p_equivalent=p_equivalent, p_above=p_above)
+        for (pair, test), p, p_equivalent, p_above in of_primary
+    }
 
 
 def interactions(plan: Plan, name: str, points: Mapping[str, Point]) -> list[Assessment]:
@@ -129,7 +173,7 @@ def interactions(plan: Plan, name: str, points: Mapping[str, Point]) -> list[Ass
 
 def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Assessment]]:
     """The contrasts of each experiment with at least two pairs of runs; Holm's correction is for the primary ones."""
-    tests = tested(plan, points, (pair for name in plan.experiments for pair in pairs_of(plan, name)))
+    tests = tested(plan, points, (pair for name in plan.experiments for pair in plan.contrasts_of(name)))
     corrected = correct(plan, tests)
     return {
         name: [
@@ -138,9 +182,9 @@ def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Asses
                 pair[1].removeprefix(f"{name}/"),
                 *paired(points[pair[0]], points[pair[1]]),
                 tests[pair],
-                p_holm=corrected.get(pair, math.nan),
+                p_holm=corrected[pair].p if list(pair) in plan.primary else math.nan,
             )
-            for pair in pairs_of(plan, name)
+            for pair in plan.contrasts_of(name)
             if pair in tests
         ]
         + interactions(plan, name, points)
@@ -148,30 +192,53 @@ def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Asses
     }
 
 
-def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
-    """The claims with their differences and verdicts."""
+def verdicts(plan: Plan, points: Mapping[str, Point]) -> list[tuple[Claim, Contrast | None, str]]:
+    """Each claim with the test of its difference and the verdict."""
     tests = tested(plan, points, (_pair(claim.contrast) for claim in plan.claims))
-    corrected = correct(plan, tests)
-    rows = []
+    corrected, found = correct(plan, tests), []
     for claim in plan.claims:
         pair = _pair(claim.contrast)
-        cells = ("not yet measured", "", "", "")
-        if found := tests.get(pair):
-            result = verdict(claim.says, found, corrected.get(pair, found.p))
-            cells = (f"{found.mean:+.4f}", f"{found.low:+.4f} to {found.high:+.4f}", str(found.pairs), result)
-        rows.append((claim.claim, " - ".join(f"`{name}`" for name in pair), *cells))
+        planned = len(plan.seeds_of(pair))
+        result = verdict(claim.says, corrected[pair], planned=planned) if pair in tests else "not yet measured"
+        found.append((claim, tests.get(pair), result))
+    return found
+
+
+def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
+    """The claims with their differences and verdicts."""
+    rows = []
+    for claim, test, result in verdicts(plan, points):
+        cells = ("", "", "")
+        if test is not None:
+            cells = (f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", str(test.pairs))
+        rows.append((claim.claim, " - ".join(f"`{name}`" for name in claim.contrast), *cells, result))
     return markdown(("claim", "runs compared", "difference", "95 % interval", "seeds", "verdict"), rows)
 
 
 def headline(plan: Plan, points: Mapping[str, Point]) -> str:
-    """One sentence about the primary contrasts of the first experiment, whose baseline is the plain MoE."""
-    first = [pair for pair in pairs_of(plan, next(iter(plan.experiments))) if list(pair) in plan.primary]
+    """The primary contrasts of the first experiment, whose baseline is the plain MoE, and the verdicts on primary claims."""
+    first = [pair for pair in plan.contrasts_of(next(iter(plan.experiments))) if list(pair) in plan.primary]
     parts = [
-        f"with {points[point].ratio:g} of the neurons the loss is {found.mean:+.3f} nats per token "
-        f"({found.low:+.3f} to {found.high:+.3f}, {found.pairs} seeds)"
-        for (point, _), found in tested(plan, points, first).items()
+        f"with {points[pair[0]].ratio:g} of the neurons by {test.mean:+.3f} nats per token "
+        f"({test.low:+.3f} to {test.high:+.3f}, {test.pairs} of {len(plan.seeds_of(pair))} seeds)"
+        for pair, test in tested(plan, points, first).items()
     ]
-    return f"Against the plain MoE with the same weights, {', and '.join(parts)}." if parts else "Not yet measured."
+    if not parts:
+        return "Not yet measured."
+    decided = [result.partition(":")[0] for claim, _, result in verdicts(plan, points) if claim.contrast in plan.primary]
+    counts = {name: decided.count(name) for name in (HOLDS, REFUTED, UNDECIDED)}
+    verbs = {
+        HOLDS: ("holds", "hold"),
+        REFUTED: ("does not hold", "do not hold"),
+        UNDECIDED: ("is not decided", "are not decided"),
+    }
+    of_claims = [f"{count} {verbs[name][count > 1]}" for name, count in counts.items() if count]
+    if open_ones := len(decided) - sum(counts.values()):
+        of_claims.append(f"{open_ones} {'are' if open_ones > 1 else 'is'} not yet measured with all seeds")
+    return (
+        f"The loss differs from that of the plain MoE with the same weights {' and '.join(parts)}. "
+        f"Of the {len(decided)} primary claims, {', '.join(of_claims)}."
+    )
 
 
 def _pair(names: Sequence[str]) -> Pair:
@@ -185,13 +252,33 @@ def describe(plan: Plan, name: str, points: Mapping[str, Point], tables: list[Ta
     if not own:
         return NO_RUN
     elsewhere = dict.fromkeys(each for pair in experiment.contrasts for each in pair if "/" in each and each in points)
-    shown = own | {point: points[point] for point in elsewhere}
+    shown = own | {name: _of_seeds(points[name], experiment.seeds) for name in elsewhere}
     parts = [tabulate(shown), *(markdown(table.headings, table.rows) for table in tables)]
     parts += [table for table in (ratios_table(own), neurons_table(shown)) if table]
-    missing = [point for point in experiment.points if point not in own or len(own[point].complete) < len(experiment.seeds)]
+    commits = sorted({run.commit for point in own.values() for run in point.runs})
+    parts.append(f"Commits of the code: {', '.join(commits)}.")
+    missing = [
+        point
+        for point in experiment.points
+        if not set(experiment.seeds) <= _complete_seeds(plan, full_name(name, point), own.get(point))
+    ]
     if missing:
         parts.append(f"Not complete: {', '.join(missing)}.")
     return "\n\n".join(parts)
+
+
+def _of_seeds(point: Point, seeds: Sequence[int]) -> Point:
+    """The point with the runs of these seeds, whose mean loss is comparable with that of points with the same seeds."""
+    return dataclasses.replace(point, runs=tuple(run for run in point.runs if run.seeds[0] in seeds))
+
+
+def _complete_seeds(plan: Plan, name: str, point: Point | None) -> set[int]:
+    """Seeds of the point EXPERIMENT/POINT whose run has all planned evaluations."""
+    return {
+        run.seeds[0]
+        for run in (() if point is None else point.complete)
+        if plan.evaluations_of(f"{name},seed={run.seeds[0]}") <= run.evaluations.keys()
+    }
 
 
 def markdown(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -206,7 +293,7 @@ def tabulate(points: Mapping[str, Point]) -> str:
     for name, point in points.items():
         parameters, flops = point.parameters, point.training_flops
         seconds = [run.undisturbed_seconds for run in point.complete if run.undisturbed_seconds]
-        memory = [run.peak_gib for run in point.complete if run.peak_gib]
+        memory = max((run.peak_gib for run in point.complete if run.peak_gib), default=None)
         rates = {f"{run.options['optimizer.lr']:g}" for run in point.complete}
         rows.append(
             (
@@ -216,8 +303,8 @@ def tabulate(points: Mapping[str, Point]) -> str:
                 f"{parameters.active_moe_params:.1%}",
                 f"{flops.sparse / 1e6:.1f}M",
                 f"{flops.dense / 1e6:.1f}M",
-                clock(statistics.fmean(seconds)),
-                f"{max(memory):.2f}",
+                clock(statistics.fmean(seconds)) if seconds else "-",
+                "-" if memory is None else f"{memory:.2f}",
                 ", ".join(sorted(rates)),
                 str(len(point.complete)),
                 str(point.validation),
@@ -237,18 +324,16 @@ def ratios_table(points: Mapping[str, Point]) -> str:
     rows = []
     for name, point in points.items():
         for kind, how in SELECTIONS.items():
-            losses = {
-                end: [
-                    run.evaluations[f"{kind}_{end}"].nats_per_token
-                    for run in point.complete
-                    if f"{kind}_{end}" in run.evaluations
-                ]
+            names = {f"{kind}_{end}" for end in RATIO_NAMES}
+            evaluated = set[str]().union(*(names & run.evaluations.keys() for run in point.complete))
+            runs = [run for run in point.complete if evaluated <= run.evaluations.keys()] if evaluated else []
+            losses = (
+                [run.evaluations[f"{kind}_{end}"].nats_per_token for run in runs if f"{kind}_{end}" in evaluated]
                 for end in RATIO_NAMES
-            }
-            seeds = max(map(len, losses.values()))
-            cells = (f"{statistics.fmean(values):.4f}" if values else "-" for values in losses.values())
-            if seeds:
-                rows.append((f"{name}, trained at {point.ratio:g}", how, str(seeds), *cells))
+            )
+            cells = [f"{statistics.fmean(values):.4f}" if values else "-" for values in losses]
+            if runs:
+                rows.append((f"{name}, trained at {point.ratio:g}", how, str(len(runs)), *cells))
     return markdown(("loss at ratio", "neurons kept", "seeds", *RATIO_NAMES.values()), rows) if rows else ""
 
 

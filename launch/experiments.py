@@ -1,18 +1,23 @@
 """Plans of experiments: points, learning rates, seeds and contrasts, and which runs are due.
 
 plan = Plan(experiments={"equal_total": Experiment(points={"plain": ["model.activation_ratio=1"]}, ...)})
-due(plan, losses)                  # the runs whose settings are known and that have no result yet
+due(plan, losses, ["equal_total"])  # the runs whose settings are known and that have no result yet
 best_rate(plan, losses, "equal_total", "plain")
 
 A learning rate is chosen for each point by runs with the tuning seed, which is not reported.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from launch.claims import Claim
 from mone_common.console import UserError
 
+TRAINED = "trained"
+"""Name of the evaluation that selects neurons as in training."""
+Pair = tuple[str, str]
+"""A point and its baseline, each EXPERIMENT/POINT or EXPERIMENT/POINT@EVALUATION."""
 FACTOR = 2.0
 """Factor between learning rates; the next rate is tried if the best one is the lowest or highest."""
 MOST_RATES = 6
@@ -34,6 +39,8 @@ class Experiment:
     """Where the rate comes from: EXPERIMENT/POINT, or EXPERIMENT for its point of the same name."""
     learning_rate_factor: float = 1.0
     """Multiplies the rate of learning_rate_of."""
+    after: str | None = None
+    """EXPERIMENT/POINT: a run starts when that point's run with the same seed has a record."""
     seeds: list[int] = field(default_factory=list)
     """Seeds that are reported."""
     contrasts: list[list[str]] = field(default_factory=list)
@@ -65,8 +72,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         for claim in self.claims:
-            for point in claim.contrast:
-                self._check_point("claims", claim.claim, point.partition("@")[0])
+            for end in claim.contrast:
+                point, _, evaluation = end.partition("@")
+                self._check_point("claims", claim.claim, point)
+                evaluations = self.experiments[point.partition("/")[0]].evaluations
+                if evaluation and evaluation != TRAINED and evaluation not in evaluations:
+                    raise UserError(f"claims: {claim.claim}: {point} has no evaluation {evaluation}")
+        for pair in self.primary:
+            if pair not in [list(found) for name in self.experiments for found in self.contrasts_of(name)]:
+                raise UserError(f"primary: {pair} is no contrast of an experiment")
         for name, experiment in self.experiments.items():
             if bool(experiment.learning_rates) == (experiment.learning_rate_of is not None):
                 raise UserError(f"experiments.{name}: give learning_rates or learning_rate_of")
@@ -80,8 +94,31 @@ class Plan:
                     raise UserError(f"experiments.{name}.contrasts: {pair} must be a pair, [point, baseline]")
                 for point in pair:
                     self._check_point(name, "contrasts", full_name(name, point))
+            if experiment.after is not None:
+                self._check_point(name, "after", experiment.after)
             if experiment.interaction is not None and experiment.interaction not in self.experiments:
                 raise UserError(f"experiments.{name}.interaction={experiment.interaction}: no such experiment")
+
+    def contrasts_of(self, name: str) -> list[Pair]:
+        """The contrasts of an experiment, each end EXPERIMENT/POINT."""
+        return [(full_name(name, point), full_name(name, base)) for point, base in self.experiments[name].contrasts]
+
+    def evaluations_of(self, name: str) -> set[str]:
+        """Names of the evaluations that the record of a run has; name: of `Planned`."""
+        experiment, ending = self.experiments.get(name.partition("/")[0]), f",seed={name.rpartition('=')[2]}"
+        if experiment is None or ",lr=" in name or ending not in [f",seed={seed}" for seed in experiment.evaluated_seeds]:
+            return {TRAINED}
+        return {TRAINED, *experiment.evaluations}
+
+    def seeds_of(self, pair: Pair) -> set[int]:
+        """The seeds that both ends of a contrast are planned to have; an end may be EXPERIMENT/POINT@EVALUATION."""
+        seeds = []
+        for end in pair:
+            point, _, evaluation = end.partition("@")
+            experiment = self.experiments[point.partition("/")[0]]
+            every = evaluation in ("", TRAINED)
+            seeds.append(set(experiment.seeds if every else experiment.evaluated_seeds))
+        return set.intersection(*seeds)
 
     def _check_point(self, name: str, option: str, point: str) -> None:
         experiment, _, its = point.partition("/")
@@ -135,7 +172,12 @@ def best_rate(plan: Plan, losses: Mapping[str, float], experiment: str, point: s
     if len(own.learning_rates) == 1:
         return own.learning_rates[0]
     trials = _tuning_runs(plan, losses, experiment, point)
-    return min(trials, key=lambda run: losses[run.name]).rate if all(run.name in losses for run in trials) else None
+    known = all(run.name in losses for run in trials)
+    return min(trials, key=lambda run: _finite(losses[run.name])).rate if known else None
+
+
+def _finite(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def _tuning_runs(plan: Plan, losses: Mapping[str, float], experiment: str, point: str) -> list[Planned]:
@@ -148,7 +190,7 @@ def _tuning_runs(plan: Plan, losses: Mapping[str, float], experiment: str, point
         return Planned(experiment, point, plan.tuning_seed, rate, tuning=True)
 
     while len(rates) < MOST_RATES and all(run(rate).name in losses for rate in rates):
-        best = min(rates, key=lambda rate: losses[run(rate).name])
+        best = min(rates, key=lambda rate: _finite(losses[run(rate).name]))
         if best == rates[-1]:
             rates.append(best * FACTOR)
         elif best == rates[0]:
@@ -174,4 +216,9 @@ def runs_of(plan: Plan, losses: Mapping[str, float], experiment: str) -> list[Pl
 
 def due(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> list[Planned]:
     """The runs of these experiments whose settings are known and that have no result, in order."""
-    return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses]
+
+    def can_start(run: Planned) -> bool:
+        after = plan.experiments[run.experiment].after
+        return after is None or f"{after},seed={run.seed}" in losses
+
+    return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses and can_start(run)]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from launch.baselines import Comparison
 from launch.points import Point, Spread
 from launch.results import labels
-from launch.statistics import contrast
+from launch.statistics import LEVEL, contrast
 
 
 def sentence(points: Sequence[Point], compared: Sequence[Comparison | None], baseline: str) -> str:
@@ -61,7 +61,7 @@ def _of_several(differences: Sequence[tuple[str, Comparison]], baseline: str) ->
     difference = best.difference
     size = f"{_size(difference)} nats per token {'below' if difference.mean < 0 else 'above'}"
     lowest = f"the lowest is {name}, {'equal to' if difference.mean == 0 else size} {baseline}"
-    if all(len(comparison.difference.values) == 1 for _, comparison in differences):
+    if all(comparison.paired and len(comparison.difference.values) == 1 for _, comparison in differences):
         below = sum(comparison.difference.mean < 0 for _, comparison in differences)
         return (
             f"The validation loss is lower than that of {baseline} at {below or 'none'} of {count} points; {lowest}; "
@@ -70,7 +70,7 @@ def _of_several(differences: Sequence[tuple[str, Comparison]], baseline: str) ->
     lower, higher = (sum(_sign(comparison) == sign for _, comparison in differences) for sign in (-1, 1))
     parts = [f"lower in every seed at {lower or 'none'} of {count} points", f"higher in every seed at {higher or 'none'}"]
     if undecided := count - lower - higher:
-        parts.append(f"undecided at {undecided} (the seeds disagree, or there is one seed)")
+        parts.append(f"undecided at {undecided} (the seeds disagree or differ, or there is one seed)")
     return (
         f"Compared with {baseline}, the validation loss is {', '.join(parts)}; {lowest}{_over(difference)}{_interval(best)}."
     )
@@ -90,9 +90,12 @@ def _certainty(comparison: Comparison) -> str:
         return "their seeds differ, so chance or the order of the data may cause the difference"
     if count == 1:
         return "one seed each, so the difference may be chance"
-    if (sign := _sign(comparison)) == 0:
-        return f"the {count} seeds disagree, so the sign of the difference is open{_interval(comparison)}"
-    return f"{'lower' if sign < 0 else 'higher'} in each of {count} seeds{_interval(comparison)}"
+    direction = "lower" if comparison.difference.mean < 0 else "higher"
+    if _sign(comparison) != 0:
+        return f"{direction} in each of {count} seeds{_interval(comparison)}"
+    if contrast(comparison.difference.values, margin=1.0).p < 1 - LEVEL:
+        return f"{direction} on average over {count} seeds, but not in each{_interval(comparison)}"
+    return f"the {count} seeds disagree, so the sign of the difference is open{_interval(comparison)}"
 
 
 def _interval(comparison: Comparison) -> str:

@@ -35,6 +35,8 @@ class Contrast:
     """Two-sided p value of a difference of 0."""
     p_equivalent: float
     """Larger p value of the two one-sided tests that the difference is not within the margin."""
+    p_above: float
+    """One-sided p value of a difference that is not above the margin."""
     margin: float
     pairs: int
 
@@ -49,16 +51,17 @@ def contrast(differences_S: Sequence[float], *, margin: float) -> Contrast:
     values = np.asarray(differences_S, np.float64)
     mean = float(values.mean()) if len(values) else math.nan
     if len(values) < 2:
-        return Contrast(mean, math.nan, math.nan, math.nan, math.nan, margin, len(values))
+        return Contrast(mean, math.nan, math.nan, math.nan, math.nan, math.nan, margin, len(values))
     error = float(values.std(ddof=1)) / math.sqrt(len(values))
     if error == 0:  # scipy would divide by it
-        outside = float(abs(mean) >= margin)
-        return Contrast(mean, mean, mean, float(mean == 0), outside, margin, len(values))
+        outside, not_above = float(abs(mean) >= margin), float(mean <= margin)
+        return Contrast(mean, mean, mean, float(mean == 0), outside, not_above, margin, len(values))
     test = stats.ttest_1samp(values, 0.0)
     low, high = test.confidence_interval(LEVEL)
     above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
     below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-    return Contrast(mean, float(low), float(high), float(test.pvalue), float(max(above, below)), margin, len(values))
+    p, p_equivalent = float(test.pvalue), float(max(above, below))
+    return Contrast(mean, float(low), float(high), p, p_equivalent, float(1 - below), margin, len(values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -76,9 +79,16 @@ def bootstrap(
 ) -> tuple[float, float]:
     """95 % interval of nll - other_nll per token (percentile bootstrap): seeds and documents are drawn with replacement.
 
-    Each resample draws pairs of runs, and independently of them documents, which are the same for all runs.
+    Each resample draws pairs of runs, and independently of them documents, which are the same for all runs. The bootstrap of
+    few seeds is too narrow, so their deviations from the mean are scaled by sqrt(S / (S - 1)) t(S - 1) / z: with equal
+    documents the interval is about that of Student's t.
     """
     difference_SN = np.asarray(nll_SN, np.float64) - np.asarray(other_nll_SN, np.float64)
+    if (count := len(difference_SN)) > 1:
+        quantile = (1 + LEVEL) / 2
+        scale = math.sqrt(count / (count - 1)) * stats.t.ppf(quantile, count - 1) / stats.norm.ppf(quantile)
+        mean_N = difference_SN.mean(0)
+        difference_SN = mean_N + scale * (difference_SN - mean_N)
     tokens_N = np.asarray(tokens_N, np.float64)
     pairs, documents = difference_SN.shape
     random = np.random.default_rng(seed)
@@ -103,6 +113,7 @@ def slope(tokens: Sequence[float], losses: Sequence[float]) -> float:
 def saved_tokens(difference: float, slope: float) -> float:
     """Share of training tokens that a difference is worth: the baseline would need 1 / (1 - share) times as many to match.
 
-    Negative for a higher loss. difference: in nats per token; negative is better. slope: of the baseline's curve.
+    Negative for a higher loss; nan if the curve does not fall, or the baseline has this loss after a tenth of its tokens.
+    difference: in nats per token; negative is better. slope: of the baseline's curve.
     """
-    return 1 - math.exp(difference / slope) if slope > 0 else math.nan
+    return 1 - math.exp(difference / slope) if slope > 0 and difference / slope < math.log(10) else math.nan

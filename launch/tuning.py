@@ -17,7 +17,8 @@ from launch.results import comparable, format_value
 def choose(runs: Sequence[Run], option: str, *, seed: int) -> list[Run]:
     """The runs to report, with the option moved from `options` to `tuned`.
 
-    ValueError if a point has no complete run with the tuning seed, or no other run with the best value.
+    ValueError if a point has no complete run with the tuning seed or one that has not ended, or no other run with the best
+    value.
     """
     together: dict[str, list[Run]] = {}
     for run in runs:
@@ -29,6 +30,9 @@ def choose(runs: Sequence[Run], option: str, *, seed: int) -> list[Run]:
     for members in together.values():
         trials = [run for run in members if run.seeds[0] == seed]
         losses = {run.options[option]: run.validation_loss for run in trials if run.state == "complete"}
+        if unfinished := [run for run in trials if run.state not in ("complete", "failed")]:
+            found = ", ".join(f"{run.name} ({run.state})" for run in unfinished)
+            raise ValueError(f"--tuning-seed={seed}: runs with this seed have not ended: {found}; leave them out or wait")
         measured = {value: loss for value, loss in losses.items() if loss is not None}
         if not measured:
             raise ValueError(f"--tuning-seed={seed}: no complete run of the point of {members[0].name} has this seed")

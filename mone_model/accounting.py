@@ -26,28 +26,42 @@ class Parameters:
     experts: int
     """Those of routed experts: 3 D H E L."""
     active: int
-    """Weights that one token touches: all but experts not chosen and, in the chosen, up and down of dropped neurons."""
+    """Weights that one token touches: all but experts not chosen and, in the chosen, what dropped neurons do not need.
+
+    By `neuron_score`, selection needs the gates of dropped neurons, their gates and ups (abs_gate_up), or nothing of them
+    (random and frozen, whose projection is no weight).
+    """
     active_experts: int
-    """Those of routed experts among them: r L (D H + 2 D K), the gate being always dense."""
+    """Those of routed experts among them, if selection needs the gates: r L (D H + 2 D K)."""
     active_expert_params: float
-    """Share of its routed experts' weights that a token touches: (1 + 2 K/H) / 3."""
+    """Share of its routed experts' weights that a token touches: then (1 + 2 K/H) / 3."""
     active_moe_params: float
     """Share of its MoE layer's weights that a token touches: of its routed experts, the shared expert and the router.
 
-    (E + r (H + 2 K) + S + 2 S_K) / (E + 3 r H + 3 S), with S_K kept of the S shared neurons; a plain MoE's is 1.
+    Then (E + r (H + 2 K) + S + 2 S_K) / (E + 3 r H + 3 S), with S_K kept of the S shared neurons; a plain MoE's is 1.
     If layers keep different shares, K is the mean in both.
     """
+
+
+_NEEDED_OF_DROPPED = {"abs_gate_up": 2, "random": 0, "random_in_training": 0, "frozen": 0}
+"""Rows of weights that selection needs of a dropped neuron by score; others: 1, the gate."""
+
+
+def _needed_rows(model: ModelConfig) -> int:
+    """Rows of weights of routed experts that a token needs in one expert of each layer, in a forward pass."""
+    kept = sum(model.active_neurons_by_layer)
+    return 3 * kept + _NEEDED_OF_DROPPED.get(model.neuron_score, 1) * (model.num_layers * model.moe_ffn_hidden_size - kept)
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
     """Count weights as `build_gpt` makes them."""
     width, neurons, layers = model.hidden_size, model.moe_ffn_hidden_size, model.num_layers
-    kept = sum(model.active_neurons_by_layer)
+    needed = _needed_rows(model)
     queries, groups = model.num_attention_heads * model.head_size, _groups(model) * model.head_size
     attention = width * (queries + 2 * groups) + queries * width
     router = model.num_experts * width
     shared, shared_k = model.shared_expert_ffn_hidden_size, _shared_k(model)
-    active_experts = model.router_topk * width * (layers * neurons + 2 * kept)
+    active_experts = model.router_topk * width * needed
     active_moe = layers * (router + width * (shared + 2 * shared_k)) + active_experts
     embeddings = model.padded_vocab_size * width * (1 if model.tie_embeddings else 2)
     experts = 3 * width * neurons * model.num_experts * layers
@@ -57,7 +71,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
         experts=experts,
         active=rest + active_experts + layers * width * (shared + 2 * shared_k),
         active_experts=active_experts,
-        active_expert_params=(1 + 2 * kept / (layers * neurons)) / 3,
+        active_expert_params=needed / (3 * layers * neurons),
         active_moe_params=active_moe / (layers * (router + 3 * width * (model.router_topk * neurons + shared))),
     )
 
@@ -125,18 +139,30 @@ def count_flops(model: ModelConfig) -> Flops:
     shared, shared_k = model.shared_expert_ffn_hidden_size, _shared_k(model)
     every_layer = projections + scores + router
     logits = 2 * width * model.padded_vocab_size
-    kept = model.router_topk * (layers * neurons + 2 * sum(model.active_neurons_by_layer))
+    projected = _projected_rows(model)
     return Flops(
-        dense=logits + layers * (every_layer + 6 * width * (model.router_topk * neurons + shared)),
-        sparse=logits + layers * (every_layer + 2 * width * (shared + 2 * shared_k)) + 2 * width * kept,
+        dense=logits
+        + layers * (every_layer + 6 * width * (model.router_topk * neurons + shared))
+        + 2 * width * model.router_topk * projected,
+        sparse=logits
+        + layers * (every_layer + 2 * width * (shared + 2 * shared_k))
+        + 2 * width * model.router_topk * (_needed_rows(model) + projected),
     )
+
+
+def _projected_rows(model: ModelConfig) -> int:
+    """Rows of the frozen projections that select in one expert of each layer; they have no gradient."""
+    neurons = model.moe_ffn_hidden_size
+    selecting = sum(kept < neurons for kept in model.active_neurons_by_layer)
+    return selecting * neurons if model.neuron_score == "frozen" else 0
 
 
 def count_training_flops(model: ModelConfig, steps: int | None = None) -> Flops:
     """Of a forward and backward pass: three times those of a forward pass, but owed gates have gradients only where kept.
 
     A routed expert owes 2 D (H + 8 K): the gates of all neurons forward, everything else of the K kept neurons. With a
-    balance loss that reaches dropped neurons, the gates of all neurons owe their backward pass too.
+    balance loss that reaches dropped neurons, the gates of all neurons owe their backward pass too. Other scores than the
+    gate's need other rows of dropped neurons (`Parameters.active`), forward only.
 
     steps: with a schedule of the ratio, the mean over these training steps; None: at the end of the schedule.
     """
@@ -144,12 +170,21 @@ def count_training_flops(model: ModelConfig, steps: int | None = None) -> Flops:
         sampled = range(1, steps + 1, -(-steps // 1000))
         owed = [count_training_flops(model.at_step(step)).sparse for step in sampled]
         return Flops(dense=count_training_flops(model).dense, sparse=round(sum(owed) / len(owed)))
-    forward = count_flops(model)
+    forward, row = count_flops(model), 2 * model.hidden_size * model.router_topk
+    needed, projected = _needed_rows(model), _projected_rows(model)
+    kept = sum(model.active_neurons_by_layer)
+    dropped = model.num_layers * model.moe_ffn_hidden_size - kept
     reached = model.neuron_balance_coeff > 0 and model.neuron_balance_form != "masked"
-    neurons = model.num_layers * model.moe_ffn_hidden_size
-    dropped = 0 if reached else model.router_topk * (neurons - sum(model.active_neurons_by_layer))
-    dropped += model.num_layers * (model.shared_expert_ffn_hidden_size - _shared_k(model))
-    return Flops(dense=3 * forward.dense, sparse=3 * forward.sparse - 4 * model.hidden_size * dropped)
+    gates = dropped if reached else 0
+    # The loss needs the gates of dropped neurons, which these scores do not.
+    more = gates if _NEEDED_OF_DROPPED.get(model.neuron_score) == 0 else 0
+    of_experts = row * (needed + projected + more) + 2 * row * (3 * kept + gates)
+    others = 3 * (forward.sparse - row * (needed + projected))
+    dropped_shared = model.num_layers * (model.shared_expert_ffn_hidden_size - _shared_k(model))
+    return Flops(
+        dense=3 * forward.dense - 2 * row * projected,
+        sparse=of_experts + others - 4 * model.hidden_size * dropped_shared,
+    )
 
 
 @dataclass(frozen=True)

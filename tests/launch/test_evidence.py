@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from launch.claims import Claim, verdict
-from launch.evidence_page import update_page
-from launch.experiments import Experiment, Plan
+from launch.evidence_page import correct, read_losses, update_page
+from launch.experiments import Experiment, Plan, due
 from launch.recorded import read_record, write_record
 from launch.results import read_runs
 from launch.statistics import contrast
@@ -116,14 +117,18 @@ def plan(tmp_path: Path) -> Plan:
     e = Experiment(
         points={"plain": [], "quarter": []},
         learning_rates=[1e-3, 2e-3],
-        seeds=[1, 2, 3, 4],
+        seeds=[1, 2, 3],
+        evaluations={"ratio_1_4": [], "threshold_1_4": []},
+        evaluated_seeds=[1, 2, 3],
         contrasts=[["quarter", "plain"], ["plain", "quarter"]],
     )
     return Plan(
         experiments={
             "e": e,
-            "f": Experiment(points={"x": []}, learning_rate_of="e/plain", contrasts=[["x", "e/plain"]]),
-            "g": dataclasses.replace(e, contrasts=[["quarter", "plain"]], interaction="e"),
+            "f": Experiment(points={"x": []}, learning_rate_of="e/plain", seeds=[1, 2], contrasts=[["x", "e/plain"]]),
+            "g": dataclasses.replace(
+                e, evaluations={}, seeds=[1, 2, 3, 4], contrasts=[["quarter", "plain"]], interaction="e"
+            ),
         },
         primary=[["e/quarter", "e/plain"], ["f/x", "e/plain"]],
         margin=0.05,
@@ -156,19 +161,21 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
         "| quarter, trained at 0.25 | the K best | 3 | 4.0220 | 4.0220 | 4.0220 | 4.0220 |",
         "| quarter, trained at 0.25 | by threshold | 3 | - | - | 4.0220 | - |",
     ]
-    assert "Not complete: plain, quarter." in text
+    assert text.count("Not complete: plain, quarter.") == 1, "of g, which has no seed 4"
+    assert [line for line in of_e if line.startswith("Commits of the code: ")]
     assert "| quarter | 0.1 | 0.2 | 0.3 | 0.4 |" in of_e
     assert not [line for line in of_e if line.startswith("| plain | 0.1 |")]
     (excess,) = [line for line in lines if line.startswith("| quarter - plain | quarter - plain of e |")]
     assert excess.strip("| ").split(" | ")[2:5] == ["3", "+0.1000", "+0.1000 to +0.1000"]
     rows = [line.strip("| ").split(" | ") for line in lines if line.count("|") == 7]
     claims = {cells[0]: cells[2:] for cells in rows}
-    assert claims["enough"] == ["+0.0220", "+0.0195 to +0.0245", "3", "holds: within ±0.05"]
-    assert claims["worse"] == ["+0.1220", "+0.1195 to +0.1245", "3", "does not hold: higher loss"]
-    assert claims["by threshold"] == ["+0.0000", "+0.0000 to +0.0000", "3", "not decided, within ±0.05"]
-    assert claims["nothing"][0] == "not yet measured"
-    headline = "with 0.25 of the neurons the loss is +0.022 nats per token (+0.020 to +0.024, 3 seeds)."
-    assert f"**Against the plain MoE with the same weights, {headline}**" in lines
+    assert claims["enough"] == ["+0.0220", "+0.0195 to +0.0245", "3", "holds: higher loss, within ±0.05"]
+    assert claims["worse"] == ["+0.1220", "+0.1195 to +0.1245", "3", "3 of 4 seeds"]
+    assert claims["by threshold"] == ["+0.0000", "+0.0000 to +0.0000", "3", "not decided: within ±0.05"]
+    assert claims["nothing"] == ["", "", "", "not yet measured"]
+    difference = "with 0.25 of the neurons by +0.022 nats per token (+0.020 to +0.024, 3 of 3 seeds)"
+    of_claims = "Of the 2 primary claims, 1 holds, 1 is not yet measured with all seeds."
+    assert f"**The loss differs from that of the plain MoE with the same weights {difference}. {of_claims}**" in lines
     assert (tmp_path / "images/evidence_costs.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "images/evidence_e.png").read_bytes().startswith(b"\x89PNG")
     update_page(plan, tmp_path / "records", tmp_path / "page.md")
@@ -177,27 +184,75 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
 
 def test_runs_of_different_processors_are_not_paired(plan: Plan, tmp_path: Path) -> None:
     record = tmp_path / "records/e/plain,seed=2.json"
-    content = json.loads(record.read_text())
-    record.write_text(json.dumps(content | {"environment": {"processor": "another one"}}, separators=(",\n", ": ")))
-    record.write_text(record.read_text().replace("{", "{\n", 1))
+    change(record, environment={"processor": "another one"})
     update_page(plan, tmp_path / "records", tmp_path / "page.md")
     (row,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| enough |")]
     assert row.strip("| ").split(" | ")[2] == "+0.0220"
     assert row.strip("| ").split(" | ")[4] == "2"
 
 
+def change(record: Path, **content: Any) -> None:
+    text = json.dumps(json.loads(record.read_text()) | content, separators=(",\n", ": "))
+    record.write_text(text.replace("{", "{\n", 1))
+
+
+def test_runs_scored_on_other_documents_are_not_paired(plan: Plan, tmp_path: Path) -> None:
+    for name in ("plain", "quarter"):
+        record = tmp_path / f"records/e/{name},seed=2.json"
+        evaluations = json.loads(record.read_text())["evaluations"]
+        evaluations["trained"]["sha256"] = "other"
+        evaluations["trained"]["tokens"] = evaluations["trained"]["tokens"][1:]
+        evaluations["trained"]["nll"] = evaluations["trained"]["nll"][1:]
+        change(record, evaluations=evaluations)
+    update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    (row,) = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| enough |")]
+    assert row.strip("| ").split(" | ")[2:] == ["+0.0220", "+0.0093 to +0.0347", "2", "2 of 3 seeds"]
+
+
+def test_records_that_do_not_fit_the_plan_are_refused(plan: Plan, tmp_path: Path) -> None:
+    plan.experiments["e"].points["plain"].append("model.activation_ratio=0.5")
+    with pytest.raises(UserError, match=r"plain,seed=1.json: model.activation_ratio=1.0, but the plan has 0.5; move"):
+        update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    plan.experiments["e"].points["plain"].clear()
+    (tmp_path / "records/g/plain,seed=2.json").write_text("<<<<<<< HEAD\n")
+    with pytest.raises(UserError, match=r"plain,seed=2.json: not the record of a run"):
+        update_page(plan, tmp_path / "records", tmp_path / "page.md")
+
+
+def test_a_run_waits_for_its_source_and_is_due_until_its_evaluations_are_recorded(plan: Plan, tmp_path: Path) -> None:
+    branch = dataclasses.replace(plan.experiments["f"], learning_rate_of=None, learning_rates=[0.001], after="e/plain")
+    plan.experiments["f"] = dataclasses.replace(branch, seeds=[1, 4])
+    plan.experiments["e"].learning_rates = [0.003]
+
+    def names() -> list[str]:
+        return [run.name for run in due(plan, read_losses(plan, tmp_path / "records"), ["e", "f"])]
+
+    assert names() == ["f/x,seed=1"]
+    record = tmp_path / "records/e/plain,seed=1.json"
+    evaluations = json.loads(record.read_text())["evaluations"]
+    del evaluations["ratio_1_4"]
+    change(record, evaluations=evaluations)
+    assert names() == ["e/plain,seed=1"]
+    update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "Not complete: plain." in text
+    assert "| plain, trained at 1 | the K best | 2 |" in text
+
+
 @pytest.mark.parametrize(
     ("says", "differences", "expected"),
     [
-        ("equal", [-0.02, -0.021, -0.019], "holds: within ±0.03"),
+        ("equal", [-0.02, -0.021, -0.019], "holds: lower loss, within ±0.03"),
         ("better", [-0.02, -0.021, -0.019], "holds: lower loss, within ±0.03"),
         ("equal", [-0.05, -0.051, -0.049], "holds: lower loss"),
         ("better", [-0.05, -0.051, -0.049], "holds: lower loss"),
-        ("equal", [0.02, 0.021, 0.019], "holds: within ±0.03"),
+        ("equal", [0.02, 0.021, 0.019], "holds: higher loss, within ±0.03"),
         ("better", [0.02, 0.021, 0.019], "does not hold: higher loss, within ±0.03"),
-        ("better", [0.0, -0.001, 0.001], "not decided, within ±0.03"),
+        ("equal", [0.0, -0.001, 0.001], "holds: within ±0.03"),
+        ("better", [0.0, -0.001, 0.001], "not decided: within ±0.03"),
         ("equal", [0.05, 0.051, 0.049], "does not hold: higher loss"),
         ("better", [0.05, 0.051, 0.049], "does not hold: higher loss"),
+        ("equal", [0.025, 0.03, 0.035], "not decided: higher loss"),
         ("equal", [0.06, -0.06, 0.0], "not decided"),
         ("better", [0.06, -0.06, 0.0], "not decided"),
         ("better", [-0.06, -0.001, -0.03], "not decided"),
@@ -205,13 +260,34 @@ def test_runs_of_different_processors_are_not_paired(plan: Plan, tmp_path: Path)
 )
 def test_verdicts(says: str, differences: list[float], expected: str) -> None:
     test = contrast(differences, margin=0.03)
-    assert verdict(says, test, test.p) == expected
+    assert verdict(says, test, planned=3) == expected
+    assert verdict(says, test, planned=5) == "3 of 5 seeds"
+
+
+def test_verdicts_on_primary_contrasts_use_corrected_p_values() -> None:
+    names = ("a", "b", "c")
+    experiment = Experiment(points=dict.fromkeys(("base", *names), []), learning_rates=[1.0])
+    experiment.contrasts = [[name, "base"] for name in names]
+    plan = Plan(experiments={"e": experiment}, primary=[[f"e/{name}", "e/base"] for name in names])
+    test = contrast([0.019, 0.02, 0.024], margin=0.03)
+    tests = {(f"e/{name}", "e/base"): test for name in names[:2]}
+    tests["e/a", "e/b"] = test
+    found = correct(plan, tests)
+    for name in ("p", "p_equivalent", "p_above"):
+        # Of three primary contrasts two were tested.
+        corrected, alone = getattr(found["e/a", "e/base"], name), getattr(test, name)
+        assert corrected == pytest.approx(min(1.0, 3 * alone))
+    assert found["e/a", "e/b"] == test
 
 
 def test_claims_of_unknown_points_are_refused() -> None:
     experiments = {"e": Experiment(points={"x": []}, learning_rates=[1.0])}
     with pytest.raises(UserError, match="claims: same: there is no point e/y"):
         Plan(experiments=experiments, claims=[Claim("same", ["e/x@trained", "e/y"])])
+    with pytest.raises(UserError, match="claims: same: e/x has no evaluation ratio_1_2"):
+        Plan(experiments=experiments, claims=[Claim("same", ["e/x@ratio_1_2", "e/x"])])
+    with pytest.raises(UserError, match="primary: .* is no contrast of an experiment"):
+        Plan(experiments=experiments, primary=[["e/x", "e/y"]])
     with pytest.raises(UserError, match="says=worse: choose from equal, better"):
         Claim("same", ["e/x", "e/y"], says="worse")
 

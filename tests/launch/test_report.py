@@ -326,6 +326,9 @@ def test_the_rate_is_chosen_by_a_seed_that_is_not_reported(tmp_path: Path, call_
         assert (code, said in error) == (2 if said else 0, True)
     code, _, error = call_main(main, str(tmp_path / "runs"), *options, "--tune", "optimizer.rate")
     assert (code, error.startswith("error: --tune=optimizer.rate:")) == (2, True)
+    (tmp_path / "runs/1,0.004,0/status.json").write_text('{"state": "stopped"}')
+    code, _, error = call_main(main, str(tmp_path / "runs"), *options, "--tune", "optimizer.lr")
+    assert (code, "runs with this seed have not ended: sweep/1,0.004,0" in error) == (2, True)
 
 
 def test_an_evaluation_takes_the_place_of_the_validation_loss(tmp_path: Path, call_main: Call) -> None:
@@ -390,9 +393,7 @@ def test_the_sentence_for_each_kind_of_comparison(runs: Path, tmp_path: Path) ->
     )
     # With a second sweep of one seed.
     said = "Compared with the plain MoE, the validation loss is lower in every seed at none of 2 points, higher in every "
-    said += (
-        "seed at 1, undecided at 1 (the seeds disagree, or there is one seed); the lowest is wide: activation_ratio=0.25, "
-    )
+    said += "seed at 1, undecided at 1 (the seeds disagree or differ, or there is one seed); the lowest is wide: "
     assert finding(runs).startswith(said)
     one = tmp_path / "one"
     write_run(one / "mone", None, 0.5, 1, 4.3)
@@ -416,6 +417,12 @@ def test_the_sentence_for_each_kind_of_comparison(runs: Path, tmp_path: Path) ->
     write_run(one / "plain2", None, 1.0, 2, 4.3)
     assert finding(one).endswith(
         "the 2 seeds disagree, so the sign of the difference is open (95 % interval -0.9780 to +0.9280)."
+    )
+    for seed, loss in ((1, 4.02), (2, 4.02), (3, 4.021), (4, 4.019), (5, 3.9995)):
+        write_run(tmp_path / f"five/mone{seed}", None, 0.5, seed, loss)
+        write_run(tmp_path / f"five/plain{seed}", None, 1.0, seed, 4.0)
+    assert finding(tmp_path / "five").endswith(
+        "higher on average over 5 seeds, but not in each (95 % interval +0.0045 to +0.0273)."
     )
     other = tmp_path / "other"
     write_run(other / "mone", None, 0.5, 1, 4.3)

@@ -57,8 +57,8 @@ def test_the_bootstrap_varies_seeds_and_documents() -> None:
     of_seeds_S1 = np.array([0.01, 0.02, 0.03, 0.02, 0.02])[:, None]
     low, high = bootstrap(base_SN + of_seeds_S1 * tokens_N, base_SN, tokens_N)
     width = high - low
-    # Normal approximation: 2 x 1.96 population standard deviations over the square root of 5.
-    assert width == pytest.approx(2 * 1.96 * of_seeds_S1.std() / math.sqrt(5), rel=0.15)
+    # Student's t: 2 x 2.776 standard deviations over the square root of 5.
+    assert width == pytest.approx(2 * 2.776 * of_seeds_S1.std(ddof=1) / math.sqrt(5), rel=0.15)
     assert low < 0.02 < high
     of_documents_N = random.normal(0, 0.3, 200)
     low, high = bootstrap(base_SN + (of_seeds_S1 + of_documents_N) * tokens_N, base_SN, tokens_N)

@@ -107,6 +107,22 @@ def test_owed_training_flops_leave_out_the_backward_pass_of_dropped_gates() -> N
         assert balanced.dense - balanced.sparse == products * product * dropped
 
 
+@pytest.mark.parametrize(
+    ("score", "of_dropped", "projected"), [("gate", 1, 0), ("abs_gate_up", 2, 0), ("random", 0, 0), ("frozen", 0, 1)]
+)
+def test_a_score_owes_what_it_reads_of_dropped_neurons(score: str, of_dropped: int, projected: int) -> None:
+    base = SMALL | {"neuron_balance_coeff": 0.0}
+    model, gate = ModelConfig(**base | {"neuron_score": score}), ModelConfig(**base)
+    neurons = model.moe_ffn_hidden_size
+    dropped = neurons - model.active_neurons
+    rows = model.num_layers * model.router_topk * model.hidden_size
+    assert count_parameters(model).active - count_parameters(gate).active == rows * dropped * (of_dropped - 1)
+    for count in (count_flops, count_training_flops):  # the extra rows are read in the forward pass only
+        found, of_gate = count(model), count(gate)
+        assert found.sparse - of_gate.sparse == 2 * rows * (dropped * (of_dropped - 1) + projected * neurons)
+        assert found.dense - of_gate.dense == 2 * rows * projected * neurons
+
+
 def test_training_flops_of_a_schedule_are_the_mean_over_the_steps() -> None:
     base = SMALL | {"neuron_balance_coeff": 0.0, "activation_ratio": 0.25}
     scheduled = ModelConfig(
