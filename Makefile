@@ -19,7 +19,7 @@ print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 endef
 export LOAD
 
-.PHONY: install demo data train evidence-data evidence evidence-runs test gpu lint clean
+.PHONY: install demo data train evidence-data evidence evidence-runs test gpu lint docs clean
 demo: data train  ## real text, tokenizer, shards, training on two processes with a stop and a resume, samples, export
 	@echo; echo "== What it writes after reading 0.8 million tokens"
 	$(BIN)/mone-sample run=$(RUN)

@@ -36,7 +36,7 @@ class PackageTextsConfig:
     output: str = MISSING
     """Folder for the jsonl files; created if it does not exist."""
     debian: bool = False
-    """Also the documentation in packages of Debian 12, 68 MB of text; needs apt-get and dpkg-deb."""
+    """Also the documentation in packages of Debian 12, 70 MB of text; needs apt-get and dpkg-deb."""
     check: bool = True
     """Refuse packages and texts with other checksums than the recorded ones. false: also use other versions of packages, if
     apt serves no others; results are then not comparable with the recorded ones."""

@@ -1,6 +1,7 @@
 """Estimates parameters, memory, communication and time of a run, and proposes layouts that fit.
 
-    mone-plan model=mone_2p8b compute.precision=bf16 parallel.expert=8 cluster.gpu=h100 cluster.nodes=8
+    mone-plan model=mone_2p8b compute.precision=bf16 parallel.expert=8 training.global_batch_size=1024 \\
+        cluster.gpu=h100 cluster.nodes=8
     mone-plan --help
 
 Needs no GPU, no data and no cluster. The exit code is 1 if the run does not fit.

@@ -1,6 +1,7 @@
 """Records of runs: one small JSON file each, without weights, from which reports are made again.
 
-write_record(Path("runs/evidence/equal_total/plain,seed=1"), Path("docs/evidence/runs/equal_total/plain,seed=1.json"))
+(run,) = read_runs([Path("runs/evidence/equal_total/plain,seed=1")])
+write_record(run, Path("docs/evidence/runs/equal_total/plain,seed=1.json"))
 run = read_record(path)                                  # launch.points.Run
 run.evaluations["trained"].nats_per_token
 

@@ -1,6 +1,6 @@
 """Streams of a sparsification study: what each keeps, and how its rule is found for a layer.
 
-    streams = streams_of(parts=["routed"], ratios=[0.5], select=["exact"], controls=["random"])
+    streams = streams_of(parts=["routed"], ratios=[0.5], select=["exact"], controls=["random"], trained=False)
     with calibrating(experts, streams) as layer:             # the experts of one layer, and a pass of calibration text
         ...
     rule = layer.rule(streams[1], experts[0], None)          # Rule(k=...)

@@ -1,6 +1,7 @@
 """Scores of tasks of lm-evaluation-harness for every stream of a study, in the same pass over the weights.
 
-    tasks = StreamedTasks(prepare_tasks(["arc_easy"], task_data="data/tasks"), model, tokenizer)
+    prepared = prepare_tasks(["arc_easy"], task_data="data/tasks")
+    tasks = StreamedTasks(prepared, model, tokenizer, limit=None, batch_tokens=4096)
     study = Study(model, hooked, streams, [scored, tasks.text], calibration)
     ...
     result |= tasks.results(result["streams"], losses)          # of `tasks.text`, one for each stream

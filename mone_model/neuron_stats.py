@@ -3,7 +3,7 @@
     counters = NeuronCounters(experts=4, neurons=512, device=device)       # one per layer, for the experts of this rank
     counters.add(tokens_per_expert_E=..., threshold_N=..., selected_EH=..., magnitude_EH=...)
     usage = reduce_counters(...)                                             # every layer and expert, all ranks
-    summarise_neurons(usage)                                                 # dead share, entropy, Gini, overlap
+    summarise_neurons(usage, model.active_neurons_by_layer)                  # dead share, entropy, Gini, overlap
 
 Shapes: L layers, E experts of the model, e on this rank, H neurons of an expert, h on this rank, N rows sorted by expert.
 """

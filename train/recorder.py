@@ -1,10 +1,10 @@
 """Record losses, speed, memory, expert load, neuron use and figures. docs/metrics.md lists the names.
 
-    recorder = Recorder(config, runtime, engine.modules, resume_step=200, wandb_id=None)
+    recorder = Recorder(config, runtime, engine.modules, resume_step=200, samples=3200, wandb_id=None)
     recorder.begin_step()
     recorder.record_step(step, samples, result, dropped=0)
     recorder.record_neurons(step, samples, draw=True)
-    recorder.close()
+    recorder.close(step, unigram_entropy)
 
 The record_* methods are collectives on every rank; the main rank writes. Errors in writing and drawing do not end the run.
 """

@@ -1,6 +1,6 @@
 """The results: one JSON file, rewritten after each part, and tables on the console.
 
-report = Report(Path("report/gpu.json"), machine)
+report = Report(Path("report/gpu.json"), machine, interpreted=False)
 report.add({"kind": "check", "group": "silu bf16", "name": "silu bf16 H=37 K=5", "passed": True, "worst": 0.3})
 report.save()
 """

@@ -2,7 +2,7 @@
 
     obstacles = why_not(model, "mixtral")        # [] if it is exact
     choose_format(model)                         # "qwen3_moe", "mixtral", "granitemoeshared", "glm4_moe" or "mone"
-    config = config_of(model, "mone", end=0)     # the fields of config.json
+    config = config_of(model, "mone", end=0, dtype="float32")    # the fields of config.json
 
 A native class cannot select neurons: a model below `activation_ratio=1` is always a `mone`.
 """

@@ -1,9 +1,10 @@
 """Print the options of our model for a Hugging Face folder, a run or a checkpoint; or say why it cannot be expressed.
 
     mone-import source=models/qwen output=imported/model/qwen.yaml
-    mone-pretrain --config-dir imported model=qwen init.source=models/qwen data=demo
+    mone-pretrain --config-dir imported model=qwen init.source=models/qwen 'data.blend=[{path: data/mine}]'
 
-It reads the configuration and the headers of the weights only. Training reads the weights (`init.source`).
+The data is tokenized with the tokenizer of the model. The command reads the configuration and the headers of the weights
+only. Training reads the weights (`init.source`).
 """
 
 import dataclasses

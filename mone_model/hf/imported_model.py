@@ -49,7 +49,7 @@ UPCYCLED = {
     "expert_bias",
     "neuron_bias",
 }
-"""Fields that upcycling sets; `weight_sources.check_upcycles` checks them."""
+"""Fields that upcycling sets; `mone_model.upcycling.check_upcycles` checks them."""
 
 
 class ImportedModel(NamedTuple):

@@ -1,6 +1,6 @@
 """Compiles the CPU kernels in a separate process, which stops its compilers and removes its files if it is abandoned.
 
-    python -P cpu_build.py FOLDER SOURCES FLAG...   # writes FOLDER/mone_cpu.so; its standard input stays open until then
+    python -P build.py FOLDER SOURCES FLAG...   # writes FOLDER/mone_cpu.so; its standard input stays open until then
 
 The process that starts it may be killed. Then the standard input of this one ends, and it stops the compilers, removes the
 folder and exits. It must be the leader of a process group. It imports nothing of this package.

@@ -5,7 +5,7 @@
         dgate, dup, dprobs = selection.select_and_gate_backward(dhidden, masks, gates, ups, probs_N, "silu")
 
 These kernels have not run on a GPU yet. Their numerics are tested in Triton's interpreter (TRITON_INTERPRET=1), and they
-compile for sm_80 and sm_90 with their rows in registers (python -m benchmarks.triton_resources).
+compile for sm_80, sm_90 and sm_100 with their rows in registers (python -m benchmarks.triton_resources).
 
 Each program computes one row. It holds the bits of all magnitudes in registers, padded to BLOCK (a power of two), searches
 for the K-th largest and writes the mask. Then it reads the row again, CHUNK neurons at a time, and writes the rest.
