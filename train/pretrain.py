@@ -21,7 +21,7 @@ from train.launcher import check_launcher, ending_with_launcher, rank_and_world_
 from train.meeting import Meeting
 from train.preparation import prepare_run, value_errors_as_user_errors
 from train.run_notes import note_failure, take_run_folder, write_status
-from train.run_tokenizer import keep_tokenizer
+from train.run_tokenizer import compare_tokenizers, keep_tokenizer
 
 
 @command("pretrain", launched=True)
@@ -42,6 +42,8 @@ def main(hydra_config: DictConfig) -> None:
             lock = take_run_folder(config) if rank == 0 else None  # noqa: F841  until this process ends
             if rank == 0:
                 keep_tokenizer(Path(config.run.dir), manifests[0], begun=bool(checkpoints))
+                if config.init.source is not None and not checkpoints:
+                    compare_tokenizers(Path(config.init.source), manifests[0])
         # All ranks write checkpoints there, and read those of others after a resume.
         meeting.check_shared({"run.dir": Path(config.run.dir)})
     megatron.prepare()

@@ -1,6 +1,7 @@
 """The copy of the tokenizer in a run folder, which makes the folder independent of its data.
 
 keep_tokenizer(Path("runs/demo"), manifests[0], begun=False)      # at the start of training
+compare_tokenizers(Path("models/qwen"), manifests[0])             # warns if the initial weights belong to another one
 """
 
 import logging
@@ -13,6 +14,13 @@ from data_prep.tokenizer import load_tokenizer
 from mone_common.files import writing_folder
 
 logger = logging.getLogger(__name__)
+
+SAMPLE = [
+    "The quick brown fox jumps over 1234 lazy dogs.\n",
+    "def f(x):\n    return x ** 2  # comment",
+    "Zürich, 東京, Москва",
+]
+"""Texts that different tokenizers encode differently."""
 
 
 def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
@@ -49,6 +57,25 @@ def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
     shutil.rmtree(kept, ignore_errors=True)
     with writing_folder(kept) as unfinished:
         tokenizer.copy_to(unfinished)
+
+
+def compare_tokenizers(source: Path, manifest: Manifest) -> None:
+    """Log a warning if the tokenizer of `init.source`, where there is one, encodes another way than that of the data.
+
+    source: a Hugging Face folder, a run, or a checkpoint of a run.
+    """
+    for folder in (source, source / TOKENIZER_NAME, source.parent.parent / TOKENIZER_NAME):
+        try:
+            theirs, ours = load_tokenizer(folder), load_tokenizer(manifest.tokenizer_path)
+        except DataError:
+            continue
+        if ours.sha256 != theirs.sha256 and ours.encode(SAMPLE) != theirs.encode(SAMPLE):
+            logger.warning(
+                "init.source=%s has another tokenizer than %s, so its embeddings belong to other tokens; tokenize the text "
+                "with tokenizer=%s",
+                *(source, manifest.folder, folder),
+            )
+        return
 
 
 def _same_files(kept: Path, source: Path) -> bool:

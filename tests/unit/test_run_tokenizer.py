@@ -17,11 +17,12 @@ from mone_common.console import UserError, showing_log
 from mone_common.files import sha256_of
 from mone_common.run_folder import DamagedFile
 from mone_common.threshold_file import read_thresholds
+from mone_model.hf.tokenizer import write_tokenizer
 from tests.tiny import make_shards
 from train.calibrate import CalibrateConfig, find_manifests
 from train.config import RunConfig
 from train.config_sections import ExecutionConfig, SourceConfig
-from train.run_tokenizer import keep_tokenizer
+from train.run_tokenizer import compare_tokenizers, keep_tokenizer
 from train.trained_model import load_run_config
 
 
@@ -66,6 +67,21 @@ def test_a_moved_run_has_its_tokenizer(data: Manifest, tmp_path: Path) -> None:
         find_manifests(config, CalibrateConfig(run=str(moved), data=[str(other.folder)]))
     again = with_tokenizer(tmp_path / "again", 300)
     assert find_manifests(config, CalibrateConfig(run=str(moved), data=[str(again.folder)])) == [again]
+
+
+def test_initial_weights_of_another_tokenizer_give_a_warning(
+    data: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(data.folder / "tokenizer", tmp_path / "run/tokenizer")
+    (tmp_path / "exported").mkdir()
+    write_tokenizer(data.folder / "tokenizer", tmp_path / "exported", context=64)
+    for source in ("run", "run/checkpoints/step-00000001", "exported", "nothing"):
+        compare_tokenizers(tmp_path / source, data)
+    assert not caplog.messages
+    other = with_tokenizer(tmp_path / "other", 310)
+    for source in ("run", "run/checkpoints/step-00000001", "exported"):
+        compare_tokenizers(tmp_path / source, other)
+        assert f"init.source={tmp_path / source} has another tokenizer than {other.folder}" in caplog.messages.pop()
 
 
 def test_a_resume_requires_the_same_tokenizer(data: Manifest, tmp_path: Path) -> None:
