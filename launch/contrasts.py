@@ -29,7 +29,7 @@ class Assessment:
     p_holm: float
     """The p value of the test, corrected for several contrasts; nan for a contrast that is not among them."""
     over_documents: tuple[float, float] | None
-    """95 % interval over seeds and documents; None if the runs have no losses of documents."""
+    """95 % interval over seeds and documents (`bootstrap_points`)."""
     tokens_saved: float
     """What the difference is worth in tokens of the baseline (`launch.statistics.saved_tokens`)."""
 
@@ -57,11 +57,11 @@ def assessment(name: str, base_name: str, point: Point, base: Point, test: Contr
 
 
 def bootstrap_points(point: Point, base: Point) -> tuple[float, float] | None:
-    """Interval of the difference over seeds and documents; None if the runs have no losses of documents."""
+    """Interval of the difference over seeds and documents; None for fewer than three pairs with losses of documents."""
     theirs = {run.seeds: run.documents for run in base.complete}
     pairs = [(run.documents, theirs.get(run.seeds)) for run in point.complete]
     found = [(ours, their) for ours, their in pairs if ours is not None and their is not None]
-    if not found:
+    if len(found) < 3:  # of two seeds there are three resamples
         return None
     ours_SN, theirs_SN = (np.array([pair[side].nll for pair in found]) for side in (0, 1))
     return bootstrap(ours_SN, theirs_SN, np.array(found[0][0].tokens))

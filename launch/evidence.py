@@ -22,13 +22,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from launch.evidence_page import read_losses, update_page
-from launch.experiments import TRAINED, Plan, Planned, due
+from launch.evidence_page import losses_of, read_records, update_page
+from launch.experiments import TRAINED, Plan, Planned, due, waiting_for
 from launch.local_queue import last_error
 from launch.recorded import write_record
 from launch.results import read_runs
 from mone_common.console import ReportedError, UserError, command, to_dataclass
-from mone_common.run_folder import DamagedFile
 from mone_common.run_records import last_step, read_metrics, read_status
 from mone_common.text import clock
 
@@ -86,7 +85,7 @@ def main(hydra_config: DictConfig) -> None:
         return
     try:
         update_page(options, Path(options.records), Path(options.page))
-    except (DamagedFile, OSError) as error:
+    except OSError as error:
         raise UserError(str(error)) from error
     print(f"{options.page}: tables and figures of the records in {options.records}")
 
@@ -112,7 +111,7 @@ class _Trainer:
         with ThreadPoolExecutor(self.options.jobs) as pool:
             try:
                 while True:
-                    losses = read_losses(self.options, Path(self.options.records))
+                    losses = losses_of(self.options, read_records(Path(self.options.records)))
                     waiting = [
                         run
                         for run in due(self.options, losses, self.options.chosen)
@@ -137,6 +136,8 @@ class _Trainer:
                 print("stopping: the runs save; the same command continues", flush=True)
                 for process in list(self.processes):
                     process.send_signal(signal.SIGTERM)
+        for source, names in waiting_for(self.options, losses, self.options.chosen).items():
+            print(f"no record of {source} yet, which is needed by {', '.join(names)}", flush=True)
         if problems:
             raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems.values()]))
 

@@ -45,54 +45,53 @@ NEURONS = {
 NO_RUN = "No reported run yet."
 
 
-def read_losses(plan: Plan, records: Path) -> dict[str, float]:
-    """Held-out loss of each recorded run by its name, nats per token; UserError for a damaged record.
+def read_records(folder: Path) -> dict[str, Run]:
+    """The recorded runs by `Planned.name`; UserError for a damaged record."""
+    try:
+        return {f"{path.parent.name}/{path.stem}": read_record(path) for path in sorted(folder.glob("*/*.json"))}
+    except DamagedFile as error:
+        raise UserError(str(error)) from error
 
-    Runs whose record lacks a planned evaluation are left out.
-    """
-    losses = {}
-    for path in sorted(records.glob("*/*.json")):
-        try:
-            found = read_record(path).evaluations
-        except DamagedFile as error:
-            raise UserError(str(error)) from error
-        name = f"{path.parent.name}/{path.stem}"
-        if plan.evaluations_of(name) <= found.keys():
-            losses[name] = found[TRAINED].nats_per_token
-    return losses
+
+def losses_of(plan: Plan, runs: Mapping[str, Run]) -> dict[str, float]:
+    """Held-out loss of each run whose record has all planned evaluations, nats per token."""
+    return {
+        name: run.evaluations[TRAINED].nats_per_token
+        for name, run in runs.items()
+        if plan.evaluations_of(name) <= run.evaluations.keys()
+    }
 
 
 def read_points(plan: Plan, records: Path) -> dict[str, Point]:
     """The points that have reported runs, by EXPERIMENT/POINT.
 
-    DamagedFile for a damaged record; UserError for one whose options are not those of the plan.
+    UserError for a damaged record, or one whose options are not those of the plan.
     """
-    losses = read_losses(plan, records)
-    found = {}
+    recorded = read_records(records)
+    losses, found = losses_of(plan, recorded), {}
     for name, experiment in plan.experiments.items():
         for point in experiment.points:
             rate = best_rate(plan, losses, name, point)
             runs = []
             for seed in sorted(experiment.seeds):
                 planned = Planned(name, point, seed, rate or 0.0, tuning=False)
-                path = records / f"{planned.name}.json"
-                if path.exists():
-                    runs.append(dataclasses.replace(read_record(path), evaluation=TRAINED))
+                if run := recorded.get(planned.name):
+                    runs.append(dataclasses.replace(run, evaluation=TRAINED))
                     ignored = ("logging.", *(["optimizer.lr"] if rate is None else []))
                     overrides = [option for option in planned.overrides(plan) if not option.startswith(tuple(ignored))]
-                    _check_options(path, runs[-1], overrides)
+                    _check_options(run, overrides)
             if runs:
                 found[full_name(name, point)] = Point(name, point, name, tuple(runs))
     return found
 
 
-def _check_options(path: Path, run: Run, overrides: list[str]) -> None:
+def _check_options(run: Run, overrides: list[str]) -> None:
     for override in overrides:
         name = override.partition("=")[0]
         planned, found = OmegaConf.select(OmegaConf.from_dotlist([override]), name), run.options.get(name)
         if found != planned:
             way_out = "move the record away and train again, or correct the plan"
-            raise UserError(f"{path}: {name}={found}, but the plan has {planned}; {way_out}")
+            raise UserError(f"{run.folder}: {name}={found}, but the plan has {planned}; {way_out}")
 
 
 def evaluated(points: Mapping[str, Point], name: str) -> Point | None:
@@ -181,7 +180,7 @@ def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Asses
                 pair[0].removeprefix(f"{name}/"),
                 pair[1].removeprefix(f"{name}/"),
                 *paired(points[pair[0]], points[pair[1]]),
-                tests[pair],
+                dataclasses.replace(tests[pair], p_equivalent=corrected[pair].p_equivalent),
                 p_holm=corrected[pair].p if list(pair) in plan.primary else math.nan,
             )
             for pair in plan.contrasts_of(name)
@@ -219,26 +218,20 @@ def headline(plan: Plan, points: Mapping[str, Point]) -> str:
     """The primary contrasts of the first experiment, whose baseline is the plain MoE, and the verdicts on primary claims."""
     first = [pair for pair in plan.contrasts_of(next(iter(plan.experiments))) if list(pair) in plan.primary]
     parts = [
-        f"with {points[pair[0]].ratio:g} of the neurons by {test.mean:+.3f} nats per token "
+        f"{test.mean:+.3f} nats per token with {points[pair[0]].ratio:g} of the neurons "
         f"({test.low:+.3f} to {test.high:+.3f}, {test.pairs} of {len(plan.seeds_of(pair))} seeds)"
         for pair, test in tested(plan, points, first).items()
     ]
     if not parts:
         return "Not yet measured."
+    sentences = [f"Loss minus that of the plain MoE with the same weights: {', '.join(parts)}."]
     decided = [result.partition(":")[0] for claim, _, result in verdicts(plan, points) if claim.contrast in plan.primary]
     counts = {name: decided.count(name) for name in (HOLDS, REFUTED, UNDECIDED)}
-    verbs = {
-        HOLDS: ("holds", "hold"),
-        REFUTED: ("does not hold", "do not hold"),
-        UNDECIDED: ("is not decided", "are not decided"),
-    }
-    of_claims = [f"{count} {verbs[name][count > 1]}" for name, count in counts.items() if count]
-    if open_ones := len(decided) - sum(counts.values()):
-        of_claims.append(f"{open_ones} {'are' if open_ones > 1 else 'is'} not yet measured with all seeds")
-    return (
-        f"The loss differs from that of the plain MoE with the same weights {' and '.join(parts)}. "
-        f"Of the {len(decided)} primary claims, {', '.join(of_claims)}."
-    )
+    counts["without all seeds"] = len(decided) - sum(counts.values())
+    if decided:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        sentences.append(f"Primary claims ({len(decided)}): {listed}.")
+    return " ".join(sentences)
 
 
 def _pair(names: Sequence[str]) -> Pair:
@@ -252,7 +245,8 @@ def describe(plan: Plan, name: str, points: Mapping[str, Point], tables: list[Ta
     if not own:
         return NO_RUN
     elsewhere = dict.fromkeys(each for pair in experiment.contrasts for each in pair if "/" in each and each in points)
-    shown = own | {name: _of_seeds(points[name], experiment.seeds) for name in elsewhere}
+    others = {name: _of_seeds(points[name], experiment.seeds) for name in elsewhere}
+    shown = own | {name: point for name, point in others.items() if point.runs}
     parts = [tabulate(shown), *(markdown(table.headings, table.rows) for table in tables)]
     parts += [table for table in (ratios_table(own), neurons_table(shown)) if table]
     commits = sorted({run.commit for point in own.values() for run in point.runs})
@@ -380,7 +374,8 @@ def same_text(points: Mapping[str, Point]) -> list[Point]:
 def draw(name: str, experiment: Experiment, points: Mapping[str, Point], folder: Path) -> bool:
     """Draw the losses of an experiment's points and of the baselines from other experiments."""
     pairs = [full_name(name, each) for pair in experiment.contrasts for each in pair]
-    shown = [points[each] for each in dict.fromkeys(pairs) if each in points]
+    shown = [_of_seeds(points[each], experiment.seeds) for each in dict.fromkeys(pairs) if each in points]
+    shown = [point for point in shown if point.runs]
     if not any(full_name(name, point) in points for point in experiment.points):
         return False
     return draw_validation_by_point(folder / f"evidence_{name}.png", shown)

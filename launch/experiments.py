@@ -96,6 +96,8 @@ class Plan:
                     self._check_point(name, "contrasts", full_name(name, point))
             if experiment.after is not None:
                 self._check_point(name, "after", experiment.after)
+                if len(experiment.learning_rates) > 1:
+                    raise UserError(f"experiments.{name}.after: the runs that choose a rate have no run to start after")
             if experiment.interaction is not None and experiment.interaction not in self.experiments:
                 raise UserError(f"experiments.{name}.interaction={experiment.interaction}: no such experiment")
 
@@ -215,10 +217,25 @@ def runs_of(plan: Plan, losses: Mapping[str, float], experiment: str) -> list[Pl
 
 
 def due(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> list[Planned]:
-    """The runs of these experiments whose settings are known and that have no result, in order."""
+    """The runs of these experiments whose settings are known and that can start and have no result, in order."""
+    return [
+        run for run in _unrecorded(plan, losses, experiments) if _source(plan, run) is None or _source(plan, run) in losses
+    ]
 
-    def can_start(run: Planned) -> bool:
-        after = plan.experiments[run.experiment].after
-        return after is None or f"{after},seed={run.seed}" in losses
 
-    return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses and can_start(run)]
+def waiting_for(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> dict[str, list[str]]:
+    """By the run that must have a record first (`after`): the names of the runs of these experiments that wait for it."""
+    waiting: dict[str, list[str]] = {}
+    for run in _unrecorded(plan, losses, experiments):
+        if (source := _source(plan, run)) is not None and source not in losses:
+            waiting.setdefault(source, []).append(run.name)
+    return waiting
+
+
+def _unrecorded(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> list[Planned]:
+    return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses]
+
+
+def _source(plan: Plan, run: Planned) -> str | None:
+    after = plan.experiments[run.experiment].after
+    return None if after is None else f"{after},seed={run.seed}"

@@ -29,7 +29,7 @@ class Parameters:
     """Weights that one token touches: all but experts not chosen and, in the chosen, what dropped neurons do not need.
 
     By `neuron_score`, selection needs the gates of dropped neurons, their gates and ups (abs_gate_up), or nothing of them
-    (random and frozen, whose projection is no weight).
+    (random and frozen, whose projection is no weight). With random_in_training no neuron is dropped after training.
     """
     active_experts: int
     """Those of routed experts among them, if selection needs the gates: r L (D H + 2 D K)."""
@@ -47,10 +47,12 @@ _NEEDED_OF_DROPPED = {"abs_gate_up": 2, "random": 0, "random_in_training": 0, "f
 """Rows of weights that selection needs of a dropped neuron by score; others: 1, the gate."""
 
 
-def _needed_rows(model: ModelConfig) -> int:
+def _needed_rows(model: ModelConfig, *, training: bool = False) -> int:
     """Rows of weights of routed experts that a token needs in one expert of each layer, in a forward pass."""
-    kept = sum(model.active_neurons_by_layer)
-    return 3 * kept + _NEEDED_OF_DROPPED.get(model.neuron_score, 1) * (model.num_layers * model.moe_ffn_hidden_size - kept)
+    kept, every = sum(model.active_neurons_by_layer), model.num_layers * model.moe_ffn_hidden_size
+    if model.neuron_score == "random_in_training" and not training:
+        return 3 * every
+    return 3 * kept + _NEEDED_OF_DROPPED.get(model.neuron_score, 1) * (every - kept)
 
 
 def count_parameters(model: ModelConfig) -> Parameters:
@@ -171,7 +173,7 @@ def count_training_flops(model: ModelConfig, steps: int | None = None) -> Flops:
         owed = [count_training_flops(model.at_step(step)).sparse for step in sampled]
         return Flops(dense=count_training_flops(model).dense, sparse=round(sum(owed) / len(owed)))
     forward, row = count_flops(model), 2 * model.hidden_size * model.router_topk
-    needed, projected = _needed_rows(model), _projected_rows(model)
+    needed, projected = _needed_rows(model, training=True), _projected_rows(model)
     kept = sum(model.active_neurons_by_layer)
     dropped = model.num_layers * model.moe_ffn_hidden_size - kept
     reached = model.neuron_balance_coeff > 0 and model.neuron_balance_form != "masked"
@@ -179,7 +181,7 @@ def count_training_flops(model: ModelConfig, steps: int | None = None) -> Flops:
     # The loss needs the gates of dropped neurons, which these scores do not.
     more = gates if _NEEDED_OF_DROPPED.get(model.neuron_score) == 0 else 0
     of_experts = row * (needed + projected + more) + 2 * row * (3 * kept + gates)
-    others = 3 * (forward.sparse - row * (needed + projected))
+    others = 3 * (forward.sparse - row * (_needed_rows(model) + projected))
     dropped_shared = model.num_layers * (model.shared_expert_ffn_hidden_size - _shared_k(model))
     return Flops(
         dense=3 * forward.dense - 2 * row * projected,

@@ -341,7 +341,7 @@ def random_layers(width: int, neurons: int, experts: int, dtype: torch.dtype) ->
     """Layers of at most so many random experts to measure with, together larger than the caches."""
     size = 3 * neurons * width * dtype.itemsize
     experts = min(experts, 16, max(2, _BEYOND_CACHES // size))
-    layers = min(8, max(1, _BEYOND_CACHES // (experts * size)))
+    layers = max(1, min(128, _BEYOND_CACHES // size) // experts)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ SAMPLE = [
     "def f(x):\n    return x ** 2  # comment",
     "Zürich, 東京, Москва",
 ]
-"""Texts that different tokenizers encode differently."""
+"""Texts that different tokenizers rarely encode equally."""
 
 
 def keep_tokenizer(folder: Path, manifest: Manifest, *, begun: bool) -> None:
@@ -64,18 +64,21 @@ def compare_tokenizers(source: Path, manifest: Manifest) -> None:
 
     source: a Hugging Face folder, a run, or a checkpoint of a run.
     """
-    for folder in (source, source / TOKENIZER_NAME, source.parent.parent / TOKENIZER_NAME):
-        try:
-            theirs, ours = load_tokenizer(folder), load_tokenizer(manifest.tokenizer_path)
-        except DataError:
-            continue
-        if ours.sha256 != theirs.sha256 and ours.encode(SAMPLE) != theirs.encode(SAMPLE):
-            logger.warning(
-                "init.source=%s has another tokenizer than %s, so its embeddings belong to other tokens; tokenize the text "
-                "with tokenizer=%s",
-                *(source, manifest.folder, folder),
-            )
+    if (source / "config.json").is_file():
+        folder = source
+    else:
+        run = source.parent.parent if source.parent.name == "checkpoints" else source
+        folder = run / TOKENIZER_NAME
+    try:
+        theirs, ours = load_tokenizer(folder), load_tokenizer(manifest.tokenizer_path)
+    except DataError:
         return
+    if ours.sha256 != theirs.sha256 and ours.encode(SAMPLE) != theirs.encode(SAMPLE):
+        logger.warning(
+            "init.source=%s has another tokenizer than %s, so its embeddings belong to other tokens; tokenize the text "
+            "with tokenizer=%s",
+            *(source, manifest.folder, folder),
+        )
 
 
 def _same_files(kept: Path, source: Path) -> bool:

@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +121,12 @@ def _obstacle(*, interpret: bool) -> str | None:
     if not interpret and not torch.cuda.is_available():
         return f"torch {torch.__version__} finds no GPU; {needs}; --interpret runs in Triton's interpreter"
     if interpret:
-        numpy, triton = metadata.version("numpy"), metadata.version("triton")
-        if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
-            return f"the interpreter of Triton {triton} fails with NumPy {numpy}; install Triton 3.7 or 'numpy<2.4'"
+        import numpy
+        import triton
+
+        if _release(triton.__version__) < (3, 7) and _release(numpy.__version__) >= (2, 4):
+            versions = f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy.__version__}"
+            return f"{versions}; install Triton 3.7 or 'numpy<2.4'"
     return None
 
 

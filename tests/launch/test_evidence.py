@@ -16,8 +16,8 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from launch.claims import Claim, verdict
-from launch.evidence_page import correct, read_losses, update_page
-from launch.experiments import Experiment, Plan, due
+from launch.evidence_page import correct, losses_of, read_records, update_page
+from launch.experiments import Experiment, Plan, due, waiting_for
 from launch.recorded import read_record, write_record
 from launch.results import read_runs
 from launch.statistics import contrast
@@ -173,9 +173,9 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
     assert claims["worse"] == ["+0.1220", "+0.1195 to +0.1245", "3", "3 of 4 seeds"]
     assert claims["by threshold"] == ["+0.0000", "+0.0000 to +0.0000", "3", "not decided: within ±0.05"]
     assert claims["nothing"] == ["", "", "", "not yet measured"]
-    difference = "with 0.25 of the neurons by +0.022 nats per token (+0.020 to +0.024, 3 of 3 seeds)"
-    of_claims = "Of the 2 primary claims, 1 holds, 1 is not yet measured with all seeds."
-    assert f"**The loss differs from that of the plain MoE with the same weights {difference}. {of_claims}**" in lines
+    difference = "+0.022 nats per token with 0.25 of the neurons (+0.020 to +0.024, 3 of 3 seeds)"
+    of_claims = "Primary claims (2): holds 1, without all seeds 1."
+    assert f"**Loss minus that of the plain MoE with the same weights: {difference}. {of_claims}**" in lines
     assert (tmp_path / "images/evidence_costs.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "images/evidence_e.png").read_bytes().startswith(b"\x89PNG")
     update_page(plan, tmp_path / "records", tmp_path / "page.md")
@@ -225,9 +225,11 @@ def test_a_run_waits_for_its_source_and_is_due_until_its_evaluations_are_recorde
     plan.experiments["e"].learning_rates = [0.003]
 
     def names() -> list[str]:
-        return [run.name for run in due(plan, read_losses(plan, tmp_path / "records"), ["e", "f"])]
+        return [run.name for run in due(plan, losses_of(plan, read_records(tmp_path / "records")), ["e", "f"])]
 
     assert names() == ["f/x,seed=1"]
+    losses = losses_of(plan, read_records(tmp_path / "records"))
+    assert waiting_for(plan, losses, ["e", "f"]) == {"e/plain,seed=4": ["f/x,seed=4"]}
     record = tmp_path / "records/e/plain,seed=1.json"
     evaluations = json.loads(record.read_text())["evaluations"]
     del evaluations["ratio_1_4"]
@@ -280,6 +282,17 @@ def test_verdicts_on_primary_contrasts_use_corrected_p_values() -> None:
     assert found["e/a", "e/b"] == test
 
 
+def test_a_baseline_without_runs_of_the_seeds_is_not_shown(plan: Plan, tmp_path: Path) -> None:
+    plan.experiments["e"].seeds = [3]
+    plan.experiments["f"].learning_rate_of, plan.experiments["f"].learning_rates = None, [0.003]
+    shutil.copy(tmp_path / "records/e/quarter,seed=1.json", tmp_path / "records/f.json")
+    (tmp_path / "records/f").mkdir()
+    (tmp_path / "records/f.json").rename(tmp_path / "records/f/x,seed=1.json")
+    update_page(plan, tmp_path / "records", tmp_path / "page.md")
+    of_f = (tmp_path / "page.md").read_text().partition("<!-- f -->")[2].partition("<!-- end f -->")[0]
+    assert ("| x |" in of_f, "e/plain" in of_f) == (True, False)
+
+
 def test_claims_of_unknown_points_are_refused() -> None:
     experiments = {"e": Experiment(points={"x": []}, learning_rates=[1.0])}
     with pytest.raises(UserError, match="claims: same: there is no point e/y"):
@@ -288,6 +301,9 @@ def test_claims_of_unknown_points_are_refused() -> None:
         Plan(experiments=experiments, claims=[Claim("same", ["e/x@ratio_1_2", "e/x"])])
     with pytest.raises(UserError, match="primary: .* is no contrast of an experiment"):
         Plan(experiments=experiments, primary=[["e/x", "e/y"]])
+    experiments["e"].after, experiments["e"].learning_rates = "e/x", [1.0, 2.0]
+    with pytest.raises(UserError, match="experiments.e.after: the runs that choose a rate"):
+        Plan(experiments=experiments)
     with pytest.raises(UserError, match="says=worse: choose from equal, better"):
         Claim("same", ["e/x", "e/y"], says="worse")
 

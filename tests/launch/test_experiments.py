@@ -1,5 +1,6 @@
 """Which runs of a plan are due, and which learning rate each point gets."""
 
+import math
 from typing import Any
 
 import pytest
@@ -42,6 +43,11 @@ def test_an_extreme_best_rate_adds_its_neighbour(losses: tuple[float, ...], next
     worse, better = found | {trial(next_rate): 9.0}, found | {trial(next_rate): 0.5}
     assert best_rate(plan, worse, "first", "plain") == (4e-3 if next_rate == "0.008" else 1e-3)
     assert best_rate(plan, better, "first", "plain") is None
+
+
+def test_a_rate_whose_loss_is_not_finite_is_not_chosen() -> None:
+    losses = dict(zip(map(trial, ("0.001", "0.002", "0.004")), (math.nan, 2.0, 3.0), strict=True))
+    assert best_rate(plan_of(), losses, "first", "plain") == 2e-3
 
 
 def test_the_search_for_a_rate_ends() -> None:

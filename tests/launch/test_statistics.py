@@ -54,12 +54,12 @@ def test_the_bootstrap_varies_seeds_and_documents() -> None:
     base_SN = random.normal(4, 0.5, (5, 200)) * tokens_N
     low, high = bootstrap(base_SN + 0.02 * tokens_N, base_SN, tokens_N)
     assert (low, high) == pytest.approx((0.02, 0.02)), "all documents and seeds differ by 0.02 nats per token"
-    of_seeds_S1 = np.array([0.01, 0.02, 0.03, 0.02, 0.02])[:, None]
-    low, high = bootstrap(base_SN + of_seeds_S1 * tokens_N, base_SN, tokens_N)
-    width = high - low
-    # Student's t: 2 x 2.776 standard deviations over the square root of 5.
-    assert width == pytest.approx(2 * 2.776 * of_seeds_S1.std(ddof=1) / math.sqrt(5), rel=0.15)
-    assert low < 0.02 < high
+    for of_seeds in ([0.01, 0.02, 0.03], [0.01, 0.02, 0.025, 0.025], [0.01, 0.02, 0.03, 0.02, 0.02]):
+        of_seeds_S1 = np.array(of_seeds)[:, None]
+        low, high = bootstrap(base_SN[: len(of_seeds)] + of_seeds_S1 * tokens_N, base_SN[: len(of_seeds)], tokens_N)
+        width, of_t = high - low, contrast(of_seeds, margin=1.0)
+        assert width == pytest.approx(of_t.high - of_t.low, rel=0.15)
+        assert low < 0.02 < high
     of_documents_N = random.normal(0, 0.3, 200)
     low, high = bootstrap(base_SN + (of_seeds_S1 + of_documents_N) * tokens_N, base_SN, tokens_N)
     assert high - low > 2 * width
@@ -73,4 +73,7 @@ def test_tokens_saved_follow_the_slope() -> None:
     assert saved_tokens(0.0, b) == 0
     assert saved_tokens(0.3 * math.log(2), b) == pytest.approx(-1), "the baseline needs half as many"
     assert math.isnan(saved_tokens(0.1, -0.2))
+    assert saved_tokens(0.3 * math.log(9.9), b) == pytest.approx(-8.9)
+    assert math.isnan(saved_tokens(0.3 * math.log(10.1), b))
+    assert math.isnan(saved_tokens(1.0, 1e-9))
     assert math.isnan(slope([1.0], [2.0]))

@@ -121,6 +121,18 @@ def test_a_score_owes_what_it_reads_of_dropped_neurons(score: str, of_dropped: i
         found, of_gate = count(model), count(gate)
         assert found.sparse - of_gate.sparse == 2 * rows * (dropped * (of_dropped - 1) + projected * neurons)
         assert found.dense - of_gate.dense == 2 * rows * projected * neurons
+    # A balance loss that reaches dropped neurons needs their gates.
+    balanced = base | {"neuron_balance_coeff": 0.1}
+    found, of_gate = (count_training_flops(ModelConfig(**balanced | {"neuron_score": each})) for each in (score, "abs_gate"))
+    assert found.sparse - of_gate.sparse == 2 * rows * (dropped * max(of_dropped - 1, 0) + projected * neurons)
+
+
+def test_random_selection_in_training_owes_all_neurons_afterwards() -> None:
+    base = SMALL | {"neuron_balance_coeff": 0.0}
+    model, random = (ModelConfig(**base | {"neuron_score": score}) for score in ("random_in_training", "random"))
+    assert count_parameters(model).active_expert_params == 1
+    assert count_flops(model).sparse == count_flops(model).dense
+    assert count_training_flops(model) == count_training_flops(random)
 
 
 def test_training_flops_of_a_schedule_are_the_mean_over_the_steps() -> None:

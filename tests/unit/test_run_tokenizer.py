@@ -73,7 +73,9 @@ def test_initial_weights_of_another_tokenizer_give_a_warning(
     data: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(data.folder / "tokenizer", tmp_path / "run/tokenizer")
-    (tmp_path / "exported").mkdir()
+    for name in ("exported", "tokenizerless/of/another"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
     write_tokenizer(data.folder / "tokenizer", tmp_path / "exported", context=64)
     for source in ("run", "run/checkpoints/step-00000001", "exported", "nothing"):
         compare_tokenizers(tmp_path / source, data)
@@ -81,7 +83,10 @@ def test_initial_weights_of_another_tokenizer_give_a_warning(
     other = with_tokenizer(tmp_path / "other", 310)
     for source in ("run", "run/checkpoints/step-00000001", "exported"):
         compare_tokenizers(tmp_path / source, other)
-        assert f"init.source={tmp_path / source} has another tokenizer than {other.folder}" in caplog.messages.pop()
+        assert f"init.source={tmp_path / source} has another tokenizer than {other.folder}" in caplog.messages[-1]
+    shutil.copytree(data.folder / "tokenizer", tmp_path / "tokenizerless/tokenizer")
+    compare_tokenizers(tmp_path / "tokenizerless/of/another", other)
+    assert len(caplog.messages) == 3
 
 
 def test_a_resume_requires_the_same_tokenizer(data: Manifest, tmp_path: Path) -> None:
