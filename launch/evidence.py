@@ -121,6 +121,8 @@ class _Trainer:
                         run = waiting.pop(0)
                         running[pool.submit(self._run, run)] = run
                     if not running:
+                        for source, names in waiting_for(self.options, losses, self.options.chosen).items():
+                            print(f"{', '.join(names)}: cannot start without a record of {source}", flush=True)
                         break
                     done, _ = wait(running, timeout=PROGRESS_SECONDS, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -136,8 +138,6 @@ class _Trainer:
                 print("stopping: the runs save; the same command continues", flush=True)
                 for process in list(self.processes):
                     process.send_signal(signal.SIGTERM)
-        for source, names in waiting_for(self.options, losses, self.options.chosen).items():
-            print(f"no record of {source} yet, which is needed by {', '.join(names)}", flush=True)
         if problems:
             raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems.values()]))
 

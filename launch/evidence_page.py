@@ -55,11 +55,12 @@ def read_records(folder: Path) -> dict[str, Run]:
 
 def losses_of(plan: Plan, runs: Mapping[str, Run]) -> dict[str, float]:
     """Held-out loss of each run whose record has all planned evaluations, nats per token."""
-    return {
-        name: run.evaluations[TRAINED].nats_per_token
-        for name, run in runs.items()
-        if plan.evaluations_of(name) <= run.evaluations.keys()
-    }
+    return {name: run.evaluations[TRAINED].nats_per_token for name, run in runs.items() if _is_whole(plan, name, run)}
+
+
+def _is_whole(plan: Plan, name: str, run: Run) -> bool:
+    """Whether the record of a run has all planned evaluations; name: of `Planned`."""
+    return plan.evaluations_of(name) <= run.evaluations.keys()
 
 
 def read_points(plan: Plan, records: Path) -> dict[str, Point]:
@@ -271,7 +272,7 @@ def _complete_seeds(plan: Plan, name: str, point: Point | None) -> set[int]:
     return {
         run.seeds[0]
         for run in (() if point is None else point.complete)
-        if plan.evaluations_of(f"{name},seed={run.seeds[0]}") <= run.evaluations.keys()
+        if _is_whole(plan, f"{name},seed={run.seeds[0]}", run)
     }
 
 

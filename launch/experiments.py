@@ -107,8 +107,8 @@ class Plan:
 
     def evaluations_of(self, name: str) -> set[str]:
         """Names of the evaluations that the record of a run has; name: of `Planned`."""
-        experiment, ending = self.experiments.get(name.partition("/")[0]), f",seed={name.rpartition('=')[2]}"
-        if experiment is None or ",lr=" in name or ending not in [f",seed={seed}" for seed in experiment.evaluated_seeds]:
+        experiment, seed = self.experiments.get(name.partition("/")[0]), name.rpartition("seed=")[2]
+        if experiment is None or ",lr=" in name or seed not in map(str, experiment.evaluated_seeds):
             return {TRAINED}
         return {TRAINED, *experiment.evaluations}
 
@@ -218,16 +218,14 @@ def runs_of(plan: Plan, losses: Mapping[str, float], experiment: str) -> list[Pl
 
 def due(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> list[Planned]:
     """The runs of these experiments whose settings are known and that can start and have no result, in order."""
-    return [
-        run for run in _unrecorded(plan, losses, experiments) if _source(plan, run) is None or _source(plan, run) in losses
-    ]
+    return [run for run in _unrecorded(plan, losses, experiments) if _source(plan, losses, run) is None]
 
 
 def waiting_for(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> dict[str, list[str]]:
     """By the run that must have a record first (`after`): the names of the runs of these experiments that wait for it."""
     waiting: dict[str, list[str]] = {}
     for run in _unrecorded(plan, losses, experiments):
-        if (source := _source(plan, run)) is not None and source not in losses:
+        if (source := _source(plan, losses, run)) is not None:
             waiting.setdefault(source, []).append(run.name)
     return waiting
 
@@ -236,6 +234,8 @@ def _unrecorded(plan: Plan, losses: Mapping[str, float], experiments: list[str])
     return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses]
 
 
-def _source(plan: Plan, run: Planned) -> str | None:
+def _source(plan: Plan, losses: Mapping[str, float], run: Planned) -> str | None:
+    """The run that must have a record before this one starts; None if it can start."""
     after = plan.experiments[run.experiment].after
-    return None if after is None else f"{after},seed={run.seed}"
+    name = f"{after},seed={run.seed}"
+    return None if after is None or name in losses else name
