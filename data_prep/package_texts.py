@@ -188,8 +188,9 @@ def download(requirement: str, sha256: str | None, folder: Path) -> Path:
 
 
 _OTHER_VERSIONS = """
-apt serves the newest version of a package only. https://snapshot.debian.org has all: add the archive of the day of the
-recorded version to apt's sources. Or use check=false, which takes any version."""
+If the package lists of apt are old, run apt-get update. Debian's servers keep the newest versions of a package only.
+https://snapshot.debian.org has all: add the archive of the day of the recorded version to apt's sources. Or use check=false,
+which takes any version."""
 
 
 def _documents(source: Source, package: Path) -> Iterator[str]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
 from launch.evidence_page import losses_of, read_records, update_page
-from launch.experiments import TRAINED, Plan, Planned, due, waiting_for
+from launch.experiments import TRAINED, Plan, Planned, due, runs_of, source_of, waiting_for
 from launch.local_queue import last_error
 from launch.recorded import write_record
 from launch.results import read_runs
@@ -113,13 +114,11 @@ class _Trainer:
                 while True:
                     losses = losses_of(self.options, read_records(Path(self.options.records)))
                     waiting = [
-                        run
-                        for run in due(self.options, losses, self.options.chosen)
-                        if run not in running.values() and run.name not in problems
+                        run for run in self._startable(losses) if run not in running.values() and run.name not in problems
                     ]
                     while waiting and len(running) < self.options.jobs:
                         run = waiting.pop(0)
-                        running[pool.submit(self._run, run)] = run
+                        running[pool.submit(self._run, run, run.name in losses)] = run
                     if not running:
                         for source, names in waiting_for(self.options, losses, self.options.chosen).items():
                             print(f"{', '.join(names)}: cannot start without a record of {source}", flush=True)
@@ -141,15 +140,30 @@ class _Trainer:
         if problems:
             raise ReportedError("\n  ".join([f"{len(problems)} runs failed", *problems.values()]))
 
-    def _run(self, run: Planned) -> None:
+    def _startable(self, losses: Mapping[str, float]) -> list[Planned]:
+        """The runs that are due; in place of one whose source was trained on another machine, that source."""
+        runs: dict[str, Planned] = {}
+        for run in due(self.options, losses, self.options.chosen):
+            if (name := source_of(self.options, run)) and not self._is_trained(name):
+                (run,) = (found for found in runs_of(self.options, losses, name.partition("/")[0]) if found.name == name)
+            runs.setdefault(run.name, run)
+        return list(runs.values())
+
+    def _is_trained(self, name: str) -> bool:
+        return read_status(Path(self.options.runs) / name).get("state") == "complete"
+
+    def _run(self, run: Planned, recorded: bool) -> None:
         folder = Path(self.options.runs) / run.name
         core, began = self.cores.get(), time.monotonic()
         try:
             overrides = [*self.options.overrides, *run.overrides(self.options)]
             overrides += [f"run.dir={folder}", f"run.name=evidence/{run.name}"]
             self._call("train.pretrain", list(map(_quoted, overrides)), folder, core)
-            if read_status(folder).get("state") != "complete":
+            if not self._is_trained(run.name):
                 raise ReportedError(f"did not complete ({folder}/log.txt)")
+            if recorded:
+                print(f"{run.name}: trained again for its checkpoint, in {clock(time.monotonic() - began)}", flush=True)
+                return
             self._evaluate(run, folder, core)
             (found,) = read_runs([folder])
             write_record(found, Path(self.options.records) / f"{run.name}.json")

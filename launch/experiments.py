@@ -218,14 +218,14 @@ def runs_of(plan: Plan, losses: Mapping[str, float], experiment: str) -> list[Pl
 
 def due(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> list[Planned]:
     """The runs of these experiments whose settings are known and that can start and have no result, in order."""
-    return [run for run in _unrecorded(plan, losses, experiments) if _source(plan, losses, run) is None]
+    return [run for run in _unrecorded(plan, losses, experiments) if source_of(plan, run) in {None, *losses}]
 
 
 def waiting_for(plan: Plan, losses: Mapping[str, float], experiments: list[str]) -> dict[str, list[str]]:
     """By the run that must have a record first (`after`): the names of the runs of these experiments that wait for it."""
     waiting: dict[str, list[str]] = {}
     for run in _unrecorded(plan, losses, experiments):
-        if (source := _source(plan, losses, run)) is not None:
+        if (source := source_of(plan, run)) is not None and source not in losses:
             waiting.setdefault(source, []).append(run.name)
     return waiting
 
@@ -234,8 +234,7 @@ def _unrecorded(plan: Plan, losses: Mapping[str, float], experiments: list[str])
     return [run for name in experiments for run in runs_of(plan, losses, name) if run.name not in losses]
 
 
-def _source(plan: Plan, losses: Mapping[str, float], run: Planned) -> str | None:
-    """The run that must have a record before this one starts; None if it can start."""
+def source_of(plan: Plan, run: Planned) -> str | None:
+    """Name of the run that this one starts from (`after`)."""
     after = plan.experiments[run.experiment].after
-    name = f"{after},seed={run.seed}"
-    return None if after is None or name in losses else name
+    return None if after is None else f"{after},seed={run.seed}"

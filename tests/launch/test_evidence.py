@@ -44,10 +44,12 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
     tiny = [*(option for option in OPTIONS if not option.startswith("data.")), data, "parallel.expert=1", "training.steps=4"]
     tiny += ["model.vocab_size=null", "logging.wandb_mode=disabled"]
     points = '{plain: ["model.activation_ratio=1"], half: ["model.activation_ratio=0.5"]}'
+    branch = "['init.source=runs/evidence/e/plain,seed={seed}', 'init.step=4', 'init.branch=true', 'training.steps=6']"
     plan = (
         f"experiments={{e: {{points: {points}, learning_rates: [0.001], seeds: [1], contrasts: [[half, plain]], "
         + "evaluations: {threshold_1_4: ['thresholds={run}/thresholds_0.25.json']}, "
-        + "thresholds: [0.25], evaluated_seeds: [1]}}",
+        + "thresholds: [0.25], evaluated_seeds: [1]}, "
+        + f"f: {{points: {{x: []}}, learning_rates: [0.001], seeds: [1], overrides: {branch}, after: e/plain}}}}",
         "only=[e]",
         f"overrides={json.dumps(tiny)}",
         "text=shards",
@@ -66,6 +68,14 @@ def test_a_plan_trains_evaluates_and_records_each_run_once(tmp_path: Path, comma
     assert found.evaluations["trained"].nll != found.evaluations["threshold_1_4"].nll
     again = command("launch.evidence", *plan)
     assert (again.returncode, again.stdout) == (0, "")
+    # A branch needs the checkpoint of its source, which a record does not have.
+    record = (tmp_path / "records/e/plain,seed=1.json").read_bytes()
+    shutil.rmtree(tmp_path / "runs/evidence/e/plain,seed=1")
+    branched = command("launch.evidence", *plan, "only=[f]")
+    assert branched.returncode == 0, branched.stderr
+    assert "e/plain,seed=1: trained again for its checkpoint" in branched.stdout
+    assert (tmp_path / "records/f/x,seed=1.json").exists()
+    assert (tmp_path / "records/e/plain,seed=1.json").read_bytes() == record
     (tmp_path / "records/e/half,seed=1.json").unlink()
     shutil.rmtree(tmp_path / "runs/evidence/e/half,seed=1/evaluations")
     failing = command("launch.evidence", *plan, 'evaluate=["stride=0"]')
