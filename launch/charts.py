@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from launch.claims import HOLDS, REFUTED, UNDECIDED
 from launch.points import Point
 from launch.results import labels
+from launch.statistics import Contrast
 from mone_common.figures import plt, save
 
 WIDTH, HEIGHT = 4.0, 3.1
@@ -155,6 +157,39 @@ def draw_costs(path: Path, points: Sequence[Point]) -> bool:
         entries = panels.flat[0].get_legend_handles_labels()
         figure.legend(*entries, loc="outside lower center", ncols=3)
         save(figure, path, dots=SHARPNESS)
+    return True
+
+
+VERDICTS = {HOLDS: ("C2", "o"), REFUTED: ("C3", "X"), UNDECIDED: ("0.5", "s")}
+"""Colour and marker of each verdict."""
+
+
+def draw_claims(path: Path, tests: Sequence[tuple[str, Contrast, str]], margin: float) -> bool:
+    """Each claim with the difference that decides it, its 95 % interval and, by colour and marker, the verdict.
+
+    tests: claims with their tests and verdicts, which begin with one of VERDICTS.
+    """
+    if not tests:
+        return False
+    names = [textwrap.fill(claim, 62) for claim, _, _ in tests]
+    with plt.rc_context(LETTERS):
+        lines = sum(name.count("\n") + 1 for name in names)
+        size = (2 * WIDTH, 1.0 + 0.13 * len(names) + 0.16 * lines)
+        figure, axes = plt.subplots(figsize=size, layout="constrained")
+        axes.axvspan(-margin, margin, color="0.92", linewidth=0)
+        axes.axvline(0, color="0.4", linewidth=0.8)
+        rows = np.cumsum([0, *(1.5 + before.count("\n") for before in names[:-1])])
+        for row, (_, test, verdict) in zip(rows, tests, strict=True):
+            outcome = verdict.partition(":")[0]
+            colour, marker = VERDICTS[outcome]
+            ends = [[test.mean - test.low], [test.high - test.mean]]
+            axes.errorbar([test.mean], [row], xerr=ends, color=colour, marker=marker, capsize=3, label=outcome)
+        axes.set_yticks(rows, names)
+        axes.set_ylim(rows[-1] + 1, -1)
+        axes.set_xlabel(f"difference in held-out loss, nats per token\n(grey: ±{margin:g}; left of 0: lower loss than the baseline)")
+        entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        figure.legend(entries.values(), entries.keys(), loc="outside upper right", ncols=3)
+        _save(figure, axes, path)
     return True
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from launch.charts import draw_costs, draw_validation_by_point
+from launch.charts import draw_claims, draw_costs, draw_validation_by_point
 from launch.claims import HOLDS, REFUTED, UNDECIDED, Claim, verdict
 from launch.contrasts import Assessment, assessment
 from launch.experiments import TRAINED, Experiment, Pair, Plan, Planned, best_rate, full_name
@@ -204,6 +204,16 @@ def verdicts(plan: Plan, points: Mapping[str, Point]) -> list[tuple[Claim, Contr
     return found
 
 
+def decided(plan: Plan, points: Mapping[str, Point]) -> list[tuple[str, Contrast, str]]:
+    """The claims that have all planned seeds, with their tests and verdicts."""
+    found = verdicts(plan, points)
+    return [
+        (claim.claim, test, result)
+        for claim, test, result in found
+        if test is not None and test.pairs >= len(plan.seeds_of(_pair(claim.contrast)))
+    ]
+
+
 def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
     """The claims with their differences and verdicts."""
     rows = []
@@ -226,12 +236,12 @@ def headline(plan: Plan, points: Mapping[str, Point]) -> str:
     if not parts:
         return "Not yet measured."
     sentences = [f"Loss minus that of the plain MoE with the same weights: {', '.join(parts)}."]
-    decided = [result.partition(":")[0] for claim, _, result in verdicts(plan, points) if claim.contrast in plan.primary]
-    counts = {name: decided.count(name) for name in (HOLDS, REFUTED, UNDECIDED)}
-    counts["without all seeds"] = len(decided) - sum(counts.values())
-    if decided:
+    results = [result.partition(":")[0] for claim, _, result in verdicts(plan, points) if claim.contrast in plan.primary]
+    counts = {name: results.count(name) for name in (HOLDS, REFUTED, UNDECIDED)}
+    counts["without all seeds"] = len(results) - sum(counts.values())
+    if results:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        sentences.append(f"Primary claims ({len(decided)}): {listed}.")
+        sentences.append(f"Primary claims ({len(results)}): {listed}.")
     return " ".join(sentences)
 
 
@@ -353,6 +363,8 @@ def update_page(plan: Plan, records: Path, page: Path) -> None:
             blocks[name] += f"\n\n![Loss of each point of {name}](images/evidence_{name}.png)"
     if plan.claims:
         blocks |= {"headline": f"**{headline(plan, points)}**", "claims": describe_claims(plan, points)}
+        if draw_claims(images / "evidence_claims.png", decided(plan, points), plan.margin):
+            blocks["claims"] += "\n\n![Difference and verdict of each claim](images/evidence_claims.png)"
         blocks["costs"] = NO_RUN
         if draw_costs(images / "evidence_costs.png", same_text(points)):
             blocks["costs"] = "![Loss against four costs](images/evidence_costs.png)"
@@ -374,9 +386,10 @@ def same_text(points: Mapping[str, Point]) -> list[Point]:
 
 def draw(name: str, experiment: Experiment, points: Mapping[str, Point], folder: Path) -> bool:
     """Draw the losses of an experiment's points and of the baselines from other experiments."""
-    pairs = [full_name(name, each) for pair in experiment.contrasts for each in pair]
-    shown = [_of_seeds(points[each], experiment.seeds) for each in dict.fromkeys(pairs) if each in points]
+    own = [full_name(name, point) for point in experiment.points]
+    compared = [full_name(name, each) for pair in experiment.contrasts for each in pair]
+    shown = [_of_seeds(points[each], experiment.seeds) for each in dict.fromkeys([*own, *compared]) if each in points]
     shown = [point for point in shown if point.runs]
-    if not any(full_name(name, point) in points for point in experiment.points):
+    if not any(point in points for point in own):
         return False
     return draw_validation_by_point(folder / f"evidence_{name}.png", shown)

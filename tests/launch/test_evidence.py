@@ -188,6 +188,8 @@ def test_the_page_has_tables_and_figures_of_the_records(plan: Plan, tmp_path: Pa
     assert f"**Loss minus that of the plain MoE with the same weights: {difference}. {of_claims}**" in lines
     assert (tmp_path / "images/evidence_costs.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "images/evidence_e.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "images/evidence_claims.png").read_bytes().startswith(b"\x89PNG")
+    assert "![Difference and verdict of each claim](images/evidence_claims.png)" in lines
     update_page(plan, tmp_path / "records", tmp_path / "page.md")
     assert (tmp_path / "page.md").read_text() == text
 
