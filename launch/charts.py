@@ -186,7 +186,9 @@ def draw_claims(path: Path, tests: Sequence[tuple[str, Contrast, str]], margin: 
             axes.errorbar([test.mean], [row], xerr=ends, color=colour, marker=marker, capsize=3, label=outcome)
         axes.set_yticks(rows, names)
         axes.set_ylim(rows[-1] + 1, -1)
-        axes.set_xlabel(f"difference in held-out loss, nats per token\n(grey: ±{margin:g}; left of 0: lower loss than the baseline)")
+        axes.set_xlabel(
+            f"difference in held-out loss, nats per token\n(grey: ±{margin:g}; left of 0: lower loss than the baseline)"
+        )
         entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
         figure.legend(entries.values(), entries.keys(), loc="outside upper right", ncols=3)
         _save(figure, axes, path)

@@ -335,3 +335,5 @@ def test_the_published_page_agrees_with_the_records(tmp_path: Path) -> None:
     )
     update_page(OmegaConf.to_object(plan), ROOT / "docs/evidence/runs", tmp_path / "evidence.md")  # type: ignore[arg-type]
     assert (tmp_path / "evidence.md").read_text() == (ROOT / "docs/evidence.md").read_text(), "run `make evidence`"
+    headline = (ROOT / "docs/evidence.md").read_text().partition("<!-- headline -->")[2].partition("<!--")[0].strip()
+    assert headline in (ROOT / "README.md").read_text(), "copy the headline of docs/evidence.md"

@@ -188,7 +188,7 @@ def test_sizes_without_an_equal_plain_moe_are_refused() -> None:
         equal_total_width(320, 0.25, 3)
 
 
-def test_the_recorded_sweep_has_equal_active_widths() -> None:
+def test_the_sweep_of_wider_experts_has_equal_active_widths() -> None:
     assert [equal_active_width(160, ratio) for ratio in (1, 0.5, 0.25, 0.125)] == [160, 240, 320, 384]
 
 
