@@ -49,6 +49,8 @@ class EvidenceConfig(Plan):
     """Folder of the records."""
     page: str = "docs/evidence.md"
     """Page with the tables."""
+    readme: str | None = "README.md"
+    """File that has the headline, too; null: none."""
     runs: str = "runs/evidence"
     """Folder of the runs."""
     text: str = "data/evidence/shards/*"
@@ -85,7 +87,8 @@ def main(hydra_config: DictConfig) -> None:
         _Trainer(options).train()
         return
     try:
-        update_page(options, Path(options.records), Path(options.page))
+        readme = None if options.readme is None else Path(options.readme)
+        update_page(options, Path(options.records), Path(options.page), readme=readme)
     except OSError as error:
         raise UserError(str(error)) from error
     print(f"{options.page}: tables and figures of the records in {options.records}")

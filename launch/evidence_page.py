@@ -1,6 +1,6 @@
 """Tables and figures of the recorded experiments, in docs/evidence.md and docs/images.
 
-    update_page(plan, Path("docs/evidence/runs"), Path("docs/evidence.md"))
+    update_page(plan, Path("docs/evidence/runs"), Path("docs/evidence.md"), readme=Path("README.md"))
 
 Text between `<!-- NAME -->` and `<!-- end NAME -->` is replaced; everything else is written by hand. NAME is that of an
 experiment, or `headline`, `claims` or `costs`.
@@ -352,8 +352,11 @@ def neurons_table(points: Mapping[str, Point]) -> str:
     return markdown(("point", *NEURONS.values()), rows) if rows else ""
 
 
-def update_page(plan: Plan, records: Path, page: Path) -> None:
-    """Write the tables of all experiments to the page, and their figures beside it; UserError for a missing place."""
+def update_page(plan: Plan, records: Path, page: Path, *, readme: Path | None = None) -> None:
+    """Write the tables of all experiments to the page, and their figures beside it; UserError for a missing place.
+
+    readme: a file that has the headline, too.
+    """
     points, images = read_points(plan, records), page.parent / "images"
     assessed = assess_plan(plan, points)
     blocks = {}
@@ -368,6 +371,12 @@ def update_page(plan: Plan, records: Path, page: Path) -> None:
         blocks["costs"] = NO_RUN
         if draw_costs(images / "evidence_costs.png", same_text(points)):
             blocks["costs"] = "![Loss against four costs](images/evidence_costs.png)"
+    _fill(page, blocks)
+    if readme is not None:
+        _fill(readme, {name: blocks[name] for name in ("headline",) if name in blocks})
+
+
+def _fill(page: Path, blocks: Mapping[str, str]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, content in blocks.items():
         block = re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end {name} -->)")
