@@ -3,6 +3,7 @@
 Each draw_* returns False if there is nothing to draw. A chart shows at most MOST points, the first ones.
 """
 
+import itertools
 import math
 import statistics
 import textwrap
@@ -173,12 +174,12 @@ def draw_claims(path: Path, tests: Sequence[tuple[str, Contrast, str]], margin: 
         return False
     names = [textwrap.fill(claim, 62) for claim, _, _ in tests]
     with plt.rc_context(LETTERS):
-        lines = sum(name.count("\n") + 1 for name in names)
-        size = (2 * WIDTH, 1.0 + 0.13 * len(names) + 0.16 * lines)
+        lines = [name.count("\n") + 1 for name in names]
+        size = (2 * WIDTH, 1.0 + 0.08 * len(names) + 0.16 * sum(lines))
         figure, axes = plt.subplots(figsize=size, layout="constrained")
         axes.axvspan(-margin, margin, color="0.92", linewidth=0)
         axes.axvline(0, color="0.4", linewidth=0.8)
-        rows = np.cumsum([0, *(1.5 + before.count("\n") for before in names[:-1])])
+        rows = np.cumsum([0, *(0.5 + (above + below) / 2 for above, below in itertools.pairwise(lines))])
         for row, (_, test, verdict) in zip(rows, tests, strict=True):
             outcome = verdict.partition(":")[0]
             colour, marker = VERDICTS[outcome]
