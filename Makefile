@@ -65,7 +65,7 @@ $(EVIDENCE)/shards/openjdk/manifest.json: .venv/installed
 	    output=$(EVIDENCE)/shards/$$source validation_fraction=0.04 workers=2 || exit 1; \
 	done
 
-evidence: .venv/installed  ## tables and figures of docs/evidence.md from the records in docs/evidence/runs
+evidence: .venv/installed  ## tables and figures of docs/evidence.md, and the headline of README.md, from the records in docs/evidence/runs
 	$(BIN)/python -m launch.evidence
 
 evidence-runs: evidence-data  ## train the recorded experiments that have no record; all of them take about 30 hours on two cores

@@ -161,14 +161,14 @@ def draw_costs(path: Path, points: Sequence[Point]) -> bool:
     return True
 
 
-VERDICTS = {HOLDS: ("C2", "o"), REFUTED: ("C3", "X"), UNDECIDED: ("0.5", "s")}
-"""Colour and marker of each verdict."""
+OUTCOME_STYLES = {HOLDS: ("C2", "o"), REFUTED: ("C3", "X"), UNDECIDED: ("0.5", "s")}
+"""Colour and marker of each outcome of a test of a claim."""
 
 
 def draw_claims(path: Path, tests: Sequence[tuple[str, Contrast, str]], margin: float) -> bool:
-    """Each claim with the difference that decides it, its 95 % interval and, by colour and marker, the verdict.
+    """Each claim with its difference, the 95 % interval and, by colour and marker, the outcome.
 
-    tests: claims with their tests and verdicts, which begin with one of VERDICTS.
+    tests: claims with their tests and outcomes.
     """
     if not tests:
         return False
@@ -180,9 +180,8 @@ def draw_claims(path: Path, tests: Sequence[tuple[str, Contrast, str]], margin: 
         axes.axvspan(-margin, margin, color="0.92", linewidth=0)
         axes.axvline(0, color="0.4", linewidth=0.8)
         rows = np.cumsum([0, *(0.5 + (above + below) / 2 for above, below in itertools.pairwise(lines))])
-        for row, (_, test, verdict) in zip(rows, tests, strict=True):
-            outcome = verdict.partition(":")[0]
-            colour, marker = VERDICTS[outcome]
+        for row, (_, test, outcome) in zip(rows, tests, strict=True):
+            colour, marker = OUTCOME_STYLES[outcome]
             ends = [[test.mean - test.low], [test.high - test.mean]]
             axes.errorbar([test.mean], [row], xerr=ends, color=colour, marker=marker, capsize=3, label=outcome)
         axes.set_yticks(rows, names)

@@ -12,7 +12,7 @@ from launch.statistics import LEVEL, Contrast
 from mone_common.console import UserError
 
 SAYS = ("equal", "better")
-HOLDS, REFUTED, UNDECIDED = "holds", "does not hold", "not decided"
+OUTCOMES = HOLDS, REFUTED, UNDECIDED = "holds", "does not hold", "not decided"
 
 
 @dataclass

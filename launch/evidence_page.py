@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from launch.charts import draw_claims, draw_costs, draw_validation_by_point
-from launch.claims import HOLDS, REFUTED, UNDECIDED, Claim, verdict
+from launch.claims import OUTCOMES, Claim, verdict
 from launch.contrasts import Assessment, assessment
 from launch.experiments import TRAINED, Experiment, Pair, Plan, Planned, best_rate, full_name
 from launch.points import Point, Run
@@ -43,6 +43,8 @@ NEURONS = {
 }
 """Metrics of neurons (docs/metrics.md) and their headings."""
 NO_RUN = "No reported run yet."
+Judged = tuple[Claim, Contrast | None, str]
+"""A claim with the test of its difference, if there is one, and the verdict."""
 
 
 def read_records(folder: Path) -> dict[str, Run]:
@@ -192,8 +194,8 @@ def assess_plan(plan: Plan, points: Mapping[str, Point]) -> dict[str, list[Asses
     }
 
 
-def verdicts(plan: Plan, points: Mapping[str, Point]) -> list[tuple[Claim, Contrast | None, str]]:
-    """Each claim with the test of its difference and the verdict."""
+def verdicts(plan: Plan, points: Mapping[str, Point]) -> list[Judged]:
+    """The verdict on each claim."""
     tests = tested(plan, points, (_pair(claim.contrast) for claim in plan.claims))
     corrected, found = correct(plan, tests), []
     for claim in plan.claims:
@@ -204,20 +206,16 @@ def verdicts(plan: Plan, points: Mapping[str, Point]) -> list[tuple[Claim, Contr
     return found
 
 
-def decided(plan: Plan, points: Mapping[str, Point]) -> list[tuple[str, Contrast, str]]:
-    """The claims that have all planned seeds, with their tests and verdicts."""
-    found = verdicts(plan, points)
-    return [
-        (claim.claim, test, result)
-        for claim, test, result in found
-        if test is not None and test.pairs >= len(plan.seeds_of(_pair(claim.contrast)))
-    ]
+def outcomes(judged: Sequence[Judged]) -> list[tuple[Claim, Contrast, str]]:
+    """The claims that have all planned seeds, each with its test and outcome."""
+    found = ((claim, test, result.partition(":")[0]) for claim, test, result in judged)
+    return [(claim, test, outcome) for claim, test, outcome in found if test is not None and outcome in OUTCOMES]
 
 
-def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
+def describe_claims(judged: Sequence[Judged]) -> str:
     """The claims with their differences and verdicts."""
     rows = []
-    for claim, test, result in verdicts(plan, points):
+    for claim, test, result in judged:
         cells = ("", "", "")
         if test is not None:
             cells = (f"{test.mean:+.4f}", f"{test.low:+.4f} to {test.high:+.4f}", str(test.pairs))
@@ -225,7 +223,7 @@ def describe_claims(plan: Plan, points: Mapping[str, Point]) -> str:
     return markdown(("claim", "runs compared", "difference", "95 % interval", "seeds", "verdict"), rows)
 
 
-def headline(plan: Plan, points: Mapping[str, Point]) -> str:
+def headline(plan: Plan, points: Mapping[str, Point], judged: Sequence[Judged]) -> str:
     """The primary contrasts of the first experiment, whose baseline is the plain MoE, and the verdicts on primary claims."""
     first = [pair for pair in plan.contrasts_of(next(iter(plan.experiments))) if list(pair) in plan.primary]
     parts = [
@@ -236,12 +234,12 @@ def headline(plan: Plan, points: Mapping[str, Point]) -> str:
     if not parts:
         return "Not yet measured."
     sentences = [f"Loss minus that of the plain MoE with the same weights: {', '.join(parts)}."]
-    results = [result.partition(":")[0] for claim, _, result in verdicts(plan, points) if claim.contrast in plan.primary]
-    counts = {name: results.count(name) for name in (HOLDS, REFUTED, UNDECIDED)}
-    counts["without all seeds"] = len(results) - sum(counts.values())
-    if results:
+    primary = [claim for claim in plan.claims if claim.contrast in plan.primary]
+    results = [outcome for claim, _, outcome in outcomes(judged) if claim in primary]
+    counts = {name: results.count(name) for name in OUTCOMES} | {"without all seeds": len(primary) - len(results)}
+    if primary:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
-        sentences.append(f"Primary claims ({len(results)}): {listed}.")
+        sentences.append(f"Primary claims ({len(primary)}): {listed}.")
     return " ".join(sentences)
 
 
@@ -365,18 +363,21 @@ def update_page(plan: Plan, records: Path, page: Path, *, readme: Path | None = 
         if draw(name, experiment, points, images):
             blocks[name] += f"\n\n![Loss of each point of {name}](images/evidence_{name}.png)"
     if plan.claims:
-        blocks |= {"headline": f"**{headline(plan, points)}**", "claims": describe_claims(plan, points)}
-        if draw_claims(images / "evidence_claims.png", decided(plan, points), plan.margin):
+        judged = verdicts(plan, points)
+        blocks |= {"headline": f"**{headline(plan, points, judged)}**", "claims": describe_claims(judged)}
+        drawn = [(claim.claim, test, outcome) for claim, test, outcome in outcomes(judged)]
+        if draw_claims(images / "evidence_claims.png", drawn, plan.margin):
             blocks["claims"] += "\n\n![Difference and verdict of each claim](images/evidence_claims.png)"
         blocks["costs"] = NO_RUN
         if draw_costs(images / "evidence_costs.png", same_text(points)):
             blocks["costs"] = "![Loss against four costs](images/evidence_costs.png)"
     _fill(page, blocks)
-    if readme is not None:
-        _fill(readme, {name: blocks[name] for name in ("headline",) if name in blocks})
+    if readme is not None and plan.claims:
+        _fill(readme, {"headline": blocks["headline"]})
 
 
 def _fill(page: Path, blocks: Mapping[str, str]) -> None:
+    """Replace the content of these blocks."""
     text = page.read_text(encoding="utf-8")
     for name, content in blocks.items():
         block = re.compile(rf"(?s)(<!-- {name} -->\n).*?(<!-- end {name} -->)")
